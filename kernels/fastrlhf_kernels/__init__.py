@@ -1,0 +1,31 @@
+"""RLHF kernels on plain tensors: log-probs without logits, PPO losses, advantages, sampling."""
+
+from .functional import (
+    PPOLoss,
+    SampledTokens,
+    gae,
+    kl_estimate,
+    linear_log_probs,
+    linear_ppo_loss,
+    masked_whiten,
+    ppo_policy_loss,
+    ppo_value_loss,
+    sample_tokens,
+    shape_rewards,
+    token_log_probs,
+)
+
+__all__ = [
+    "PPOLoss",
+    "SampledTokens",
+    "gae",
+    "kl_estimate",
+    "linear_log_probs",
+    "linear_ppo_loss",
+    "masked_whiten",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "sample_tokens",
+    "shape_rewards",
+    "token_log_probs",
+]

@@ -1,0 +1,120 @@
+"""Argument checks: every refusal is a ValueError that names the argument, the value and what is expected.
+
+Shapes, dtypes and devices are always checked. Values are read only where that costs no synchronisation: on CPU
+tensors, outside torch.compile (`validate=True` also reads CUDA tensors, `validate=False` reads none).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def wide(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of computation and results: float64 if any input is float64, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def tensor(name: str, value: object, dtypes: Sequence[torch.dtype], what: str) -> None:
+    """`value` must be a plain, dense tensor of one of `dtypes`."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise ValueError(f"{name} is a DTensor; pass a plain tensor, for example {name}.full_tensor()")
+    if value.is_quantized or value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {value.layout} {value.dtype}; use {name}.to_dense()")
+    if value.dtype not in dtypes:
+        raise ValueError(f"{name} must be {what}, got {value.dtype}")
+
+
+def floating(**tensors: object) -> None:
+    for name, value in tensors.items():
+        if value is not None:
+            tensor(name, value, FLOATS, "float32, bfloat16, float16 or float64")
+
+
+def integers(**tensors: object) -> None:
+    for name, value in tensors.items():
+        if value is not None:
+            tensor(name, value, (torch.int32, torch.int64), "int32 or int64")
+
+
+def masks(**tensors: object) -> None:
+    kinds = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    for name, value in tensors.items():
+        tensor(name, value, kinds, "bool or integer")
+
+
+def shapes(expected: Sequence[int], of: str, **tensors: Tensor | None) -> None:
+    for name, value in tensors.items():
+        if value is not None and tuple(value.shape) != tuple(expected):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {tuple(expected)}, the shape of {of}")
+
+
+def devices(**tensors: Tensor | None) -> None:
+    given = [(name, value.device) for name, value in tensors.items() if value is not None]
+    for name, device in given[1:]:
+        if device != given[0][1]:
+            raise ValueError(f"{name} is on {device} but {given[0][0]} is on {given[0][1]}; move them to one device")
+
+
+def readable(value: Tensor, validate: bool | None) -> bool:
+    """Whether the values of a tensor may be looked at here."""
+    if torch.compiler.is_compiling() or validate is False:
+        return False
+    return value.device.type == "cpu" or (validate is True and value.device.type != "meta")
+
+
+def labels_in_range(labels: Tensor, vocabulary: int, keep: Tensor, validate: bool | None) -> None:
+    """Labels where `keep` is true must lie in [0, V)."""
+    if not readable(labels, validate):
+        return
+    wrong = keep & ((labels < 0) | (labels >= vocabulary))
+    if bool(wrong.any()):
+        value = int(labels[wrong].reshape(-1)[0])
+        raise ValueError(f"labels holds {value}, outside [0, {vocabulary}) for a weight or logits of {vocabulary} rows")
+
+
+def positive(name: str, value: float | Tensor, like: Tensor, validate: bool | None, of: str = "labels") -> None:
+    """A number > 0, or a tensor of the shape of `like` (0-d tensors too) that holds such numbers."""
+    if isinstance(value, Tensor):
+        floating(**{name: value})
+        if value.ndim:
+            shapes(like.shape, of, **{name: value})
+        if value.device != like.device and value.ndim:
+            raise ValueError(f"{name} is on {value.device} but {of} is on {like.device}; move them to one device")
+        if readable(value, validate) and bool((value <= 0).any()):
+            raise ValueError(f"{name} must be > 0, got {float(value[value <= 0].reshape(-1)[0])}")
+        return
+    number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be > 0, got {value}")
+
+
+def number(name: str, value: object, low: float = -math.inf) -> None:
+    """A finite number >= low."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < low:
+        raise ValueError(f"{name} must be {'finite' if low == -math.inf else f'finite and >= {low:g}'}, got {value}")
+
+
+def clips(clip_range: float | None, clip_range_high: float | None = None, dual_clip: float | None = None) -> None:
+    for name, value in (("clip_range", clip_range), ("clip_range_high", clip_range_high)):
+        if value is not None:
+            number(name, value, low=0)
+    if dual_clip is not None:
+        number("dual_clip", dual_clip, low=1)
+
+
+def no_transforms(*tensors: Tensor | None) -> None:
+    """torch.func would differentiate or batch through code that is written for plain autograd only."""
+    if torch.compiler.is_compiling():
+        return
+    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        raise RuntimeError("fastrlhf_kernels does not support torch.func transforms (grad, vmap, ...); use .backward()")
