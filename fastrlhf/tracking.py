@@ -1,8 +1,8 @@
 """Where the numbers of a run go: JSON lines, TensorBoard and the console.
 
 `metrics.jsonl`, `samples.jsonl` and `events.jsonl` hold what a run's seed determines, written so that equal
-runs give equal bytes and a resumed run can cut them back to its checkpoint. Everything measured by a clock goes
-to `timings.jsonl`. Left out: other trackers (read metrics.jsonl), ranks (others pass run_dir=None, console=False).
+runs give equal bytes and a resumed run can cut them back to its checkpoint. What a clock measures goes to
+`timings.jsonl`. Left out: other trackers (read metrics.jsonl); ranks (others pass run_dir=None, console=False).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Tracker:
     """Records one stage of a run and shows it.
 
     run_dir: a folder (made if missing), or None for the console alone. total_steps: steps of the stage.
-    resume_bytes: what `bytes()` returned when the checkpoint was written ({} when there is none yet); the files
-    are cut back to it, so that no step stands there twice. None starts every file anew.
+    resume_bytes: what `bytes()` returned when the checkpoint was written ({} when there is none yet); the
+    files are cut back to it, so that no step stands there twice. None starts every file anew.
     Raises UserError when a file is shorter than the checkpoint says.
     """
 
@@ -120,8 +120,8 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Record step `step` (counted from 1).
 
-        metrics: numbers that the seed alone determines (Python or 0-d tensors); NaN and infinities are written
-        as null and counted under "nonfinite"; None is left out. timings: what depends on the machine, such as
+        metrics: numbers that the seed alone determines (Python or 0-d tensors); NaN and infinities are
+        written as null and counted under "nonfinite"; None is left out. timings: what the machine decides, as
         `perf/tokens_per_s` or `mem/peak_gib`; phase seconds, `time/step`, `time/elapsed` (s) and
         `mem/host_peak_gib` are added here.
         """
