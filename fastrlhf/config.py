@@ -1,7 +1,7 @@
-"""Typed configuration of the three stages: fields, defaults, checks. recipe.py reads it from YAML and overrides.
+"""Typed configuration of the three stages: fields, defaults, checks (recipe.py reads the YAML).
 
-Every field is flat, means the same in every stage that has it, and its docstring is its help text. A mistake is a
-UserError with one line a problem: the field, its value, what is expected. Imports neither torch nor transformers.
+Every field is flat, means the same in every stage that has it, and its docstring is its help text. A mistake
+is a UserError with one line a problem: the field, its value, what is expected. No torch is imported here.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class StageConfig(BaseModel):
     ] = "auto"
     """attention implementation of transformers (auto: its own choice)"""
     chat_template: str | None = None
-    """default, chatml, moss, moss-rlhf-en, moss-rlhf-zh or a .jinja file; none: the tokenizer's own, else default"""
+    """default, chatml, moss, moss-rlhf-en, moss-rlhf-zh or a .jinja file; none: the tokenizer's, else default"""
     skip_bad_rows: bool = False
     """drop and count malformed data rows instead of stopping at the first one"""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -77,7 +77,7 @@ class StageConfig(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise ConfigError(_problems(type(self), error)) from None
+            raise ConfigError(_problems(type(self), error, fields)) from None
 
     def replace(self, **changes: Any) -> StageConfig:
         """A copy with some fields changed, checked like a new one."""
@@ -109,9 +109,7 @@ class StageConfig(BaseModel):
 
     def _contradictions(self) -> list[str]:
         if self.resume and self.overwrite:
-            return [
-                "resume = true: contradicts overwrite = true, which deletes what resume needs; set one of them"
-            ]
+            return ["resume = true: contradicts overwrite = true, which deletes what resume needs; use one"]
         return []
 
 
@@ -241,7 +239,7 @@ class PPOConfig(StageConfig):
     critic_warmup_steps: int = Field(0, ge=0)
     """first steps that train the value model alone"""
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"] = "gae"
-    """advantage estimator; all but gae need no value model; grpo, dr_grpo, rloo need samples_per_prompt >= 2"""
+    """estimator; all but gae do without a value model; grpo, dr_grpo and rloo need samples_per_prompt >= 2"""
     old_log_probs: Literal["recompute", "rollout"] = "recompute"
     """old log-probs from a training forward pass (ratio exactly 1 at first) or from the rollout (faster)"""
     lora: Any = None
@@ -318,29 +316,15 @@ INPUTS: dict[str, dict[str, StageInput]] = {
     },
 }
 
-_ELSEWHERE = {  # names of the same thing in other libraries and papers
-    "lr": "learning_rate",
-    "beta": "kl_coef",
-    "init_kl_coef": "kl_coef",
-    "kl_loss_coef": "kl_coef",
-    "lam": "gae_lambda",
-    "cliprange": "clip_range",
-    "clip_eps": "clip_range",
-    "cliprange_value": "clip_range_value",
-    "batch_size": "mini_batch_size",
-    "per_device_train_batch_size": "mini_batch_size",
-    "max_length": "max_tokens",
-    "max_seq_length": "max_tokens",
-    "max_completion_length": "max_new_tokens",
-    "num_generations": "samples_per_prompt",
-    "num_train_epochs": "epochs",
-    "num_ppo_epochs": "ppo_epochs",
-    "max_steps": "total_steps",
-    "save_steps": "save_every",
-    "eval_steps": "eval_every",
-}
-
-
+_ELSEWHERE = dict(  # what other libraries and papers call it
+    pair.split("=")
+    for pair in """
+    lr=learning_rate beta=kl_coef init_kl_coef=kl_coef kl_loss_coef=kl_coef lam=gae_lambda cliprange=clip_range
+    clip_eps=clip_range cliprange_value=clip_range_value batch_size=mini_batch_size num_train_epochs=epochs
+    per_device_train_batch_size=mini_batch_size max_length=max_tokens max_seq_length=max_tokens
+    max_completion_length=max_new_tokens num_generations=samples_per_prompt num_ppo_epochs=ppo_epochs
+    max_steps=total_steps save_steps=save_every eval_steps=eval_every""".split()
+)
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -405,7 +389,7 @@ def unknown_field(cls: type[StageConfig], name: str) -> str:
     return f"{name}: no such field; fastrlhf {cls.stage} --help lists them all"
 
 
-def _problems(cls: type[StageConfig], error: ValidationError) -> list[tuple[str, str]]:
+def _problems(cls: type[StageConfig], error: ValidationError, given: dict[str, Any]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for problem in error.errors(include_url=False):
         name = str(problem["loc"][0]) if problem["loc"] else None
@@ -413,10 +397,8 @@ def _problems(cls: type[StageConfig], error: ValidationError) -> list[tuple[str,
             found += [(line.split(" = ")[0], line) for line in str(problem["ctx"]["error"]).split("\n")]
         elif problem["type"] == "extra_forbidden":
             found.append((name, unknown_field(cls, name)))
-        elif problem["type"] == "missing":
-            found.append((name, f"{name}: required"))
         elif name not in [known for known, _ in found]:
-            found.append((name, f"{name} = {_shown(problem['input'])}: expected {accepts(cls, name)}"))
+            found.append((name, f"{name} = {_shown(given[name])}: expected {accepts(cls, name)}"))
     return found
 
 
