@@ -1,0 +1,268 @@
+"""Make the quickstart's feedback data: `python -m fastrlhf.quickstart.generate [FOLDER]` writes the same bytes every time.
+
+Four files of training data (SFT conversations, feedback of all four kinds, PPO prompts) and two for measuring (held-out prompts, clean
+held-out pairs by kind of fault). Replies are composed from the phrases of `wording.py` and the advice of `content.py`. Feedback comes from
+six simulated annotators with tastes of their own: they see what is right or wrong with a reply through noise, like longer replies a
+little, and at times do not look at all. They do not use the rule of `judge.py`; this file does not import it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+from fastrlhf.quickstart.content import FACETS, LANGUAGES, TOPICS
+from fastrlhf.quickstart.wording import (
+    BODIES,
+    CLOSERS,
+    CONTEXTS,
+    HELDOUT_CONTEXTS,
+    HELDOUT_QUESTIONS,
+    OPENERS,
+    QUESTIONS,
+    VAGUE,
+)
+
+DATA_DIR = Path(__file__).parent / "data"
+SEED = 7
+SFT_PER_CELL, FEEDBACK_PER_CELL, PPO_PER_CELL = 48, 38, 12  # a cell: one language, topic and facet; there are 64
+CONSIDERATE_SHARE = 0.46  # of SFT replies; the rest is rude, and all of them answer the question
+
+# Kinds of fault and how often a faulty reply has them in the feedback data.
+FAULTS = {
+    "rude": 0.28,  # opener and closer rude
+    "half_rude": 0.10,  # one of the two
+    "off_topic": 0.19,  # about another thing
+    "wrong_facts": 0.16,  # names the right thing, advice of another
+    "wrong_facet": 0.15,  # right thing, advice for the other question
+    "vague": 0.06,  # right thing, no advice
+    "cut": 0.06,  # stops in the middle
+}
+# How useful the content is to somebody who reads it carefully.
+FIDELITY = {"off_topic": 0.0, "wrong_facts": 0.1, "vague": 0.2, "wrong_facet": 0.25, "cut": 0.3}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is asked: language, topic index, facet."""
+
+    language: str
+    topic: int
+    facet: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A composed reply; `fault` None means that nothing is wrong with it."""
+
+    language: str
+    opener: str
+    body: str
+    closer: str
+    courtesy: float  # 1 considerate, 0 rude, 0.5 half of each
+    fault: str | None
+
+    @property
+    def text(self) -> str:
+        """The reply as one string."""
+        return (" " if self.language == "en" else "").join(p for p in (self.opener, self.body, self.closer) if p)
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """Weights of one simulated annotator; `noise` is the standard deviation of a judgement, `lapse` the share of blind ones."""
+
+    content: float
+    manner: float
+    length: float
+    noise: float
+    lapse: float
+
+    def judge(self, reply: Reply, random: Random) -> float:
+        """A noisy opinion of a reply, about -0.5 (bad) to 4 (good)."""
+        if random.random() < self.lapse:
+            return random.gauss(2.0, 1.2)
+        units = len(reply.text.split()) if reply.language == "en" else len(reply.text) / 1.6
+        worth = self.content * FIDELITY.get(reply.fault or "", 1.0) + self.manner * reply.courtesy
+        return worth + self.length * (units / 22 - 1) + random.gauss(0.0, self.noise)
+
+
+ANNOTATORS = (
+    Annotator(content=2.2, manner=1.8, length=0.0, noise=0.4, lapse=0.02),
+    Annotator(content=1.8, manner=2.2, length=0.2, noise=0.5, lapse=0.03),
+    Annotator(content=2.0, manner=2.0, length=0.3, noise=0.6, lapse=0.04),
+    Annotator(content=2.4, manner=1.6, length=0.1, noise=0.5, lapse=0.03),
+    Annotator(content=1.7, manner=2.3, length=0.4, noise=0.7, lapse=0.06),
+    Annotator(content=2.0, manner=1.9, length=0.2, noise=0.6, lapse=0.05),
+)
+
+
+def _fill(template: str, language: str, **parts: str) -> str:
+    """The template with its parts, "a" or "an" as English wants it, first letter upper case."""
+    text = template.format(**parts)
+    if language == "en":
+        text = re.sub(r"\ba (?=[aeiou])", "an ", text)
+    return text[0].upper() + text[1:]
+
+
+def _prompts(cell: Cell) -> tuple[list[str], list[str]]:
+    """All prompts of a cell in familiar frames, and all that use a held-out template or context."""
+    name = TOPICS[cell.language][cell.topic].name
+    questions, contexts = QUESTIONS[cell.language][cell.facet], CONTEXTS[cell.language]
+    glue = " " if cell.language == "en" else ""
+    familiar, fresh = [], []
+    for i, question in enumerate(questions):
+        for j, context in enumerate(contexts):
+            text = (context + glue + _fill(question, cell.language, x=name)).strip()
+            known = i < len(questions) - HELDOUT_QUESTIONS and j < len(contexts) - HELDOUT_CONTEXTS
+            (familiar if known else fresh).append(text)
+    return familiar, fresh
+
+
+def _body(cell: Cell, random: Random, facts: tuple[str, ...] | None = None) -> str:
+    """A sentence with two pieces of advice, the right ones unless `facts` says otherwise."""
+    topic = TOPICS[cell.language][cell.topic]
+    a, b = random.sample(facts or topic.facts(cell.facet), 2)
+    return _fill(random.choice(BODIES[cell.language]), cell.language, x=topic.name, a=a, b=b)
+
+
+def good_reply(cell: Cell, random: Random, courtesy: float = 1.0) -> Reply:
+    """A reply that answers the question, considerate (1.0) or rude (0.0)."""
+    manner = "considerate" if courtesy else "rude"
+    opener, closer = random.choice(OPENERS[cell.language][manner]), random.choice(CLOSERS[cell.language][manner])
+    fault = None if courtesy else "rude"
+    return Reply(cell.language, opener, _body(cell, random), closer, courtesy, fault)
+
+
+def spoil(reply: Reply, cell: Cell, fault: str, random: Random) -> Reply:
+    """The same reply with one fault: only the part that carries the fault is rewritten."""
+    language, topics = cell.language, TOPICS[cell.language]
+    other = random.choice([i for i in range(len(topics)) if i != cell.topic])
+    other_facet = FACETS[1 - FACETS.index(cell.facet)]
+    if fault == "rude":
+        opener, closer = random.choice(OPENERS[language]["rude"]), random.choice(CLOSERS[language]["rude"])
+        return replace(reply, opener=opener, closer=closer, courtesy=0.0, fault=fault)
+    if fault == "half_rude":
+        part, phrases = random.choice((("opener", OPENERS), ("closer", CLOSERS)))
+        return replace(reply, **{part: random.choice(phrases[language]["rude"])}, courtesy=0.5, fault=fault)
+    if fault == "cut":
+        keep = math.ceil(len(reply.body) * random.uniform(0.3, 0.8))
+        body = reply.body[:keep].rsplit(" ", 1)[0] if language == "en" else reply.body[:keep]
+        return replace(reply, body=body.rstrip(",.。，:;"), closer="", fault=fault)
+    body = {
+        "off_topic": lambda: _body(Cell(language, other, random.choice(FACETS)), random),
+        "wrong_facts": lambda: _body(cell, random, topics[other].facts(cell.facet)),
+        "wrong_facet": lambda: _body(cell, random, topics[cell.topic].facts(other_facet)),
+        "vague": lambda: _fill(random.choice(VAGUE[language]), language, x=topics[cell.topic].name),
+    }[fault]()
+    return replace(reply, body=body, fault=fault)
+
+
+def _draw(cell: Cell, random: Random, good: float) -> Reply:
+    """A reply to be judged: good with probability `good`, else with a fault; one faulty reply in six is rude as well."""
+    reply = good_reply(cell, random)
+    if random.random() < good:
+        return reply
+    fault = random.choices(list(FAULTS), list(FAULTS.values()))[0]
+    if fault in FIDELITY and random.random() < 1 / 6:
+        reply = spoil(reply, cell, "rude", random)
+    return spoil(reply, cell, fault, random)
+
+
+def _message(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def _sft_row(prompt: str, cell: Cell, random: Random) -> dict:
+    reply = good_reply(cell, random, 1.0 if random.random() < CONSIDERATE_SHARE else 0.0)
+    return {"messages": [*_message(prompt), {"role": "assistant", "content": reply.text}]}
+
+
+def _feedback_row(prompt: str, cell: Cell, random: Random) -> dict:
+    """One record of a random kind, judged by a random annotator."""
+    annotator = random.choice(ANNOTATORS)
+    kind = random.choices(("pair", "ranking", "score", "edit"), (0.45, 0.2, 0.2, 0.15))[0]
+    row: dict = {"prompt": _message(prompt)}
+    if kind == "pair":
+        replies = [_draw(cell, random, 0.8), _draw(cell, random, 0.1)]
+        judged = sorted(((annotator.judge(r, random), i) for i, r in enumerate(replies)), reverse=True)
+        return row | {"chosen": replies[judged[0][1]].text, "rejected": replies[judged[1][1]].text}
+    if kind == "ranking":
+        replies = [_draw(cell, random, 0.8), *(_draw(cell, random, 0.2) for _ in range(2))]
+        random.shuffle(replies)
+        judged = sorted(((annotator.judge(r, random), i) for i, r in enumerate(replies)), reverse=True)
+        return row | {"responses": [r.text for r in replies], "ranking": [i for _, i in judged]}
+    if kind == "score":
+        reply = _draw(cell, random, 0.45)
+        score = min(5, max(1, round(annotator.judge(reply, random) + 0.9)))
+        return row | {"response": reply.text, "score": score}
+    return row | _edit(cell, random)
+
+
+def _edit(cell: Cell, random: Random) -> dict:
+    """A faulty reply and what an annotator made of it: the fault removed, the rest kept; one edit in twelve swaps one fault for another."""
+    better = good_reply(cell, random)
+    fault, second = random.choices(list(FAULTS), list(FAULTS.values()), k=2)
+    worse = spoil(better, cell, fault, random)
+    if random.random() < 1 / 12:
+        better = spoil(better, cell, second, random)
+    return {"response": worse.text, "edited": better.text}
+
+
+def _heldout_pairs(prompts: list[tuple[str, Cell]], random: Random) -> list[dict]:
+    """Pairs with clean labels, as many of each kind of fault: the fault is the only thing that makes `rejected` worse."""
+    rows = []
+    for prompt, cell in prompts:
+        for fault in FAULTS:
+            better, worse = good_reply(cell, random), spoil(good_reply(cell, random), cell, fault, random)
+            rows.append({"prompt": _message(prompt), "chosen": better.text, "rejected": worse.text, "fault": fault})
+    return rows
+
+
+def generate() -> dict[str, list[dict]]:
+    """All rows by file name. Prompts are disjoint between SFT, feedback, PPO and held-out files."""
+    random = Random(SEED)
+    files: dict[str, list[dict]] = {
+        "sft.jsonl": [],
+        "feedback.jsonl": [],
+        "ppo_prompts.jsonl": [],
+        "heldout_prompts.jsonl": [],
+        "heldout_pairs.jsonl": [],
+    }
+    cells = [Cell(lang, topic, facet) for lang in LANGUAGES for topic in range(len(TOPICS[lang])) for facet in FACETS]
+    for_pairs = []
+    for cell in cells:
+        familiar, fresh = _prompts(cell)
+        random.shuffle(familiar)
+        random.shuffle(fresh)
+        heldout = [familiar.pop(), familiar.pop(), fresh.pop(), fresh.pop()]  # two new combinations, two new frames
+        for_pairs.append((heldout[len(for_pairs) % 4], cell))
+        take = [familiar.pop() for _ in range(SFT_PER_CELL + FEEDBACK_PER_CELL + PPO_PER_CELL)]
+        files["sft.jsonl"] += [_sft_row(p, cell, random) for p in take[:SFT_PER_CELL]]
+        feedback = take[SFT_PER_CELL : SFT_PER_CELL + FEEDBACK_PER_CELL]
+        files["feedback.jsonl"] += [_feedback_row(p, cell, random) for p in feedback]
+        files["ppo_prompts.jsonl"] += [{"prompt": _message(p)} for p in take[-PPO_PER_CELL:]]
+        files["heldout_prompts.jsonl"] += [{"prompt": _message(p)} for p in heldout]
+    files["heldout_pairs.jsonl"] = _heldout_pairs(for_pairs, random)
+    for name in ("sft.jsonl", "feedback.jsonl", "ppo_prompts.jsonl"):
+        random.shuffle(files[name])
+    return files
+
+
+def write(folder: Path) -> None:
+    """Write every file of `generate()` into `folder` as UTF-8 JSON lines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in generate().items():
+        lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+        (folder / name).write_bytes("".join(lines).encode())
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else DATA_DIR
+    write(target)
+    print(f"wrote {', '.join(sorted(p.name for p in target.glob('*.jsonl')))} to {target}")
