@@ -2,7 +2,8 @@
 
 `metrics.jsonl`, `samples.jsonl` and `events.jsonl` hold what a run's seed determines, written so that equal
 runs give equal bytes and a resumed run can cut them back to its checkpoint. What a clock measures goes to
-`timings.jsonl`. Left out: other trackers (read metrics.jsonl); ranks (others pass run_dir=None, console=False).
+`timings.jsonl`. Left out: other trackers (read metrics.jsonl); ranks other than 0 (they pass run_dir=None and
+console=False).
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Tracker:
                 file.truncate(0)
             elif name in (METRICS, SAMPLES, EVENTS):
                 _cut(file, run_dir / name, resume_bytes.get(name, 0))
-            elif name == TIMINGS:  # time already spent stays counted; only a line torn by a kill goes
+            else:  # time already spent stays counted, and said; only a line torn by a kill goes
                 file.truncate(_whole_lines(run_dir / name))
         for row in _rows(run_dir / METRICS):
             self._step = row["step"]
@@ -152,10 +153,9 @@ class Tracker:
         shown = []
         for row in rows:
             self._write(SAMPLES, {"step": step, **_plain(row)})
+            prompt = row["prompt"]
             if len(shown) < TABLE_ROWS:
-                shown.append(
-                    (row["prompt"], self._before.get(row["prompt"]), row["response"], row.get("score"))
-                )
+                shown.append((prompt, self._before.get(prompt), row["response"], row.get("score")))
             self._remember(row)
         title = f"samples at {self.stage} step {step}"
         if any(before for _, before, _, _ in shown):
@@ -172,7 +172,7 @@ class Tracker:
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """Record something that happened (an alarm, a skipped update, a resume) and say it on the console."""
-        row = {"step": self._step, "kind": kind, "message": redact(message), **_plain(fields, redact)}
+        row = {"step": self._step, "kind": kind, "message": _safe(message), **_plain(fields, _safe)}
         self._write(EVENTS, row)
         self._console.line(f"{kind}: {message}", style="yellow")
 
@@ -266,6 +266,10 @@ def _plain(value: Any, text: Callable[[str], str] = str) -> Any:
         value = float(value)
         return value if math.isfinite(value) else None
     return text(str(value))
+
+
+def _safe(text: str) -> str:
+    return redact(clean(text))  # cleaned first: an escape could hide a credential
 
 
 def _score(score: Any) -> str:
