@@ -57,7 +57,7 @@ class StageConfig(BaseModel):
     ] = "auto"
     """attention implementation of transformers (auto: its own choice)"""
     chat_template: str | None = None
-    """default, chatml, moss, moss-rlhf-en, moss-rlhf-zh or a .jinja file; none: the tokenizer's, else default"""
+    """default, chatml, moss, moss-rlhf-en, moss-rlhf-zh or a .jinja file; none: the tokenizer's own"""
     skip_bad_rows: bool = False
     """drop and count malformed data rows instead of stopping at the first one"""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -292,7 +292,7 @@ class StageInput(NamedTuple):
 
 _ROWS = "JSON, JSONL (.gz too), Parquet, CSV, a folder or a hub id"
 _MODEL = "Hugging Face folder, hub id or GGUF file"
-_REWARD = "reward model, FILE.py:FUNCTION, MODULE:FUNCTION, or a list of [name, weight, one of these]"
+_REWARD = "reward model, FILE.py:FUNCTION, MODULE:FUNCTION, or a list of [name, weight, such a function]"
 _SUPERVISED = {
     "model": StageInput(True, "model", f"the model to train: {_MODEL}"),
     "tokenizer": StageInput(False, "model", "folder or hub id; none: the one of the model"),
@@ -316,15 +316,22 @@ INPUTS: dict[str, dict[str, StageInput]] = {
     },
 }
 
-_ELSEWHERE = dict(  # what other libraries and papers call it
-    pair.split("=")
-    for pair in """
-    lr=learning_rate beta=kl_coef init_kl_coef=kl_coef kl_loss_coef=kl_coef lam=gae_lambda cliprange=clip_range
-    clip_eps=clip_range cliprange_value=clip_range_value batch_size=mini_batch_size num_train_epochs=epochs
-    per_device_train_batch_size=mini_batch_size max_length=max_tokens max_seq_length=max_tokens
-    max_completion_length=max_new_tokens num_generations=samples_per_prompt num_ppo_epochs=ppo_epochs
-    max_steps=total_steps save_steps=save_every eval_steps=eval_every""".split()
-)
+_ELSEWHERE = {  # what other libraries and papers call it
+    "learning_rate": ("lr",),
+    "kl_coef": ("beta", "init_kl_coef", "kl_loss_coef"),
+    "gae_lambda": ("lam", "lambda", "lambd"),
+    "clip_range": ("cliprange", "clip_eps", "epsilon"),
+    "clip_range_value": ("cliprange_value",),
+    "mini_batch_size": ("batch_size", "per_device_train_batch_size"),
+    "max_tokens": ("max_length", "max_seq_length", "cutoff_len"),
+    "max_new_tokens": ("max_completion_length", "response_length"),
+    "samples_per_prompt": ("num_generations",),
+    "epochs": ("num_train_epochs",),
+    "ppo_epochs": ("num_ppo_epochs",),
+    "total_steps": ("max_steps",),
+    "save_every": ("save_steps",),
+    "eval_every": ("eval_steps",),
+}
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -375,17 +382,17 @@ def accepts(cls: type[StageConfig], name: str) -> str:
 
 def unknown_field(cls: type[StageConfig], name: str) -> str:
     """Sentence for a name that is no field of cls: whose it is, or the nearest name."""
-    owners = [c for c in CONFIGS.values() if name in c.model_fields]
+    owner = next((c for c in CONFIGS.values() if name in c.model_fields), None)
     if name in INPUTS[cls.stage]:
         return f"{name}: an argument of the trainer, not a field of {cls.__name__}"
-    nearest = _ELSEWHERE.get(name)
+    nearest = next((ours for ours, theirs in _ELSEWHERE.items() if name in theirs), None)
     if nearest not in cls.model_fields:
         close = difflib.get_close_matches(name, [*cls.model_fields, *INPUTS[cls.stage]], 1)
         nearest = close[0] if close else None
     if nearest:
         return f"{name}: no such field; did you mean {nearest}?"
-    if owners:
-        return f"{name}: a field of {owners[0].__name__}, not of {cls.__name__}"
+    if owner:
+        return f"{name}: a field of {owner.__name__}, not of {cls.__name__}"
     return f"{name}: no such field; fastrlhf {cls.stage} --help lists them all"
 
 
