@@ -31,6 +31,11 @@ __all__ = ["Tracker", "clean", "redact"]
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
 TIMINGS, LOG = "timings.jsonl", "log.txt"
 TABLE_ROWS = 3
+RATES = (  # tokens that a stage counts, the seconds they took, the rate written beside them
+    ("perf/rollout_tokens", "time/rollout", "perf/rollout_tokens_per_s"),
+    ("perf/rollout_tokens", "time/step", "perf/tokens_per_s"),
+    ("perf/tokens", "time/step", "perf/tokens_per_s"),
+)
 REMEMBERED_PROMPTS = 512  # "before" texts held in memory
 
 # Legal in a JSON string, but obeyed by terminals or a line end to str.splitlines: written as \uXXXX.
@@ -123,8 +128,8 @@ class Tracker:
 
         metrics: numbers that the seed alone determines (Python or 0-d tensors); NaN and infinities are
         written as null and counted under "nonfinite"; None is left out. timings: what the machine decides, as
-        `perf/tokens_per_s` or `mem/peak_gib`; phase seconds, `time/step`, `time/elapsed` (s) and
-        `mem/host_peak_gib` are added here.
+        `mem/peak_gib`. Added here: phase seconds, `time/step` (since the last step), `time/elapsed` (s),
+        `mem/host_peak_gib`, and tokens per second when timings count `perf/rollout_tokens` or `perf/tokens`.
         """
         row = _finite(metrics)
         self._step = step
@@ -142,7 +147,11 @@ class Tracker:
         self._seconds.clear()
         start = self._start if self._step_start is None else self._step_start
         seconds |= {"time/step": now - start, "time/elapsed": now - self._start}
-        return _finite({**seconds, "mem/host_peak_gib": _host_peak_gib(), **timings})
+        measured = {**seconds, "mem/host_peak_gib": _host_peak_gib(), **timings}
+        for tokens, time_name, rate in RATES:
+            if tokens in measured and measured.get(time_name, 0.0) > 0.0:
+                measured.setdefault(rate, float(measured[tokens]) / measured[time_name])
+        return _finite(measured)
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Record sample texts, rows of {prompt, response, score}, and show a few.
@@ -229,9 +238,7 @@ class Tracker:
                     self._writer.add_scalar(name, value, step)
         except (ImportError, OSError) as error:  # a second copy of the curves is not worth a run
             self._tensorboard_broken = True
-            self.event(
-                "tensorboard", f"TensorBoard files are no longer written ({error}); metrics.jsonl goes on"
-            )
+            self.event("tensorboard", f"TensorBoard files are no longer written ({error}); metrics.jsonl goes on")
 
 
 def _json_line(row: Mapping[str, Any]) -> bytes:

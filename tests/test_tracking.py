@@ -49,9 +49,7 @@ def run(folder, steps, *, resume=None, stage="ppo"):
         for step in steps:
             with tracker.phase("rollout"):
                 pass
-            tracker.log(
-                step, {"reward/mean": step / 7, "kl/ref": torch.tensor(0.125)}, {"perf/tokens_per_s": 1e3}
-            )
+            tracker.log(step, {"reward/mean": step / 7, "kl/ref": torch.tensor(0.125)}, {"perf/tokens_per_s": 1e3})
             tracker.samples(step, [{"prompt": "Hi", "response": f"你好 {step}", "score": step / 3}])
         return tracker.bytes()
 
@@ -121,9 +119,7 @@ def test_resume_keeps_time_already_spent_but_no_torn_line(tmp_path):
 def test_a_file_shorter_than_the_checkpoint_is_refused(tmp_path):
     lengths = run(tmp_path, range(1, 3))
     (tmp_path / "metrics.jsonl").write_bytes(b"")
-    with pytest.raises(
-        UserError, match=r"metrics\.jsonl: holds 0 bytes but the checkpoint was written at \d+"
-    ):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: holds 0 bytes but the checkpoint was written at \d+"):
         Tracker(tmp_path, "ppo", 3, resume_bytes=lengths)
 
 
@@ -132,6 +128,19 @@ def test_a_new_run_starts_every_file_anew(tmp_path):
     run(tmp_path, range(1, 2))
     assert len(rows(tmp_path / "metrics.jsonl")) == len(rows(tmp_path / "timings.jsonl")) == 1
     assert "step 3/3" not in (tmp_path / "log.txt").read_text()
+
+
+def test_token_counts_become_rates(tmp_path, monkeypatch):
+    ticks = iter(range(1000))
+    monkeypatch.setattr("fastrlhf.tracking.time.monotonic", lambda: float(next(ticks)))
+    with Tracker(tmp_path, "ppo", 1, console=False) as tracker:
+        with tracker.phase("rollout"):
+            pass
+        tracker.log(1, {"a": 1.0}, {"perf/rollout_tokens": 600})
+    timing = rows(tmp_path / "timings.jsonl")[0]
+    assert timing["perf/rollout_tokens_per_s"] == 600 / timing["time/rollout"]
+    assert timing["perf/tokens_per_s"] == 600 / timing["time/step"]
+    assert timing["time/step"] > timing["time/rollout"]
 
 
 def test_nested_phases_are_counted_once(tmp_path, monkeypatch):
