@@ -52,9 +52,7 @@ class StageConfig(BaseModel):
     """recompute activations in the backward pass: less memory, slower"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """dtype of the weights (auto: bf16 on a CUDA device that supports it, else fp32)"""
-    attention: Literal[
-        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"
-    ] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "auto"
     """attention implementation of transformers (auto: its own choice)"""
     chat_template: str | None = None
     """default, chatml, moss, moss-rlhf-en, moss-rlhf-zh or a .jinja file; none: the tokenizer's own"""
@@ -90,11 +88,7 @@ class StageConfig(BaseModel):
         kinds, optional = _kinds(cls, info.field_name)
         if isinstance(value, bool) and bool not in kinds and Any not in kinds:
             raise ValueError("a boolean")
-        if (
-            isinstance(value, str)
-            and optional
-            and value.lower() in ("none", "null", _spelled(None, info.field_name))
-        ):
+        if isinstance(value, str) and optional and value.lower() in ("none", "null", _spelled(None, info.field_name)):
             return None
         if isinstance(value, str) and tuple in kinds:
             return [part.strip() for part in value.strip("[]() ").split(",")]
@@ -259,9 +253,7 @@ class PPOConfig(StageConfig):
         if self.advantage in ("grpo", "dr_grpo", "rloo") and per_prompt < 2:
             wrong.append(f"advantage = {self.advantage}: compares responses; set samples_per_prompt >= 2")
         if self.kl_in == "loss" and self.kl_coef == 0:
-            wrong.append(
-                "kl_in = loss: has no effect with kl_coef = 0; set kl_coef above 0 or leave kl_in out"
-            )
+            wrong.append("kl_in = loss: has no effect with kl_coef = 0; set kl_coef above 0 or leave kl_in out")
         warmup = f"critic_warmup_steps = {self.critic_warmup_steps}"
         if self.advantage != "gae" and self.critic_warmup_steps:
             wrong.append(f"{warmup}: advantage = {self.advantage} has no critic; set it to 0")
@@ -310,9 +302,7 @@ INPUTS: dict[str, dict[str, StageInput]] = {
         "eval_prompts": StageInput(False, "data", "held-out prompts, answered every eval_every steps"),
         "tokenizer": StageInput(False, "model", "folder or hub id; none: the one of the policy"),
         "ref_policy": StageInput(False, "model", "what the KL is measured to; none: the policy as it starts"),
-        "value_model": StageInput(
-            False, "model", "initial critic; none: from the reward model, else the policy"
-        ),
+        "value_model": StageInput(False, "model", "initial critic; none: from the reward model, else the policy"),
     },
 }
 
@@ -355,9 +345,7 @@ def config_fields(cls: type[StageConfig]) -> list[FieldHelp]:
     fields = cls.model_fields
     names = [name for name in fields if name not in StageConfig.model_fields] + list(StageConfig.model_fields)
     return [
-        FieldHelp(
-            name, _spelled(fields[name].default, name), accepts(cls, name), str(fields[name].description)
-        )
+        FieldHelp(name, _spelled(fields[name].default, name), accepts(cls, name), str(fields[name].description))
         for name in names
     ]
 

@@ -176,54 +176,51 @@ def _input_problems(stage: str, inputs: Mapping[str, Any], path: Path) -> list[t
 
 
 def check_paths(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> None:
-    """UserError for an output_dir that is not given and for every input that names a path that does not exist.
+    """UserError for an output_dir that is missing or in use, and for every input that names no existing path.
 
     A value that can only be a hub id is left to the stage, which tries to load it.
     """
-    problems = []
-    if config.output_dir is None:
-        problems.append(("output_dir", "output_dir: required on the command line; write output_dir=FOLDER"))
-    for name, spec in INPUTS[stage].items():
-        value = inputs.get(name)
-        if isinstance(value, str):
-            problems += [(name, f"{name}: {text}") for text in _path_problem(value, spec.kind)]
-    if config.chat_template and config.chat_template.endswith(".jinja"):
-        problems += [
-            ("chat_template", f"chat_template: {text}") for text in _path_problem(config.chat_template, "file")
-        ]
+    named = {name: (inputs.get(name), spec.kind) for name, spec in INPUTS[stage].items()}
+    if str(config.chat_template).endswith(".jinja"):
+        named["chat_template"] = (config.chat_template, "file")
+    found = {name: path_problem(value, kind) for name, (value, kind) in named.items() if isinstance(value, str)}
+    found["output_dir"] = _output_problem(config)
+    problems = [(name, f"{name}: {problem}") for name, problem in found.items() if problem]
     if problems:
         raise ConfigError(problems)
 
 
-def _path_problem(value: str, kind: str) -> list[str]:
-    """Why a value cannot be what its input needs; nothing when it exists or may be a hub id, a module or a package."""
+def path_problem(value: str, kind: str) -> str | None:
+    """Why a value cannot be a model, data, ...; None when it exists or may be a hub id, a module or a package."""
     if value.startswith("<"):
-        return [f"{value} was handed over in Python and cannot be named in a recipe; go on from Python"]
+        return f"{value} was handed over in Python and has no name; go on from Python"
     if "://" in value:
-        return []
+        return None
     if kind == "reward" and ":" in value and not Path(value).exists():
         value = value.rpartition(":")[0]
         if not value.endswith(".py"):
-            return []
+            return None
     path = Path(value)
     if path.exists():
-        return [f"{value} is a file, not a model folder"] if kind == "model" and _no_model(path) else []
+        wrong = kind == "model" and path.is_file() and path.suffix != ".gguf"
+        return f"{value} is a file, but neither a model folder nor a .gguf file" if wrong else None
     suffixes = _DATA_SUFFIXES if kind == "data" else (".gguf", ".py", ".jinja")
     # "out/sft" looks like a hub id, but not where a folder "out" stands.
-    local = (
-        path.is_absolute()
-        or value.startswith(".")
-        or value.endswith(suffixes)
-        or path.parts[0] != value
-        and Path(path.parts[0]).is_dir()
-    )
-    if not local and _HUB_ID.fullmatch(value):
-        return []
-    return [f"{value} does not exist{_nearest(path)}"]
+    beside = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    if _HUB_ID.fullmatch(value) and not beside and not value.startswith(".") and not value.endswith(suffixes):
+        return None
+    return f"{value} does not exist{_nearest(path)}"
 
 
-def _no_model(path: Path) -> bool:
-    return path.is_file() and path.suffix != ".gguf"
+def _output_problem(config: StageConfig) -> str | None:
+    if config.output_dir is None:
+        return "required on the command line; write output_dir=FOLDER"
+    path = Path(config.output_dir)
+    if path.exists() and not path.is_dir():
+        return f"{path} is a file; name a folder"
+    if config.resume or config.overwrite or not path.is_dir() or next(path.iterdir(), None) is None:
+        return None
+    return f"{path} is not empty; name another folder, or use --overwrite (resume=true goes on with its run)"
 
 
 def _nearest(path: Path) -> str:

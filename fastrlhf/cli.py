@@ -1,0 +1,270 @@
+"""The command line: parse, call, print. torch is imported inside a verb, after the first line is on the screen.
+
+Exit codes: 0 done, 1 a bug or a verdict not met, 2 the user's mistake, 75 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+
+from fastrlhf import __version__
+
+EXIT_DONE, EXIT_USER_ERROR, EXIT_KILLED = 0, 2, 130
+MESSAGE_LINES = 4
+STAGES = {"sft": "sft", "reward": "reward_model", "ppo": "ppo"}  # verb -> module
+VERBS = {
+    "quickstart": "align a small model on embedded data, offline on a CPU: SFT, reward model, PPO, verdict",
+    "sft": "fine-tune a model on conversations or text",
+    "reward": "train a reward model on human feedback",
+    "ppo": "align a model with a reward model or a Python reward function",
+    "resume": "go on with an interrupted run",
+    "generate": "print a model's replies to prompts",
+    "score": "print a reward model's scores of responses",
+    "report": "write report.html of a run",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; argv defaults to the process's arguments. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a reply that the terminal cannot show is no crash
+    try:
+        return _run(arguments)
+    except SystemExit as done:  # argparse, after --help
+        return int(done.code or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_KILLED
+    except ValueError as error:
+        from fastrlhf.config import UserError  # here, because `fastrlhf --help` must not wait for pydantic
+
+        if not isinstance(error, UserError):
+            raise
+        if "--debug" in arguments:
+            traceback.print_exc()
+        _print_error(str(error))
+        return EXIT_USER_ERROR
+
+
+def _run(arguments: list[str]) -> int:
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help", "help"):
+        print(_overview())
+        return EXIT_DONE
+    if verb in ("-V", "--version"):
+        print(f"fastrlhf {__version__}")
+        return EXIT_DONE
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(VERBS)}"
+        _user_error(f"{verb}: no such command; {hint}")
+    run = _stage if verb in STAGES else globals()[f"_{verb}"]
+    return run(verb, arguments[1:])
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:{width}}  {text}" for verb, text in VERBS.items())
+    return (
+        f"fastrlhf {__version__}: human feedback in, aligned model out\n\nusage: fastrlhf COMMAND ...\n\n{verbs}\n\n"
+        "fastrlhf COMMAND --help shows a command's fields, defaults and options. --version shows the version.\n"
+        "Exit codes: 0 done, 1 bug or verdict not met, 2 user error, 75 interrupted and resumable."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- verbs
+
+
+def _stage(verb: str, arguments: list[str]) -> int:
+    """`fastrlhf sft|reward|ppo RECIPE_OR_FILE [field=value ...]`"""
+    from fastrlhf import recipe
+
+    parser = _parser(verb, "RECIPE [field=value ...] [options]")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _fields_help(verb)
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file or the name of a packaged recipe")
+    parser.add_argument("overrides", metavar="field=value", nargs="*", default=[], help="replaces what the recipe says")
+    parser.add_argument("--dry-run", action="store_true", help="check fields and paths, print the whole recipe, stop")
+    parser.add_argument("--overwrite", action="store_true", help="the same as overwrite=true")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="the same as skip_bad_rows=true")
+    args = _parse(parser, arguments)
+    overrides = args.overrides + _flags(overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows)
+    inputs, config = recipe.load_recipe(verb, args.recipe, overrides)
+    recipe.check_paths(verb, inputs, config)
+    if args.dry_run:
+        print(recipe.resolved_yaml(verb, inputs, config), end="")
+        return EXIT_DONE
+    _first_line(verb, f"{args.recipe} -> {config.output_dir}")
+    return importlib.import_module(f"fastrlhf.{STAGES[verb]}").main(inputs, config)
+
+
+def _quickstart(verb: str, arguments: list[str]) -> int:
+    parser = _parser(verb, "[field=value ...] [options]")
+    parser.add_argument(
+        "overrides", metavar="field=value", nargs="*", default=[], help="for example seed=1 output_dir=runs/first"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="the same as overwrite=true")
+    args = _parse(parser, arguments)
+    _first_line(verb, "embedded data, no network")
+    main = importlib.import_module("fastrlhf.quickstart").main
+    return main(args.overrides + _flags(overwrite=args.overwrite))
+
+
+def _resume(verb: str, arguments: list[str]) -> int:
+    from fastrlhf import recipe
+
+    parser = _parser(verb, "RUN_DIR")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of the run")
+    args = _parse(parser, arguments)
+    _first_line(verb, args.run_dir)
+    stage = importlib.import_module("fastrlhf.run").read_run_json(args.run_dir)["verb"]
+    as_before = ["resume=true", "overwrite=false", f"output_dir={args.run_dir}"]
+    if stage == "quickstart":
+        return importlib.import_module("fastrlhf.quickstart").main(as_before)
+    inputs, config = recipe.load_recipe(stage, f"{args.run_dir}/config.yaml", as_before)
+    recipe.check_paths(stage, inputs, config)
+    return importlib.import_module(f"fastrlhf.{STAGES[stage]}").main(inputs, config)
+
+
+def _generate(verb: str, arguments: list[str]) -> int:
+    parser = _parser(verb, "FOLDER --prompt TEXT [options]")
+    parser.add_argument("model", metavar="FOLDER", help="model folder, hub id or GGUF file")
+    parser.add_argument("--prompt", action="append", required=True, help="what to reply to; may be repeated")
+    parser.add_argument("--samples", type=int, default=1, help="replies to each prompt (default 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (default 256)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default 1: off)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default 0: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    args = _parse(parser, arguments)
+    _check_model("FOLDER", args.model)
+    names = ("raw", "samples", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    options = {name: getattr(args, name) for name in names}
+    replies = importlib.import_module("fastrlhf.inference").generate(args.model, args.prompt, **options)
+    for i, reply in enumerate(replies):
+        if len(replies) > 1:
+            print(f"--- {_shown(args.prompt[i // args.samples])}")
+        print(_shown(reply), flush=True)
+    return EXIT_DONE
+
+
+def _score(verb: str, arguments: list[str]) -> int:
+    parser = _parser(verb, "FOLDER --prompt TEXT --response TEXT [...]")
+    parser.add_argument("model", metavar="FOLDER", help="reward model: a folder or hub id")
+    parser.add_argument("--prompt", action="append", required=True, help="may be repeated, each with a --response")
+    parser.add_argument("--response", action="append", required=True, help="the response to judge")
+    parser.add_argument("--raw", action="store_true", help="plain texts, without the chat template")
+    args = _parse(parser, arguments)
+    if len(args.prompt) != len(args.response):
+        _user_error(f"{len(args.prompt)} --prompt but {len(args.response)} --response: give one of each per score")
+    _check_model("FOLDER", args.model)
+    score_texts = importlib.import_module("fastrlhf.inference").score
+    for score in score_texts(args.model, args.prompt, args.response, raw=args.raw):
+        print(f"{score:.6g}")
+    return EXIT_DONE
+
+
+def _report(verb: str, arguments: list[str]) -> int:
+    parser = _parser(verb, "RUN_DIR")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of a run, finished or not")
+    args = _parse(parser, arguments)
+    return importlib.import_module("fastrlhf.report").main(args.run_dir)
+
+
+# ------------------------------------------------------------------------------------------------------------- parsing
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        _user_error(f"{message}; see {self.prog} --help")
+
+
+def _parser(verb: str, usage: str) -> _Parser:
+    parser = _Parser(prog=f"fastrlhf {verb}", usage=f"%(prog)s {usage}", description=VERBS[verb], allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="print the traceback of a user error")
+    return parser
+
+
+def _parse(parser: _Parser, arguments: list[str]) -> argparse.Namespace:
+    """Options and field=value in any order. An option that does not exist is most often a field."""
+    args, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        field = name.lstrip("-").replace("-", "_")
+        hint = f"; a field is written {field}=VALUE" if hasattr(args, "overrides") else ""
+        _user_error(f"{name}: no such option{hint}; see {parser.prog} --help")
+    return args
+
+
+def _flags(**flags: bool) -> list[str]:
+    return [f"{name}=true" for name, on in flags.items() if on]
+
+
+def _fields_help(stage: str) -> str:
+    from fastrlhf.config import CONFIGS, INPUTS, config_fields
+
+    inputs = [
+        (name, f"{'required: ' if given.required else ''}{given.description}") for name, given in INPUTS[stage].items()
+    ]
+    fields = [(f"{f.name}={f.default}", f"{f.description} ({f.accepts})") for f in config_fields(CONFIGS[stage])]
+    return (
+        f"inputs, in the recipe or as name=value:\n{_columns(inputs)}\n\n"
+        f"fields with their defaults, in the recipe or as field=value:\n{_columns(fields)}"
+    )
+
+
+def _columns(rows: list[tuple[str, str]]) -> str:
+    left = max(len(name) for name, _ in rows) + 4
+    right = max(40, shutil.get_terminal_size().columns - left)
+    lines = []
+    for name, text in rows:
+        lines.append(
+            textwrap.fill(text, left + right, initial_indent=f"  {name}".ljust(left), subsequent_indent=" " * left)
+        )
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+def _check_model(argument: str, source: str) -> None:
+    from fastrlhf.recipe import path_problem
+
+    problem = path_problem(source, "model")
+    if problem:
+        _user_error(f"{argument}: {problem}")
+
+
+def _first_line(verb: str, what: str) -> None:
+    print(f"fastrlhf {__version__} {verb}: {what}", flush=True)
+
+
+def _shown(text: str) -> str:
+    """A model's text cannot steer the terminal; into a file or a pipe it goes as it is."""
+    from fastrlhf.console import clean
+
+    return clean(text) if sys.stdout.isatty() else text
+
+
+def _print_error(message: str) -> None:
+    lines = message.splitlines() or [""]
+    if len(lines) > MESSAGE_LINES:
+        rest = len(lines) - MESSAGE_LINES + 1
+        lines = [*lines[: MESSAGE_LINES - 1], f"... and {rest} more"]
+    print("error: " + "\n".join(lines), file=sys.stderr)
+
+
+def _user_error(message: str) -> None:
+    from fastrlhf.config import UserError
+
+    raise UserError(message)
