@@ -22,6 +22,7 @@ from fastrlhf.foreign import (
     Messages,
     check_order,
     completion_of,
+    meant,
     missing,
     pair_of,
     prompt_format,
@@ -129,9 +130,10 @@ def parse_feedback(row: Any, where: str, score_range: tuple[float, float] = (1.0
         return _scores(row, where, score_range)
     if "label" in row or "kto_tag" in row:
         return _label(row, where)
-    wanted = next(((a, b) for a, b in (("responses", "ranking"), ("response", "score")) if a in row), None)
     what = "chosen and rejected, or responses and ranking, or response and score, or response and edited"
-    raise missing(where, wanted[1] if wanted else "chosen", row, what)
+    judgements = ("chosen", "rejected", "ranking", "scores", "score", "edited", "label")
+    likely = "ranking" if "responses" in row else "score" if "response" in row else "chosen"
+    raise missing(where, next((name for name in judgements if meant(name, row)), likely), row, what)
 
 
 def _prompt(row: dict, where: str) -> str | Messages:
@@ -151,6 +153,8 @@ def _pair(row: dict, where: str) -> Feedback:
     prompt, chosen, rejected = pair_of(row, where)
     if chosen == rejected:
         raise DroppedRow("chosen equals rejected")
+    if "margin" not in row and meant("margin", row):
+        raise missing(where, "margin", row, "no such column, or margin")
     margin = _number(row["margin"], where, "margin") if "margin" in row else None
     if margin is not None and margin < 0:
         raise BadRow(where, f'field "margin" is {margin:g}; it must be at least 0: swap chosen and rejected instead')

@@ -12,6 +12,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from fastrlhf.config import UserError
@@ -89,9 +90,19 @@ FIELDS = (
 def missing(where: str, field: str, row: Iterable[str], expected: str) -> BadRow:
     """The error for an absent field, naming the column that was probably meant."""
     columns = [str(name) for name in row]
-    close = difflib.get_close_matches(field, [c for c in columns if c not in FIELDS], n=1, cutoff=0.6)
-    found = f'found "{close[0]}"; did you mean "{field}"?' if close else f"columns: {', '.join(columns) or 'none'}"
+    close = meant(field, columns)
+    found = f'found "{close}"; did you mean "{field}"?' if close else f"columns: {', '.join(columns) or 'none'}"
     return BadRow(where, f'field "{field}" is missing ({found}); expected {expected}')
+
+
+def meant(field: str, row: Iterable[str]) -> str | None:
+    """The column that looks like a misspelt field, or None."""
+    return next((column for column in row if _close(field, str(column))), None)
+
+
+@lru_cache(maxsize=4096)
+def _close(field: str, column: str) -> bool:
+    return column not in FIELDS and bool(difflib.get_close_matches(field, [column.lower()], cutoff=0.8))
 
 
 def show(value: Any) -> str:
@@ -140,7 +151,7 @@ def messages_of(value: Any, where: str, field: str, *, fragment: bool = False) -
             raise BadRow(where, f'{place} must be {{"role", "content"}}, found {show(message)}')
         names = ("from", "value") if "from" in message or "value" in message else ("role", "content")
         role = message.get(names[0])
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise BadRow(where, f"{place}: {names[0]} {role!r} is unknown; use system, user, assistant or tool")
         if message.get("tool_calls"):
             raise BadRow(where, f"{place}: tool_calls are not supported; write the call into the content")

@@ -135,9 +135,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_genera
     if not tokenizer.chat_template:
         raise UserError('the tokenizer has no chat template: name one, e.g. chat_template="default"')
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateSyntaxError as error:
         raise UserError(f"line {error.lineno} of the chat template is broken: {error.message}") from error
     except TemplateError as error:
@@ -240,14 +238,10 @@ def _span(tokenizer, full: str, before: Messages, content: str) -> tuple[int, in
             at = full.find(text + suffix, len(head))
             if at >= 0 and not (stop and stop in full[len(head) : at]):
                 return len(head), at, at + len(text + suffix)
-    raise UserError(
-        f"the chat template changes the assistant's text in turn {len(before) + 1}; use another one"
-    )
+    raise UserError(f"the chat template changes the assistant's text in turn {len(before) + 1}; use another one")
 
 
-def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages
-) -> tuple[list[int], list[bool]]:
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
     """(ids, mask) of a conversation that ends with an assistant turn.
 
     The mask is true on what the assistant says, the end-of-turn token of each of its turns included. ids
@@ -276,9 +270,7 @@ def _common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
-) -> list[int]:
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> list[int]:
     """Ids that end a reply, sorted: EOS, all of generation_config.eos_token_id, the end-of-turn token."""
     ids = {_need_eos(tokenizer)}
     configured = generation_config.eos_token_id if generation_config is not None else None
