@@ -39,7 +39,7 @@ class StageConfig(BaseModel):
     learning_rate: float = Field(ge=0)
     """peak learning rate; 0 trains nothing"""
     lr_schedule: Schedule = "constant"
-    """shape of the learning rate after the warmup, down to 0 at the last step (inverse_sqrt: never 0)"""
+    """shape of the learning rate after the warmup; cosine and linear fall to 0 at the last step"""
     warmup_steps: int = Field(0, ge=0)
     """optimizer steps over which the learning rate rises from 0 to its peak"""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -53,9 +53,9 @@ class StageConfig(BaseModel):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """dtype of the weights (auto: bf16 on a CUDA device that supports it, else fp32)"""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "auto"
-    """attention implementation of transformers (auto: its own choice)"""
+    """attention implementation (auto: flash_attention_2 where it is installed and can run, else sdpa)"""
     chat_template: str | None = None
-    """default, chatml, moss, moss-rlhf-en, moss-rlhf-zh or a .jinja file; none: the tokenizer's own"""
+    """default, chatml, moss, moss-rlhf-en, moss-rlhf-zh or a .jinja file; none: the tokenizer's own, else default"""
     skip_bad_rows: bool = False
     """drop and count malformed data rows instead of stopping at the first one"""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -126,7 +126,7 @@ class SFTConfig(_SupervisedConfig):
     learning_rate: float = Field(2e-05, ge=0)
     """peak learning rate; 0 trains nothing"""
     lr_schedule: Schedule = "cosine"
-    """shape of the learning rate after the warmup, down to 0 at the last step (inverse_sqrt: never 0)"""
+    """shape of the learning rate after the warmup; cosine and linear fall to 0 at the last step"""
     mini_batch_size: int = Field(32, ge=1)
     """sequences of one optimizer step, over all devices"""
     packing: bool = False
@@ -145,7 +145,7 @@ class RewardConfig(_SupervisedConfig):
     learning_rate: float = Field(5e-06, ge=0)
     """peak learning rate; 0 trains nothing"""
     lr_schedule: Schedule = "cosine"
-    """shape of the learning rate after the warmup, down to 0 at the last step (inverse_sqrt: never 0)"""
+    """shape of the learning rate after the warmup; cosine and linear fall to 0 at the last step"""
     mini_batch_size: int = Field(32, ge=1)
     """feedback records of one optimizer step, over all devices"""
     head_only: bool = False
@@ -219,7 +219,7 @@ class PPOConfig(StageConfig):
     ptx_coef: float = Field(0.0, ge=0)
     """weight of the pretraining loss; only 0 in this version"""
     whiten_advantages: bool = True
-    """shift and scale the advantages of a step to mean 0 and variance 1"""
+    """shift and scale the advantages of a step to mean 0 and variance 1 (gae and reinforce++)"""
     reward_scaling: Literal["none", "running_std", "running_norm"] = "none"
     """divide scores by their running deviation (running_norm: subtract the running mean first)"""
     reward_clip: float | None = Field(None, gt=0)
@@ -285,16 +285,16 @@ class StageInput(NamedTuple):
 _ROWS = "JSON, JSONL (.gz too), Parquet, CSV, a folder or a hub id"
 _MODEL = "Hugging Face folder, hub id or GGUF file"
 _REWARD = "reward model, FILE.py:FUNCTION, MODULE:FUNCTION, or a list of [name, weight, such a function]"
-_SUPERVISED = {
-    "model": StageInput(True, "model", f"the model to train: {_MODEL}"),
-    "tokenizer": StageInput(False, "model", "folder or hub id; none: the one of the model"),
+_TRAINED = {"model": StageInput(True, "model", f"the model to train: {_MODEL}")}
+_OPTIONAL = {
     "eval_data": StageInput(False, "data", "held-out rows in the same formats"),
+    "tokenizer": StageInput(False, "model", "folder or hub id; none: the one of the model"),
 }
 _TEXTS = StageInput(True, "data", f"conversations or text to learn from: {_ROWS}")
 _FEEDBACK = StageInput(True, "data", f"feedback records (pairs, rankings, scores, edits, mixed): {_ROWS}")
 INPUTS: dict[str, dict[str, StageInput]] = {
-    "sft": _SUPERVISED | {"data": _TEXTS},
-    "reward": _SUPERVISED | {"data": _FEEDBACK},
+    "sft": _TRAINED | {"data": _TEXTS} | _OPTIONAL,
+    "reward": _TRAINED | {"data": _FEEDBACK} | _OPTIONAL,
     "ppo": {
         "policy": StageInput(True, "model", f"the model to align: {_MODEL}"),
         "reward": StageInput(True, "reward", _REWARD),
