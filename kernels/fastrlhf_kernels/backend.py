@@ -22,7 +22,10 @@ def choose_backend(requested: str = "auto") -> Backend:
     """
     name, source = requested, "the backend argument"
     if requested == "auto":
-        name, source = os.environ.get("FASTRLHF_BACKEND") or "auto", "the environment variable FASTRLHF_BACKEND"
+        name, source = (
+            os.environ.get("FASTRLHF_BACKEND") or "auto",
+            "the environment variable FASTRLHF_BACKEND",
+        )
     if name not in NAMES:
         raise ValueError(f"{source} is {name!r}; expected one of {', '.join(map(repr, NAMES))}")
     if name == "triton":

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Lora = tuple[Tensor, Tensor, float]  # A [r, H], B [V, r], scale
+ESTIMATORS = ("k1", "k2", "k3", "abs")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -118,3 +120,76 @@ def no_transforms(*tensors: Tensor | None) -> None:
         return
     if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
         raise RuntimeError("fastrlhf_kernels does not support torch.func transforms (grad, vmap, ...); use .backward()")
+
+
+def head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate) -> tuple:
+    """Check the arguments of the head; return them flattened to rows, in the order of the operators' schema."""
+    a, b, lora_scale = (None, None, 1.0) if lora is None else _lora(lora)
+    floating(hidden=hidden, weight=weight, bias=bias, lora_A=a, lora_B=b)
+    integers(labels=labels)
+    if weight.ndim != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [V, H] with V >= 1")
+    vocabulary, width = weight.shape
+    if hidden.ndim == 0 or hidden.shape[-1] != width:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; expected [..., {width}] to fit weight [V, {width}]")
+    shapes(hidden.shape[:-1], "hidden without its last dimension", labels=labels)
+    shapes((vocabulary,), "the rows of weight", bias=bias)
+    if a is not None:
+        rank = a.shape[0] if a.ndim == 2 else 0
+        shapes((rank, width), "[r, H]", lora_A=a)
+        shapes((vocabulary, rank), "[V, r]", lora_B=b)
+    devices(hidden=hidden, weight=weight, labels=labels, bias=bias, lora_A=a, lora_B=b)
+    positive("temperature", temperature, labels, validate)
+    number("logit_scale", logit_scale)
+    if logit_softcap is not None:
+        positive("logit_softcap", logit_softcap, labels, validate)
+    no_transforms(hidden, weight, bias, a, b)
+    degrees, each = split_temperature(temperature, labels)
+    rows = hidden.reshape(labels.numel(), width)
+    each = None if each is None else each.reshape(-1)
+    return rows, weight, labels.reshape(-1), bias, each, degrees, logit_scale, logit_softcap, a, b, lora_scale
+
+
+def _lora(lora: Lora) -> Lora:
+    if not isinstance(lora, (tuple, list)) or len(lora) != 3:
+        raise ValueError("lora must be (A [r, H], B [V, r], scale)")
+    number("lora scale", lora[2])
+    return lora
+
+
+def split_temperature(temperature: float | Tensor, labels: Tensor) -> tuple[float, Tensor | None]:
+    if isinstance(temperature, Tensor):
+        return 1.0, temperature.detach().to(labels.device).expand(labels.shape)
+    return float(temperature), None
+
+
+def token_mask(response_mask: Tensor, like: Tensor, of: str, **others: Tensor | None) -> Tensor:
+    """The mask as bool, after checking that it and the other tensors have the shape and device of `like`."""
+    masks(response_mask=response_mask)
+    shapes(like.shape, of, response_mask=response_mask, **others)
+    devices(**{of: like}, response_mask=response_mask, **others)
+    return response_mask != 0
+
+
+def rows_of_tokens(name: str, value: Tensor) -> None:
+    if value.ndim != 2:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected [B, T]")
+
+
+def estimator(name: str, value: str) -> None:
+    if value not in ESTIMATORS:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, ESTIMATORS))}")
+
+
+def divisor(normalizer: float | Tensor | None, mask: Tensor, dtype: torch.dtype, validate: bool | None) -> Tensor:
+    """The divisor as a 0-d tensor on the mask's device."""
+    if normalizer is None:
+        return mask.sum().clamp(min=1).to(dtype)
+    if isinstance(normalizer, Tensor) and normalizer.ndim:
+        raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; expected a number or a 0-d tensor")
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.detach() if normalizer.is_floating_point() else normalizer.detach().to(dtype)
+    positive("normalizer", normalizer, mask, validate, of="response_mask")
+    if isinstance(normalizer, Tensor):
+        return normalizer.to(mask.device, dtype)
+    return torch.full((), float(normalizer), dtype=dtype, device=mask.device)

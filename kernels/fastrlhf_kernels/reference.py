@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011
+PHILOX_MULTIPLIERS = (
+    0xD2511F53,
+    0xCD9E8D57,
+)  # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 
@@ -48,16 +51,17 @@ def linear_log_probs(
     z = logit_scale * z
     if logit_softcap is not None:
         z = logit_softcap * torch.tanh(z / logit_softcap)
-    return token_log_probs(
-        z, labels, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy
-    )
+    return token_log_probs(z, labels, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy)
 
 
 def kl_estimate(log_probs, ref_log_probs, estimator="k1"):
     d = log_probs - ref_log_probs
-    return {"k1": lambda: d, "k2": lambda: d * d / 2, "k3": lambda: torch.expm1(-d) + d, "abs": lambda: d.abs()}[
-        estimator
-    ]()
+    return {
+        "k1": lambda: d,
+        "k2": lambda: d * d / 2,
+        "k3": lambda: torch.expm1(-d) + d,
+        "abs": lambda: d.abs(),
+    }[estimator]()
 
 
 def shape_rewards(scores, log_probs, ref_log_probs, response_mask, *, kl_coef, estimator="k1"):
@@ -111,7 +115,11 @@ def ppo_policy_loss(
         loss = torch.where((adv < 0) & (loss > -adv * dual_clip), -adv * dual_clip, loss)
     total = torch.where(mask, weight * loss, 0).sum() / count
     d = (lp - old).detach()
-    per_token = {"ratio": ratio.detach(), "approx_kl": torch.expm1(d) - d, "clip_frac": (clipped > plain).to(lp.dtype)}
+    per_token = {
+        "ratio": ratio.detach(),
+        "approx_kl": torch.expm1(d) - d,
+        "clip_frac": (clipped > plain).to(lp.dtype),
+    }
     return total, {name: torch.where(mask, x, 0).sum() / count for name, x in per_token.items()}
 
 
@@ -170,7 +178,8 @@ def philox_4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tup
 def uniform(seed: int, stream: int, offset: int) -> float:
     """The one number in [0, 1) with 53 bits that belongs to (seed, stream, offset)."""
     words = philox_4x32(
-        (stream & WORD, stream >> 32 & WORD, offset & WORD, offset >> 32 & WORD), (seed & WORD, seed >> 32 & WORD)
+        (stream & WORD, stream >> 32 & WORD, offset & WORD, offset >> 32 & WORD),
+        (seed & WORD, seed >> 32 & WORD),
     )
     return (words[0] << 21 | words[1] >> 11) * 2.0**-53
 
@@ -198,7 +207,11 @@ def sample_tokens(logits, *, temperature=1.0, top_k=0, top_p=1.0, seed, offset=0
             continue
         keep = sample_support(logits[row].to(wide(logits)) / temperature, top_k, top_p)
         cdf = torch.where(keep, log_p[row].double().exp(), 0).cumsum(0)
-        u = uniform(seed, row if stream is None else int(stream[row]), int(offset if isinstance(offset, int) else offset[row]))
+        u = uniform(
+            seed,
+            row if stream is None else int(stream[row]),
+            int(offset if isinstance(offset, int) else offset[row]),
+        )
         tokens.append(int((cdf <= u * cdf[-1]).sum()))
         log_probs.append(float(log_p[row, tokens[-1]] - cdf[-1].log()))
     tokens = torch.tensor(tokens, dtype=torch.int64)

@@ -1,0 +1,388 @@
+"""The lean torch path: log-probs and the PPO loss from hidden states, without a [tokens, vocabulary] tensor.
+
+One tile of logits at a time lives in a buffer that is written over. `linear_log_probs` sweeps the vocabulary in
+slices (outer loop) and the tokens in blocks (inner loop): a slice of W is read and upcast once a sweep, dW is written
+once, and the backward computes its tiles anew. `linear_ppo_loss` sweeps the tokens in chunks over the whole
+vocabulary, so that exp() runs once and the gradients cost two more matrix products, three in all.
+
+Everything is computed in fp32 (float64 for float64 inputs); products of bf16 or fp16 numbers are exact in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .checks import wide
+from .losses import LossOptions, policy_terms
+
+MIB = 1 << 20
+FLOOR = -1e4  # stands in for -inf in differences of logits: exp() of it is 0, and 0 * FLOOR is 0 where 0 * -inf is NaN
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows and columns of one tile of logits."""
+
+    rows: int
+    columns: int
+
+
+def sweep_tiles(n: int, vocabulary: int, hidden: int, *, cuda: bool, batch_invariant: bool = False) -> Tiles:
+    """Tiles of the sweep over slices of the vocabulary: a few MiB, so that on CPU a tile stays in the last cache."""
+    if batch_invariant:  # a fixed shape: what else is in the batch must not change the order of summation
+        return Tiles(64, min(vocabulary, 16384))
+    budget = (256 if cuda else 8) * MIB // 4
+    rows = max(1, min(n, 16384 if cuda else 2048))
+    columns = min(max(512, budget // rows), max(512, 8 * MIB // hidden))  # the fp32 copy of a slice is bounded too
+    return Tiles(rows, max(1, min(vocabulary, columns // 64 * 64)))
+
+
+def chunk_rows(vocabulary: int, *, cuda: bool) -> int:
+    """Tokens in a chunk of the three-product sweep: 128 MiB of fp32 logits at most (1 GiB on a GPU)."""
+    most = (1024 if cuda else 128) * MIB // 4 // vocabulary
+    wanted = 2048 if cuda else max(256, 16 * MIB // 4 // vocabulary)  # fewer rows make thin matrix products
+    return max(1, min(most, wanted))
+
+
+@dataclass
+class Head:
+    """The head on the rows that count: z = f(u) with u = x W^T + factor * bias^T + v B^T and x = factor * hidden.
+
+    `factor` [n] folds logit_scale and temperature into the small operand: z = u without a softcap, and
+    z = cap * tanh(u) with one (`cap` [n, 1] = softcap / temperature). v = lora_scale * x A^T.
+    """
+
+    x: Tensor
+    factor: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    cap: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    lora_scale: float
+    v: Tensor | None
+
+    @classmethod
+    def build(
+        cls, hidden, weight, rows, bias, temperature, logit_scale, logit_softcap, lora_a, lora_b, lora_scale
+    ) -> Head:
+        """hidden [N, H]; rows: the indices that count, or None for all; temperature [N] (any dtype) or a float."""
+        dtype = wide(hidden, weight)
+        x = (hidden if rows is None else hidden.index_select(0, rows)).to(dtype)
+        if isinstance(temperature, Tensor):
+            degrees = (temperature if rows is None else temperature.index_select(0, rows)).to(dtype)
+        else:
+            degrees = x.new_full((len(x),), temperature)
+        cap, factor = None, logit_scale / degrees
+        if logit_softcap is not None:
+            cap, factor = (
+                (logit_softcap / degrees)[:, None],
+                torch.full_like(degrees, logit_scale / logit_softcap),
+            )
+        one = (temperature if logit_softcap is None else logit_softcap) == logit_scale
+        x = x if one is True else x * factor[:, None]  # `one` is a tensor for a temperature per token
+        a, b = (None if t is None else t.to(dtype) for t in (lora_a, lora_b))
+        v = None if a is None else lora_scale * (x @ a.T)
+        return cls(x, factor, weight, None if bias is None else bias.to(dtype), cap, a, b, lora_scale, v)
+
+    def slices(self, columns: int) -> Iterator[tuple[int, int, Tensor]]:
+        """(first column, last column + 1, those rows of W in the dtype of computation)."""
+        for lo in range(0, len(self.weight), columns):
+            w = self.weight[lo : lo + columns]
+            yield lo, lo + len(w), w.to(self.x.dtype)
+
+    def rows(self, lo: int, hi: int) -> Head:
+        """The same head on rows lo..hi."""
+        cut = slice(lo, hi)
+        cap, v = (None if t is None else t[cut] for t in (self.cap, self.v))
+        return replace(self, x=self.x[cut], factor=self.factor[cut], cap=cap, v=v)
+
+    def logits(self, w: Tensor, lo: int, hi: int, out: Tensor) -> Tensor:
+        """z of columns lo..hi written into `out` [n, hi - lo]."""
+        torch.mm(self.x, w.T, out=out)
+        if self.bias is not None:
+            out.addr_(self.factor, self.bias[lo:hi])
+        if self.v is not None:
+            out.addmm_(self.v, self.lora_b[lo:hi].T)
+        return out if self.cap is None else out.tanh_().mul_(self.cap)
+
+
+class Gradients:
+    """fp32 sums of the gradients somebody needs, filled tile by tile from du (the gradient of u)."""
+
+    def __init__(self, head: Head, need: tuple[bool, bool, bool, bool], write_once: torch.dtype | None = None):
+        """need: hidden, weight, bias, lora. write_once: dW is complete after its slice; store it in that dtype."""
+        h, w, b, lora = need
+        x = head.x
+        self.head, self.write_once = head, write_once
+        self.dx = torch.zeros_like(x) if h else None
+        make = torch.empty if write_once else torch.zeros
+        self.dw = make(head.weight.shape, dtype=write_once or x.dtype, device=x.device) if w else None
+        self.db = x.new_zeros(len(head.weight)) if b else None
+        self.dlora_b = torch.zeros_like(head.lora_b) if lora else None
+        self.dv = torch.zeros_like(head.v) if head.v is not None and (h or lora) else None
+
+    def add(self, du: Tensor, w: Tensor, columns: slice, rows: slice, head: Head) -> None:
+        """One tile: du [rows, columns], w the slice of W, head the rows of the head."""
+        if self.dx is not None:
+            self.dx[rows].addmm_(du, w)
+        if self.dw is not None and self.write_once is None:
+            self.dw[columns].addmm_(du.T, head.x)
+        if self.db is not None:
+            self.db[columns].addmv_(du.T, head.factor)
+        if self.dlora_b is not None:
+            self.dlora_b[columns].addmm_(du.T, head.v)
+        if self.dv is not None:
+            self.dv[rows].addmm_(du, head.lora_b[columns])
+
+    def add_weight(self, total: Tensor | None, du: Tensor, head: Head) -> Tensor | None:
+        """One more block of rows into the dW of a slice (write-once mode)."""
+        if self.dw is None:
+            return None
+        return torch.mm(du.T, head.x) if total is None else total.addmm_(du.T, head.x)
+
+    def finish(self, n: int, rows: Tensor | None) -> tuple[Tensor | None, ...]:
+        """(dhidden [n, H], dW, dbias, dA, dB); dhidden is 0 on the rows that do not count."""
+        head, da = self.head, None
+        if self.dlora_b is not None:
+            da = head.lora_scale * (self.dv.T @ head.x)
+        if self.dx is not None:
+            if self.dv is not None:
+                self.dx.addmm_(self.dv, head.lora_a, alpha=head.lora_scale)
+            self.dx.mul_(head.factor[:, None])
+            if rows is not None:
+                self.dx = self.dx.new_zeros(n, self.dx.shape[1]).index_copy_(0, rows, self.dx)
+        return self.dx, self.dw, self.db, da, self.dlora_b
+
+
+def _inside(labels: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+    """Which labels fall into columns lo..hi, and their column in the tile ([n, 1], 0 for the others)."""
+    inside = (labels >= lo) & (labels < hi)
+    return inside, torch.where(inside, labels - lo, 0)[:, None]
+
+
+def sweep_forward(head: Head, labels: Tensor, tiles: Tiles, *, entropy: bool, pad: bool = False):
+    """log-prob, entropy, running maximum and sum of exp(z - maximum), each [n], in one sweep over the vocabulary.
+
+    The online softmax of Milakov and Gimelshein (2018); t sums exp(z - m) * (z - m) for the entropy.
+    """
+    n, x = len(labels), head.x
+    m, s, t = x.new_full((n,), -torch.inf), x.new_zeros(n), x.new_zeros(n)
+    target = x.new_full((n,), torch.nan)  # stays NaN for a label outside [0, V)
+    buffer = x.new_empty(tiles.rows * tiles.columns)
+    spare = torch.empty_like(buffer) if entropy else buffer
+    for lo, hi, w in head.slices(tiles.columns):
+        for first in range(0, n, tiles.rows):
+            cut = slice(first, min(n, first + tiles.rows))
+            part = head.rows(cut.start, cut.stop)
+            size = cut.stop - cut.start
+            shape = (tiles.rows if pad else size, hi - lo)
+            z = _tile(part, w, lo, hi, buffer[: shape[0] * shape[1]].view(shape), size)
+            inside, column = _inside(labels[cut], lo, hi)
+            target[cut] = torch.where(inside, z.gather(1, column)[:, 0], target[cut])
+            old = m[cut]
+            new = torch.maximum(old, z.amax(1))
+            base = torch.where(new == -torch.inf, 0, new)
+            z.sub_(base[:, None])
+            if entropy:
+                z.clamp_(min=FLOOR)
+            e = torch.exp(z, out=spare[: z.numel()].view(z.shape))
+            shift = (old - base).clamp(min=FLOOR)
+            decay = shift.exp()
+            if entropy:
+                t[cut] = decay * (t[cut] + s[cut] * shift) + z.mul_(e).sum(1)
+            s[cut] = decay * s[cut] + e.sum(1)
+            m[cut] = new
+    base = torch.where(m == -torch.inf, 0, m)
+    log_s = s.log()
+    return (target - base) - log_s, (log_s - t / s if entropy else None), m, s
+
+
+def _tile(part: Head, w: Tensor, lo: int, hi: int, out: Tensor, size: int) -> Tensor:
+    """The logits of a block of rows; a last, shorter block is padded with zero rows to the shape of `out`."""
+    if len(out) == size:
+        return part.logits(w, lo, hi, out)
+    extra = len(out) - size
+    grow = {name: getattr(part, name) for name in ("x", "factor", "cap", "v")}
+    grow = {k: None if t is None else torch.cat([t, t.new_zeros(extra, *t.shape[1:])]) for k, t in grow.items()}
+    return replace(part, **grow).logits(w, lo, hi, out)[:size]
+
+
+def sweep_backward(head: Head, labels, g, ge, entropy, m, s, tiles: Tiles, need, weight_dtype) -> Gradients:
+    """Gradients for dL/dlogp = g and dL/dentropy = ge (or None): dz = 1[y] g - p (g + ge (log p + entropy))."""
+    grads = Gradients(head, need, write_once=weight_dtype)
+    n, x = len(labels), head.x
+    base, log_s = torch.where(m == -torch.inf, 0, m)[:, None], s.log()
+    buffer = x.new_empty(tiles.rows * tiles.columns)
+    spare = torch.empty_like(buffer) if ge is not None else None
+    for lo, hi, w in head.slices(tiles.columns):
+        dw = None
+        for first in range(0, n, tiles.rows):
+            cut = slice(first, min(n, first + tiles.rows))
+            part = head.rows(cut.start, cut.stop)
+            shape = (cut.stop - cut.start, hi - lo)
+            z = part.logits(w, lo, hi, buffer[: shape[0] * shape[1]].view(shape))
+            slope = None if part.cap is None else 1 - (z / part.cap) ** 2  # d tanh
+            z.sub_(base[cut])
+            if ge is None:
+                du = z.exp_().mul_((-g[cut] / s[cut])[:, None])
+            else:
+                e = torch.exp(z.clamp_(min=FLOOR), out=spare[: z.numel()].view(shape))
+                z.add_((entropy[cut] - log_s[cut])[:, None]).mul_(ge[cut, None]).add_(g[cut, None])
+                du = z.mul_(e).mul_((-1 / s[cut])[:, None])
+            inside, column = _inside(labels[cut], lo, hi)
+            du.scatter_add_(1, column, torch.where(inside, g[cut], 0)[:, None])
+            if slope is not None:
+                du.mul_(slope).mul_(part.cap)
+            grads.add(du, w, slice(lo, hi), cut, part)
+            dw = grads.add_weight(dw, du, part)
+        if dw is not None:
+            grads.dw[lo:hi] = dw
+    return grads
+
+
+def chunk_terms(head: Head, labels: Tensor, z: Tensor, columns: int):
+    """z [c, V] becomes exp(z - m) in place. Returns log-prob, entropy, m and the sum of z, each [c]."""
+    c, vocabulary = z.shape
+    for lo, hi, w in head.slices(vocabulary if head.weight.dtype == z.dtype else columns):
+        head.logits(w, lo, hi, z[:, lo:hi])
+    m = z.amax(1)
+    inside, column = _inside(labels, 0, vocabulary)
+    target = torch.where(inside, z.gather(1, column)[:, 0] - m, torch.nan)
+    s, t = torch.zeros_like(m), torch.zeros_like(m)
+    for lo in range(0, vocabulary, columns):
+        d = z[:, lo : lo + columns]
+        d.sub_(m[:, None]).clamp_(min=FLOOR)
+        e = d.exp()
+        s += e.sum(1)
+        t += d.mul_(e).sum(1)
+        d.copy_(e)
+    return target - s.log(), s.log() - t / s, m, s
+
+
+def chunk_gradient(head: Head, labels: Tensor, z: Tensor, m, s, entropy, g, ge: Tensor | None, columns: int) -> Tensor:
+    """exp(z - m) in `z` becomes the gradient of u, in place (the formula of `sweep_backward`; ge 0-d or None)."""
+    for lo in range(0, z.shape[1], columns):
+        e = z[:, lo : lo + columns]
+        log_e = None if ge is None and head.cap is None else e.log().clamp_(min=FLOOR)
+        slope = None if head.cap is None else 1 - ((log_e + m[:, None]) / head.cap).clamp_(-1, 1) ** 2
+        if ge is None:
+            e.mul_((-g / s)[:, None])
+        else:
+            e.mul_(log_e.add_((entropy - s.log())[:, None]).mul_(ge).add_(g[:, None])).mul_((-1 / s)[:, None])
+        inside, column = _inside(labels, lo, lo + e.shape[1])
+        e.scatter_add_(1, column, torch.where(inside, g, 0)[:, None])
+        if slope is not None:
+            e.mul_(slope).mul_(head.cap)
+    return z
+
+
+def ppo_sweep(head: Head, labels, old_log_probs, advantages, weights, ref_log_probs, count, options: LossOptions, need,
+              rows_per_chunk: int, columns: int):  # fmt: skip
+    """Loss terms [n] of every token and the gradients, in one sweep: log-prob -> loss -> gradient of the logits.
+
+    Three matrix products a chunk: logits, then dx and dW from the same buffer.
+    """
+    n, x = len(labels), head.x
+    log_probs, entropy, loss = (x.new_empty(n) for _ in range(3))
+    grads = Gradients(head, need)
+    ge = None if options.entropy_coef == 0 else -options.entropy_coef / count
+    buffer = x.new_empty(min(n, rows_per_chunk), len(head.weight))
+    for first in range(0, n, rows_per_chunk):
+        cut = slice(first, min(n, first + rows_per_chunk))
+        part = head.rows(cut.start, cut.stop)
+        z = buffer[: cut.stop - cut.start]
+        log_probs[cut], entropy[cut], m, s = chunk_terms(part, labels[cut], z, columns)
+        per_token = (None if t is None else t[cut] for t in (old_log_probs, advantages, weights, ref_log_probs))
+        loss[cut], g = policy_terms(log_probs[cut], *per_token, options)
+        chunk_gradient(part, labels[cut], z, m, s, entropy[cut], g / count, ge, columns)
+        for lo, hi, w in head.slices(len(head.weight) if head.weight.dtype == z.dtype else columns):
+            grads.add(z[:, lo:hi], w, slice(lo, hi), cut, part)
+    return loss, log_probs, entropy, grads
+
+
+def _blocks(logits: Tensor, first: int = 0) -> Iterator[tuple[Tensor, int]]:
+    """Two-dimensional views [rows, V] of logits [..., V] and the flat index of their first row, never a copy."""
+    if logits.ndim == 2:
+        rows = max(1, 8 * MIB // 4 // logits.shape[1])
+        for lo in range(0, len(logits), rows):
+            yield logits[lo : lo + rows], first + lo
+    elif logits.ndim == 1:
+        yield logits[None], first
+    else:
+        size = logits[0].numel() // logits.shape[-1] if len(logits) else 0
+        for i, part in enumerate(logits):
+            yield from _blocks(part, first + i * size)
+
+
+def _merge(logits: Tensor) -> Tensor:
+    """Leading dimensions merged where the strides allow it."""
+    try:
+        return logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        return logits
+
+
+def _scaled(block: Tensor, keep: Tensor, temperature: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """A copy of some rows of logits, divided by the temperature; rows that do not count are 0."""
+    z = block.to(dtype, copy=True)
+    if isinstance(temperature, Tensor) or temperature != 1:
+        z.div_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    return z if bool(keep.all()) else z.masked_fill_(~keep[:, None], 0)
+
+
+def rows_forward(logits: Tensor, labels: Tensor, temperature: Tensor | float, ignore_index: int, entropy: bool):
+    """token_log_probs: log-prob, entropy (or an empty tensor), maximum and sum of exponentials, in blocks of rows."""
+    dtype, shape = wide(logits), labels.shape
+    labels, n = labels.reshape(-1).long(), labels.numel()
+    temperature = temperature.reshape(-1).to(dtype) if isinstance(temperature, Tensor) else temperature
+    log_probs, m, s, h = (torch.zeros(n, dtype=dtype, device=logits.device) for _ in range(4))
+    for block, first in _blocks(_merge(logits)) if n else ():
+        cut = slice(first, first + len(block))
+        keep = labels[cut] != ignore_index
+        z = _scaled(block, keep, temperature[cut] if isinstance(temperature, Tensor) else temperature, dtype)
+        inside, column = _inside(labels[cut], 0, z.shape[1])
+        target = torch.where(inside, z.gather(1, column)[:, 0], torch.nan)
+        m[cut] = z.amax(1)
+        z.sub_(m[cut, None])
+        target = target - m[cut]
+        if entropy:
+            e = z.clamp_(min=FLOOR).exp()
+            s[cut] = e.sum(1)
+            h[cut] = torch.where(keep, s[cut].log() - z.mul_(e).sum(1) / s[cut], 0)
+        else:
+            s[cut] = z.exp_().sum(1)
+        log_probs[cut] = torch.where(keep, target - s[cut].log(), 0)
+    h = h.view(shape) if entropy else h.new_empty(0)
+    return log_probs.view(shape), h, m.view(shape), s.view(shape)
+
+
+def rows_backward(logits, labels, temperature, ignore_index, g, ge, entropy, m, s) -> Tensor:
+    """The gradient of the logits: dz = 1[y] g - p (g + ge (log p + entropy)), then / temperature."""
+    dtype, n = wide(logits), labels.numel()
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    flat = out.view(n, logits.shape[-1])
+    labels, m, s = labels.reshape(-1).long(), m.reshape(-1), s.reshape(-1)
+    g, ge, entropy = (None if t is None else t.reshape(-1).to(dtype) for t in (g, ge, entropy))
+    g = torch.zeros_like(m) if g is None else g
+    temperature = temperature.reshape(-1).to(dtype) if isinstance(temperature, Tensor) else temperature
+    for block, first in _blocks(_merge(logits)) if n else ():
+        cut = slice(first, first + len(block))
+        keep = labels[cut] != ignore_index
+        degrees = temperature[cut] if isinstance(temperature, Tensor) else temperature
+        z = _scaled(block, keep, degrees, dtype).sub_(m[cut, None])
+        if ge is None:
+            z.exp_().mul_((-g[cut] / s[cut])[:, None])
+        else:
+            e = z.clamp_(min=FLOOR).exp()
+            z.add_((entropy[cut] - s[cut].log())[:, None]).mul_(ge[cut, None]).add_(g[cut, None])
+            z.mul_(e).mul_((-1 / s[cut])[:, None])
+        inside, column = _inside(labels[cut], 0, z.shape[1])
+        z.scatter_add_(1, column, torch.where(inside, g[cut], 0)[:, None])
+        z.div_(degrees[:, None] if isinstance(degrees, Tensor) else degrees)
+        flat[cut] = z if bool(keep.all()) else z.masked_fill_(~keep[:, None], 0)
+    return out
