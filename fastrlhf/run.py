@@ -1,0 +1,271 @@
+"""The run folder and the loop every stage shares: log, evaluate, checkpoint, resume, stop.
+
+A stage owns the algorithm (`run_step`); this file owns everything around it, once. The loop is a generator, so that
+the user can own it: `for step in trainer`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import fastrlhf
+from fastrlhf.checkpoint import Checkpoint, CheckpointError, CheckpointStore, StopSignal, replace_folder
+from fastrlhf.config import StageConfig, UserError
+from fastrlhf.guards import Interrupted
+from fastrlhf.models import write_model
+from fastrlhf.optim import Optimizer
+from fastrlhf.recipe import resolved_yaml
+from fastrlhf.state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
+from fastrlhf.templates import stop_token_ids
+from fastrlhf.tracking import Tracker
+
+# Fields a resumed run may change: they steer the run, not its numbers (a longer run goes on from where it was).
+EXIT_INTERRUPTED = 75
+transformers.utils.logging.disable_progress_bar()  # one line a weight file would drown the console
+MAY_CHANGE = {"output_dir", "resume", "overwrite", "save_every", "total_steps", "epochs"}
+
+
+class Step(Protocol):
+    """What a stage's run_step returns; metrics are determined by the seed, timings by the machine."""
+
+    metrics: dict[str, float]
+    timings: dict[str, float]
+
+
+class Stage(Protocol):
+    """What the loop needs from SFT, reward model and PPO."""
+
+    config: StageConfig
+    inputs: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    total_steps: int
+    best_metric: tuple[str, bool]  # name of the evaluation metric, whether higher is better
+
+    def trained(self) -> dict[str, tuple[PreTrainedModel, Optimizer]]: ...
+    def run_step(self) -> Step: ...
+    def evaluate(self) -> dict[str, float]: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Run:
+    """One stage's run folder (or none: output_dir None) with its tracker, checkpoints and position."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.config = stage, stage.config
+        self.step = 0
+        self.best: float | None = None
+        self.dir = Path(self.config.output_dir) if self.config.output_dir else None
+        self.store: CheckpointStore | None = None
+        checkpoint = self._open()
+        resumed = None if not self.config.resume else checkpoint.state["bytes"] if checkpoint else {}
+        self.tracker = Tracker(self.dir, self.config.stage, stage.total_steps, resume_bytes=resumed)
+        for note in self.store.notes if self.store else []:
+            self.tracker.note(note)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    # ------------------------------------------------------------------------------------------------- the folder
+
+    def _open(self) -> Checkpoint | None:
+        if self.dir is None:
+            return None
+        prepare_folder(self.dir, overwrite=self.config.overwrite, resume=self.config.resume)
+        self.store = CheckpointStore(self.dir)
+        if not (self.dir / "run.json").exists():
+            self._describe()
+        return self.store.latest() if self.config.resume else None
+
+    def _describe(self) -> None:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        inputs = {name: _described(value) for name, value in self.stage.inputs.items() if value is not None}
+        text = resolved_yaml(self.config.stage, inputs, self.config)
+        (self.dir / "config.yaml").write_text(text, encoding="utf-8")
+        write_run_json(
+            self.dir,
+            verb=self.config.stage,
+            inputs=inputs,
+            from_python=sorted(n for n, v in self.stage.inputs.items() if not _plain(v)),
+            seed=self.config.seed,
+        )
+
+    # -------------------------------------------------------------------------------------------------- the loop
+
+    def steps(self) -> Iterator[Step]:
+        """Run the remaining steps. Raises Interrupted after a signal, once a checkpoint is written."""
+        stage, total = self.stage, self.stage.total_steps
+        with StopSignal() as stop:
+            if self.step == 0 and self.config.eval_every:
+                self.tracker.log(0, self._evaluate())
+            while self.step < total:
+                result = stage.run_step()
+                self.step += 1
+                if self.config.eval_every and (self.step % self.config.eval_every == 0 or self.step == total):
+                    result.metrics.update(self._evaluate())
+                self.tracker.log(self.step, result.metrics, result.timings)
+                due = self.config.save_every and self.step % self.config.save_every == 0
+                if due or stop.requested or self.step == total:
+                    self._save()
+                yield result
+                if stop.requested and self.step < total:
+                    where = f"; go on with: fastrlhf resume {self.dir}" if self.dir else ""
+                    raise Interrupted(f"stopped by {stop.name} after step {self.step} of {total}{where}")
+
+    def _evaluate(self) -> dict[str, float]:
+        with self.tracker.phase("evaluate"):
+            metrics = self.stage.evaluate()
+        name, higher = self.stage.best_metric
+        value = metrics.get(name)
+        better = value is not None and (self.best is None or (value > self.best if higher else value < self.best))
+        if better and self.step > 0:
+            self.best = value
+            if self.dir is not None:
+                self.export(self.dir / "best")
+        return metrics
+
+    # ----------------------------------------------------------------------------------------- saving and resuming
+
+    def export(self, folder: str | Path) -> None:
+        """The first trained model as a folder that stock transformers runs, replaced as a whole."""
+        model, _ = next(iter(self.stage.trained().values()))
+        tokenizer = self.stage.tokenizer
+        stops = stop_token_ids(tokenizer, getattr(model, "generation_config", None))
+        replace_folder(lambda target: write_model(target, model, tokenizer, stops), Path(folder))
+
+    def _save(self) -> None:
+        if self.store is None:
+            return
+        tensors, optimizers = {"rng": rng_tensors()}, {}
+        for name, (_, optimizer) in self.stage.trained().items():
+            saved, optimizers[name] = optimizer_tensors(optimizer.inner, name)
+            tensors[f"optimizer_{name}"] = {**saved, **optimizer.master_tensors()}
+        state = {
+            "step": self.step,
+            "best": self.best,
+            "config": _identity(self.config),
+            "optimizers": optimizers,
+            "stage": self.stage.state(),
+            "bytes": self.tracker.bytes(),
+        }
+        models = {name: model for name, (model, _) in self.stage.trained().items()}
+        try:
+            with self.tracker.phase("save"):
+                self.store.save(self.step, models=models, tensors=tensors, state=state, tokenizer=self.stage.tokenizer)
+        except CheckpointError as error:
+            if error.fatal:
+                raise
+            self.tracker.event("checkpoint", str(error))
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        saved, now = checkpoint.state["config"], _identity(self.config)
+        changed = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
+        if changed:
+            name = changed[0]
+            raise UserError(
+                f"{name}: this run was started with {saved.get(name)!r} and would resume with {now.get(name)!r}; "
+                "resume with the same value, or start a new output_dir"
+            )
+        for name, (model, optimizer) in self.stage.trained().items():
+            checkpoint.load_model(name, model)
+            tensors = checkpoint.tensors(f"optimizer_{name}")
+            optimizer.load_masters(tensors)
+            inner = {key: value for key, value in tensors.items() if not key.startswith("master.")}
+            load_optimizer_tensors(optimizer.inner, inner, checkpoint.state["optimizers"][name])
+        restore_rng(checkpoint.tensors("rng"))
+        self.step, self.best = checkpoint.state["step"], checkpoint.state["best"]
+        self.stage.load_state(checkpoint.state["stage"])
+        self.tracker.note(f"resumed from {checkpoint.path} at step {self.step} of {self.stage.total_steps}")
+
+
+def prepare_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse a folder in use, or empty it. Only what a run wrote is ever removed: a folder without run.json is not."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {str(folder)!r} is a file; name a folder")
+    if resume and not folder.is_dir():
+        raise UserError(f"output_dir: {str(folder)!r} does not exist, so there is nothing to resume")
+    if resume or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(
+            f"output_dir: {str(folder)!r} is not empty; name another folder, or use --overwrite (resume=true goes on)"
+        )
+    if not (folder / "run.json").exists():
+        raise UserError(f"output_dir: {str(folder)!r} holds files that no run wrote; empty it by hand")
+    shutil.rmtree(folder)
+
+
+def write_run_json(folder: Path, *, verb: str, **fields: Any) -> None:
+    """What `fastrlhf resume` and the report read first: the verb, the inputs, the versions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {
+        "fastrlhf": fastrlhf.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    content = {"verb": verb, **fields, "versions": versions, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    content["device"] = device
+    (folder / "run.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_run_json(folder: str | Path) -> dict[str, Any]:
+    """run.json of a run folder. UserError when the folder is none, or holds objects only Python can pass again."""
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise UserError(f"{str(folder)!r} is no run folder: it has no run.json")
+    run = json.loads(path.read_text(encoding="utf-8"))
+    if run.get("from_python"):
+        names = ", ".join(run["from_python"])
+        raise UserError(
+            f"{str(folder)!r} was started from Python with objects for {names}; resume it from Python: build the same "
+            "trainer with resume=True"
+        )
+    return run
+
+
+def _identity(config: StageConfig) -> dict[str, Any]:
+    """The fields that determine a run's numbers, as JSON knows them."""
+    dumped = json.loads(config.model_dump_json())
+    return {name: value for name, value in dumped.items() if name not in MAY_CHANGE}
+
+
+def _plain(value: Any) -> bool:
+    """True for what YAML can hold: names and paths, but no loaded models, functions or data sets."""
+    if isinstance(value, (list, tuple)):
+        return all(_plain(item) for item in value)
+    return value is None or isinstance(value, (str, int, float, Path))
+
+
+def _described(value: Any) -> Any:
+    if _plain(value):
+        return str(value) if isinstance(value, Path) else value
+    if isinstance(value, PreTrainedModel):
+        return f"<loaded {type(value).__name__}>"
+    return f"<{getattr(value, '__name__', type(value).__name__)}>"
+
+
+def run_stage(trainer: type, inputs: dict[str, Any], config: StageConfig) -> int:
+    """A whole stage for the command line: train, write output_dir/final -> exit code 0, or 75 when interrupted."""
+    if config.output_dir is None:
+        raise UserError("output_dir: name the run folder, for example output_dir=runs/first")
+    stage = trainer(config, **inputs)
+    tracker = stage.run.tracker
+    try:
+        stage.train()
+        stage.save(stage.run.dir / "final")
+        tracker.note(f"done: {stage.run.dir / 'final'}")
+    except Interrupted as stopped:
+        tracker.note(str(stopped))
+        return EXIT_INTERRUPTED
+    finally:
+        tracker.close()
+    return 0

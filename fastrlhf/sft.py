@@ -1,0 +1,249 @@
+"""Stage 1: supervised fine-tuning, and plain-text pretraining (`format: text`), through the fused linear log-prob.
+
+The loss of an optimizer step is the mean over all its target tokens, however they are split into micro-batches or
+packed into rows: neither changes the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf import models
+from fastrlhf.config import SFTConfig, UserError
+from fastrlhf.data import Counts, Sampler, load_conversations, pack, split_heldout
+from fastrlhf.feedback import Conversation
+from fastrlhf.guards import UpdateGuard
+from fastrlhf.optim import Optimizer, lr_at, micro_batches, token_budget
+from fastrlhf.run import Run, run_stage
+from fastrlhf.stats import throughput
+from fastrlhf.templates import encode_conversation, encode_prompt, encode_response, resolve_chat_template
+from fastrlhf_kernels import linear_log_probs
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and which of them are targets (the first never is: nothing predicts it)."""
+
+    ids: list[int]
+    target: list[bool]
+
+
+@dataclass
+class SFTStep:
+    metrics: dict[str, float]
+    timings: dict[str, float]
+
+
+class SFTTrainer:
+    """Fine-tune a causal LM on conversations or text. Fields of the config: docs/api.md.
+
+    model: folder, hub id, GGUF file, or a loaded model (trained in place). data, eval_data: whatever
+    `load_conversations` reads. Raises UserError before any training for what cannot work.
+    """
+
+    def __init__(
+        self,
+        config: SFTConfig,
+        *,
+        model: str | PreTrainedModel,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        data: Any,
+        eval_data: Any = None,
+    ) -> None:
+        self.config = config
+        self.inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
+        self.best_metric = ("loss/eval", False)
+        self.tokenizer = models.tokenizer_for(tokenizer, model)
+        notes = [f"chat template: {resolve_chat_template(self.tokenizer, config.chat_template)}"]
+        self.examples, note = self._load(data, "data")
+        notes.append(note)
+        self.eval_examples: list[Example] = []
+        if eval_data is not None:
+            self.eval_examples, note = self._load(eval_data, "eval_data")
+            notes.append(note)
+        elif config.eval_fraction:
+            self.examples, self.eval_examples = _split(self.examples, config)
+        self.model = models.load_policy(model, config.dtype, config.attention).requires_grad_(True)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.device = self.model.device
+        self.budget = token_budget(config.micro_batch_tokens, self.device)
+        self.optimizer = Optimizer(
+            self.model, name=config.optimizer, learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm
+        )
+        self.total_steps = config.total_steps or math.ceil(config.epochs * len(self.examples) / config.mini_batch_size)
+        self.sampler, self.guard = Sampler(len(self.examples), config.seed), UpdateGuard()
+        self.run = Run(self)
+        for text in notes:
+            self.run.tracker.note(text)
+
+    def _load(self, source: Any, role: str) -> tuple[list[Example], str]:
+        """Rows as examples; what is too long is dropped or cut and counted, never silently."""
+        config = self.config
+        rows, counts = load_conversations(source, format=config.format, skip_bad_rows=config.skip_bad_rows)
+        examples = []
+        for row in rows:
+            example = _encode(self.tokenizer, row)
+            if len(example.ids) > config.max_tokens:
+                example = _fitted(example, config, counts)
+                if example is None:
+                    continue
+            examples.append(example)
+        if not examples:
+            raise UserError(f"{role}: nothing left to train on ({counts.line()}); raise max_tokens")
+        return examples, f"{role}: {counts.line()}"
+
+    # ------------------------------------------------------------------------------------------------- the user's end
+
+    def __iter__(self) -> Iterator[SFTStep]:
+        return self.run.steps()
+
+    def train(self) -> dict[str, float]:
+        """Run every remaining step -> the metrics of the last one."""
+        summary: dict[str, float] = {}
+        for step in self:
+            summary = step.metrics
+        return summary
+
+    def save(self, folder: str | Path) -> None:
+        """Weights, tokenizer, chat template and generation config, as stock transformers loads them."""
+        self.run.export(folder)
+
+    # ------------------------------------------------------------------------------------------------------- one step
+
+    def run_step(self) -> SFTStep:
+        config = self.config
+        examples = [self.examples[i] for i in self.sampler.take(config.mini_batch_size)]
+        targets = sum(sum(e.target) for e in examples)
+        with self.run.tracker.phase("update"):
+            total = torch.zeros((), device=self.device)
+            for batch in self._batches(examples):
+                loss = -self._log_probs(batch).sum() / targets
+                loss.backward()
+                total += loss.detach()
+            rate = lr_at(
+                self.run.step, base=config.learning_rate, schedule=config.lr_schedule,
+                warmup_steps=config.warmup_steps, total_steps=self.total_steps,
+            )  # fmt: skip
+            result = self.optimizer.step(rate)
+        sentence = self.guard.record(result.applied, "model")
+        if sentence is not None:
+            self.run.tracker.event("non_finite_update", sentence, step=self.run.step + 1)
+        metrics = {
+            "loss/train": float(total),
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "update/skipped": float(self.guard.skipped),
+        }
+        return SFTStep(metrics, throughput(sum(len(e.ids) for e in examples), self.device))
+
+    def _batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
+        """Rows of one example each, or of several where packing is on, grouped under the token budget."""
+        lengths = [len(e.ids) for e in examples]
+        rows = pack(lengths, self.config.max_tokens) if self.config.packing else [[i] for i in range(len(lengths))]
+        sizes = [sum(lengths[i] for i in row) for row in rows]
+        for group in micro_batches(sizes, self.budget):
+            yield Batch.build([[examples[i] for i in rows[r]] for r in group], self.device)
+
+    def _log_probs(self, batch: Batch) -> Tensor:
+        head = models.lm_head(self.model)
+        hidden = models.hidden_states(self.model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.index]
+        return linear_log_probs(hidden, head.weight, batch.labels, **head.kwargs())
+
+    # ------------------------------------------------------------------------------------- evaluation and checkpoints
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """loss/eval in nats a target token, perplexity/eval = exp of it, over the held-out examples."""
+        if not self.eval_examples:
+            return {}
+        self.model.eval()
+        total = sum(float(-self._log_probs(batch).sum()) for batch in self._batches(self.eval_examples))
+        loss = total / sum(sum(e.target) for e in self.eval_examples)
+        return {"loss/eval": loss, "perplexity/eval": math.exp(min(loss, 700.0))}
+
+    def trained(self) -> dict[str, tuple[PreTrainedModel, Optimizer]]:
+        return {"model": (self.model, self.optimizer)}
+
+    def state(self) -> dict[str, Any]:
+        return {"sampler": self.sampler.state_dict(), "guard": self.guard.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state["sampler"])
+        self.guard.load_state(state["guard"])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids, position_ids [B, L]; index [N] into B*L of what predicts each target; labels [N]."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    index: Tensor
+    labels: Tensor
+
+    @classmethod
+    def build(cls, rows: list[list[Example]], device: torch.device) -> Batch:
+        """Positions restart with every example, which also keeps packed examples from seeing each other."""
+        width = max(sum(len(e.ids) for e in row) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        positions = torch.zeros(len(rows), width, dtype=torch.int64)
+        index, labels = [], []
+        for r, row in enumerate(rows):
+            start = 0
+            for example in row:
+                end = start + len(example.ids)
+                ids[r, start:end] = torch.tensor(example.ids)
+                positions[r, start:end] = torch.arange(len(example.ids))
+                wanted = [t for t in range(1, len(example.ids)) if example.target[t]]
+                index += [r * width + start + t - 1 for t in wanted]
+                labels += [example.ids[t] for t in wanted]
+                start = end
+            positions[r, start:] = torch.arange(width - start) + int(positions[r, start - 1]) + 1
+        tensors = (ids, positions, torch.tensor(index), torch.tensor(labels))
+        return cls(*(t.to(device) for t in tensors))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Example:
+    """Loss on assistant tokens only, all turns of them; on every token of plain text, EOS included."""
+    if row.text is not None:
+        ids = encode_prompt(tokenizer, row.text) + [tokenizer.eos_token_id]
+        return Example(ids, [False] + [True] * (len(ids) - 1))
+    if row.messages is not None:
+        return Example(*encode_conversation(tokenizer, row.messages))
+    prompt = encode_prompt(tokenizer, row.prompt)
+    response = encode_response(tokenizer, row.prompt, row.response)
+    return Example(prompt + response, [False] * len(prompt) + [True] * len(response))
+
+
+def _fitted(example: Example, config: SFTConfig, counts: Counts) -> Example | None:
+    """Drop or cut an over-long example, counted. A cut reply ends open: a made-up EOS would teach to stop there."""
+    if config.overlong == "drop":
+        counts.add(f"longer than max_tokens = {config.max_tokens}")
+        return None
+    cut = Example(example.ids[: config.max_tokens], example.target[: config.max_tokens])
+    if not any(cut.target):
+        counts.add(f"with no reply within max_tokens = {config.max_tokens}")
+        return None
+    counts.noted[f"cut to max_tokens = {config.max_tokens}"] += 1
+    return cut
+
+
+def _split(examples: list[Example], config: SFTConfig) -> tuple[list[Example], list[Example]]:
+    train, heldout = split_heldout(examples, config.eval_fraction, config.seed)
+    if not train or not heldout:
+        raise UserError(f"eval_fraction = {config.eval_fraction}: {len(examples)} examples cannot be split so")
+    return train, heldout
+
+
+def main(inputs: dict[str, Any], config: SFTConfig) -> int:
+    """`fastrlhf sft`: train and write output_dir/final -> exit code."""
+    return run_stage(SFTTrainer, inputs, config)

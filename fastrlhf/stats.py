@@ -1,0 +1,67 @@
+"""Small sums behind the metrics of a step; names and units are in docs/api.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def mean(values: Sequence[float]) -> float:
+    """NaN for nothing: a metric that could not be measured is not 0."""
+    return sum(values) / len(values) if values else math.nan
+
+
+class Stats:
+    """Named figures of the updates of one step, averaged over the updates."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, name: str, value: float) -> None:
+        self._values.setdefault(name, []).append(value)
+
+    def last(self, name: str) -> float:
+        return self._values[name][-1]
+
+    def means(self) -> dict[str, float]:
+        return {name: mean(values) for name, values in self._values.items()}
+
+
+def rollout_metrics(
+    scores: Tensor,
+    old_log_probs: Tensor,
+    ref_log_probs: Tensor,
+    policy_log_probs: Tensor,
+    sampled_log_probs: Sequence[Tensor],
+    mask: Tensor,
+) -> dict[str, float]:
+    """Metrics known before the update. scores [B] (NaN: unscorable); log-probs [B, T], zero outside mask [B, T].
+
+    kl/ref: mean over sequences of sum_t log pi(a_t) - log pi_ref(a_t), in nats. rollout/mismatch: mean |difference|
+    between the log-probs of decoding and of the training forward. rollout/kept_mass: mean probability that top-k and
+    top-p left to sample from (1 without them).
+    """
+    tokens = mask.sum().clamp(min=1)
+    good = scores[scores.isfinite()]
+    truncation = policy_log_probs[mask].cpu() - torch.cat(list(sampled_log_probs))
+    kl = (old_log_probs - ref_log_probs).sum(1)
+    return {
+        "reward/mean": mean(good.tolist()),
+        "reward/std": float(good.std(correction=0)) if good.numel() else math.nan,
+        "reward/unscorable": float(scores.numel() - good.numel()),
+        "kl/ref": float(kl.mean()),
+        "rollout/mismatch": float((old_log_probs - policy_log_probs).abs().sum() / tokens),
+        "rollout/kept_mass": float(truncation.exp().mean()),
+    }
+
+
+def throughput(sampled_tokens: float, device: torch.device) -> dict[str, float]:
+    """perf/rollout_tokens: response tokens of the step; mem/peak_gib on a GPU since the last step."""
+    found = {"perf/rollout_tokens": float(sampled_tokens)}
+    if device.type == "cuda":
+        found["mem/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        torch.cuda.reset_peak_memory_stats(device)
+    return found
