@@ -21,6 +21,8 @@ import shutil
 import signal
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -108,9 +110,7 @@ def _verify(folder: Path) -> dict[str, Any]:
             f"format {FORMAT_VERSION}; use the version that wrote it ({manifest['versions']['fastrlhf']})"
         )
     if folder.name != f"step-{manifest['step']:06d}":
-        raise DamagedError(
-            f"{path}: written for step {manifest['step']}, found in a folder called {folder.name}"
-        )
+        raise DamagedError(f"{path}: written for step {manifest['step']}, found in a folder called {folder.name}")
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -143,9 +143,7 @@ class Checkpoint:
         name.
         """
         if f"{name}.safetensors" not in self.files:
-            raise UserError(
-                f"{self.path}: no tensors called {name!r}; resume with the same options as before"
-            )
+            raise UserError(f"{self.path}: no tensors called {name!r}; resume with the same options as before")
         return load_file(self.path / f"{name}.safetensors")
 
     def load_model(self, name: str, model: torch.nn.Module) -> None:
@@ -163,12 +161,27 @@ class Checkpoint:
             with safe_open(self.path / shard, framework="pt") as file:
                 saved.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
         live = model.state_dict()
-        _check_weights(
-            f"{self.path / name}", saved, live, getattr(model, "_keys_to_ignore_on_save", None) or ()
-        )
+        if saved.keys() - live.keys() and self._model_type(name) == model.config.model_type:
+            saved = _in_memory_form(self.path / name, type(model), model.dtype)
+        _check_weights(f"{self.path / name}", saved, live, getattr(model, "_keys_to_ignore_on_save", None) or ())
         with torch.no_grad():
             for key, tensor in saved.items():
                 live[key].copy_(tensor)
+
+    def _model_type(self, name: str) -> str:
+        return json.loads((self.path / name / "config.json").read_text(encoding="utf-8"))["model_type"]
+
+
+def _in_memory_form(folder: Path, kind: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights under the names of the live module. Transformers keeps the published names on disk and renames
+    or stacks some architectures' weights (GPT-NeoX, mixtures of experts) only while loading.
+    """
+    with _no_progress_bars(), torch.random.fork_rng(devices=[]):
+        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    for problem, names in report.items():
+        if names:
+            raise UserError(f"{folder}: {problem} {sorted(map(str, names))[0]}; resume with the same model")
+    return model.state_dict()
 
 
 def _check_weights(where: str, saved: dict[str, Tensor], live: dict[str, Tensor], ignored: Any) -> None:
@@ -178,14 +191,21 @@ def _check_weights(where: str, saved: dict[str, Tensor], live: dict[str, Tensor]
         if tensor.shape != live[key].shape or tensor.dtype != live[key].dtype:
             raise UserError(
                 f"{where}: weight {key} is {tensor.dtype} {list(tensor.shape)} in the checkpoint, "
-                f"{live[key].dtype} {list(live[key].shape)} in this run's model; resume with the same model and dtype"
+                f"{live[key].dtype} {list(live[key].shape)} in this run's model; "
+                "resume with the same model and dtype"
             )
-    filled = {_storage(live[key]) for key in saved}
+    filled: dict[tuple[Any, ...], str] = {}
+    for key, tensor in saved.items():
+        first = filled.setdefault(_storage(live[key]), key)
+        if first != key and not torch.equal(saved[first], tensor):
+            raise UserError(
+                f"{where}: weights {first} and {key} are one tensor in this run's model and two in the "
+                "checkpoint; resume with the same model"
+            )
     for key, tensor in live.items():
         if _storage(tensor) not in filled and key not in ignored:
             raise UserError(
-                f"{where}: weight {key} of this run's model is not in the checkpoint; "
-                "resume with the same model"
+                f"{where}: weight {key} of this run's model is not in the checkpoint; resume with the same model"
             )
 
 
@@ -213,12 +233,13 @@ def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _save_quietly(model: Any, folder: Path) -> None:
-    """`save_pretrained` without its progress bar, which would break the live console."""
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Hide the bars of `save_pretrained` and `from_pretrained`, which would break the live console."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder)
+        yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
@@ -231,9 +252,7 @@ class CheckpointStore:
 
     def __init__(self, run_dir: str | Path, keep: int = 2):
         if keep < 2:
-            raise ValueError(
-                f"keep is {keep}; at least 2 checkpoints must stay, or damage to one loses the run"
-            )
+            raise ValueError(f"keep is {keep}; at least 2 checkpoints must stay, or damage to one loses the run")
         self.run_dir = Path(run_dir)
         self.folder = self.run_dir / "checkpoints"
         self.keep = keep
@@ -305,9 +324,7 @@ class CheckpointStore:
                 self._note(f"checkpoint {folder.name} is damaged and not used ({error})")
                 continue
             here = _versions()
-            changed = [
-                f"{k} {v} -> {here.get(k)}" for k, v in checkpoint.versions.items() if here.get(k) != v
-            ]
+            changed = [f"{k} {v} -> {here.get(k)}" for k, v in checkpoint.versions.items() if here.get(k) != v]
             if changed:
                 self.notes.append(f"resumed under other versions, so not bit for bit: {', '.join(changed)}")
             return checkpoint
@@ -320,9 +337,7 @@ class CheckpointStore:
     def _failed(self, target: Path, reason: str) -> CheckpointError:
         self.failures += 1
         fatal = self.failures >= FAILURES_ALLOWED
-        end = (
-            "the third failure in a row" if fatal else "training can go on and try again at the next interval"
-        )
+        end = "the third failure in a row" if fatal else "training can go on and try again at the next interval"
         message = f"checkpoint {target} was not written ({reason}); {end}"
         self.notes.append(message)
         return CheckpointError(message, fatal=fatal)
@@ -332,15 +347,12 @@ class CheckpointStore:
         needed = int(SPACE_FACTOR * (weights + sum(_bytes(group) for group in tensors.values())))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise OSError(
-                f"{needed:,} bytes are needed and {free:,} are free: {needed - free:,} bytes are missing"
-            )
+            raise OSError(f"{needed:,} bytes are needed and {free:,} are free: {needed - free:,} bytes are missing")
 
-    def _write(
-        self, tmp: Path, step: int, models: Any, tensors: Any, state: dict[str, Any], tokenizer: Any
-    ) -> None:
+    def _write(self, tmp: Path, step: int, models: Any, tensors: Any, state: dict[str, Any], tokenizer: Any) -> None:
         for index, (name, model) in enumerate(models.items()):
-            _save_quietly(model, tmp / name)
+            with _no_progress_bars():
+                model.save_pretrained(tmp / name)
             if index == 0 and tokenizer is not None:
                 tokenizer.save_pretrained(tmp / name)
         for name, group in tensors.items():
@@ -378,7 +390,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
-        self.name: str | None = None
+        self.name: str | None = None  # of the last signal, for the log
+        self._interrupts = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -389,11 +402,13 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: installed by C code, cannot be put back from Python
+                signal.signal(number, handler)
         self._previous.clear()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.name == "SIGINT":
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             raise KeyboardInterrupt
         self.requested = True
         self.name = signal.Signals(number).name
