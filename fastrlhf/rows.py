@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.config import UserError
+from fastrlhf.sources import is_packaged, packaged_file
 from fastrlhf.foreign import BadRow
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv")
@@ -31,12 +32,14 @@ def read_rows(source: Any) -> Iterator[tuple[str, Any]]:
     """(where, row) of every row of source.
 
     source: a path (.json, .jsonl, both also .gz, .parquet, .csv), a folder (written by Dataset.save_to_disk, or
-    one of such files), a hub id, a datasets.Dataset, or a list of rows. A line that is no JSON or no UTF-8 comes
+    one of such files), package://NAME/FILE,
+    a hub id, a datasets.Dataset, or a list of rows. A line that is no JSON or no UTF-8 comes
     as a BadRow in the row's place, so that the caller may skip it. where is "file:line", "file row N" or
     "row N" (all from 1). Raises UserError: unreadable or unknown source, a file that is broken as a whole.
     """
     if isinstance(source, (str, Path)):
-        path = Path(source).expanduser()
+        packaged = isinstance(source, str) and is_packaged(source)
+        path = packaged_file(source, "data") if packaged else Path(source).expanduser()
         if path.is_dir():
             yield from _read_folder(path)
         elif path.is_file():
@@ -52,7 +55,7 @@ def read_rows(source: Any) -> Iterator[tuple[str, Any]]:
 def _dataset(rows: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Rows of a datasets.Dataset, of the right split of a DatasetDict, or of any iterable."""
     if isinstance(rows, dict):
-        rows = _one_split(rows, name.removesuffix(" row"))
+        rows = _one_split(rows, name.removesuffix("row").strip() or "the dataset")
     if hasattr(rows, "with_format"):
         rows = rows.with_format(None)  # a format set for training would give tensors and arrays
     return ((f"{name} {i}", row) for i, row in enumerate(rows, 1))

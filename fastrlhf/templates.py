@@ -184,9 +184,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) ->
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = tokenizer(text)["input_ids"]
     # Some tokenizers put EOS behind every text; a prompt that ends the document would ask for nothing.
-    if ids and ids[-1] == tokenizer.eos_token_id and _encode(tokenizer, text)[-1:] != ids[-1:]:
-        ids = ids[:-1]
-    return ids
+    own = _encode(tokenizer, text)
+    appended = ids[-1:] == [tokenizer.eos_token_id] and ids[len(ids) - len(own) :] != own
+    return ids[:-1] if appended else ids
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, response: str) -> list[int]:
@@ -203,7 +203,9 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, 
         reply, whole = response, _encode_plain(tokenizer, prompt + response)
     else:
         text = render(tokenizer, prompt, add_generation_prompt=True)
-        reply = _reply_text(tokenizer, text, prompt, response)
+        messages = [*prompt, {"role": "assistant", "content": response}]
+        full = render(tokenizer, messages, add_generation_prompt=False)
+        reply = full[slice(*_span(tokenizer, full, prompt, response))]
         whole = _encode(tokenizer, text + reply)
     n = len(prompt_ids)
     ids = whole[n:] if whole[:n] == prompt_ids else _encode(tokenizer, reply)
@@ -212,32 +214,27 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, 
     return ids if complete else [*ids, eos]
 
 
-def _reply_text(tokenizer, prompt_text: str, prompt: Messages, response: str) -> str:
-    messages = [*prompt, {"role": "assistant", "content": response}]
-    full = render(tokenizer, messages, add_generation_prompt=False)
-    start, content, end = _span(tokenizer, full, prompt, response)
-    # A generation prompt that a finished turn does not repeat (say, an empty thinking block): the policy
-    # continues the former, so its reply begins at the content.
-    return full[start if full.startswith(prompt_text) else content : end]
+def _span(tokenizer, full: str, before: Messages, content: str) -> tuple[int, int]:
+    """Where in full the reply to the messages before begins and ends. Raises UserError naming the turn.
 
-
-def _span(tokenizer, full: str, before: Messages, content: str) -> tuple[int, int, int]:
-    """Where in full the reply to the messages before stands: its start, its content's start, its end."""
-    for add_generation_prompt in (True, False):
-        head = render(tokenizer, before, add_generation_prompt=add_generation_prompt)
+    It begins where the generation prompt ends. A finished turn may not repeat that (say, an empty thinking block):
+    the policy continues the generation prompt, so its reply is then the content and what follows.
+    """
+    for repeated in (True, False):
+        head = render(tokenizer, before, add_generation_prompt=repeated)
         if full.startswith(head):
             break
     else:
         raise UserError(
-            f"the chat template rewrites what stands before turn {len(before) + 1} once that turn is there, "
-            'so the reply has no fixed place; use another chat_template (e.g. "default") or single-turn data'
+            f"the chat template rewrites what stands before turn {len(before) + 1} once that turn is there, so the "
+            'reply has no fixed place; use another chat_template (e.g. "default") or single-turn data'
         )
     stop = end_of_turn(tokenizer) or ""
     for suffix in (stop, ""):  # "": a turn that ends differently from a plain reply, as MOSS commands do
         for text in (content, content.strip()):  # templates may strip
             at = full.find(text + suffix, len(head))
             if at >= 0 and not (stop and stop in full[len(head) : at]):
-                return len(head), at, at + len(text + suffix)
+                return len(head) if repeated else at, at + len(text + suffix)
     raise UserError(f"the chat template changes the assistant's text in turn {len(before) + 1}; use another one")
 
 
@@ -256,7 +253,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
     text = render(tokenizer, prompt, add_generation_prompt=True)
     for turn, message in enumerate(prompt):
         if message["role"] == "assistant":
-            start, _, end = _span(tokenizer, text, prompt[:turn], message["content"])
+            start, end = _span(tokenizer, text, prompt[:turn], message["content"])
             head = _encode(tokenizer, text[:start])
             first = _common(prompt_ids, head)
             past = _common(prompt_ids, _encode(tokenizer, text[:end]))
