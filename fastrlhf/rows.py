@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.config import UserError
-from fastrlhf.sources import is_packaged, packaged_file
 from fastrlhf.foreign import BadRow
+from fastrlhf.sources import is_packaged, packaged_file
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv")
 # CSV columns whose cells are written as JSON.
