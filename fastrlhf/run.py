@@ -7,6 +7,7 @@ the user can own it: `for step in trainer`.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,11 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import fastrlhf
 from fastrlhf.checkpoint import Checkpoint, CheckpointError, CheckpointStore, StopSignal, replace_folder
 from fastrlhf.config import StageConfig, UserError
+from fastrlhf.folders import settle
 from fastrlhf.guards import Interrupted
 from fastrlhf.models import write_model
 from fastrlhf.optim import Optimizer
 from fastrlhf.recipe import resolved_yaml
-from fastrlhf.state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
+from fastrlhf.state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors, seed_rng
 from fastrlhf.templates import stop_token_ids
 from fastrlhf.tracking import Tracker
 
@@ -66,6 +68,7 @@ class Run:
         self.best: float | None = None
         self.dir = Path(self.config.output_dir) if self.config.output_dir else None
         self.store: CheckpointStore | None = None
+        seed_rng(self.config.seed)  # for user reward functions too; a resumed run gets its own state back below
         checkpoint = self._open()
         resumed = None if not self.config.resume else checkpoint.state["bytes"] if checkpoint else {}
         self.tracker = Tracker(self.dir, self.config.stage, stage.total_steps, resume_bytes=resumed)
@@ -86,17 +89,26 @@ class Run:
         return self.store.latest() if self.config.resume else None
 
     def _describe(self) -> None:
-        self.dir.mkdir(parents=True, exist_ok=True)
+        """config.yaml and run.json, both or neither: a run killed here can be started again."""
         inputs = {name: _described(value) for name, value in self.stage.inputs.items() if value is not None}
-        text = resolved_yaml(self.config.stage, inputs, self.config)
-        (self.dir / "config.yaml").write_text(text, encoding="utf-8")
+        fresh = self.dir.absolute().with_name(f".tmp-{self.dir.absolute().name}")
+        shutil.rmtree(fresh, ignore_errors=True)
         write_run_json(
-            self.dir,
+            fresh,
             verb=self.config.stage,
             inputs=inputs,
             from_python=sorted(n for n, v in self.stage.inputs.items() if not _plain(v)),
             seed=self.config.seed,
         )
+        text = resolved_yaml(self.config.stage, inputs, self.config)
+        (fresh / "config.yaml").write_text(text, encoding="utf-8")
+        settle(fresh)
+        if self.dir.exists():
+            for name in ("config.yaml", "run.json"):
+                os.replace(fresh / name, self.dir / name)
+            fresh.rmdir()
+        else:
+            os.rename(fresh, self.dir)
 
     # -------------------------------------------------------------------------------------------------- the loop
 
@@ -129,7 +141,10 @@ class Run:
         if better and self.step > 0:
             self.best = value
             if self.dir is not None:
-                self.export(self.dir / "best")
+                try:
+                    self.export(self.dir / "best")
+                except CheckpointError as error:  # the older best model is still there
+                    self.tracker.event("checkpoint", str(error))
         return metrics
 
     # ----------------------------------------------------------------------------------------- saving and resuming

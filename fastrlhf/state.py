@@ -154,6 +154,13 @@ def _place(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Tensor, p
     return saved.to("cpu" if place == "cpu" else parameter.device).clone()
 
 
+def seed_rng(seed: int) -> None:
+    """Seed every generator that `rng_tensors` records, CUDA devices included. seed: any integer >= 0."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def rng_tensors() -> dict[str, Tensor]:
     """State of every generator a run may draw from: Python's `random`, numpy's global one, torch CPU, and
     each CUDA device.
