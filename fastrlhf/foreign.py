@@ -229,7 +229,7 @@ def _moss_part(turn: dict, key: str, where: str, name: str) -> str:
     value = text_of(turn.get(key), where, f"chat.{name}.{key}").rstrip("\n")
     if not value.startswith(head) or not value.endswith(end):
         raise BadRow(where, f'field "chat.{name}.{key}" must be {head} ... {end}, found {show(value)}')
-    return value[len(head) : -len(end)].removeprefix(" ")
+    return text_of(value[len(head) : -len(end)].removeprefix(" "), where, f"chat.{name}.{key}")
 
 
 def moss_conversation(row: dict, where: str) -> Messages:
@@ -326,7 +326,7 @@ def pair_of(row: dict, where: str) -> tuple[str | Messages, str, str]:
         return _explicit_pair(prompt, row, where)
     both = [row["chosen"], row["rejected"]]
     if not all(map(is_transcript, both)) and all(isinstance(v, str) for v in both):
-        return _common_prompt(*(text_of(row[k], where, k) for k in ("chosen", "rejected")), where)
+        return _common_prompt(row, where)
     chosen, rejected = (conversation_of(row[k], where, k) for k in ("chosen", "rejected"))
     return shared_context(chosen, rejected, where)
 
@@ -365,7 +365,7 @@ def shared_context(chosen: Messages, rejected: Messages, where: str) -> tuple[Me
         if len(messages) < 2:
             raise BadRow(where, f'field "{key}" has a reply but no prompt')
     if chosen[:-1] != rejected[:-1]:
-        turn = len(os.path.commonprefix([chosen[:-1], rejected[:-1]])) + 1
+        turn = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), 0) + 1
         raise BadRow(
             where,
             f'"chosen" and "rejected" differ before their last turn (at turn {turn} of {len(chosen)} and '
@@ -374,17 +374,22 @@ def shared_context(chosen: Messages, rejected: Messages, where: str) -> tuple[Me
     return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
 
 
-def _common_prompt(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
-    """TRL's implicit prompt: the common head of both texts, cut in front of the last blank it ends with."""
-    if chosen == rejected:
-        raise DroppedRow("chosen equals rejected")
+def _common_prompt(row: dict, where: str) -> tuple[str, str, str]:
+    """TRL's implicit prompt: the common head of both texts up to the end of its last whole word.
+
+    Only where no other column could be the prompt: two replies often begin alike too.
+    """
+    chosen, rejected = (text_of(row[key], where, key) for key in ("chosen", "rejected"))
     n = len(os.path.commonprefix([chosen, rejected]))
     while n and not chosen[n - 1].isspace():
         n -= 1
     prompt = chosen[:n].rstrip()
-    if not prompt:
-        raise missing(where, "prompt", ("chosen", "rejected"), "a prompt, or texts that begin with the same one")
+    others = [key for key, value in row.items() if isinstance(value, (str, list)) and key not in ("chosen", "rejected")]
+    if others or not prompt and chosen != rejected:
+        raise missing(where, "prompt", row, "a prompt, or two texts alone that begin with the same one")
+    if chosen == rejected:
+        raise DroppedRow("chosen equals rejected")
     n = len(prompt)
-    for key, value in (("chosen", chosen), ("rejected", rejected)):
-        text_of(value[n:], where, key)
+    for key in ("chosen", "rejected"):
+        text_of(row[key][n:], where, key)
     return prompt, chosen[n:], rejected[n:]

@@ -144,7 +144,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_genera
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    # verbose=False: a text above the model's maximum is counted by the stage, not warned about here.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -182,7 +183,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) ->
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer(text, verbose=False)["input_ids"]
     # Some tokenizers put EOS behind every text; a prompt that ends the document would ask for nothing.
     own = _encode(tokenizer, text)
     appended = ids[-1:] == [tokenizer.eos_token_id] and ids[len(ids) - len(own) :] != own
