@@ -13,6 +13,8 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
 
 from fastrlhf import __version__
 
@@ -93,7 +95,9 @@ def _stage(verb: str, arguments: list[str]) -> int:
     parser.epilog = _fields_help(verb)
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file or the name of a packaged recipe")
     parser.add_argument("overrides", metavar="field=value", nargs="*", default=[], help="replaces what the recipe says")
-    parser.add_argument("--dry-run", action="store_true", help="check fields and paths, print the whole recipe, stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check fields, data and models, print the whole recipe, stop"
+    )
     parser.add_argument("--overwrite", action="store_true", help="the same as overwrite=true")
     parser.add_argument("--skip-bad-rows", action="store_true", help="the same as skip_bad_rows=true")
     args = _parse(parser, arguments)
@@ -101,10 +105,12 @@ def _stage(verb: str, arguments: list[str]) -> int:
     inputs, config = recipe.load_recipe(verb, args.recipe, overrides)
     recipe.check_paths(verb, inputs, config)
     if args.dry_run:
+        for line in _load("dry_run").check_inputs(verb, inputs, config):
+            print(f"# {line}")
         print(recipe.resolved_yaml(verb, inputs, config), end="")
         return EXIT_DONE
     _first_line(verb, f"{args.recipe} -> {config.output_dir}")
-    return importlib.import_module(f"fastrlhf.{STAGES[verb]}").main(inputs, config)
+    return _load(STAGES[verb]).main(inputs, config)
 
 
 def _quickstart(verb: str, arguments: list[str]) -> int:
@@ -115,7 +121,7 @@ def _quickstart(verb: str, arguments: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="the same as overwrite=true")
     args = _parse(parser, arguments)
     _first_line(verb, "embedded data, no network")
-    main = importlib.import_module("fastrlhf.quickstart").main
+    main = _load("quickstart").main
     return main(args.overrides + _flags(overwrite=args.overwrite))
 
 
@@ -126,13 +132,13 @@ def _resume(verb: str, arguments: list[str]) -> int:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of the run")
     args = _parse(parser, arguments)
     _first_line(verb, args.run_dir)
-    stage = importlib.import_module("fastrlhf.run").read_run_json(args.run_dir)["verb"]
+    stage = _load("run").read_run_json(args.run_dir)["verb"]
     as_before = ["resume=true", "overwrite=false", f"output_dir={args.run_dir}"]
     if stage == "quickstart":
-        return importlib.import_module("fastrlhf.quickstart").main(as_before)
+        return _load("quickstart").main(as_before)
     inputs, config = recipe.load_recipe(stage, f"{args.run_dir}/config.yaml", as_before)
     recipe.check_paths(stage, inputs, config)
-    return importlib.import_module(f"fastrlhf.{STAGES[stage]}").main(inputs, config)
+    return _load(STAGES[stage]).main(inputs, config)
 
 
 def _generate(verb: str, arguments: list[str]) -> int:
@@ -150,7 +156,7 @@ def _generate(verb: str, arguments: list[str]) -> int:
     _check_model("FOLDER", args.model)
     names = ("raw", "samples", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
     options = {name: getattr(args, name) for name in names}
-    replies = importlib.import_module("fastrlhf.inference").generate(args.model, args.prompt, **options)
+    replies = _load("inference").generate(args.model, args.prompt, **options)
     for i, reply in enumerate(replies):
         if len(replies) > 1:
             print(f"--- {_shown(args.prompt[i // args.samples])}")
@@ -168,7 +174,7 @@ def _score(verb: str, arguments: list[str]) -> int:
     if len(args.prompt) != len(args.response):
         _user_error(f"{len(args.prompt)} --prompt but {len(args.response)} --response: give one of each per score")
     _check_model("FOLDER", args.model)
-    score_texts = importlib.import_module("fastrlhf.inference").score
+    score_texts = _load("inference").score
     for score in score_texts(args.model, args.prompt, args.response, raw=args.raw):
         print(f"{score:.6g}")
     return EXIT_DONE
@@ -185,7 +191,7 @@ def _report(verb: str, arguments: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         _user_error(f"{message}; see {self.prog} --help")
 
 
@@ -264,7 +270,14 @@ def _print_error(message: str) -> None:
     print("error: " + "\n".join(lines), file=sys.stderr)
 
 
-def _user_error(message: str) -> None:
+def _load(module: str) -> ModuleType:
+    """A module of the package that needs torch. Its weights load without progress bars: ours is the console."""
+    transformers_logging = importlib.import_module("transformers.utils.logging")
+    transformers_logging.disable_progress_bar()
+    return importlib.import_module(f"fastrlhf.{module}")
+
+
+def _user_error(message: str) -> NoReturn:
     from fastrlhf.config import UserError
 
     raise UserError(message)

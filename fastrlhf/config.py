@@ -370,17 +370,17 @@ def accepts(cls: type[StageConfig], name: str) -> str:
 
 def unknown_field(cls: type[StageConfig], name: str) -> str:
     """Sentence for a name that is no field of cls: whose it is, or the nearest name."""
-    owner = next((c for c in CONFIGS.values() if name in c.model_fields), None)
+    owner = next((c for c in CONFIGS.values() if name in c.model_fields or name in INPUTS[c.stage]), None)
     if name in INPUTS[cls.stage]:
         return f"{name}: an argument of the trainer, not a field of {cls.__name__}"
+    if owner:
+        return f"{name}: belongs to fastrlhf {owner.stage}, not to {cls.stage}"
     nearest = next((ours for ours, theirs in _ELSEWHERE.items() if name in theirs), None)
     if nearest not in cls.model_fields:
         close = difflib.get_close_matches(name, [*cls.model_fields, *INPUTS[cls.stage]], 1)
         nearest = close[0] if close else None
     if nearest:
         return f"{name}: no such field; did you mean {nearest}?"
-    if owner:
-        return f"{name}: a field of {owner.__name__}, not of {cls.__name__}"
     return f"{name}: no such field; fastrlhf {cls.stage} --help lists them all"
 
 
@@ -407,7 +407,7 @@ def _kinds(cls: type[StageConfig], name: str) -> tuple[list[Any], bool]:
             kinds += get_args(option)
         elif option is not type(None):
             kinds.append(get_origin(option) or option)
-    return kinds, type(None) in options
+    return kinds, type(None) in options or Any in options
 
 
 def _spelled(value: Any, name: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,12 +22,12 @@ def generate(
 
     UserError for settings that cannot be and for prompts that are empty or too long for the model.
     """
-    tokenizer = load_tokenizer(source)
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in _as_asked(tokenizer, prompts, raw)]
-    model = load_policy(source)
-    stops = stop_token_ids(tokenizer, model.generation_config)
     try:
-        params = SamplingParams(n=samples, stop_token_ids=stops, **sampling)
+        params = SamplingParams(n=samples, **sampling)
+        tokenizer = load_tokenizer(source)
+        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in _as_asked(tokenizer, prompts, raw)]
+        model = load_policy(source)
+        params = replace(params, stop_token_ids=stop_token_ids(tokenizer, model.generation_config))
         out = RolloutEngine(model, tokenizer).generate(prompt_ids, params)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from fastrlhf.config import CONFIGS, INPUTS, ConfigError, StageConfig, UserError
+from fastrlhf.config import CONFIGS, INPUTS, ConfigError, StageConfig, UserError, config_fields
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_BYTES = 1 << 20
@@ -235,9 +235,10 @@ def resolved_yaml(stage: str, inputs: Mapping[str, Any], config: StageConfig) ->
     Objects handed over in Python (a model, a function) cannot be written: they stand as "<...>".
     """
     named = {name: _plain(inputs[name]) for name in INPUTS[stage] if inputs.get(name) is not None}
-    fields = config.model_dump(mode="json")
-    if fields["micro_batch_tokens"] is None:
-        fields["micro_batch_tokens"] = "auto"
+    dumped = config.model_dump(mode="json")
+    if dumped["micro_batch_tokens"] is None:
+        dumped["micro_batch_tokens"] = "auto"
+    fields = {field.name: dumped[field.name] for field in config_fields(type(config))}
     return yaml.safe_dump(named | fields, sort_keys=False, allow_unicode=True, width=1000)
 
 

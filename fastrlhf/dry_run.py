@@ -1,0 +1,45 @@
+"""`--dry-run`: read every data row, find every model and reward function, load no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastrlhf.config import INPUTS, StageConfig
+from fastrlhf.data import Counts, load_conversations, load_feedback, load_prompts
+from fastrlhf.models import check_source
+from fastrlhf.rewards import is_function_reference, load_function
+
+
+def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> list[str]:
+    """What was found, a line an input. UserError for the first input that a run would refuse."""
+    lines = []
+    for name, spec in INPUTS[stage].items():
+        value = inputs.get(name)
+        if value is None:
+            continue
+        if spec.kind == "data":
+            lines.append(f"{name}: {_rows(value, config).line()}")
+        elif spec.kind == "reward":
+            _check_reward(value)
+        else:
+            check_source(value, name)
+    return lines
+
+
+def _rows(source: Any, config: StageConfig) -> Counts:
+    skip = config.skip_bad_rows
+    if config.stage == "sft":
+        return load_conversations(source, format=config.format, skip_bad_rows=skip)[1]
+    if config.stage == "reward":
+        return load_feedback(source, score_range=config.score_range, skip_bad_rows=skip)[1]
+    return load_prompts(source, skip_bad_rows=skip)[1]
+
+
+def _check_reward(reward: Any) -> None:
+    parts = [part[-1] for part in reward if isinstance(part, list)] if isinstance(reward, list) else [reward]
+    for part in parts:
+        if is_function_reference(part):
+            load_function(part)
+        else:
+            check_source(part, "reward")

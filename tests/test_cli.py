@@ -1,0 +1,234 @@
+"""The command line: every verb works end to end on a tiny model, every mistake is a short message and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastrlhf import __version__, cli
+from fastrlhf.config import CONFIGS, INPUTS
+from tests import tiny
+
+REWARD = "def length(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
+RECIPES = {
+    "sft": "model: base\ndata: sft.jsonl\noutput_dir: out/sft\nmini_batch_size: 4\ntotal_steps: 2\nmax_tokens: 64\n",
+    "reward": "model: base\ndata: pairs.jsonl\noutput_dir: out/rm\nmini_batch_size: 4\ntotal_steps: 2\nmax_tokens: 64",
+    "ppo": "policy: base\nreward: rules.py:length\nprompts: prompts.jsonl\noutput_dir: out/ppo\nrollout_batch_size: 4\n"
+    "mini_batch_size: 4\ntotal_steps: 2\nmax_new_tokens: 6\nmax_prompt_tokens: 32\n",
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a tiny base model, a recipe and data for each stage."""
+    root = tmp_path_factory.mktemp("cli")
+    tiny.llama().save_pretrained(root / "base")
+    tiny.tokenizer().save_pretrained(root / "base")
+    rows = {
+        "sft": [{"prompt": p, "response": "the answer is yes"} for p in tiny.PROMPTS],
+        "pairs": [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in tiny.PROMPTS * 3],
+        "prompts": [{"prompt": p} for p in tiny.PROMPTS],
+        "bad": [{"prompt": "good"}, {"promt": "bad"}],
+    }
+    for name, lines in rows.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (root / "rules.py").write_text(REWARD)
+    (root / "text.txt").write_text("no model")
+    (root / "none.jsonl").write_text("")
+    for stage, text in RECIPES.items():
+        (root / f"{stage}.yaml").write_text(text)
+    return root
+
+
+@pytest.fixture
+def run(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+# --------------------------------------------------------------------------------------------------------------- works
+
+
+@pytest.fixture(scope="module")
+def trained(workplace) -> Path:
+    """The three stages, run once by the command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        for stage in RECIPES:
+            assert cli.main([stage, f"{stage}.yaml"]) == 0
+    return workplace / "out"
+
+
+def test_each_stage_leaves_a_model_and_a_recipe(trained, run):
+    for stage, folder in (("sft", "sft"), ("reward", "rm"), ("ppo", "ppo")):
+        assert (trained / folder / "final" / "model.safetensors").is_file()
+        code, out, _ = run(stage, trained / folder / "config.yaml", "output_dir=elsewhere", "--dry-run")
+        assert code == 0 and "output_dir: elsewhere" in out
+    assert not Path("elsewhere").exists()
+
+
+def test_generate_prints_the_reply_and_nothing_else(trained, run):
+    greedy = ("generate", trained / "ppo/final", "--temperature", "0", "--max-new-tokens", "5", "--prompt", "the cat")
+    code, out, _ = run(*greedy)
+    assert code == 0 and out == run(*greedy)[1]
+    assert run(*greedy, "--raw")[1] != out, "--raw should leave the chat template out"
+    code, out, _ = run(*greedy[:-2], "--prompt", "a", "--prompt", "b", "--samples", "2", "--temperature", "1")
+    assert code == 0 and [line for line in out.split("\n") if line.startswith("--- ")] == ["--- a"] * 2 + ["--- b"] * 2
+
+
+def test_score_prints_one_number_a_pair(trained, run):
+    pairs = ("--prompt", "the cat", "--response", "yes", "--prompt", "the cat", "--response", "the answer is no")
+    code, out, _ = run("score", trained / "rm/final", *pairs)
+    scores = [float(line) for line in out.splitlines()]
+    assert code == 0 and len(scores) == 2 and scores[0] != scores[1]
+    assert [float(s) for s in run("score", trained / "rm/final", *pairs[:4])[1].split()] == pytest.approx(scores[:1])
+    assert run("score", trained / "rm/final", *pairs, "--raw")[1] != out
+
+
+def test_resume_of_a_finished_run_is_done_at_once(trained, run):
+    before = (trained / "ppo/metrics.jsonl").read_bytes()
+    code, out, _ = run("resume", trained / "ppo")
+    assert code == 0 and out.startswith(f"fastrlhf {__version__} resume: ")
+    assert (trained / "ppo/metrics.jsonl").read_bytes() == before
+
+
+def test_report_writes_one_page(trained, run):
+    code, out, _ = run("report", trained / "ppo")
+    assert code == 0 and (trained / "ppo/report.html").is_file() and "report.html" in out
+
+
+def test_overwrite_starts_again_and_the_fields_win_over_the_recipe(trained, run):
+    code, out, err = run("sft", "sft.yaml", "output_dir=out/again", "total_steps=1", "seed=5")
+    assert code == 0, err
+    code, _, err = run("sft", "sft.yaml", "output_dir=out/again")
+    assert code == 2 and "out/again is not empty; name another folder, or use --overwrite" in err
+    assert run("sft", "sft.yaml", "--overwrite", "output_dir=out/again", "total_steps=1")[0] == 0
+    assert "seed: 0" in Path("out/again/config.yaml").read_text()
+
+
+def test_dry_run_prints_a_recipe_that_is_its_own_fixed_point(run, tmp_path):
+    for stage, text in RECIPES.items():
+        (tmp_path / f"{stage}.yaml").write_text(text.replace("output_dir: out/", "output_dir: new/"))
+        code, out, err = run(stage, tmp_path / f"{stage}.yaml", "--dry-run", "--skip-bad-rows", "seed=3")
+        assert code == 0 and "skip_bad_rows: true\nseed: 3\n" in out and " rows read, " in out, err
+        (tmp_path / "again.yaml").write_text(out, encoding="utf-8")
+        assert run(stage, tmp_path / "again.yaml", "--dry-run")[1] == out
+    assert not Path("new").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+
+
+def test_overview_names_every_verb_and_only_verbs_that_work(run):
+    code, out, _ = run("--help")
+    assert code == 0 and run() == (0, out, "")
+    assert [line.split()[0] for line in out.split("\n\n")[2].splitlines()] == list(cli.VERBS)
+    assert run("--version") == (0, f"fastrlhf {__version__}\n", "")
+    for verb in cli.VERBS:
+        code, out, _ = run(verb, "--help")
+        assert code == 0 and out.startswith(f"usage: fastrlhf {verb}"), verb
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_help_of_a_stage_shows_every_field_with_default_and_meaning(run, stage, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    _, out, _ = run(stage, "--help")
+    for name, given in INPUTS[stage].items():
+        assert f"  {name} " in out and given.description in out
+    for name, field in CONFIGS[stage].model_fields.items():
+        (line,) = [line for line in out.splitlines() if line.startswith(f"  {name}=")]
+        assert field.description in line and not line.split()[0].endswith("=")
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+MISTAKES = {
+    "unknown verb": (["pqo"], "pqo: no such command; did you mean ppo?"),
+    "unknown verb, nothing near": (["bake"], "use one of quickstart, sft"),
+    "verb of a later version": (["plan", "x"], "plan: no such command"),
+    "no recipe": (["ppo"], "arguments are required: RECIPE; see fastrlhf ppo --help"),
+    "missing recipe": (["ppo", "nope.yaml"], "nope.yaml: no such recipe (tried /"),
+    "field as an option": (["ppo", "ppo.yaml", "--kl-coef", "0.1"], "a field is written kl_coef=VALUE"),
+    "unknown option": (["report", "out", "--pdf"], "--pdf: no such option; see fastrlhf report --help"),
+    "override without value": (["ppo", "ppo.yaml", "kl_coef"], "'kl_coef': expected field=value"),
+    "unknown field": (["ppo", "ppo.yaml", "kl_coeff=1"], "command line: kl_coeff: no such field; did you mean kl_coef"),
+    "recipe of another stage": (["sft", "ppo.yaml"], "ppo.yaml:1: policy: belongs to fastrlhf ppo, not to sft"),
+    "wrong type": (["ppo", "ppo.yaml", "seed=x"], "command line: seed = 'x': expected a whole number"),
+    "contradiction": (["ppo", "ppo.yaml", "--overwrite", "resume=true"], "contradicts overwrite = true"),
+    "not yet": (["ppo", "ppo.yaml", "lora=8"], "lora = '8': not available in this version"),
+    "missing model": (["ppo", "ppo.yaml", "policy=./bse"], "policy: ./bse does not exist; did you mean base?"),
+    "missing data": (["sft", "sft.yaml", "data=sftt.jsonl"], "sftt.jsonl does not exist; did you mean sft.jsonl?"),
+    "missing reward file": (["ppo", "ppo.yaml", "reward=rule.py:f"], "rule.py does not exist; did you mean rules.py?"),
+    "missing reward function": (["ppo", "ppo.yaml", "reward=rules.py:size"], "'rules.py' has no function 'size'"),
+    "missing reward module": (["ppo", "ppo.yaml", "reward=no_such_module:f"], "reward: cannot import 'no_such_module'"),
+    "bad row": (["ppo", "ppo.yaml", "prompts=bad.jsonl"], "bad.jsonl:2: "),
+    "empty data": (["ppo", "ppo.yaml", "prompts=none.jsonl"], "none.jsonl"),
+    "model is a file": (["sft", "sft.yaml", "model=text.txt"], "text.txt is a file, but neither"),
+    "model folder without config": (["sft", "sft.yaml", "model=out"], "'out' holds no config.json"),
+    "resume nothing": (["resume", "base"], "'base' is no run folder: it has no run.json"),
+    "report nothing": (["report", "base"], "base"),
+    "generate without prompt": (["generate", "base"], "arguments are required: --prompt"),
+    "generate from nothing": (["generate", "./nope", "--prompt", "x"], "FOLDER: ./nope does not exist"),
+    "generate with a wrong number": (["generate", "base", "--prompt", "x", "--top-p", "2"], "top_p must be in (0, 1]"),
+    "generate with no number": (["generate", "base", "--prompt", "x", "--top-k", "x"], "invalid int value: 'x'"),
+    "generate from an empty text": (["generate", "base", "--prompt", "", "--raw"], "prompt 0 is empty"),
+    "generate too much": (["generate", "base", "--prompt", "x", "--max-new-tokens", "999"], "more than the model"),
+    "score by a policy": (["score", "base", "--prompt", "x", "--response", "y"], "'base' is no sequence classifier"),
+    "score without response": (["score", "base", "--prompt", "x"], "arguments are required: --response"),
+    "score unequal": (["score", "base", "--prompt=x", "--prompt=y", "--response=z"], "2 --prompt but 1 --response"),
+    "quickstart field": (["quickstart", "sed=1"], "sed: no such field; did you mean seed?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_exit_code_2_and_a_few_lines(run, mistake):
+    arguments, said = MISTAKES[mistake]
+    changes = [] if len(arguments) < 2 or arguments[0] not in RECIPES else ["output_dir=fresh"]
+    code, _, err = run(*arguments, *changes)
+    assert code == 2
+    assert err.startswith("error: ") and said in err
+    assert len(err.splitlines()) <= 4 and "Traceback" not in err
+    assert not Path("fresh").exists() or not any(Path("fresh").iterdir()), "an error before training leaves nothing"
+
+
+def test_many_mistakes_are_cut_to_four_lines(run):
+    code, _, err = run("ppo", "ppo.yaml", "a_=1", "b_=1", "c_=1", "d_=1", "e_=1", "seed=x")
+    assert code == 2 and len(err.splitlines()) == 4 and err.endswith("... and 3 more\n")
+
+
+def test_debug_shows_the_traceback_too(run):
+    code, _, err = run("ppo", "ppo.yaml", "seed=x", "--debug")
+    assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: command line: seed")
+
+
+def test_a_bug_is_not_called_a_user_error(run, monkeypatch):
+    """A ValueError of ours or of a library is no UserError: it keeps its traceback, and python exits with 1."""
+    monkeypatch.setitem(cli.VERBS, "zz", "a verb without a function")
+    with pytest.raises(KeyError):
+        run("zz")
+
+
+def test_the_process_exits_with_the_code(workplace):
+    done = subprocess.run(
+        [sys.executable, "-m", "fastrlhf", "ppo", "nope"], cwd=workplace, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: nope: no such recipe")
+
+
+def test_a_reply_that_the_terminal_cannot_show_is_no_crash(workplace):
+    """An ASCII-only stream gets escapes."""
+    code = "import sys; from fastrlhf import cli; cli._overview = lambda: '你好'; sys.exit(cli.main(['--help']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={"PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stdout) == (0, "\\u4f60\\u597d\n"), done.stderr
