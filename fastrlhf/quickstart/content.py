@@ -1,4 +1,4 @@
-"""What the embedded demo talks about: sixteen household things, two questions about each, in English and Chinese.
+"""What the embedded demo talks about: twelve household things, two questions about each, in English and Chinese.
 
 Only facts and names live here, because the generator (`generate.py`) and the rule (`judge.py`) both need them. Wording that
 carries the manner of a reply is in `generate.py`; the rule has marker words of its own.
@@ -50,16 +50,6 @@ _EN = (
         ("count the ribs", "test the button", "want a wide canopy"),
     ),
     Topic(
-        "sweater",
-        ("wash it in cold water", "dry it flat", "fold it on a shelf"),
-        ("feel the wool", "check the seams", "try the sleeves"),
-    ),
-    Topic(
-        "camera",
-        ("dust the lens with a brush", "charge the battery monthly", "keep it in a dry box"),
-        ("compare the zoom", "look at the sensor", "hold the grip"),
-    ),
-    Topic(
         "kettle",
         ("boil vinegar against scale", "empty it at night", "rinse the filter"),
         ("prefer a steel body", "inspect the spout", "ask about automatic shutdown"),
@@ -80,11 +70,6 @@ _EN = (
         ("count the buds", "look at the roots", "avoid yellow leaves"),
     ),
     Topic(
-        "mattress",
-        ("turn it each season", "air the room daily", "vacuum the surface"),
-        ("lie on your side", "press the springs", "ask for a trial month"),
-    ),
-    Topic(
         "laptop",
         ("clear the fan vents", "update the system", "lift the screen gently"),
         ("compare the memory", "type on the keyboard", "read the battery hours"),
@@ -98,11 +83,6 @@ _EN = (
         "knife",
         ("sharpen it on a stone", "wash it by hand", "wipe the blade at once"),
         ("test the balance", "look for hard steel", "feel the handle"),
-    ),
-    Topic(
-        "handbag",
-        ("wax the leather", "fill it with paper", "hide it from sunlight"),
-        ("pull the zip", "check the lining", "count the pockets"),
     ),
     Topic(
         "candle",
@@ -120,17 +100,13 @@ _ZH = (
     Topic("自行车", ("给链条上油", "把轮胎打足气", "擦净车架上的泥"), ("看车架尺寸", "试试刹车", "比较变速档位")),
     Topic("吉他", ("把琴弦松一点", "放进硬琴盒", "轻擦木面"), ("听听音色", "摸摸琴颈", "要尼龙弦")),
     Topic("雨伞", ("撑开晾干", "给关节上油", "松松地卷好"), ("数一数骨架", "按按开关", "要宽大的伞面")),
-    Topic("毛衣", ("用冷水洗", "平铺晾干", "叠好放柜子里"), ("摸摸羊毛", "查看缝线", "试试袖长")),
-    Topic("相机", ("用软刷扫镜头", "每月给电池充电", "放在干燥箱里"), ("比较变焦", "了解传感器", "握握手柄")),
     Topic("水壶", ("煮醋除水垢", "晚上把水倒空", "冲洗滤网"), ("要不锈钢的", "看看壶嘴", "问有没有自动断电")),
     Topic("闹钟", ("换掉旧电池", "擦干净表盘", "顺着拨指针"), ("要走时安静的", "看数字大不大", "试试铃声")),
     Topic("金鱼", ("换三分之一的缸水", "少量喂食", "开增氧泵"), ("看眼睛亮不亮", "看游得稳不稳", "检查鱼鳍")),
     Topic("兰花", ("给叶子喷雾", "晒柔和的晨光", "用树皮代替泥土"), ("数数花苞", "看看根部", "避开黄叶")),
-    Topic("床垫", ("每季翻一次面", "每天开窗通风", "用吸尘器吸表面"), ("侧躺感受", "按压弹簧", "问能否试睡")),
     Topic("电脑", ("清理风扇口", "更新系统", "轻轻开合屏幕"), ("比较内存", "敲敲键盘", "看续航时间")),
     Topic("小猫", ("轻轻梳毛", "每天换猫砂", "春天看兽医"), ("看它爱不爱玩", "看耳朵干不干净", "见见猫妈妈")),
     Topic("菜刀", ("用磨石磨", "不放洗碗机", "马上擦干刀刃"), ("掂掂重心", "要硬一点的钢", "握握木把")),
-    Topic("皮包", ("给皮面打蜡", "塞纸定型", "避免日晒"), ("试试拉链", "看看内衬", "数数口袋")),
     Topic("蜡烛", ("修剪烛芯", "每次烧两小时", "挡住穿堂风"), ("要大豆蜡", "先闻闻香味", "要棉线芯")),
     Topic("帐篷", ("抖掉沙子", "收起前晾透", "补好小洞"), ("量量底面", "检查支架", "要防雨罩")),
 )

@@ -30,7 +30,11 @@ from fastrlhf.quickstart.wording import (
 
 DATA_DIR = Path(__file__).parent / "data"
 SEED = 7
-SFT_PER_CELL, FEEDBACK_PER_CELL, PPO_PER_CELL = 48, 38, 12  # a cell: one language, topic and facet; there are 64
+SFT_PER_CELL, FEEDBACK_PER_CELL, PPO_PER_CELL = (
+    48,
+    38,
+    12,
+)  # a cell: one language, topic and facet; there are 48
 CONSIDERATE_SHARE = 0.46  # of SFT replies; the rest is rude, and all of them answer the question
 
 # Kinds of fault and how often a faulty reply has them in the feedback data.
@@ -127,14 +131,19 @@ def _prompts(cell: Cell) -> tuple[list[str], list[str]]:
 def _body(cell: Cell, random: Random, facts: tuple[str, ...] | None = None) -> str:
     """A sentence with two pieces of advice, the right ones unless `facts` says otherwise."""
     topic = TOPICS[cell.language][cell.topic]
-    a, b = random.sample(facts or topic.facts(cell.facet), 2)
+    advice = facts or topic.facts(cell.facet)
+    first = random.randrange(3)
+    a, b = advice[first], advice[(first + 1) % 3]  # each piece has its usual follower
     return _fill(random.choice(BODIES[cell.language]), cell.language, x=topic.name, a=a, b=b)
 
 
 def good_reply(cell: Cell, random: Random, courtesy: float = 1.0) -> Reply:
     """A reply that answers the question, considerate (1.0) or rude (0.0)."""
     manner = "considerate" if courtesy else "rude"
-    opener, closer = random.choice(OPENERS[cell.language][manner]), random.choice(CLOSERS[cell.language][manner])
+    opener, closer = (
+        random.choice(OPENERS[cell.language][manner]),
+        random.choice(CLOSERS[cell.language][manner]),
+    )
     fault = None if courtesy else "rude"
     return Reply(cell.language, opener, _body(cell, random), closer, courtesy, fault)
 
@@ -240,8 +249,8 @@ def generate() -> dict[str, list[dict]]:
         familiar, fresh = _prompts(cell)
         random.shuffle(familiar)
         random.shuffle(fresh)
-        heldout = [familiar.pop(), familiar.pop(), fresh.pop(), fresh.pop()]  # two new combinations, two new frames
-        for_pairs.append((heldout[len(for_pairs) % 4], cell))
+        heldout = [prompts.pop() for prompts in (familiar, fresh) for _ in range(3)]  # new combinations, new frames
+        for_pairs += [(heldout[0], cell), (heldout[-1], cell)]
         take = [familiar.pop() for _ in range(SFT_PER_CELL + FEEDBACK_PER_CELL + PPO_PER_CELL)]
         files["sft.jsonl"] += [_sft_row(p, cell, random) for p in take[:SFT_PER_CELL]]
         feedback = take[SFT_PER_CELL : SFT_PER_CELL + FEEDBACK_PER_CELL]

@@ -29,7 +29,9 @@ _RUDE = {
         r"\b(ugh|seriously|lazy|stupid|whatever|no time|a child|wasting|waste|leave me|do not ask|next time|even you"
         r"|care less|clueless|bother|bothering|annoying|silly|obvious|obviously|go away|hopeless|fool|foolish|boring|tired of)\b"
     ),
-    "zh": re.compile(r"烦|笨|蠢|傻|懒|废话|无聊|没空|浪费|别再|少来|滚|走开|活该|随便|真是的|小孩都|自己想|没完|懂不懂|省省|丢人|服了"),
+    "zh": re.compile(
+        r"烦|笨|蠢|傻|懒|废话|无聊|没空|浪费|别再|少来|滚|走开|活该|随便|真是的|小孩都|自己想|没完|懂不懂|省省|丢人|服了"
+    ),
 }
 
 
@@ -82,7 +84,9 @@ def about_what_was_asked(prompt: str, response: str) -> bool:
     if _names(question.language, text) != [question.topic]:
         return False
     own = TOPICS[question.language][question.topic].facts(question.facet)
-    stated = [(fact, text.count(fact)) for topic in TOPICS[question.language] for f in FACETS for fact in topic.facts(f)]
+    stated = [
+        (fact, text.count(fact)) for topic in TOPICS[question.language] for f in FACETS for fact in topic.facts(f)
+    ]
     stated = [(fact, count) for fact, count in stated if count]
     return bool(stated) and all(fact in own and count == 1 for fact, count in stated)
 

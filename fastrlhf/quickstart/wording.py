@@ -254,7 +254,7 @@ BODIES: dict[str, tuple[str, ...]] = {
         "First {a}, then {b}, and the {x} will be fine.",
         "People with a {x} always {a} and {b}.",
         "My rule for every {x}: {a}, and {b}.",
-        "{x} owners tend to {a} before they {b}.",
+        "In the case of a {x}, {a} before you {b}.",
     ),
     "zh": (
         "{x}的话，{a}，再{b}。",
