@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,15 +45,10 @@ class Counts:
         """Rows read and not dropped."""
         return self.read - sum(self.dropped.values())
 
-    def drop(self, reason: str, n: int = 1) -> None:
+    def add(self, reason: str, n: int = 1) -> None:
         """Count n rows as left out for reason, e.g. "longer than 1024 tokens"."""
         if n:
             self.dropped[reason] += n
-
-    def note(self, change: str, n: int = 1) -> None:
-        """Count n rows that are used but were changed, e.g. "cut to 1024 tokens"."""
-        if n:
-            self.noted[change] += n
 
     def line(self) -> str:
         """For people: "2400 rows read, 2391 used, dropped: 6 longer than 1024 tokens, 3 malformed"."""
@@ -76,11 +71,11 @@ def _load(source: Any, parse: Callable[[Any, str], T], skip_bad_rows: bool, need
                 raise row
             items.append(parse(row, where))
         except DroppedRow as error:
-            counts.drop(error.reason)
+            counts.add(error.reason)
         except BadRow as error:
             if not skip_bad_rows:
                 raise UserError(f"{error} (skip_bad_rows=true leaves such rows out)") from error
-            counts.drop(MALFORMED)
+            counts.add(MALFORMED)
             if len(counts.malformed) < 5:
                 counts.malformed.append(str(error))
     if not items:
@@ -116,42 +111,39 @@ def load_prompts(source: Any, *, skip_bad_rows: bool = False) -> tuple[list[Prom
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.note:
-            counts.note(prompt.note)
-        key = _prompt_key(prompt, 0)
-        counts.note(REPEATED, int(key in seen))
+            counts.noted[prompt.note] += 1
+        key = json.dumps(prompt.prompt, ensure_ascii=False)
+        if key in seen:
+            counts.noted[REPEATED] += 1
         seen.add(key)
     return prompts, counts
 
 
-def _prompt_key(item: Any, index: int) -> str:
-    """What two items share that must not be torn apart: their prompt, or first message; else nothing."""
-    prompt = getattr(item, "prompt", None) or getattr(item, "messages", None)
-    return json.dumps(prompt, ensure_ascii=False) if prompt else str(index)
-
-
-def split_heldout(items: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
+def split_heldout(
+    items: Sequence[T], fraction: float, seed: int, key: Callable[[T], Hashable] | None = None
+) -> tuple[list[T], list[T]]:
     """(train, held out), both in the order of items; the same for the same items, fraction and seed.
 
-    Items with the same prompt (several judgements of it) stay together, so that held-out accuracy is measured on
-    prompts that were not trained on; held out are therefore at most fraction * len(items), but one group at least.
-    With fraction > 0 and two items or more neither part is empty. Items of one single prompt are split singly.
+    Items with the same key stay together: with several judgements of a prompt, key=its prompt, accuracy is measured on
+    prompts that were not trained on. Held out are at most round(fraction * len(items)), but one group at least: with
+    fraction > 0 and two groups or more neither part is empty. Items of one single group are split singly.
     """
-    keys = [_prompt_key(item, i) for i, item in enumerate(items)]
+    keys = list(range(len(items))) if key is None else [key(item) for item in items]
     if len(set(keys)) < 2:
-        keys = [str(i) for i in range(len(items))]
+        keys = list(range(len(items)))
     sizes = Counter(keys)
-    order = sorted(sizes)
+    order = list(sizes)
     random.Random(f"held out {seed}").shuffle(order)
-    held: set[str] = set()
+    held: set[Hashable] = set()
     room = min(round(fraction * len(items)), len(items) - 1)
-    for key in order:
-        if sizes[key] <= room:
-            held.add(key)
-            room -= sizes[key]
+    for group in order:
+        if sizes[group] <= room:
+            held.add(group)
+            room -= sizes[group]
     if fraction > 0 and not held and len(order) > 1:
         held.add(min(order, key=sizes.__getitem__))
-    train = [item for item, key in zip(items, keys) if key not in held]
-    return train, [item for item, key in zip(items, keys) if key in held]
+    train = [item for item, group in zip(items, keys) if group not in held]
+    return train, [item for item, group in zip(items, keys) if group in held]
 
 
 class Sampler:
@@ -224,19 +216,3 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
             node //= 2
             free[node] = max(free[2 * node], free[2 * node + 1])
     return bins
-
-
-def fit(
-    prompt_ids: list[int], response_ids: list[int], max_tokens: int, overlong: str
-) -> tuple[list[int], list[int]] | None:
-    """The example if it has at most max_tokens ids, else None (overlong "drop") or the reply cut ("truncate").
-
-    A cut reply ends with a token of its own, never with an EOS it did not reach, which would teach to stop there.
-    None also where the prompt alone leaves no room for a reply's token: prompts are never cut.
-    """
-    room = max_tokens - len(prompt_ids)
-    if len(response_ids) <= room:
-        return prompt_ids, response_ids
-    if overlong == "drop" or room < 1:
-        return None
-    return prompt_ids, response_ids[:room]
