@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,7 +110,8 @@ def _locate(source: str, role: str) -> tuple[str, dict]:
 def _load(auto: type, source: str, role: str, **kwargs: object) -> PreTrainedModel:
     where, extra = _locate(source, role)
     try:
-        return auto.from_pretrained(where, trust_remote_code=False, **extra, **kwargs)
+        with redirect_stderr(io.StringIO()) if extra and not sys.stderr.isatty() else nullcontext():
+            return auto.from_pretrained(where, trust_remote_code=False, **extra, **kwargs)  # its progress bar
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{role}: cannot load {str(source)!r}: {first}") from error
@@ -174,7 +178,7 @@ def load_policy(source: str | PreTrainedModel, dtype: str = "auto", attention: s
         if str(source).endswith(".gguf") or "gguf" in str(getattr(model.config, "quantization_config", "")):
             model = _fresh_copy(model)
         model = model.to(device)
-    disable_dropout(model)
+    prepare(model)
     lm_head(model)  # refuses a model without one now, not after the first rollout
     return model
 
@@ -222,7 +226,7 @@ def load_reward_model(
         model = _load(AutoModelForSequenceClassification, source, role, **kwargs).to(device)
     if getattr(model.config, "num_labels", None) != 1 or not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{role}: {type(model).__name__} must have a scalar head `score` (num_labels=1)")
-    disable_dropout(model)
+    prepare(model)
     return model
 
 
@@ -251,7 +255,7 @@ def scalar_model(trunk_of: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         else:
             draw = torch.Generator().manual_seed(seed)
             model.score.weight.copy_(torch.randn(1, hidden, generator=draw) * (hidden + 1) ** -0.5)
-    disable_dropout(model)
+    prepare(model)
     return model.to(trunk_of.device)
 
 
@@ -275,6 +279,14 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Dropout off, and every embedding trained: torch gives the padding id's row no gradient, which may be the EOS."""
+    disable_dropout(model)
+    embeddings = model.get_input_embeddings()
+    if isinstance(embeddings, nn.Embedding):
+        embeddings.padding_idx = None
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -1,0 +1,499 @@
+"""The invariants of a PPO step, on models small enough to run dozens of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, UserError
+from fastrlhf import models as m
+from fastrlhf.batch import TokenBatch
+from tests import tiny
+
+PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
+
+
+def reward(prompts: list[str], responses: list[str]) -> list[float]:
+    """Something that varies: how many letters e, and a little of the length."""
+    return [r.count("e") - 0.1 * len(r) for r in responses]
+
+
+def config(**fields: object) -> PPOConfig:
+    base = {
+        "total_steps": 2,
+        "rollout_batch_size": 8,
+        "mini_batch_size": 4,
+        "max_new_tokens": 10,
+        "learning_rate": 1e-3,
+        "critic_learning_rate": 1e-3,
+        "eval_every": 0,
+    }
+    return PPOConfig(**{**base, **fields})
+
+
+def trainer(cfg: PPOConfig | None = None, *, policy=None, tok=None, **inputs: object) -> PPOTrainer:
+    inputs = {"reward": reward, "prompts": PROMPTS, **inputs}
+    return PPOTrainer(cfg or config(), policy=policy or tiny.llama(), tokenizer=tok or tiny.tokenizer(), **inputs)
+
+
+def weights(model) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------- invariant 1
+
+
+@pytest.mark.parametrize("policy", [tiny.llama, tiny.gpt2, lambda: tiny.gpt2(dropout=0.5)])
+def test_the_first_update_has_ratio_exactly_one_and_kl_exactly_zero(policy):
+    """Learned positions, and a model with dropout .5, included."""
+    t = trainer(config(total_steps=1, ppo_epochs=1, mini_batch_size=8, learning_rate=1e-2), policy=policy())
+    step = next(iter(t))
+    assert step.metrics["kl/ref"] == 0.0
+    assert step.metrics["policy/ratio"] == 1.0 and step.metrics["kl/approx"] == 0.0
+    assert step.metrics["policy/clip_frac"] == 0.0
+    assert step.metrics["rollout/mismatch"] < 1e-5  # decoding against the training forward
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 30, 10_000])
+def test_ratio_is_exactly_one_for_every_micro_batching(micro_batch_tokens):
+    cfg = config(total_steps=1, ppo_epochs=1, mini_batch_size=8, micro_batch_tokens=micro_batch_tokens)
+    assert next(iter(trainer(cfg))).metrics["policy/ratio"] == pytest.approx(1.0, abs=1e-7)
+    assert next(iter(trainer(cfg))).metrics["kl/approx"] == 0.0
+
+
+def test_metrics_and_weights_do_not_depend_on_the_micro_batch_size():
+    runs = []
+    for micro in (1, 45, 10_000):
+        t = trainer(config(total_steps=2, micro_batch_tokens=micro, learning_rate=1e-4))
+        runs.append(([s.metrics for s in t], weights(t.policy), weights(t.value_model)))
+    metrics, policy, value = runs[0]
+    for other_metrics, other_policy, other_value in runs[1:]:
+        for a, b in zip(metrics, other_metrics, strict=True):
+            for name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-6), name
+        for a, b in zip(policy + value, other_policy + other_value, strict=True):
+            assert torch.allclose(a, b, atol=2e-5)
+
+
+def test_gradients_agree_between_micro_batchings_to_1e6():
+    """SGD-like check before Adam amplifies rounding: the clipped gradient norm of both models."""
+    norms = []
+    for micro in (1, 45, 10_000):
+        cfg = config(total_steps=1, ppo_epochs=1, mini_batch_size=8, micro_batch_tokens=micro)
+        step = next(iter(trainer(cfg)))
+        norms.append((step.metrics["policy/grad_norm"], step.metrics["value/grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] == pytest.approx(norms[2], rel=1e-6)
+
+
+def test_padding_does_not_reach_any_result():
+    """A row alone and beside a longer one: same log-probs and values, learned positions included."""
+    for model in (tiny.llama(), tiny.gpt2()):
+        critic = m.scalar_model(model, tiny.tokenizer(), seed=0)
+        rows = [([5, 6, 7], [8, 9, 1]), ([5] * 20, [4] * 15)]
+        t = trainer(policy=model)
+
+        def run(pairs, t=t, model=model, critic=critic):
+            batch = TokenBatch.build([p for p, _ in pairs], [r for _, r in pairs], t.device)
+            with torch.no_grad():
+                return t._log_probs(model, batch), m.scalar_outputs(critic, batch.hidden(critic))
+
+        for alone, padded in zip(run(rows[:1]), run(rows), strict=True):
+            assert torch.allclose(alone, padded[:3], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- invariants 2, 3
+
+
+def test_number_of_optimizer_steps():
+    cfg = config(total_steps=3, ppo_epochs=2, rollout_batch_size=8, mini_batch_size=3)  # 3 + 3 + 2
+    t = trainer(cfg)
+    t.train()
+    assert t.policy_updates == t.critic_updates == 3 * 2 * 3
+    counts = [int(s["step"]) for s in t.policy_optimizer.inner.state.values()]
+    assert set(counts) == {18}
+
+
+def test_sampled_ids_reach_the_loss_unchanged(monkeypatch):
+    """Non-canonical token splits included: what was sampled is trained on, nothing is decoded and re-encoded."""
+    t = trainer(config(total_steps=1, ppo_epochs=1, mini_batch_size=8))
+    seen = []
+    build = TokenBatch.build.__func__
+
+    def watch(cls, prompts, responses, device):
+        seen.extend(tuple(p + r) for p, r in zip(prompts, responses, strict=True))
+        return build(cls, prompts, responses, device)
+
+    monkeypatch.setattr(TokenBatch, "build", classmethod(watch))
+    step = next(iter(t))
+    rows = {tuple(p + r) for p, r in zip(step.rollout.prompt_ids, step.rollout.response_ids, strict=True)}
+    assert set(seen) == rows
+    reencoded = [t.tokenizer(text, add_special_tokens=False)["input_ids"] for text in step.rollout.responses]
+    assert reencoded != step.rollout.response_ids  # a random model does sample non-canonical splits
+
+
+def test_value_and_log_prob_are_read_where_the_token_is_predicted():
+    prompts, responses = [[5, 6, 7], [4]], [[8, 9], [3, 2, 1]]
+    batch = TokenBatch.build(prompts, responses, torch.device("cpu"))
+    width = batch.input_ids.shape[1]
+    assert batch.index.tolist() == [2, 3, width + 0, width + 1, width + 2]
+    assert batch.labels.tolist() == [8, 9, 3, 2, 1]
+    model = tiny.llama()
+    logits = model(batch.input_ids[:1, :5]).logits[0].log_softmax(-1)
+    want = torch.stack([logits[2, 8], logits[3, 9]])
+    with torch.no_grad():
+        got = trainer(policy=model)._log_probs(model, batch)
+    assert torch.allclose(got[:2], want, atol=1e-5)
+
+
+def test_rollout_log_probs_match_a_teacher_forced_forward_at_the_temperature():
+    t = trainer(config(total_steps=1, temperature=0.7))
+    rollout, _ = t._rollout(t.prompts[:3], 2, purpose="rollout")
+    batch = TokenBatch.build(rollout.prompt_ids, rollout.response_ids, t.device)
+    with torch.no_grad():
+        want = t._log_probs(t.policy, batch)
+    assert torch.allclose(torch.cat(rollout.policy_log_probs), want, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- invariant 5
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_made_in_training():
+    vocabulary = 6000
+    policy = tiny.llama(vocab_size=vocabulary)
+    cfg = config(total_steps=1, rollout_batch_size=64, mini_batch_size=64, ppo_epochs=1, max_new_tokens=24)
+    t = trainer(cfg, policy=policy)
+    rollout, _ = t._rollout([t.prompts[i % len(t.prompts)] for i in range(64)], 1, purpose="rollout")
+    rollout.scores = t._score(rollout)
+    tokens = sum(len(r) for r in rollout.response_ids)
+    with LargestTensor() as largest:
+        plan = t._plan(rollout)
+        experience, _ = t._experience(rollout, plan[0])
+        t._update(rollout, experience, plan)
+    assert tokens > 1200
+    assert largest.numel < tokens * vocabulary / 3
+
+
+# --------------------------------------------------------------------------------------------------------- behaviour
+
+
+def test_learning_rate_zero_changes_nothing():
+    t = trainer(config(total_steps=3, learning_rate=0.0, critic_learning_rate=0.0))
+    before = weights(t.policy), weights(t.value_model)
+    for step in t:
+        assert step.metrics["kl/ref"] == 0.0
+        assert step.metrics["kl/approx"] == pytest.approx(0.0, abs=1e-9)
+    assert same(before[0], weights(t.policy)) and same(before[1], weights(t.value_model))
+
+
+def test_it_learns_a_simple_reward():
+    def letters(prompts, responses):
+        return [sum(c.isascii() and c.isalpha() for c in r) / 10 for r in responses]
+
+    cfg = config(
+        total_steps=15, rollout_batch_size=32, mini_batch_size=16, learning_rate=4e-3, kl_coef=0.0, clip_range=0.3
+    )
+    rewards = [s.metrics["reward/mean"] for s in trainer(cfg, reward=letters)]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+
+
+def test_same_seed_same_run_other_seed_another():
+    runs = [[s.rollout.response_ids for s in trainer(config(seed=seed))] for seed in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_truncated_responses_keep_their_last_token_and_pay_the_penalty():
+    t = trainer(config(total_steps=1, max_new_tokens=2, missing_eos_penalty=7.0, whiten_advantages=False, kl_coef=0.0))
+    step = next(iter(t))
+    cut = [r for r, f in zip(step.rollout.response_ids, step.rollout.finished, strict=True) if not f]
+    assert cut and all(len(r) == 2 and r[-1] not in t.stop_ids for r in cut)
+    plan = t._plan(step.rollout)
+    experience, _ = t._experience(step.rollout, plan[0])
+    base, finished = step.rollout.scores, step.rollout.finished
+    for row, (score, done) in enumerate(zip(base, finished, strict=True)):
+        first = float((experience.advantages + experience.values)[row, 0])
+        if t.config.gae_lambda == 1.0:
+            assert first == pytest.approx(score - (0.0 if done else 7.0), abs=1e-4)
+
+
+def test_a_custom_stop_token_counts_as_finished(tmp_path):
+    """generation_config may list several ids that end a reply; none of them is a missing EOS."""
+    policy = tiny.llama()
+    policy.generation_config.eos_token_id = [1, *range(5, 200)]
+    t = trainer(config(total_steps=1, missing_eos_penalty=5.0), policy=policy)
+    step = next(iter(t))
+    assert step.metrics["length/finished"] > 0.8
+    assert all(r[-1] in t.stop_ids for r, f in zip(step.rollout.response_ids, step.rollout.finished) if f)
+
+
+def test_unscorable_responses_are_masked_out_and_counted():
+    def picky(prompts, responses):
+        return [None if i % 2 else 1.0 for i in range(len(responses))]
+
+    t = trainer(config(total_steps=1, ppo_epochs=1), reward=picky)
+    step = next(iter(t))
+    assert step.metrics["reward/unscorable"] == 4 and step.metrics["reward/mean"] == 1.0
+    experience, _ = t._experience(step.rollout, t._plan(step.rollout)[0])
+    assert not experience.response_mask[1::2].any() and experience.response_mask[::2].any()
+    assert experience.advantages[1::2].abs().sum() == 0
+
+
+def test_nothing_scorable_is_no_nan():
+    t = trainer(config(total_steps=1), reward=lambda prompts, responses: [None] * len(responses))
+    before = weights(t.policy)
+    step = next(iter(t))
+    assert math.isnan(step.metrics["reward/mean"]) and same(before, weights(t.policy))
+
+
+def test_columns_reach_reward_functions_that_ask_for_them():
+    rows = [{"prompt": p, "answer": str(i), "unused": i} for i, p in enumerate(PROMPTS)]
+    seen = {}
+
+    def graded(prompts, responses, answer):
+        seen.update(zip(prompts, answer, strict=True))
+        return [0.0] * len(responses)
+
+    t = trainer(config(total_steps=2), reward=[("graded", 1.0, graded), ("length", 0.5, reward)], prompts=rows)
+    t.train()
+    assert seen and all(tiny.PROMPTS[int(answer)] == prompt for prompt, answer in seen.items())
+
+
+def test_a_non_finite_update_is_skipped_counted_and_named(tmp_path):
+    t = trainer(config(total_steps=1, ppo_epochs=1, mini_batch_size=8, output_dir=str(tmp_path / "run")))
+    before = weights(t.policy)
+    poison = t.policy.lm_head.weight.register_hook(lambda grad: grad * math.nan)
+    step = next(iter(t))
+    poison.remove()
+    assert same(before, weights(t.policy)) and not t.policy_optimizer.inner.state
+    assert step.metrics["update/skipped"] == 1
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert any(e["kind"] == "non_finite_update" and "policy" in e["message"] for e in events)
+
+
+def test_three_non_finite_updates_in_a_row_stop_the_run():
+    t = trainer(config(total_steps=5))
+    t.policy.lm_head.weight.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        t.train()
+
+
+def test_target_kl_stops_the_epochs():
+    t = trainer(config(total_steps=1, ppo_epochs=8, learning_rate=3e-2, target_kl=0.01))
+    step = next(iter(t))
+    assert step.metrics["update/stopped_early"] == 1.0 and t.policy_updates < 16
+
+
+def test_critic_warmup_trains_the_critic_alone():
+    t = trainer(config(total_steps=3, critic_warmup_steps=2))
+    before, critic = weights(t.policy), weights(t.value_model)
+    steps = iter(t)
+    next(steps), next(steps)
+    assert same(before, weights(t.policy)) and not same(critic, weights(t.value_model))
+    next(steps)
+    assert not same(before, weights(t.policy))
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "reinforce++"])
+def test_estimators_without_a_critic_have_none(advantage):
+    t = trainer(config(advantage=advantage, samples_per_prompt=4))
+    assert t.value_model is None and set(t.trained()) == {"policy"}
+    before = weights(t.policy)
+    metrics = t.train()
+    assert not same(before, weights(t.policy)) and not any(name.startswith("value/") for name in metrics)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kl_in": "loss", "kl_coef": 5.0, "kl_estimator": "k3"},
+        {"entropy_coef": 1.0},
+        {"clip_range_high": 0.0001, "clip_range": 0.0001, "ppo_epochs": 4},
+        {"dual_clip": 1.0001, "ppo_epochs": 4},
+        {"vf_coef": 0.0},
+        {"clip_range_value": 1e-6, "ppo_epochs": 4},
+        {"lr_schedule": "cosine", "warmup_steps": 3},
+        {"gamma": 0.5},
+        {"gae_lambda": 0.0},
+        {"temperature": 0.5},
+        {"reward_scaling": "running_std", "whiten_advantages": False},
+        {"advantage_clip": 0.01},
+        {"reward_clip": 0.01, "whiten_advantages": False},
+        {"old_log_probs": "rollout"},
+        {"top_k": 3},
+        {"max_grad_norm": 0.01},
+    ],
+)
+def test_every_option_changes_the_result(fields):
+    """No option is parsed and ignored (rollout log-probs differ from recomputed ones by rounding only)."""
+    plain, changed = trainer(config(learning_rate=1e-2)), trainer(config(**{"learning_rate": 1e-2, **fields}))
+    plain.train(), changed.train()
+    policies_equal = same(weights(plain.policy), weights(changed.policy))
+    critics_equal = same(weights(plain.value_model), weights(changed.value_model))
+    assert not (policies_equal and critics_equal)
+
+
+def test_kept_mass_is_reported_under_truncated_sampling():
+    full, cut = (next(iter(trainer(config(top_k=k)))).metrics["rollout/kept_mass"] for k in (0, 3))
+    assert full == pytest.approx(1.0, abs=1e-5) and cut < 0.9
+
+
+def test_bf16_trains_on_the_cpu(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "m")
+    tiny.tokenizer().save_pretrained(tmp_path / "m")
+    cfg = config(total_steps=2, dtype="bf16", ppo_epochs=1, mini_batch_size=8)
+    t = PPOTrainer(cfg, policy=str(tmp_path / "m"), reward=reward, prompts=PROMPTS)
+    first, second = t
+    assert t.policy.dtype == torch.bfloat16 and t.policy_optimizer.masters[0].dtype == torch.float32
+    assert first.metrics["kl/ref"] == 0.0 and first.metrics["policy/ratio"] == 1.0
+    assert first.metrics["rollout/mismatch"] < 0.2 and second.metrics["kl/ref"] != 0.0
+
+
+# -------------------------------------------------------------------------------------------- reward model and critic
+
+
+@pytest.fixture
+def reward_folder(tmp_path) -> Path:
+    rows = [{"prompt": p, "chosen": "yes", "rejected": "no no no"} for p in PROMPTS] * 2
+    cfg = RewardConfig(total_steps=2, mini_batch_size=4, learning_rate=1e-3, eval_every=0)
+    t = RewardTrainer(cfg, model=tiny.llama(), tokenizer=tiny.tokenizer(), data=rows)
+    t.train()
+    t.save(tmp_path / "rm")
+    return tmp_path / "rm"
+
+
+def test_the_critic_starts_as_the_reward_model_and_a_step_runs(reward_folder):
+    t = trainer(reward=str(reward_folder))
+    assert same(weights(t.value_model), weights(t.scorer.model))
+    frozen = weights(t.scorer.model)
+    t.train()
+    assert same(frozen, weights(t.scorer.model)) and not same(frozen, weights(t.value_model))
+
+
+def test_a_reward_model_scores_the_same_ids_it_was_trained_on(reward_folder):
+    from fastrlhf.rewards import score_texts
+
+    t = trainer(reward=str(reward_folder))
+    step = next(iter(t))
+    done = [i for i, f in enumerate(step.rollout.finished) if f]
+    ids = [t.tokenizer(step.rollout.responses[i], add_special_tokens=False)["input_ids"] for i in done]
+    canonical = [i for i, own in zip(done, ids) if [*own, 1] == step.rollout.response_ids[i]]
+    scores = score_texts(
+        t.scorer.model, t.tokenizer, [step.rollout.raw_prompts[i] for i in canonical],
+        [step.rollout.responses[i] for i in canonical],
+    )  # fmt: skip
+    assert [step.rollout.scores[i] for i in canonical] == pytest.approx(scores, abs=1e-5)
+
+
+def test_without_a_reward_model_values_start_at_zero():
+    t = trainer()
+    rollout, _ = t._rollout(t.prompts[:2], 1, purpose="rollout")
+    rollout.scores = [0.0, 0.0]
+    experience, _ = t._experience(rollout, [[[0, 1]]])
+    assert experience.values.abs().sum() == 0
+
+
+def test_a_reward_model_with_another_tokenizer_gets_text(tmp_path):
+    from tokenizers import pre_tokenizers
+
+    other = tiny.tokenizer()
+    other.add_tokens(["moonlight"])
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model = m.scalar_model(tiny.llama(vocab_size=len(other)), other, seed=1)
+    m.write_model(tmp_path / "rm", model, other, [1])
+    t = trainer(reward=str(tmp_path / "rm"))
+    assert not t.scorer.same_tokenizer
+    step = next(iter(t))
+    assert len([s for s in step.rollout.scores if s is not None]) == 8
+    assert m.is_scalar_model(t.value_model) and float(t.value_model.score.weight.detach().abs().sum()) >= 0
+
+
+# ------------------------------------------------------------------------------------------------------------ the rest
+
+
+def test_evaluation_uses_the_same_random_numbers_and_keeps_the_best(tmp_path):
+    cfg = config(
+        total_steps=4, eval_every=2, learning_rate=0.0, critic_learning_rate=0.0, output_dir=str(tmp_path / "r")
+    )
+    t = trainer(cfg, eval_prompts=PROMPTS[:3])
+    t.train()
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    evals = {row["step"]: row["reward/eval"] for row in rows if "reward/eval" in row}
+    assert set(evals) == {0, 2, 4} and len(set(evals.values())) == 1
+    assert (tmp_path / "r" / "best" / "model.safetensors").exists()
+    samples = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in samples} == {0, 2, 4}
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path):
+    cfg = config(total_steps=1, max_prompt_tokens=14, output_dir=str(tmp_path / "r"))
+    t = trainer(cfg, prompts=[*PROMPTS, "moon " * 40])
+    assert len(t.prompts) < 7
+    assert "longer than max_prompt_tokens = 14" in (tmp_path / "r" / "log.txt").read_text()
+    with pytest.raises(UserError, match="every prompt is longer than max_prompt_tokens = 2"):
+        trainer(config(max_prompt_tokens=2))
+
+
+def test_string_prompts_are_tokenised_as_they_are():
+    t = trainer(prompts=["the cat sat"])
+    assert t.prompts[0][1] == t.tokenizer("the cat sat")["input_ids"]
+
+
+def test_pad_equal_to_eos_changes_nothing():
+    """Masks come from lengths: the EOS a policy samples is trained on even if it is also the padding token."""
+    runs = []
+    for pad_is_eos in (False, True):
+        t = trainer(tok=tiny.tokenizer(pad_is_eos=pad_is_eos), prompts=[tiny.chat("the<|end|>cat"), tiny.chat("moon")])
+        runs.append([s.metrics for s in t])
+    assert runs[0] == runs[1]
+
+
+def test_the_loop_may_belong_to_the_user(tmp_path):
+    t = trainer(config(total_steps=2))
+    steps = list(t)
+    assert [len(s.rollout.responses) for s in steps] == [8, 8] and "reward/mean" in steps[0].metrics
+    t.save(tmp_path / "out")
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    } <= names
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"reward": "no/such/folder"}, "no/such/folder"),
+        ({"reward": 3}, "reward"),
+        ({"reward": "nomodule_x:fn"}, "nomodule_x"),
+        ({"prompts": []}, "prompts|empty|no rows"),
+        ({"prompts": [{"promt": "a"}]}, "prompt"),
+        ({"policy": "/no/such/model"}, "/no/such/model"),
+    ],
+)
+def test_mistakes_are_found_before_training(inputs, message):
+    with pytest.raises(UserError, match=message):
+        trainer(**inputs)
