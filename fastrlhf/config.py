@@ -353,7 +353,7 @@ def config_fields(cls: type[StageConfig]) -> list[FieldHelp]:
 def accepts(cls: type[StageConfig], name: str) -> str:
     """What a field takes, in words: "a whole number >= 1", "constant or cosine", "a number > 0, or none"."""
     kinds, optional = _kinds(cls, name)
-    none = f", or {_spelled(None, name)}" if optional else ""
+    none = f", or {_spelled(None, name)}" if optional and Any not in kinds else ""
     choices = [kind for kind in kinds if isinstance(kind, str)]
     if choices:
         return (" or ".join(choices) if len(choices) < 3 else "one of " + ", ".join(choices)) + none

@@ -1,0 +1,156 @@
+"""Small files, small functions, and no construct that hides a failure: what keeps the code readable is counted."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import fastrlhf
+import fastrlhf_kernels
+
+ROOT = Path(__file__).parents[1]
+FILE_LINES, FUNCTION_LINES, CLASS_LINES = 450, 60, 300
+SHIPPED = [*(ROOT / "fastrlhf").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+SOURCES = SHIPPED + [path for folder in ("tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+# Where an environment variable may be read, and which.
+ENVIRONMENT = {
+    "fastrlhf/console.py": {"NO_COLOR", "TERM"},
+    "fastrlhf/distributed.py": {"WORLD_SIZE", "RANK", "LOCAL_RANK"},
+    "kernels/fastrlhf_kernels/backend.py": {"FASTRLHF_BACKEND", "TRITON_INTERPRET"},
+}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def is_triton_kernel(function: ast.AST) -> bool:
+    return any("jit" in ast.unparse(decorator) for decorator in getattr(function, "decorator_list", []))
+
+
+def too_long(module: ast.Module) -> list[str]:
+    """Functions and classes over their limit; the lines of a docstring are not counted."""
+    found = []
+    for node in ast.walk(module):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or is_triton_kernel(node):
+            continue
+        first = node.body[0]
+        documented = ast.get_docstring(node) is not None
+        lines = node.end_lineno - node.lineno + 1 - (first.end_lineno - first.lineno + 1 if documented else 0)
+        limit = CLASS_LINES if isinstance(node, ast.ClassDef) else FUNCTION_LINES
+        if lines > limit:
+            found.append(f"{node.name}: {lines} lines, at most {limit}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_files_functions_and_classes_are_small(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= FILE_LINES, f"{lines} lines, at most {FILE_LINES}: split it by noun"
+    assert too_long(tree(path)) == []
+
+
+def test_the_counter_counts():
+    body = "\n".join("    x = 1" for _ in range(FUNCTION_LINES))
+    assert too_long(ast.parse(f"def f():\n{body}")) == ["f: 61 lines, at most 60"]
+    assert too_long(ast.parse(f'def f():\n    """a\n    b"""\n{body[10:]}')) == []
+    assert too_long(ast.parse(f"@triton.jit\ndef f():\n{body}")) == []
+    assert too_long(ast.parse("class A:\n" + "\n".join("    x = 1" for _ in range(CLASS_LINES)))) != []
+
+
+def blind_handlers(module: ast.Module) -> list[int]:
+    blind = {"Exception", "BaseException"}
+    return [
+        node.lineno
+        for node in ast.walk(module)
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or blind & {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)})
+    ]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=name)
+def test_no_failure_is_swallowed(path):
+    """No blind except, no `except: pass`, no assert for what a user can cause, no deferred work."""
+    module = tree(path)
+    assert blind_handlers(module) == []
+    silent = [
+        node.lineno
+        for node in ast.walk(module)
+        if isinstance(node, ast.ExceptHandler) and all(isinstance(line, ast.Pass) for line in node.body)
+    ]
+    assert silent == [], "an exception that is ignored needs contextlib.suppress, which names it"
+    comments = [
+        token.string
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    assert [c for c in comments if re.search(r"\b(TODO|FIXME|XXX|HACK)\b", c)] == []
+    assert [n.lineno for n in ast.walk(module) if isinstance(n, ast.Raise) and "NotImplemented" in ast.unparse(n)] == []
+
+
+def test_the_blind_except_finder_finds():
+    for clause in ("except:", "except Exception:", "except (OSError, BaseException) as e:"):
+        assert blind_handlers(ast.parse(f"try:\n    x\n{clause}\n    y"))
+    assert not blind_handlers(ast.parse("try:\n    x\nexcept (OSError, ValueError):\n    y"))
+
+
+def environment_reads(module: ast.Module) -> set[str]:
+    """Names given to os.environ[...], os.environ.get(...), os.getenv(...); "?" where it is no constant."""
+    names = set()
+    for node in ast.walk(module):
+        text = ast.unparse(node) if isinstance(node, (ast.Call, ast.Subscript)) else ""
+        if re.match(r"(os\.)?(environ\.\w+\(|environ\[|getenv\()", text):
+            key = node.args[0] if isinstance(node, ast.Call) and node.args else getattr(node, "slice", None)
+            names.add(key.value if isinstance(key, ast.Constant) else "?")
+    return names
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=name)
+def test_the_environment_is_read_in_few_places(path):
+    assert environment_reads(tree(path)) <= ENVIRONMENT.get(name(path), set())
+    if name(path) not in ("fastrlhf/cli.py", "fastrlhf/quickstart/generate.py"):
+        assert "sys.argv" not in ast.unparse(tree(path))
+
+
+def test_the_environment_finder_finds():
+    code = "os.environ['A']\nos.environ.get('B', 1)\nos.getenv('C')\nenviron[x]\nother.get('D')"
+    assert environment_reads(ast.parse(code)) == {"A", "B", "C", "?"}
+
+
+def public() -> list[tuple[str, object]]:
+    """What `import fastrlhf` and `import fastrlhf_kernels` offer, with the methods of its classes."""
+    offered = [(f"{m.__name__}.{n}", getattr(m, n)) for m in (fastrlhf, fastrlhf_kernels) for n in m.__all__]
+    found = [(n, thing) for n, thing in offered if callable(thing)]
+    for n, thing in list(found):
+        if inspect.isclass(thing) and thing.__module__.startswith("fastrlhf"):
+            found += [(f"{n}.{k}", v) for k, v in vars(thing).items() if inspect.isfunction(v) and k[0] != "_"]
+    return found
+
+
+@pytest.mark.parametrize(("where", "thing"), public(), ids=[n for n, _ in public()])
+def test_what_is_public_is_documented_and_typed(where, thing):
+    assert (inspect.getdoc(thing) or "").strip(), "a docstring says shapes, units and errors"
+    if inspect.isfunction(thing):
+        signature = inspect.signature(thing)
+        untyped = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name != "self"]
+        assert untyped == [] and signature.return_annotation is not signature.empty
+
+
+def test_tests_do_not_mock_our_own_code():
+    """A test that replaces what it tests proves nothing."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        imported = {alias.name for node in ast.walk(tree(path)) if isinstance(node, ast.Import) for alias in node.names}
+        froms = {node.module for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom)}
+        assert not {m for m in imported | froms if m and m.startswith(("unittest.mock", "mock", "pytest_mock"))}, name(
+            path
+        )
