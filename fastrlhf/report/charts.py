@@ -1,0 +1,120 @@
+"""The curves of each stage: which metrics stand in which figure, and how to read them."""
+
+from __future__ import annotations
+
+from fastrlhf.report.figures import Panel, Series, bars, curves, path_plot
+from fastrlhf.report.folder import TITLES, StageRun, is_histogram
+from fastrlhf.report.page import figure, missing
+
+OTHERS_SHOWN = 24
+
+
+def stage_section(stage: StageRun) -> str:
+    draw = {"ppo": _ppo_figures, "sft": _sft_figures, "reward": _rm_figures}[stage.name]
+    figures = "".join(draw(stage))
+    others = _other_figures(stage)
+    title = f"<h2>{TITLES[stage.name]}</h2>"
+    return f'<section id="stage-{stage.name}">{title}<div class="figures">{figures}</div>{others}</section>'
+
+
+def _chart(stage: StageRun, figure_id: str, title: str, hint: str, *panels: tuple[str, str, str]) -> str:
+    """One figure. panels: (unit, metric while training, metric on held-out data or ""); empty panels are left out."""
+    drawn, legend = [], {}
+    for unit, train, held_out in panels:
+        found = [
+            Series(label, points, held)
+            for label, name, held in (("training", train, False), ("held out", held_out, True))
+            if name and (points := stage.points(name))
+        ]
+        legend |= {series.label: series.held_out for series in found}
+        drawn += [Panel(unit, found)] if found else []
+    if not drawn:
+        names = " or ".join(name for _, *both in panels for name in both if name)
+        return missing(figure_id, title, f"no step recorded {names}.")
+    svg = curves(figure_id, title, drawn, f"{'PPO' if stage.name == 'ppo' else 'training'} step")
+    return figure(figure_id, title, svg, hint, list(legend.items()))
+
+
+def _ppo_figures(stage: StageRun) -> list[str]:
+    reward, kl = dict(stage.points("reward/mean")), dict(stage.points("kl/ref"))
+    both = [(kl[step], reward[step]) for step in sorted(kl.keys() & reward.keys())]
+    title = "Reward against KL"
+    x_label, y_label = "KL to the reference (nats per response)", "mean score"
+    over = (
+        figure(
+            "fig-reward-kl", title, path_plot("fig-reward-kl", title, both, x_label, y_label),
+            "What each nat of drift buys. Bending down: the reward model is being exploited.",
+        )
+        if both
+        else missing("fig-reward-kl", title, "no step recorded both reward/mean and kl/ref.")
+    )  # fmt: skip
+    required = [
+        _chart(stage, "fig-reward", "Reward", "Should rise, on held-out prompts too.",
+               ("mean score", "reward/mean", "eval/reward_mean")),
+        _chart(stage, "fig-kl", "KL to the reference", "0 at first; grows as the policy moves. Never far below 0.",
+               ("nats per response", "kl/ref", "")),
+        over,
+        _chart(stage, "fig-length", "Response length", "Growth without need means the reward likes length.",
+               ("tokens", "length/mean", "eval/length_mean")),
+        _chart(stage, "fig-loss", "Losses", "Noisy by nature; look for jumps. The value loss should settle.",
+               ("policy loss", "policy/loss", ""), ("value loss", "value/loss", "")),
+    ]  # fmt: skip
+    optional = [
+        ("policy/entropy", "fig-entropy", "Policy entropy", "Towards 0: the policy says one thing only.",
+         "nats per token"),
+        ("policy/clip_frac", "fig-clip", "Clipped tokens", "Above 0.3 for long: the steps are too large.",
+         "share of tokens"),
+        ("kl/approx", "fig-kl-update", "KL of the updates", "How far a step moves the policy it sampled from.",
+         "nats per token"),
+        ("value/explained_var", "fig-explained-var", "Critic: explained variance", "1 is perfect; below 0 is no help.",
+         "share of variance"),
+    ]  # fmt: skip
+    more = [
+        _chart(stage, figure_id, title, hint, (unit, name, ""))
+        for name, figure_id, title, hint, unit in optional
+        if stage.points(name)
+    ]
+    return required + more
+
+
+def _sft_figures(stage: StageRun) -> list[str]:
+    figures = [
+        _chart(stage, "fig-sft-loss", "Loss", "Held out rising while training falls: too many epochs.",
+               ("nats per token", "loss/train", "loss/eval")),
+    ]  # fmt: skip
+    if stage.points("perplexity/eval"):
+        figures.append(
+            _chart(stage, "fig-sft-perplexity", "Perplexity", "exp of the held-out loss.",
+                   ("perplexity", "", "perplexity/eval")))  # fmt: skip
+    return figures
+
+
+def _rm_figures(stage: StageRun) -> list[str]:
+    figures = [
+        _chart(stage, "fig-rm-accuracy", "Pair accuracy", "Share of pairs ranked as people did; 0.5 is a coin.",
+               ("share of pairs", "accuracy/train", "accuracy/eval")),
+        _chart(stage, "fig-rm-loss", "Loss", "Held out rising while training falls: overfitting.",
+               ("nats per record", "loss/train", "loss/eval")),
+    ]  # fmt: skip
+    histogram = next((e["histogram"] for e in reversed(stage.events) if is_histogram(e.get("histogram"))), None)
+    if histogram:
+        title = "Margins on held-out pairs"
+        svg = bars("fig-rm-margins", title, list(histogram.items()), "score of the better - the worse", "pairs")
+        figures.append(figure("fig-rm-margins", title, svg, "Left of 0: pairs ranked the wrong way round."))
+    return figures
+
+
+def _other_figures(stage: StageRun) -> str:
+    names = [name for name in stage.metric_names() if name not in stage.used]
+    curved = [(name, points) for name in names if (points := stage.points(name))]
+    if not curved:
+        return ""
+    drawn = [
+        _chart(stage, f"fig-{stage.name}-other-{i}", name, "", ("", name, ""))
+        for i, (name, _) in enumerate(curved[:OTHERS_SHOWN])
+    ]
+    rest = f"<p>{len(curved) - len(drawn)} more are in metrics.jsonl.</p>" if len(curved) > len(drawn) else ""
+    return (
+        f"<details><summary>Every other metric ({len(drawn)})</summary>"
+        f'<div class="figures small">{"".join(drawn)}</div>{rest}</details>'
+    )

@@ -1,0 +1,187 @@
+"""A run folder as the report reads it: whatever is there, whole lines only, nothing assumed to be finished."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastrlhf.config import UserError
+from fastrlhf.recipe import read_recipe
+
+TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
+STAGES = ("sft", "reward", "ppo")  # in the order of the pipeline
+Points = list[tuple[float, float]]
+_OWN_METRICS = (("ppo", "kl/ref"), ("ppo", "reward/mean"), ("reward", "accuracy/train"), ("reward", "accuracy/eval"))
+
+
+@dataclass
+class StageRun:
+    """The files of one stage; absent ones are empty."""
+
+    dir: Path
+    name: str
+    metrics: list[dict[str, Any]]
+    timings: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    run: dict[str, Any]
+    config: dict[str, Any]
+    torn_lines: int = 0
+    used: set[str] = field(default_factory=set)
+
+    @cached_property
+    def last_step(self) -> int:
+        return max((row["step"] for row in self.metrics), default=0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Planned steps; None when nothing in the folder says so (an SFT run counted in epochs)."""
+        for source in (self.run, self.config):
+            if isinstance(source.get("total_steps"), int):
+                return source["total_steps"]
+        return None
+
+    @property
+    def finished(self) -> bool | None:
+        """None: cannot be told."""
+        if self.total_steps is not None:
+            return self.last_step >= self.total_steps
+        return True if (self.dir / "final").is_dir() else None
+
+    def points(self, name: str) -> Points:
+        """(step, value) of a metric, in order of the steps, without the values that were not finite."""
+        self.used.add(name)
+        found = {row["step"]: row[name] for row in self.metrics if _number(row.get(name))}
+        return sorted(found.items())
+
+    def metric_names(self) -> list[str]:
+        return sorted({name for row in self.metrics for name in row} - {"step", "nonfinite"})
+
+    def nonfinite(self) -> dict[str, list[int]]:
+        """Steps at which a metric was not finite, by metric."""
+        bad: dict[str, list[int]] = {}
+        for row in self.metrics:
+            for name, value in row.items():
+                if value is None:
+                    bad.setdefault(name, []).append(row["step"])
+        return bad
+
+
+def load(run_dir: Path) -> list[StageRun]:
+    """The stages of a run folder: itself, or its subfolders sft/, reward/, ppo/ (quickstart), in pipeline order.
+
+    UserError when the folder does not exist or no stage in it recorded a step.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such folder; name the output_dir of a run")
+    folders = [run_dir] if (run_dir / "metrics.jsonl").is_file() else [run_dir / name for name in STAGES]
+    stages = [_load_stage(folder) for folder in folders if (folder / "metrics.jsonl").is_file()]
+    stages = [stage for stage in stages if stage.metrics]
+    if not stages:
+        raise UserError(
+            f"{run_dir}: holds no metrics to report; expected metrics.jsonl with at least one step, in this folder or "
+            "in sft/, reward/ or ppo/ below it"
+        )
+    return stages
+
+
+def _load_stage(folder: Path) -> StageRun:
+    torn: list[int] = []
+    files = [list(_rows(folder / f"{name}.jsonl", torn)) for name in ("metrics", "timings", "samples", "events")]
+    metrics, timings, samples, events = files
+    run = read_json(folder / "run.json")
+    steps = [row for row in metrics if isinstance(row.get("step"), int)]
+    name = run["verb"] if run.get("verb") in STAGES else _stage_name(folder, steps)
+    config = _config(folder / "config.yaml")
+    return StageRun(folder, name, steps, timings, samples, events, run, config, torn_lines=len(torn))
+
+
+def _stage_name(folder: Path, metrics: Sequence[dict[str, Any]]) -> str:
+    if folder.name in STAGES:
+        return folder.name
+    names = {name for row in metrics for name in row}
+    return next((stage for stage, metric in _OWN_METRICS if metric in names), "sft")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The resolved recipe; {} when there is none or it was damaged by hand."""
+    if not path.is_file():
+        return {}
+    try:
+        return read_recipe(path)[0]
+    except UserError:
+        return {}
+
+
+def _rows(path: Path, torn: list[int]) -> Iterator[dict[str, Any]]:
+    """Rows of a JSON Lines file; the numbers of unreadable lines (a kill tears the last one) go to `torn`."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for i, line in enumerate(file, start=1):
+            row = _parsed(line)
+            if isinstance(row, dict):
+                yield row
+            elif line.strip():
+                torn.append(i)
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; {} when it is absent or something else."""
+    value = _parsed(path.read_bytes()) if path.is_file() else None
+    return value if isinstance(value, dict) else {}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Every readable row of a JSON Lines file; [] when it is absent."""
+    return list(_rows(path, []))
+
+
+def ends(points: Points) -> tuple[float, float, int]:
+    """(mean of the first k values, mean of the last k, k): a tenth of the run, at most 10 steps."""
+    k = max(1, min(10, len(points) // 10))
+    values = [value for _, value in points]
+    return sum(values[:k]) / k, sum(values[-k:]) / k, k
+
+
+def phase_seconds(stage: StageRun) -> dict[str, float]:
+    """Seconds by phase over the run, steps repeated after a kill included; "other" is the rest of the steps' time."""
+    spent: dict[str, float] = {}
+    for row in stage.timings:
+        for name, value in row.items():
+            if name.startswith("time/") and isinstance(value, (int, float)):
+                spent[name[5:]] = spent.get(name[5:], 0.0) + value
+    steps = spent.pop("step", 0.0)
+    spent.pop("elapsed", None)
+    other = steps - sum(spent.values())
+    return {**spent, "other": other} if other > 0.01 * max(steps, 1e-9) else spent
+
+
+def peak_gib(stage: StageRun) -> float | None:
+    """The device's peak where there is one, else the process's."""
+    for name in ("mem/peak_gib", "mem/host_peak_gib"):
+        values = [row[name] for row in stage.timings if isinstance(row.get(name), (int, float))]
+        if values:
+            return max(values)
+    return None
+
+
+def is_histogram(value: Any) -> bool:
+    """True for counts by the name of a bin, as the held-out margins are recorded."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(count, int) for count in value.values())
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
