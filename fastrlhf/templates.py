@@ -199,37 +199,45 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, 
     Raises UserError: no EOS, or a template that rewrites the prompt or the reply when the two stand together.
     """
     eos = _need_eos(tokenizer)
-    prompt_ids = encode_prompt(tokenizer, prompt)
     if isinstance(prompt, str):
-        reply, whole = response, _encode_plain(tokenizer, prompt + response)
-    else:
-        text = render(tokenizer, prompt, add_generation_prompt=True)
-        messages = [*prompt, {"role": "assistant", "content": response}]
-        full = render(tokenizer, messages, add_generation_prompt=False)
-        reply = full[slice(*_span(tokenizer, full, prompt, response))]
-        whole = _encode(tokenizer, text + reply)
+        whole = _encode_plain(tokenizer, prompt + response)
+        ids = _behind(tokenizer, _encode_plain(tokenizer, prompt), whole, response)
+        return ids if ids[-1:] == [eos] else [*ids, eos]
+    text = render(tokenizer, prompt, add_generation_prompt=True)
+    return _encode_turn(tokenizer, text, _encode(tokenizer, text), prompt, response)
+
+
+def _behind(tokenizer, prompt_ids: list[int], whole: list[int], reply: str) -> list[int]:
     n = len(prompt_ids)
-    ids = whole[n:] if whole[:n] == prompt_ids else _encode(tokenizer, reply)
-    stop = None if isinstance(prompt, str) else end_of_turn(tokenizer)
+    return whole[n:] if whole[:n] == prompt_ids else _encode(tokenizer, reply)
+
+
+def _encode_turn(tokenizer, text: str, prompt_ids: list[int], prompt: Messages, response: str) -> list[int]:
+    """encode_response for messages whose rendered text and ids are known."""
+    messages = [*prompt, {"role": "assistant", "content": response}]
+    full = render(tokenizer, messages, add_generation_prompt=False)
+    reply = full[slice(*_span(tokenizer, full, text, prompt, response))]
+    ids = _behind(tokenizer, prompt_ids, _encode(tokenizer, text + reply), reply)
+    eos, stop = _need_eos(tokenizer), end_of_turn(tokenizer)
     complete = reply.endswith(stop) if stop else ids[-1:] == [eos]
     return ids if complete else [*ids, eos]
 
 
-def _span(tokenizer, full: str, before: Messages, content: str) -> tuple[int, int]:
-    """Where in full the reply to the messages before begins and ends. Raises UserError naming the turn.
+def _span(tokenizer, full: str, head: str, before: Messages, content: str) -> tuple[int, int]:
+    """Where in full the reply to the messages before, whose text is head, begins and ends.
 
     It begins where the generation prompt ends. A finished turn may not repeat that (say, an empty thinking block):
     the policy continues the generation prompt, so its reply is then the content and what follows.
+    Raises UserError naming the turn.
     """
-    for repeated in (True, False):
-        head = render(tokenizer, before, add_generation_prompt=repeated)
-        if full.startswith(head):
-            break
-    else:
-        raise UserError(
-            f"the chat template rewrites what stands before turn {len(before) + 1} once that turn is there, so the "
-            'reply has no fixed place; use another chat_template (e.g. "default") or single-turn data'
-        )
+    repeated = full.startswith(head)
+    if not repeated:
+        head = render(tokenizer, before, add_generation_prompt=False)
+        if not full.startswith(head):
+            raise UserError(
+                f"the chat template rewrites what stands before turn {len(before) + 1} once that turn is there, so the "
+                'reply has no fixed place; use another chat_template (e.g. "default") or single-turn data'
+            )
     stop = end_of_turn(tokenizer) or ""
     for suffix in (stop, ""):  # "": a turn that ends differently from a plain reply, as MOSS commands do
         for text in (content, content.strip()):  # templates may strip
@@ -248,17 +256,18 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
     Raises UserError naming the turn where the template is not prefix-preserving.
     """
     *prompt, last = messages
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    response_ids = encode_response(tokenizer, prompt, last["content"])
-    mask = [False] * len(prompt_ids)
     text = render(tokenizer, prompt, add_generation_prompt=True)
+    prompt_ids = _encode(tokenizer, text)
+    response_ids = _encode_turn(tokenizer, text, prompt_ids, prompt, last["content"])
+    mask = [False] * len(prompt_ids)
     for turn, message in enumerate(prompt):
         if message["role"] == "assistant":
-            start, end = _span(tokenizer, text, prompt[:turn], message["content"])
-            head = _encode(tokenizer, text[:start])
-            first = _common(prompt_ids, head)
-            past = _common(prompt_ids, _encode(tokenizer, text[:end]))
-            first += first < len(head)
+            before = prompt[:turn]
+            head = render(tokenizer, before, add_generation_prompt=True)
+            start, end = _span(tokenizer, text, head, before, message["content"])
+            head_ids = _encode(tokenizer, text[:start])
+            first, past = (_common(prompt_ids, ids) for ids in (head_ids, _encode(tokenizer, text[:end])))
+            first += first < len(head_ids)
             mask[first:past] = [True] * max(0, past - first)
     return prompt_ids + response_ids, mask + [True] * len(response_ids)
 
