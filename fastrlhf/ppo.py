@@ -170,7 +170,7 @@ class PPOTrainer:
             "length/finished": mean([float(f) for f in rollout.finished]),
             "update/skipped": float(self.guard.skipped),
         }
-        return PPOStep(metrics, throughput(generation["new_tokens"], self.device), rollout)
+        return PPOStep(metrics, throughput("perf/rollout_tokens", generation["new_tokens"], self.device), rollout)
 
     def _rollout(
         self, chosen: list[tuple[Prompt, list[int]]], samples: int, *, purpose: str

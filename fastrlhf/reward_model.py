@@ -6,6 +6,8 @@ and logsumexp, so that badly misranked pairs keep their gradient. Scores: square
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,12 +24,12 @@ from fastrlhf import models
 from fastrlhf.config import RewardConfig, UserError
 from fastrlhf.data import Counts, Sampler, load_feedback, split_heldout
 from fastrlhf.feedback import Feedback
-from fastrlhf.guards import UpdateGuard
+from fastrlhf.guards import UpdateGuard, check_rows
 from fastrlhf.optim import Optimizer, lr_at, micro_batches, token_budget
 from fastrlhf.rewards import score_rows
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import throughput
-from fastrlhf.templates import encode_prompt, encode_response, resolve_chat_template
+from fastrlhf.templates import encode_prompt, encode_response, resolve_chat_template, stop_token_ids
 
 MARGIN_EDGES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 
@@ -79,6 +81,28 @@ def ordered_pairs(feedback: Feedback) -> list[tuple[int, int]]:
     return [(i, j) for g, group in enumerate(groups) for i in group for rest in groups[g + 1 :] for j in rest]
 
 
+def padding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that pads on the right with a token that ends no reply; every text keeps its ids.
+
+    Stock sequence classifiers read their score at the last id that is not padding. Where the tokenizer pads with its
+    EOS, that would be the token before the end of the reply, so another one takes over: unk, bos, an added token, or
+    one that text cannot spell (GPT-2 writes " gazed" as "\u0120gazed"; a token spelt as in text must not be made special).
+    """
+    made, stops = copy.deepcopy(tokenizer), set(stop_token_ids(tokenizer))
+    made.padding_side = "right"
+    added = sorted(tokenizer.get_added_vocab().values())
+    for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *added):
+        if token is not None and token not in stops:
+            break
+    else:
+        vocabulary = sorted(set(tokenizer.get_vocab().values()) - stops, reverse=True)
+        unspelt = (t for t in vocabulary if tokenizer.decode([t]) != tokenizer.convert_ids_to_tokens(t))
+        token = next(unspelt, vocabulary[0])
+    if token != tokenizer.pad_token_id:
+        made.pad_token = tokenizer.convert_ids_to_tokens(token)
+    return made
+
+
 class RewardTrainer:
     """Train a scalar-head model. Fields of the config: docs/api.md.
 
@@ -97,7 +121,6 @@ class RewardTrainer:
     ) -> None:
         self.config = config
         self.inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
-        self.best_metric = ("accuracy/eval", True)
         self.tokenizer = models.tokenizer_for(tokenizer, model)
         notes = [f"chat template: {resolve_chat_template(self.tokenizer, config.chat_template)}"]
         self.records, note = self._load(data, "data")
@@ -107,8 +130,15 @@ class RewardTrainer:
             self.eval_records, note = self._load(eval_data, "eval_data")
             notes.append(note)
         elif config.eval_fraction and len(self.records) > 1:
-            self.records, self.eval_records = split_heldout(self.records, config.eval_fraction, config.seed)
+            self.records, self.eval_records = split_heldout(
+                self.records, config.eval_fraction, config.seed, key=lambda r: json.dumps(r.feedback.prompt)
+            )  # judgements of the same prompt stay together
         self.model = self._scalar_model(model)
+        check_rows(self.model, [row for r in self.records + self.eval_records for row in r.rows], config.max_tokens)
+        self.tokenizer = padding_tokenizer(self.tokenizer)
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        ordered = any(ordered_pairs(r.feedback) for r in self.eval_records)
+        self.best_metric = ("accuracy/eval", True) if ordered else ("loss/eval", False)
         self.device = self.model.device
         self.budget = token_budget(config.micro_batch_tokens, self.device)
         self.optimizer = Optimizer(
@@ -147,8 +177,11 @@ class RewardTrainer:
             if self.config.overlong == "drop" or len(prompt) >= limit:
                 counts.add(f"longer than max_tokens = {limit}")
                 return None
-            counts.noted[f"cut to max_tokens = {limit}"] += 1
             rows = [row[:limit] for row in rows]
+            if len(rows) > 1 and all(row == rows[0] for row in rows):
+                counts.add(f"with equal replies within max_tokens = {limit}")
+                return None
+            counts.noted[f"cut to max_tokens = {limit}"] += 1
         return Record(rows, feedback)
 
     # ------------------------------------------------------------------------------------------------- the user's end
@@ -173,6 +206,7 @@ class RewardTrainer:
         config = self.config
         records = [self.records[i] for i in self.sampler.take(config.mini_batch_size)]
         right, pairs = 0, 0
+        self.model.train()  # transformers checkpoints activations in this mode only; dropout is off in both
         with self.run.tracker.phase("update"):
             total = torch.zeros((), device=self.device)
             for group in self._groups(records):
@@ -203,7 +237,7 @@ class RewardTrainer:
         if pairs:
             metrics["accuracy/train"] = right / pairs
         tokens = sum(len(row) for record in records for row in record.rows)
-        return RewardStep(metrics, throughput(tokens, self.device))
+        return RewardStep(metrics, throughput("perf/tokens", tokens, self.device))
 
     def _groups(self, records: list[Record]) -> Iterator[list[Record]]:
         """Records under the token budget; the responses of one record stay together, its loss needs them all."""

@@ -6,9 +6,11 @@ packed into rows: neither changes the result.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from fastrlhf import models
 from fastrlhf.config import SFTConfig, UserError
 from fastrlhf.data import Counts, Sampler, load_conversations, pack, split_heldout
 from fastrlhf.feedback import Conversation
-from fastrlhf.guards import UpdateGuard
+from fastrlhf.guards import UpdateGuard, check_rows
 from fastrlhf.optim import Optimizer, lr_at, micro_batches, token_budget
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import throughput
@@ -30,10 +32,11 @@ from fastrlhf_kernels import linear_log_probs
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and which of them are targets (the first never is: nothing predicts it)."""
+    """Token ids, and which of them are targets (the first never is: nothing predicts it); group: what it answers."""
 
     ids: list[int]
     target: list[bool]
+    group: str
 
 
 @dataclass
@@ -72,6 +75,7 @@ class SFTTrainer:
         elif config.eval_fraction:
             self.examples, self.eval_examples = _split(self.examples, config)
         self.model = models.load_policy(model, config.dtype, config.attention).requires_grad_(True)
+        check_rows(self.model, [e.ids for e in self.examples + self.eval_examples], config.max_tokens)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.device = self.model.device
@@ -123,6 +127,7 @@ class SFTTrainer:
         config = self.config
         examples = [self.examples[i] for i in self.sampler.take(config.mini_batch_size)]
         targets = sum(sum(e.target) for e in examples)
+        self.model.train()  # transformers checkpoints activations in this mode only; dropout is off in both
         with self.run.tracker.phase("update"):
             total = torch.zeros((), device=self.device)
             for batch in self._batches(examples):
@@ -143,7 +148,7 @@ class SFTTrainer:
             "learning_rate": rate,
             "update/skipped": float(self.guard.skipped),
         }
-        return SFTStep(metrics, throughput(sum(len(e.ids) for e in examples), self.device))
+        return SFTStep(metrics, throughput("perf/tokens", sum(len(e.ids) for e in examples), self.device))
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """Rows of one example each, or of several where packing is on, grouped under the token budget."""
@@ -151,7 +156,10 @@ class SFTTrainer:
         rows = pack(lengths, self.config.max_tokens) if self.config.packing else [[i] for i in range(len(lengths))]
         sizes = [sum(lengths[i] for i in row) for row in rows]
         for group in micro_batches(sizes, self.budget):
-            yield Batch.build([[examples[i] for i in rows[r]] for r in group], self.device)
+            filled = [[examples[i] for i in rows[r]] for r in group]
+            if self.config.packing and "flash" in str(self.model.config._attn_implementation):
+                filled = [[example for row in filled for example in row]]  # it keeps examples apart in one row only
+            yield Batch.build(filled, self.device)
 
     def _log_probs(self, batch: Batch) -> Tensor:
         head = models.lm_head(self.model)
@@ -192,8 +200,12 @@ class Batch:
 
     @classmethod
     def build(cls, rows: list[list[Example]], device: torch.device) -> Batch:
-        """Positions restart with every example, which also keeps packed examples from seeing each other."""
-        width = max(sum(len(e.ids) for e in row) for row in rows)
+        """Positions restart with every example, which also keeps packed examples from seeing each other.
+
+        Padding counts on, so that rows of one example each need no attention mask; behind packed rows, which may be
+        longer than the model has positions, it stays at 0.
+        """
+        width, packed = max(sum(len(e.ids) for e in row) for row in rows), max(map(len, rows)) > 1
         ids = torch.zeros(len(rows), width, dtype=torch.int64)
         positions = torch.zeros(len(rows), width, dtype=torch.int64)
         index, labels = [], []
@@ -207,7 +219,8 @@ class Batch:
                 index += [r * width + start + t - 1 for t in wanted]
                 labels += [example.ids[t] for t in wanted]
                 start = end
-            positions[r, start:] = torch.arange(width - start) + int(positions[r, start - 1]) + 1
+            if not packed:
+                positions[r, start:] = torch.arange(start, width)
         tensors = (ids, positions, torch.tensor(index), torch.tensor(labels))
         return cls(*(t.to(device) for t in tensors))
 
@@ -216,12 +229,16 @@ def _encode(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Example:
     """Loss on assistant tokens only, all turns of them; on every token of plain text, EOS included."""
     if row.text is not None:
         ids = encode_prompt(tokenizer, row.text) + [tokenizer.eos_token_id]
-        return Example(ids, [False] + [True] * (len(ids) - 1))
-    if row.messages is not None:
-        return Example(*encode_conversation(tokenizer, row.messages))
-    prompt = encode_prompt(tokenizer, row.prompt)
-    response = encode_response(tokenizer, row.prompt, row.response)
-    return Example(prompt + response, [False] * len(prompt) + [True] * len(response))
+        target, group = [True] * len(ids), row.text
+    elif row.messages is not None:
+        ids, target = encode_conversation(tokenizer, row.messages)
+        group = json.dumps(list(takewhile(lambda m: m["role"] != "assistant", row.messages)))
+    else:
+        prompt = encode_prompt(tokenizer, row.prompt)
+        response = encode_response(tokenizer, row.prompt, row.response)
+        ids, target = prompt + response, [False] * len(prompt) + [True] * len(response)
+        group = json.dumps(row.prompt)
+    return Example(ids, [False, *target[1:]], group)
 
 
 def _fitted(example: Example, config: SFTConfig, counts: Counts) -> Example | None:
@@ -229,7 +246,7 @@ def _fitted(example: Example, config: SFTConfig, counts: Counts) -> Example | No
     if config.overlong == "drop":
         counts.add(f"longer than max_tokens = {config.max_tokens}")
         return None
-    cut = Example(example.ids[: config.max_tokens], example.target[: config.max_tokens])
+    cut = Example(example.ids[: config.max_tokens], example.target[: config.max_tokens], example.group)
     if not any(cut.target):
         counts.add(f"with no reply within max_tokens = {config.max_tokens}")
         return None
@@ -238,7 +255,8 @@ def _fitted(example: Example, config: SFTConfig, counts: Counts) -> Example | No
 
 
 def _split(examples: list[Example], config: SFTConfig) -> tuple[list[Example], list[Example]]:
-    train, heldout = split_heldout(examples, config.eval_fraction, config.seed)
+    """Examples that answer the same prompt stay together: perplexity is measured on prompts not trained on."""
+    train, heldout = split_heldout(examples, config.eval_fraction, config.seed, key=lambda e: e.group)
     if not train or not heldout:
         raise UserError(f"eval_fraction = {config.eval_fraction}: {len(examples)} examples cannot be split so")
     return train, heldout

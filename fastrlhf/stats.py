@@ -58,9 +58,9 @@ def rollout_metrics(
     }
 
 
-def throughput(sampled_tokens: float, device: torch.device) -> dict[str, float]:
-    """perf/rollout_tokens: response tokens of the step; mem/peak_gib on a GPU since the last step."""
-    found = {"perf/rollout_tokens": float(sampled_tokens)}
+def throughput(name: str, tokens: float, device: torch.device) -> dict[str, float]:
+    """Token count of the step under `name`; mem/peak_gib on a GPU since the last step."""
+    found = {name: float(tokens)}
     if device.type == "cuda":
         found["mem/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         torch.cuda.reset_peak_memory_stats(device)
