@@ -47,7 +47,7 @@ _EN = (
     Topic(
         "umbrella",
         ("dry it open", "grease the hinge", "roll it loosely"),
-        ("count the ribs", "test the button", "want a wide canopy"),
+        ("count the ribs", "test the button", "prefer a wide canopy"),
     ),
     Topic(
         "kettle",
@@ -57,7 +57,7 @@ _EN = (
     Topic(
         "clock",
         ("replace the old battery", "clean the dial", "turn the hands forward"),
-        ("want a quiet tick", "look for big numbers", "try the alarm"),
+        ("prefer a quiet tick", "look for big numbers", "try the alarm"),
     ),
     Topic(
         "goldfish",
@@ -92,23 +92,23 @@ _EN = (
     Topic(
         "tent",
         ("shake out the sand", "dry it before packing", "patch small holes"),
-        ("measure the floor", "check the poles", "want a rain cover"),
+        ("measure the floor", "check the poles", "prefer a rain cover"),
     ),
 )
 
 _ZH = (
     Topic("自行车", ("给链条上油", "把轮胎打足气", "擦净车架上的泥"), ("看车架尺寸", "试试刹车", "比较变速档位")),
-    Topic("吉他", ("把琴弦松一点", "放进硬琴盒", "轻擦木面"), ("听听音色", "摸摸琴颈", "要尼龙弦")),
-    Topic("雨伞", ("撑开晾干", "给关节上油", "松松地卷好"), ("数一数骨架", "按按开关", "要宽大的伞面")),
-    Topic("水壶", ("煮醋除水垢", "晚上把水倒空", "冲洗滤网"), ("要不锈钢的", "看看壶嘴", "问有没有自动断电")),
-    Topic("闹钟", ("换掉旧电池", "擦干净表盘", "顺着拨指针"), ("要走时安静的", "看数字大不大", "试试铃声")),
+    Topic("吉他", ("把琴弦松一点", "放进硬琴盒", "轻擦木面"), ("听听音色", "摸摸琴颈", "选尼龙弦")),
+    Topic("雨伞", ("撑开晾干", "给关节上油", "松松地卷好"), ("数一数骨架", "按按开关", "选宽大的伞面")),
+    Topic("水壶", ("煮醋除水垢", "晚上把水倒空", "冲洗滤网"), ("选不锈钢的", "看看壶嘴", "问有没有自动断电")),
+    Topic("闹钟", ("换掉旧电池", "擦干净表盘", "顺着拨指针"), ("选走时安静的", "看数字大不大", "试试铃声")),
     Topic("金鱼", ("换三分之一的缸水", "少量喂食", "开增氧泵"), ("看眼睛亮不亮", "看游得稳不稳", "检查鱼鳍")),
     Topic("兰花", ("给叶子喷雾", "晒柔和的晨光", "用树皮代替泥土"), ("数数花苞", "看看根部", "避开黄叶")),
     Topic("电脑", ("清理风扇口", "更新系统", "轻轻开合屏幕"), ("比较内存", "敲敲键盘", "看续航时间")),
     Topic("小猫", ("轻轻梳毛", "每天换猫砂", "春天看兽医"), ("看它爱不爱玩", "看耳朵干不干净", "见见猫妈妈")),
-    Topic("菜刀", ("用磨石磨", "不放洗碗机", "马上擦干刀刃"), ("掂掂重心", "要硬一点的钢", "握握木把")),
-    Topic("蜡烛", ("修剪烛芯", "每次烧两小时", "挡住穿堂风"), ("要大豆蜡", "先闻闻香味", "要棉线芯")),
-    Topic("帐篷", ("抖掉沙子", "收起前晾透", "补好小洞"), ("量量底面", "检查支架", "要防雨罩")),
+    Topic("菜刀", ("用磨石磨", "不放洗碗机", "马上擦干刀刃"), ("掂掂重心", "选硬一点的钢", "握握木把")),
+    Topic("蜡烛", ("修剪烛芯", "每次烧两小时", "挡住穿堂风"), ("选大豆蜡", "先闻闻香味", "选棉线芯")),
+    Topic("帐篷", ("抖掉沙子", "收起前晾透", "补好小洞"), ("量量底面", "检查支架", "选带防雨罩的")),
 )
 
 TOPICS: dict[str, tuple[Topic, ...]] = {"en": _EN, "zh": _ZH}

@@ -134,7 +134,7 @@ def _body(cell: Cell, random: Random, facts: tuple[str, ...] | None = None) -> s
     advice = facts or topic.facts(cell.facet)
     first = random.randrange(3)
     a, b = advice[first], advice[(first + 1) % 3]  # each piece has its usual follower
-    return _fill(random.choice(BODIES[cell.language]), cell.language, x=topic.name, a=a, b=b)
+    return _fill(random.choice(BODIES[cell.language][cell.facet]), cell.language, x=topic.name, a=a, b=b)
 
 
 def good_reply(cell: Cell, random: Random, courtesy: float = 1.0) -> Reply:
@@ -166,7 +166,9 @@ def spoil(reply: Reply, cell: Cell, fault: str, random: Random) -> Reply:
     body = {
         "off_topic": lambda: _body(Cell(language, other, random.choice(FACETS)), random),
         "wrong_facts": lambda: _body(cell, random, topics[other].facts(cell.facet)),
-        "wrong_facet": lambda: _body(cell, random, topics[cell.topic].facts(other_facet)),
+        "wrong_facet": lambda: _body(
+            Cell(language, cell.topic, random.choice(FACETS)), random, topics[cell.topic].facts(other_facet)
+        ),
         "vague": lambda: _fill(random.choice(VAGUE[language]), language, x=topics[cell.topic].name),
     }[fault]()
     return replace(reply, body=body, fault=fault)

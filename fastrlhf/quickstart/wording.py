@@ -242,32 +242,52 @@ CLOSERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# "{x}" the thing, "{a}" and "{b}" two pieces of advice.
-BODIES: dict[str, tuple[str, ...]] = {
-    "en": (
-        "For a {x}, {a} and {b}.",
-        "With a {x}, {a}, then {b}.",
-        "When it comes to a {x}, {a} and also {b}.",
-        "The best thing with any {x} is to {a} and {b}.",
-        "As for the {x}, {a}, and remember to {b}.",
-        "About your {x}: you should {a} and {b}.",
-        "First {a}, then {b}, and the {x} will be fine.",
-        "People with a {x} always {a} and {b}.",
-        "My rule for every {x}: {a}, and {b}.",
-        "In the case of a {x}, {a} before you {b}.",
-    ),
-    "zh": (
-        "{x}的话，{a}，再{b}。",
-        "关于{x}，先{a}，然后{b}。",
-        "说到{x}，要记得{a}，还要{b}。",
-        "对{x}来说，最好{a}并且{b}。",
-        "先{a}，再{b}，{x}就没问题了。",
-        "你的{x}需要{a}，也别忘了{b}。",
-        "{x}这件事，{a}就好，顺便{b}。",
-        "我的办法是{a}，{b}，{x}都这样。",
-        "一般{x}都是{a}，接着{b}。",
-        "至于{x}，{a}之后{b}即可。",
-    ),
+# "{x}" the thing, "{a}" and "{b}" two pieces of advice. A reply takes up the question.
+BODIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "en": {
+        "care": (
+            "To look after a {x}, {a} and {b}.",
+            "To take care of a {x}, {a}, then {b}.",
+            "In caring for a {x}, {a} and also {b}.",
+            "To maintain a {x}, you should {a} and {b}.",
+            "When you look after a {x}, {a}, and remember to {b}.",
+            "The best care for a {x} is to {a} and {b}.",
+            "Good care of any {x}: {a}, and {b}.",
+            "Looking after a {x} means you {a} and {b}.",
+        ),
+        "choose": (
+            "To choose a {x}, {a} and {b}.",
+            "To pick a good {x}, {a}, then {b}.",
+            "In shopping for a {x}, {a} and also {b}.",
+            "Before you buy a {x}, you should {a} and {b}.",
+            "When you choose a {x}, {a}, and remember to {b}.",
+            "The best way to pick a {x} is to {a} and {b}.",
+            "Good choice of any {x}: {a}, and {b}.",
+            "Shopping for a {x} means you {a} and {b}.",
+        ),
+    },
+    "zh": {
+        "care": (
+            "保养{x}，先{a}，再{b}。",
+            "照料{x}要{a}，还要{b}。",
+            "爱护{x}的话，{a}，接着{b}。",
+            "打理{x}，最好{a}并且{b}。",
+            "说到保养{x}，{a}之后{b}即可。",
+            "平时照料{x}，{a}，也别忘了{b}。",
+            "想爱护{x}，记得{a}，然后{b}。",
+            "打理{x}嘛，{a}就好，顺便{b}。",
+        ),
+        "choose": (
+            "挑选{x}，先{a}，再{b}。",
+            "选购{x}要{a}，还要{b}。",
+            "购买{x}的话，{a}，接着{b}。",
+            "挑一个{x}，最好{a}并且{b}。",
+            "说到选购{x}，{a}之后{b}即可。",
+            "平时挑选{x}，{a}，也别忘了{b}。",
+            "想购买{x}，记得{a}，然后{b}。",
+            "挑选{x}嘛，{a}就好，顺便{b}。",
+        ),
+    },
 }
 
 # A reply that names the thing and says nothing of use.
