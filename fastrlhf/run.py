@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import rich.style  # noqa: F401 - draws from `random` when it is first imported: now, not in the middle of a seeded run
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
