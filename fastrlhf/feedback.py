@@ -85,19 +85,23 @@ class Prompt:
     note: str | None = None
 
 
-def _record(row: Any, where: str, whole: str) -> dict:
-    """The row as a dict without its empty (None) columns; a bare list of turns or messages under whole."""
+def _record(row: Any, where: str) -> dict:
+    """The row as a dict without its empty (None) columns; a bare list of turns or messages is its conversation."""
     if isinstance(row, list) and row:
-        row = {whole: row}
+        row = {"messages": row}
     if not isinstance(row, dict):
         raise BadRow(where, f"a row must be a JSON object or a list of turns, found {show(row)}")
     return {key: value for key, value in row.items() if value is not None}
 
 
 def _number(value: Any, where: str, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise BadRow(where, f'field "{name}" must be a number, found {show(value)}')
-    return float(value)
+    return number
 
 
 def _texts(row: dict, where: str, name: str, least: int) -> tuple[str, ...]:
@@ -119,7 +123,7 @@ def parse_feedback(row: Any, where: str, score_range: tuple[float, float] = (1.0
 
     Raises BadRow (where, field, what was expected) and DroppedRow (the row holds no preference).
     """
-    row = _record(row, where, "messages")
+    row = _record(row, where)
     if "edited" in row:
         return _edit(row, where)
     if "chosen" in row or "rejected" in row:
@@ -141,6 +145,10 @@ def _prompt(row: dict, where: str) -> str | Messages:
     prompt = prompt_of(row, where)
     if prompt is None:
         raise missing(where, "prompt", row, "text or a list of messages")
+    return _asking(prompt, where)
+
+
+def _asking(prompt: str | Messages, where: str) -> str | Messages:
     if not isinstance(prompt, str) and prompt[-1]["role"] not in ("user", "tool"):
         raise BadRow(where, f"the prompt must end with the human's turn, its last role is {prompt[-1]['role']!r}")
     return prompt
@@ -158,13 +166,7 @@ def _pair(row: dict, where: str) -> Feedback:
     margin = _number(row["margin"], where, "margin") if "margin" in row else None
     if margin is not None and margin < 0:
         raise BadRow(where, f'field "margin" is {margin:g}; it must be at least 0: swap chosen and rejected instead')
-    _ends_with_human(prompt, where)
-    return Feedback("pair", prompt, (chosen, rejected), ((0,), (1,)), None, margin, where)
-
-
-def _ends_with_human(prompt: str | Messages, where: str) -> None:
-    if not isinstance(prompt, str):
-        check_order([*prompt, {"role": "assistant", "content": ""}], where, "prompt")
+    return Feedback("pair", _asking(prompt, where), (chosen, rejected), ((0,), (1,)), None, margin, where)
 
 
 def _edit(row: dict, where: str) -> Feedback:
@@ -270,7 +272,7 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
     """
     if isinstance(row, str):
         row = {"text": row}
-    row = _record(row, where, "messages")
+    row = _record(row, where)
     if format == "text" or ("text" in row and prompt_format(row) is None):
         if "text" not in row:
             raise missing(where, "text", row, 'a column of plain text (format "text")')
@@ -292,9 +294,7 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
 def _as_conversation(prompt: str | Messages, response: str, where: str) -> Conversation:
     if isinstance(prompt, str):
         return Conversation(prompt, response, None, None, where)
-    messages = [*prompt, {"role": "assistant", "content": response}]
-    check_order(messages, where, "messages")
-    return Conversation(None, None, messages, None, where)
+    return Conversation(None, None, [*prompt, {"role": "assistant", "content": response}], None, where)
 
 
 def parse_prompt(row: Any, where: str) -> Prompt:
@@ -306,7 +306,7 @@ def parse_prompt(row: Any, where: str) -> Prompt:
     if isinstance(row, str):
         return Prompt(text_of(row, where, "prompt"), {}, where)
     columns = row if isinstance(row, dict) else {}
-    row = _record(row, where, "messages")
+    row = _record(row, where)
     format_ = prompt_format(row)
     if format_ is None and "chosen" in row and "rejected" in row:
         return Prompt(pair_of(row, where)[0], dict(columns), where)

@@ -154,8 +154,8 @@ def _json_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Any]]:
             row = json.loads(_decode(data, name, number))
         except BadRow as error:
             row = error
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        except (ValueError, RecursionError) as error:
+            reason = _json_fault(error)
             row = BadRow(where, f"not valid JSON ({reason}); every line must be one complete JSON value")
         yield where, row
 
@@ -173,8 +173,14 @@ def _json(data: bytes, name: str) -> Iterator[tuple[str, Any]]:
             yield f"{name}:{line}", row
     except json.JSONDecodeError as error:
         raise BadRow(f"{name}:{error.lineno}", f"not valid JSON ({error.msg}, column {error.colno})") from error
-    except RecursionError as error:
-        raise BadRow(name, "not valid JSON (nested too deeply)") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(name, f"not valid JSON ({_json_fault(error)})") from error
+
+
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else "a number with too many digits"
 
 
 def _is_json_lines(data: bytes) -> bool:
@@ -251,7 +257,7 @@ def _parsed(text: str, kind: type | tuple[type, ...]) -> Any:
     """The JSON value of text if it is of that kind, else text."""
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, kind) else text
 

@@ -129,6 +129,8 @@ BROKEN = {
     "NUL": ("f.jsonl", b'"a"\n{"prompt": "b\\u0000"}', ':2: field "prompt" contains a NUL character at position 1'),
     "lone surrogate": ("f.jsonl", b'"a"\n{"prompt": "b\\ud800"}', ':2: field "prompt" is not valid Unicode'),
     "nested too deeply": ("f.jsonl", b"[" * 100_000, ":1: not valid JSON (nested too deeply)"),
+    "endless number": ("f.jsonl", b'"a"\n' + b"1" * 5000, ":2: not valid JSON (a number with too many digits)"),
+    "endless number in an array": ("f.json", b'[\n"a",\n' + b"1" * 5000 + b"]", ": not valid JSON (a number with too"),
     "array cut off": ("f.json", b'[\n"a",\n"b"\n', ":4: not valid JSON (expected a comma or ]"),
     "comma at the end": ("f.json", b'[\n"a",\n]', ":3: not valid JSON"),
     "text behind": ("f.json", b'["a"]\n  x', ":2: not valid JSON"),

@@ -119,6 +119,7 @@ BAD_ROWS = [
     (without(PAIR, margin=-1), 'field "margin" is -1; it must be at least 0'),
     (without(SCORED, scores=[1, True]), 'field "scores[1]" must be a number, found bool'),
     (without(SCORED, scores=[1, math.nan]), 'field "scores[1]" must be a number, found float nan'),
+    (without(SCORED, scores=[1, 10**400]), 'field "scores[1]" must be a number, found int'),
     (without(SCORED, scores=[1]), 'field "scores" must be a list of 2 numbers'),
     (without(SCORED, scores=3), 'field "scores" must be a list of 2 numbers, found int 3'),
     (without(SCORED, responses="ab"), 'field "responses" must be a list of at least 1 texts'),

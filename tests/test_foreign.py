@@ -230,7 +230,7 @@ BAD_ROWS = {
     "assistant first": ({"prompt": [assistant("a")], "chosen": "c", "rejected": "d"}, "'assistant' at the beginning"),
     "prompt ends with a reply": (
         {"prompt": [user("a"), assistant("b")], "chosen": "c", "rejected": "d"},
-        "message 3 has role 'assistant' after 'assistant'",
+        "must end with the human's turn, its last role is 'assistant'",
     ),
     "unknown role": (
         {"prompt": [{"role": "bot", "content": "a"}], "chosen": "c", "rejected": "d"},
