@@ -31,21 +31,30 @@ class Tiles:
     columns: int
 
 
-def sweep_tiles(n: int, vocabulary: int, hidden: int, *, cuda: bool, batch_invariant: bool = False) -> Tiles:
-    """Tiles of the sweep over slices of the vocabulary: a few MiB, so that on CPU a tile stays in the last cache."""
+def sweep_tiles(
+    n: int, vocabulary: int, hidden: int, *, cuda: bool, entropy: bool = False, batch_invariant: bool = False
+) -> Tiles:
+    """Tiles of the sweep over slices of the vocabulary: 48 MiB at most on CPU, the entropy's second tile included.
+
+    Large, because every parallel region ends in a barrier, and on a machine that others use too a barrier waits for
+    a thread that is not running: fewer regions are worth more than tiles that fit a cache.
+    """
     if batch_invariant:  # a fixed shape: what else is in the batch must not change the order of summation
         return Tiles(64, min(vocabulary, 16384))
-    budget = (256 if cuda else 8) * MIB // 4
+    budget = (256 if cuda else 48) * MIB // (8 if entropy else 4)
     rows = max(1, min(n, 16384 if cuda else 2048))
-    columns = min(max(512, budget // rows), max(512, 8 * MIB // hidden))  # the fp32 copy of a slice is bounded too
+    columns = min(max(512, budget // rows), max(512, 32 * MIB // 4 // hidden))  # bounds the fp32 copy of a slice too
     return Tiles(rows, max(1, min(vocabulary, columns // 64 * 64)))
 
 
-def chunk_rows(vocabulary: int, *, cuda: bool) -> int:
-    """Tokens in a chunk of the three-product sweep: 128 MiB of fp32 logits at most (1 GiB on a GPU)."""
+def chunk_tiles(vocabulary: int, *, cuda: bool) -> Tiles:
+    """Tiles of the three-product sweep: `rows` tokens over the whole vocabulary, exponentials by `columns` of it.
+
+    128 MiB of fp32 logits at most (1 GiB on a GPU); fewer than 256 rows make thin matrix products.
+    """
     most = (1024 if cuda else 128) * MIB // 4 // vocabulary
-    wanted = 2048 if cuda else max(256, 16 * MIB // 4 // vocabulary)  # fewer rows make thin matrix products
-    return max(1, min(most, wanted))
+    rows = max(1, min(most, 2048 if cuda else max(256, 16 * MIB // 4 // vocabulary)))
+    return Tiles(rows, min(vocabulary, max(512, (256 if cuda else 16) * MIB // 4 // rows)))
 
 
 @dataclass
@@ -65,6 +74,11 @@ class Head:
     lora_b: Tensor | None
     lora_scale: float
     v: Tensor | None
+
+    @property
+    def suppresses(self) -> bool:
+        """Whether logits may be -inf: only a bias brings that."""
+        return self.bias is not None
 
     @classmethod
     def build(
@@ -114,24 +128,22 @@ class Head:
 class Gradients:
     """fp32 sums of the gradients somebody needs, filled tile by tile from du (the gradient of u)."""
 
-    def __init__(self, head: Head, need: tuple[bool, bool, bool, bool], write_once: torch.dtype | None = None):
-        """need: hidden, weight, bias, lora. write_once: dW is complete after its slice; store it in that dtype."""
+    def __init__(self, head: Head, need: tuple[bool, bool, bool, bool], weight_dtype: torch.dtype):
+        """need: hidden, weight, bias, lora. weight_dtype: the dtype that dW is kept in."""
         h, w, b, lora = need
         x = head.x
-        self.head, self.write_once = head, write_once
+        self.head = head
         self.dx = torch.zeros_like(x) if h else None
-        make = torch.empty if write_once else torch.zeros
-        self.dw = make(head.weight.shape, dtype=write_once or x.dtype, device=x.device) if w else None
+        make = torch.empty if len(x) else torch.zeros  # the first tile writes it, so it need not be cleared
+        self.dw = make(head.weight.shape, dtype=weight_dtype, device=x.device) if w else None
         self.db = x.new_zeros(len(head.weight)) if b else None
         self.dlora_b = torch.zeros_like(head.lora_b) if lora else None
         self.dv = torch.zeros_like(head.v) if head.v is not None and (h or lora) else None
 
     def add(self, du: Tensor, w: Tensor, columns: slice, rows: slice, head: Head) -> None:
-        """One tile: du [rows, columns], w the slice of W, head the rows of the head."""
+        """One tile, all but dW: du [rows, columns], w the slice of W, head the rows of the head."""
         if self.dx is not None:
             self.dx[rows].addmm_(du, w)
-        if self.dw is not None and self.write_once is None:
-            self.dw[columns].addmm_(du.T, head.x)
         if self.db is not None:
             self.db[columns].addmv_(du.T, head.factor)
         if self.dlora_b is not None:
@@ -139,11 +151,14 @@ class Gradients:
         if self.dv is not None:
             self.dv[rows].addmm_(du, head.lora_b[columns])
 
-    def add_weight(self, total: Tensor | None, du: Tensor, head: Head) -> Tensor | None:
-        """One more block of rows into the dW of a slice (write-once mode)."""
+    def add_weight(self, du: Tensor, columns: slice, first: bool, head: Head) -> None:
+        """dW of a tile, where dW is kept in the dtype of computation; `first`: nothing is there yet."""
         if self.dw is None:
-            return None
-        return torch.mm(du.T, head.x) if total is None else total.addmm_(du.T, head.x)
+            return
+        if first:
+            torch.mm(du.T, head.x, out=self.dw[columns])
+        else:
+            self.dw[columns].addmm_(du.T, head.x)
 
     def finish(self, n: int, rows: Tensor | None) -> tuple[Tensor | None, ...]:
         """(dhidden [n, H], dW, dbias, dA, dB); dhidden is 0 on the rows that do not count."""
@@ -188,7 +203,7 @@ def sweep_forward(head: Head, labels: Tensor, tiles: Tiles, *, entropy: bool, pa
             new = torch.maximum(old, z.amax(1))
             base = torch.where(new == -torch.inf, 0, new)
             z.sub_(base[:, None])
-            if entropy:
+            if entropy and head.suppresses:
                 z.clamp_(min=FLOOR)
             e = torch.exp(z, out=spare[: z.numel()].view(z.shape))
             shift = (old - base).clamp(min=FLOOR)
@@ -214,8 +229,8 @@ def _tile(part: Head, w: Tensor, lo: int, hi: int, out: Tensor, size: int) -> Te
 
 def sweep_backward(head: Head, labels, g, ge, entropy, m, s, tiles: Tiles, need, weight_dtype) -> Gradients:
     """Gradients for dL/dlogp = g and dL/dentropy = ge (or None): dz = 1[y] g - p (g + ge (log p + entropy))."""
-    grads = Gradients(head, need, write_once=weight_dtype)
     n, x = len(labels), head.x
+    grads, narrow = Gradients(head, need, weight_dtype), weight_dtype != x.dtype
     base, log_s = torch.where(m == -torch.inf, 0, m)[:, None], s.log()
     buffer = x.new_empty(tiles.rows * tiles.columns)
     spare = torch.empty_like(buffer) if ge is not None else None
@@ -226,12 +241,13 @@ def sweep_backward(head: Head, labels, g, ge, entropy, m, s, tiles: Tiles, need,
             part = head.rows(cut.start, cut.stop)
             shape = (cut.stop - cut.start, hi - lo)
             z = part.logits(w, lo, hi, buffer[: shape[0] * shape[1]].view(shape))
-            slope = None if part.cap is None else 1 - (z / part.cap) ** 2  # d tanh
+            slope = None if part.cap is None else (z / part.cap).square_().neg_().add_(1)  # d tanh
             z.sub_(base[cut])
             if ge is None:
                 du = z.exp_().mul_((-g[cut] / s[cut])[:, None])
             else:
-                e = torch.exp(z.clamp_(min=FLOOR), out=spare[: z.numel()].view(shape))
+                z = z.clamp_(min=FLOOR) if head.suppresses else z
+                e = torch.exp(z, out=spare[: z.numel()].view(shape))
                 z.add_((entropy[cut] - log_s[cut])[:, None]).mul_(ge[cut, None]).add_(g[cut, None])
                 du = z.mul_(e).mul_((-1 / s[cut])[:, None])
             inside, column = _inside(labels[cut], lo, hi)
@@ -239,13 +255,16 @@ def sweep_backward(head: Head, labels, g, ge, entropy, m, s, tiles: Tiles, need,
             if slope is not None:
                 du.mul_(slope).mul_(part.cap)
             grads.add(du, w, slice(lo, hi), cut, part)
-            dw = grads.add_weight(dw, du, part)
+            if not narrow:
+                grads.add_weight(du, slice(lo, hi), first == 0, part)
+            elif grads.dw is not None:  # summed in fp32 over the rows of this slice, then rounded once
+                dw = torch.mm(du.T, part.x) if dw is None else dw.addmm_(du.T, part.x)
         if dw is not None:
             grads.dw[lo:hi] = dw
     return grads
 
 
-def chunk_terms(head: Head, labels: Tensor, z: Tensor, columns: int):
+def chunk_terms(head: Head, labels: Tensor, z: Tensor, spare: Tensor, columns: int):
     """z [c, V] becomes exp(z - m) in place. Returns log-prob, entropy, m and the sum of z, each [c]."""
     c, vocabulary = z.shape
     for lo, hi, w in head.slices(vocabulary if head.weight.dtype == z.dtype else columns):
@@ -255,12 +274,11 @@ def chunk_terms(head: Head, labels: Tensor, z: Tensor, columns: int):
     target = torch.where(inside, z.gather(1, column)[:, 0] - m, torch.nan)
     s, t = torch.zeros_like(m), torch.zeros_like(m)
     for lo in range(0, vocabulary, columns):
-        d = z[:, lo : lo + columns]
-        d.sub_(m[:, None]).clamp_(min=FLOOR)
-        e = d.exp()
-        s += e.sum(1)
+        e = z[:, lo : lo + columns]
+        d = torch.sub(e, m[:, None], out=spare[: e.numel()].view(e.shape))
+        d = d.clamp_(min=FLOOR) if head.suppresses else d
+        s += torch.exp(d, out=e).sum(1)
         t += d.mul_(e).sum(1)
-        d.copy_(e)
     return target - s.log(), s.log() - t / s, m, s
 
 
@@ -269,7 +287,9 @@ def chunk_gradient(head: Head, labels: Tensor, z: Tensor, m, s, entropy, g, ge: 
     for lo in range(0, z.shape[1], columns):
         e = z[:, lo : lo + columns]
         log_e = None if ge is None and head.cap is None else e.log().clamp_(min=FLOOR)
-        slope = None if head.cap is None else 1 - ((log_e + m[:, None]) / head.cap).clamp_(-1, 1) ** 2
+        slope = None
+        if head.cap is not None:
+            slope = (log_e + m[:, None]).div_(head.cap).clamp_(-1, 1).square_().neg_().add_(1)
         if ge is None:
             e.mul_((-g / s)[:, None])
         else:
@@ -282,26 +302,28 @@ def chunk_gradient(head: Head, labels: Tensor, z: Tensor, m, s, entropy, g, ge: 
 
 
 def ppo_sweep(head: Head, labels, old_log_probs, advantages, weights, ref_log_probs, count, options: LossOptions, need,
-              rows_per_chunk: int, columns: int):  # fmt: skip
+              tiles: Tiles):  # fmt: skip
     """Loss terms [n] of every token and the gradients, in one sweep: log-prob -> loss -> gradient of the logits.
 
     Three matrix products a chunk: logits, then dx and dW from the same buffer.
     """
     n, x = len(labels), head.x
     log_probs, entropy, loss = (x.new_empty(n) for _ in range(3))
-    grads = Gradients(head, need)
+    grads = Gradients(head, need, x.dtype)
     ge = None if options.entropy_coef == 0 else -options.entropy_coef / count
-    buffer = x.new_empty(min(n, rows_per_chunk), len(head.weight))
-    for first in range(0, n, rows_per_chunk):
-        cut = slice(first, min(n, first + rows_per_chunk))
+    buffer = x.new_empty(min(n, tiles.rows), len(head.weight))
+    spare = x.new_empty(len(buffer) * tiles.columns)
+    for first in range(0, n, tiles.rows):
+        cut = slice(first, min(n, first + tiles.rows))
         part = head.rows(cut.start, cut.stop)
         z = buffer[: cut.stop - cut.start]
-        log_probs[cut], entropy[cut], m, s = chunk_terms(part, labels[cut], z, columns)
+        log_probs[cut], entropy[cut], m, s = chunk_terms(part, labels[cut], z, spare, tiles.columns)
         per_token = (None if t is None else t[cut] for t in (old_log_probs, advantages, weights, ref_log_probs))
         loss[cut], g = policy_terms(log_probs[cut], *per_token, options)
-        chunk_gradient(part, labels[cut], z, m, s, entropy[cut], g / count, ge, columns)
-        for lo, hi, w in head.slices(len(head.weight) if head.weight.dtype == z.dtype else columns):
+        chunk_gradient(part, labels[cut], z, m, s, entropy[cut], g / count, ge, tiles.columns)
+        for lo, hi, w in head.slices(len(head.weight) if head.weight.dtype == z.dtype else tiles.columns):
             grads.add(z[:, lo:hi], w, slice(lo, hi), cut, part)
+            grads.add_weight(z[:, lo:hi], slice(lo, hi), first == 0, part)
     return loss, log_probs, entropy, grads
 
 

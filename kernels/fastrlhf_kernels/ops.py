@@ -73,7 +73,9 @@ def linear_log_probs(*args):
     *head_args, ignore_index, return_entropy, batch_invariant = args
     labels, weight = head_args[2], head_args[1]
     head, y, rows = _head(*head_args, labels != ignore_index)
-    tiles = chunked.sweep_tiles(len(y), *weight.shape, cuda=weight.is_cuda, batch_invariant=batch_invariant)
+    tiles = chunked.sweep_tiles(
+        len(y), *weight.shape, cuda=weight.is_cuda, entropy=return_entropy, batch_invariant=batch_invariant
+    )
     log_probs, entropy, m, s = chunked.sweep_forward(head, y, tiles, entropy=return_entropy, pad=batch_invariant)
     n = len(labels)
     entropy = m.new_empty(0) if entropy is None else _scatter(n, rows, entropy)
@@ -96,7 +98,7 @@ def linear_log_probs_backward(*args):
     *head_args, ignore_index, g, ge, entropy, m, s, need = args
     hidden, weight, labels, bias = head_args[:4]
     head, y, rows = _head(*head_args, labels != ignore_index)
-    tiles = chunked.sweep_tiles(len(y), *weight.shape, cuda=weight.is_cuda)
+    tiles = chunked.sweep_tiles(len(y), *weight.shape, cuda=weight.is_cuda, entropy=ge is not None)
     m, s = _gather(rows, m), _gather(rows, s)
     g = torch.zeros_like(m) if g is None else _gather(rows, g).to(m.dtype)
     ge = None if ge is None else _gather(rows, ge).to(m.dtype)
@@ -228,14 +230,13 @@ def linear_ppo_loss(*args):
     dtype = head.x.dtype
     old, adv, weights, ref = (None if t is None else _gather(rows, t).to(dtype) for t in (old, adv, weights, ref))
     count = count.to(dtype)
-    tiles = chunked.sweep_tiles(len(y), *weight.shape, cuda=weight.is_cuda)
     grads = None
     if any(need):
-        loss, log_probs, entropy, grads = chunked.ppo_sweep(
-            head, y, old, adv, weights, ref, count, options, need, chunked.chunk_rows(len(weight), cuda=weight.is_cuda),
-            tiles.columns,
-        )  # fmt: skip
+        tiles = chunked.chunk_tiles(len(weight), cuda=weight.is_cuda)
+        sweep = chunked.ppo_sweep(head, y, old, adv, weights, ref, count, options, need, tiles)
+        loss, log_probs, entropy, grads = sweep
     else:
+        tiles = chunked.sweep_tiles(len(y), *weight.shape, cuda=weight.is_cuda, entropy=True)
         log_probs, entropy, _, _ = chunked.sweep_forward(head, y, tiles, entropy=True)
         loss, _ = losses.policy_terms(log_probs, old, adv, weights, ref, options)
     total = loss.sum() / count

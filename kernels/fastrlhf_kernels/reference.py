@@ -191,7 +191,7 @@ def sample_support(z: Tensor, top_k: int, top_p: float) -> Tensor:
         keep = z >= z.sort(descending=True).values[top_k - 1]
     p = torch.softmax(torch.where(keep, z, -torch.inf).double(), -1)
     if top_p < 1:
-        mass_before = torch.stack([p[z > value].sum() for value in z])
+        mass_before = torch.where(z[None, :] > z[:, None], p, 0).sum(1)
         keep = keep & (mass_before < top_p)
     return keep
 
