@@ -123,10 +123,16 @@ class RolloutEngine:
         for token in stops:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"stop_token_ids: {token} is outside the vocabulary of {vocabulary} tokens")
+        embeddings = self.model.get_input_embeddings().weight.shape[0]
         positions = getattr(config, "max_position_embeddings", None) or math.inf
         for index, prompt in enumerate(prompt_ids):
             if len(prompt) == 0:
                 raise ValueError(f"prompt {index} is empty; a reply needs at least one token to start from")
+            for token in (min(prompt), max(prompt)):
+                if not 0 <= token < embeddings:
+                    raise ValueError(
+                        f"prompt {index} holds token {token}, outside the vocabulary of {embeddings} tokens"
+                    )
             need = len(prompt) + params.max_new_tokens
             if need > positions:
                 raise ValueError(
@@ -197,18 +203,17 @@ class _Wave:
 
     def _prefill(self) -> Tensor:
         """The prompts, each distinct one once -> hidden state [rows, H] that predicts the first new token."""
-        unique = {id(row.prompt): row.prompt for row in self.rows}
-        prompts = list(unique.values())
+        prompts = list(dict.fromkeys(tuple(row.prompt) for row in self.rows))
         longest = max(len(prompt) for prompt in prompts)
         device = self.model.device
-        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        ids = torch.tensor([(0,) * (longest - len(p)) + p for p in prompts], device=device)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         columns = torch.arange(longest, device=device)
         mask = columns >= (longest - lengths)[:, None]
         hidden = self._forward(ids, mask, (columns - (longest - lengths)[:, None]).clamp(min=0))
         self.stats["prefill_tokens"] += int(lengths.sum())
-        place = {key: i for i, key in enumerate(unique)}
-        index = torch.tensor([place[id(row.prompt)] for row in self.rows], device=device)
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        index = torch.tensor([place[tuple(row.prompt)] for row in self.rows], device=device)
         if len(prompts) < len(self.rows):
             self.cache.batch_select_indices(index)
         room = torch.ones(len(self.rows), self.params.max_new_tokens, dtype=torch.bool, device=device)
@@ -282,11 +287,12 @@ def _cache_bytes_per_token(model: PreTrainedModel) -> int:
 
 @contextmanager
 def _inference(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's own mode is restored even after an error."""
-    training = model.training
+    """Evaluation mode without gradients; every module's own mode is restored, even after an error."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
