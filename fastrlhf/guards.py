@@ -1,10 +1,15 @@
-"""What stops a run that is going wrong: too many skipped updates, and interruption."""
+"""What stops a run that goes wrong or would: rows the model cannot read, too many skipped updates, interruption."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fastrlhf.config import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IN_A_ROW = 3
 IN_LAST = (5, 100)
@@ -44,3 +49,19 @@ class UpdateGuard:
     def load_state(self, state: dict) -> None:
         self.skipped = state["skipped"]
         self.recent = deque(state["recent"], maxlen=IN_LAST[1])
+
+
+def check_rows(model: PreTrainedModel, rows: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """UserError for token rows that would fail in the middle of a run: ids or positions that the model has not."""
+    vocabulary, highest = model.get_input_embeddings().weight.shape[0], max(map(max, rows))
+    if highest >= vocabulary:
+        raise UserError(
+            f"tokenizer: it writes token {highest} and the model has {vocabulary}; use the model's own tokenizer"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, rows))
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"max_tokens = {max_tokens}: the longest row has {longest} tokens and the model has {positions} positions; "
+            f"set max_tokens={positions}"
+        )

@@ -86,7 +86,7 @@ def padding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
     Stock sequence classifiers read their score at the last id that is not padding. Where the tokenizer pads with its
     EOS, that would be the token before the end of the reply, so another one takes over: unk, bos, an added token, or
-    one that text cannot spell (GPT-2 writes " gazed" as "\u0120gazed"; a token spelt as in text must not be made special).
+    one that is spelt as in no text (GPT-2's "\u0120gazed" for " gazed"): special tokens are looked for in it first.
     """
     made, stops = copy.deepcopy(tokenizer), set(stop_token_ids(tokenizer))
     made.padding_side = "right"
@@ -159,7 +159,8 @@ class RewardTrainer:
         model.requires_grad_(not self.config.head_only)
         model.score.requires_grad_(True)  # head_only: a linear model on frozen features
         if self.config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            new = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
+            (new or model.gradient_checkpointing_enable)()
         return model
 
     def _load(self, source: Any, role: str) -> tuple[list[Record], str]:

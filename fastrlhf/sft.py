@@ -77,7 +77,8 @@ class SFTTrainer:
         self.model = models.load_policy(model, config.dtype, config.attention).requires_grad_(True)
         check_rows(self.model, [e.ids for e in self.examples + self.eval_examples], config.max_tokens)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            new = getattr(self.model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
+            (new or self.model.gradient_checkpointing_enable)()
         self.device = self.model.device
         self.budget = token_budget(config.micro_batch_tokens, self.device)
         self.optimizer = Optimizer(
