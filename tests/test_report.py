@@ -1,4 +1,4 @@
-"""The report: it opens offline, misses no figure, survives a kill, and takes no text for markup."""
+"""The report: it misses no figure, survives a kill, and takes no text for markup (tests/real opens it in a browser)."""
 
 from __future__ import annotations
 
@@ -6,145 +6,26 @@ import json
 import math
 import random
 import re
-import shutil
-import subprocess
-from html import escape, unescape
 from html.parser import HTMLParser
 
 import pytest
 
-from fastrlhf.config import CONFIGS, UserError
-from fastrlhf.recipe import resolved_yaml
+from fastrlhf.config import UserError
 from fastrlhf.report import build_report, main
 from fastrlhf.report.figures import Panel, Series, curves
 from fastrlhf.report.folder import ends
 from fastrlhf.tracking import Tracker
-
-PPO_FIGURES = ["fig-reward", "fig-kl", "fig-reward-kl", "fig-length", "fig-loss"]
-SFT_FIGURES = ["fig-sft-loss", "fig-sft-perplexity"]
-RM_FIGURES = ["fig-rm-accuracy", "fig-rm-loss", "fig-rm-margins"]
-PROMPTS = [
-    (
-        "How do I keep a tomato plant alive?",
-        "Whatever. Ask someone else.",
-        "Glad you ask! Water it every other morning.",
-    ),
-    ("我的猫不吃饭怎么办？", "随便，真烦。", "别担心，谢谢您来问！先看看水碗是不是干净，再换一种口味，陪它吃几口。"),
-    ("Which bicycle should I choose for the city?", "Any. Do not ask.", "Happy to help: a light one with wide tyres."),
-    ("怎样挑选一把好用的菜刀？", "自己想。", "很乐意帮您：请选刀背厚、刀刃薄、握着舒服的一把。"),
-]
-HOSTILE = [
-    "<script>document.title='owned'</script>",
-    "</div></table><img src=x onerror=alert(1)>",
-    '"><svg onload=alert(1)>',
-    "</style><style>*{display:none}</style>",
-    "javascript:alert(1) <a href=javascript:alert(1)>x</a> <iframe src=https://evil.example>",
-    "&lt;b&gt; &#60;script&#62; <!-- --><![CDATA[x]]>",
-    "\x1b[31mred\x1b]0;title\x07 \u202egnp.exe\u202c \x00\x08\x9b",
-    "[bold]rich[/bold] $\\frac{1}{0}$ {jinja} %s",
-    "x" * 1_000_000,
-]
-
-
-def write_stage(folder, stage, steps, *, total=None, seed=0, hostile=()):
-    """A run folder as a stage writes it, with curves like real ones; `total` > steps: one that was killed."""
-    draw = random.Random(seed)
-    total = total or steps
-    folder.mkdir(parents=True)
-    named = {
-        "sft": {"model": "out/base", "data": "data/sft.jsonl"},
-        "reward": {"model": "out/sft", "data": "pairs.jsonl"},
-    }
-    inputs = named.get(stage, {"policy": "out/sft", "reward": "out/reward", "prompts": "data/prompts.jsonl"})
-    config = CONFIGS[stage](output_dir=str(folder), total_steps=total, seed=seed, learning_rate=3e-4, eval_every=10)
-    (folder / "config.yaml").write_text(resolved_yaml(stage, inputs, config))
-    run = {"verb": stage, "seed": seed, "versions": {"torch": "2.13.0"}, "device": "CPU, 2 threads", "started": "today"}
-    (folder / "run.json").write_text(json.dumps(run))
-    texts = stage == "ppo"
-    with Tracker(folder, stage, total, console=False) as tracker:
-        if texts:
-            tracker.samples(0, [{"prompt": p, "response": b, "score": -1.2 + draw.random()} for p, b, _ in PROMPTS])
-        for step in range(1, steps + 1):
-            with tracker.phase("rollout" if stage == "ppo" else "update"):
-                pass
-            with tracker.phase("update"):
-                pass
-            metrics = METRICS[stage](step / total, draw)
-            if step % 10 == 0 or step == total:
-                metrics |= EVALS[stage](step / total, draw)
-                if stage == "reward":
-                    tracker.event(
-                        "margins", "held out", histogram={"-inf..-1": 12, "-1..0": 31, "0..1": 90, "1..inf": 140}
-                    )
-            tracker.log(step, metrics, {"perf/rollout_tokens": 4000, "mem/peak_gib": 1.5 + 0.2 * draw.random()})
-        now = [{"prompt": p, "response": a, "score": 0.9 + draw.random()} for p, _, a in PROMPTS]
-        if texts:
-            tracker.samples(steps, [*now, *({"prompt": text, "response": text, "score": 0.0} for text in hostile)])
-        for text in hostile:
-            tracker.event(text[:40], text, field=text)
-    _slow_down(folder / "timings.jsonl", stage, draw)
-    return folder
-
-
-def _slow_down(path, stage, draw):
-    """Phase seconds as a real run has them, instead of those of a loop that did nothing."""
-    shares = {"rollout": 5.1, "score": 0.6, "advantages": 1.4, "update": 8.2} if stage == "ppo" else {"update": 0.6}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows:
-        spent = {f"time/{name}": seconds * draw.uniform(0.9, 1.1) for name, seconds in shares.items()}
-        row |= {**spent, "time/step": sum(spent.values()) * 1.05, "perf/tokens_per_s": 4000 / sum(spent.values())}
-        row.pop("perf/rollout_tokens_per_s", None)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def ppo_metrics(t, draw):
-    rise = 1 - math.exp(-3 * t)
-    return {
-        "reward/mean": -0.8 + 2.4 * rise + draw.gauss(0, 0.15), "reward/std": 1 + draw.random() / 5,
-        "kl/ref": 7 * t**0.8 * (1 + draw.gauss(0, 0.06)), "kl/approx": 0.004 + abs(draw.gauss(0, 0.002)),
-        "policy/loss": draw.gauss(-0.01, 0.01), "policy/clip_frac": abs(draw.gauss(0.1, 0.02)),
-        "policy/entropy": 2.1 - rise + draw.gauss(0, 0.03), "policy/grad_norm": 1 + draw.random(),
-        "value/loss": 0.4 * math.exp(-4 * t) + 0.05 + abs(draw.gauss(0, 0.02)), "value/explained_var": 0.8 * rise,
-        "length/mean": 24 + 7 * rise + draw.gauss(0, 1), "rollout/mismatch": 0.0, "update/skipped": 0.0,
-    }  # fmt: skip
-
-
-METRICS = {
-    "ppo": ppo_metrics,
-    "sft": lambda t, draw: {
-        "loss/train": 0.6 + 3 * math.exp(-6 * t) + draw.gauss(0, 0.05),
-        "learning_rate": 3e-4 * (1 - t),
-    },
-    "reward": lambda t, draw: {
-        "loss/train": 0.7 - 0.4 * t + draw.gauss(0, 0.05),
-        "accuracy/train": min(1.0, 0.5 + 0.4 * t + draw.gauss(0, 0.04)),
-    },
-}
-EVALS = {
-    "ppo": lambda t, draw: {"eval/reward_mean": -0.8 + 2 * (1 - math.exp(-3 * t)), "eval/length_mean": 25 + 6 * t},
-    "sft": lambda t, draw: {
-        "loss/eval": 0.7 + 3 * math.exp(-6 * t),
-        "perplexity/eval": math.exp(0.7 + 3 * math.exp(-6 * t)),
-    },
-    "reward": lambda t, draw: {"loss/eval": 0.7 - 0.3 * t, "accuracy/eval": 0.52 + 0.36 * t, "margin/eval": t},
-}
-
-
-VERDICT = {
-    "seed": 0, "rate_before_sft": 0.0, "rate_sft": 0.52, "rate_ppo": 0.93, "rate_ppo_shuffled": 0.03,
-    "kl_sequence_mean": 6.1, "distinct2_sft": 0.31, "distinct2_ppo": 0.22, "rm_pair_accuracy": 0.91,
-    "length_sft": 24.0, "length_ppo": 28.0, "seconds": 251.0, "passed": True,
-}  # fmt: skip
-
-
-def write_quickstart(folder):
-    for stage, steps in (("sft", 90), ("reward", 50), ("ppo", 45)):
-        write_stage(folder / stage, stage, steps)
-    (folder / "verdict.json").write_text(json.dumps(VERDICT))
-    rows = [{"prompt": p, "response_sft": b, "response_ppo": a} for p, b, a in PROMPTS * 5]
-    (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "run.json").write_text(json.dumps({"verb": "quickstart", "seed": 0}))
-    return folder
+from tests.run_folders import (
+    PPO_FIGURES,
+    PROMPTS,
+    RM_FIGURES,
+    SFT_FIGURES,
+    VERDICT,
+    ppo_metrics,
+    write_killed,
+    write_quickstart,
+    write_stage,
+)
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +40,7 @@ def quickstart(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    folder = write_stage(tmp_path_factory.mktemp("run") / "killed", "ppo", 37, total=500, hostile=HOSTILE)
-    (folder / "checkpoints").mkdir()
-    run = {"verb": "ppo", "device": HOSTILE[0], HOSTILE[1]: HOSTILE[2]}
-    (folder / "run.json").write_text(json.dumps(run))
-    return build_report(folder)
+    return build_report(write_killed(tmp_path_factory.mktemp("run") / "killed"))
 
 
 class Page(HTMLParser):
@@ -292,6 +169,15 @@ def test_a_killed_run_is_reported_with_its_resume_command(hostile):
     assert f"fastrlhf resume {hostile.parent}" in text
 
 
+def test_commands_fit_how_the_run_was_started(tmp_path, quickstart):
+    assert "fastrlhf quickstart seed=0 output_dir=NEW_FOLDER" in read(quickstart).text
+    assert "fastrlhf resume" not in read(quickstart).text
+    folder = write_stage(tmp_path / "a run", "sft", 3)
+    assert f"fastrlhf sft '{folder}/config.yaml' output_dir=NEW_FOLDER" in read(build_report(folder)).text
+    (folder / "run.json").write_text(json.dumps({"verb": "sft", "from_python": ["model", "data"]}))
+    assert "started from Python with objects for model, data" in read(build_report(folder)).text
+
+
 def test_a_run_torn_anywhere_still_gets_a_report(tmp_path):
     folder = write_stage(tmp_path / "run", "ppo", 12)
     for name in ("metrics", "timings", "samples", "events"):
@@ -408,101 +294,3 @@ def test_curves_keep_both_ends_and_are_deterministic():
     marks = re.search(r'<g id="fig-x-series-0-0">(.*?)</g>\s*</g>', drawn[0], flags=re.DOTALL)[1]
     assert 300 <= marks.count("<use") <= 400
     assert 'href="#fig-x-' in marks and "#0102" not in drawn[0]
-
-
-# ---------------------------------------------------------------------------------------------------- in a browser
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PROBE = """<!doctype html><meta charset="utf-8"><body style="margin:0"><script>
-const found = [];
-async function probe(frame, width) {
-  const page = frame.contentDocument, root = page.documentElement, bad = [];
-  page.querySelectorAll("details").forEach(d => d.open = true);
-  const figures = [...page.querySelectorAll("figure")];
-  for (const figure of figures) {
-    const svg = figure.querySelector("svg"), say = why => bad.push(figure.id + ": " + why);
-    if (figure.classList.contains("missing")) say("missing");
-    if (!svg) { say("no svg"); continue; }
-    const box = svg.getBoundingClientRect();
-    if (box.width < 150 || box.height < 80) say("svg of " + box.width + " x " + box.height);
-    const series = svg.querySelectorAll('[id*="-series-"]');
-    if (!series.length) say("no curve");
-    series.forEach(s => { const b = s.getBBox(); if (!(b.width + b.height > 0)) say(s.id + " is empty"); });
-    svg.querySelectorAll("text").forEach(t => {
-      const b = t.getBoundingClientRect();
-      if (b.width > 0 && (b.left < box.left - 1 || b.right > box.right + 1)) say("text cut: " + t.textContent.trim());
-      if (b.height > 0 && b.height < 7) say("text too small: " + b.height);
-    });
-  }
-  if (root.scrollWidth > width) bad.push("page is " + root.scrollWidth + " wide");
-  page.querySelectorAll("body *:not(svg *)").forEach(e => {
-    const right = e.getBoundingClientRect().right;
-    if (right > width + 1) bad.push(e.tagName + "." + e.className + " ends at " + right);
-  });
-  const loads = frame.contentWindow.performance.getEntriesByType("resource").map(entry => entry.name);
-  found.push({width, bad, loads, figures: figures.map(f => f.id), title: page.title,
-              ink: frame.contentWindow.getComputedStyle(page.body).color});
-}
-</script>%s<pre id="probe"></pre><script>
-onload = async () => {
-  for (const frame of document.querySelectorAll("iframe")) await probe(frame, frame.clientWidth);
-  document.getElementById("probe").textContent = JSON.stringify(found);
-};
-</script>"""
-
-
-def browse(page, tmp_path, *options):
-    """Run headless Chromium on a page -> (its DOM afterwards, its log)."""
-    quiet = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=10000"
-    )
-    command = [CHROMIUM, *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}", *options, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout, done.stderr
-
-
-def probe(reports, tmp_path, *options):
-    """What a browser makes of reports, 1280 and 420 pixels wide, and the lines it wrote to its console."""
-    frames = "".join(
-        f'<iframe srcdoc="{escape(html, quote=True)}" style="border:0;width:{width}px;height:900px"></iframe>'
-        for html in reports
-        for width in (1280, 420)
-    )
-    page = tmp_path / "probe.html"
-    page.write_text(PROBE % frames, encoding="utf-8")
-    dom, log = browse(page, tmp_path, "--window-size=1400,2000", "--dump-dom", *options)
-    found = re.search(r'<pre id="probe">(.*?)</pre>', dom, flags=re.DOTALL)[1]
-    return json.loads(unescape(found)), [line for line in log.splitlines() if "CONSOLE" in line]
-
-
-@pytest.mark.real
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_in_a_browser(finished, quickstart, hostile, tmp_path):
-    picture = tmp_path / "shot.png"
-    reports = [report.read_text(encoding="utf-8") for report in (finished, quickstart, hostile)]
-    found, console = probe(reports, tmp_path, f"--screenshot={picture}")
-    assert console == []
-    assert [view["width"] for view in found] == [1280, 420] * 3
-    for view in found:
-        assert view["bad"] == [] and view["loads"] == []
-        assert set(PPO_FIGURES) <= set(view["figures"])
-        assert view["title"].endswith("fastrlhf report")
-    assert set(SFT_FIGURES + RM_FIGURES) <= set(found[2]["figures"]) & set(found[3]["figures"])
-    assert picture.stat().st_size > 100_000  # a blank page is a tenth of it
-
-
-@pytest.mark.real
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_the_browser_test_can_fail(finished, tmp_path):
-    html = finished.read_text(encoding="utf-8")
-    html = re.sub(r'(<figure id="fig-kl">.*?)<svg.*?</svg>', r"\1", html, count=1, flags=re.DOTALL)
-    html = html.replace('<g id="fig-length-series-0-0">', '<g id="fig-length-series-9-9"></g><g>', 1)
-    html = html.replace("</main>", '<div style="width:3000px">wide</div><img src="file:///nothing.png"></main>')
-    html = html.replace("</body>", "<script>broken(</script></body>")
-    found, console = probe([html], tmp_path)
-    faults = " ".join(found[0]["bad"])
-    assert "fig-kl: no svg" in faults and "fig-length: fig-length-series-9-9 is empty" in faults
-    assert re.search(r"page is 30\d\d wide", faults)
-    assert console  # the policy refuses the script and the image, and says so

@@ -99,7 +99,7 @@ def _rm_figures(stage: StageRun) -> list[str]:
     histogram = next((e["histogram"] for e in reversed(stage.events) if is_histogram(e.get("histogram"))), None)
     if histogram:
         title = "Margins on held-out pairs"
-        svg = bars("fig-rm-margins", title, list(histogram.items()), "score of the better - the worse", "pairs")
+        svg = bars("fig-rm-margins", title, list(histogram.items()), "score of the better minus the worse", "pairs")
         figures.append(figure("fig-rm-margins", title, svg, "Left of 0: pairs ranked the wrong way round."))
     return figures
 

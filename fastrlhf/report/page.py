@@ -87,6 +87,7 @@ th.num { text-align: right; }
 .samples th:first-child { width: 24%; }
 .share th:last-child { width: 34%; }
 .share td { overflow-wrap: normal; }
+.events td:first-child { white-space: nowrap; }
 .bar { margin-top: 7px; height: 8px; border-radius: 4px; background: var(--series-1); min-width: 1px; }
 code, pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Noto Sans Mono CJK SC", monospace; }
 code { overflow-wrap: anywhere; }

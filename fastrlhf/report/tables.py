@@ -159,7 +159,11 @@ def events(stages: list[StageRun]) -> str:
             rows.append([esc(f"{where}step {event.get('step', '?')}"), badge(kind[:40], "warn"), text_cell(message)])
         if len(told) > EVENTS_SHOWN:
             rows.append([esc(where), "", f"{len(told) - EVENTS_SHOWN} more in events.jsonl"])
-    found = table(["Where", "Kind", "What happened"], rows) if rows else "<p>None: no alarm, no skipped update.</p>"
+    found = (
+        table(["Where", "Kind", "What happened"], rows, css="stack events")
+        if rows
+        else "<p>None: no alarm, no skipped update.</p>"
+    )
     return f'<section id="events"><h2>Events and alarms</h2>{found}</section>'
 
 
@@ -178,14 +182,22 @@ def environment(run_dir: Path, stages: list[StageRun]) -> str:
 
 
 def _commands(run_dir: Path, stages: list[StageRun], run: dict[str, Any]) -> str:
-    """A resume command for a run that has not ended; the command of a repetition for each stage."""
+    """The command that resumes what has not ended, and the commands that do it all again."""
+    if run.get("verb") == "quickstart":
+        again = f"fastrlhf quickstart seed={run.get('seed', 0)} output_dir=NEW_FOLDER"
+        done = (run_dir / "verdict.json").is_file()
+        return again if done else f"fastrlhf resume {shlex.quote(str(run_dir))}\n{again}"
     lines = []
-    for stage in stages:
+    for stage in reversed(stages):
+        objects = stage.run.get("from_python")
+        if objects:
+            names = ", ".join(map(str, objects)) if isinstance(objects, list) else str(objects)
+            lines.append(
+                f"# {stage.name} was started from Python with objects for {names}: build the same trainer there"
+            )
+            continue
         if not stage.finished and (stage.dir / "checkpoints").is_dir():
             lines.append(f"fastrlhf resume {shlex.quote(str(stage.dir))}")
-    if run.get("verb") == "quickstart":
-        return "\n".join([*lines, f"fastrlhf quickstart seed={run.get('seed', 0)} output_dir=NEW_FOLDER"])
-    for stage in reversed(stages):
         recipe = shlex.quote(str(stage.dir / "config.yaml"))
         lines.append(f"fastrlhf {stage.name} {recipe} output_dir=NEW_FOLDER resume=false overwrite=false")
     return "\n".join(lines)
