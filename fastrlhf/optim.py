@@ -75,7 +75,8 @@ class Optimizer:
     """AdamW over fp32 weights, whatever dtype the model computes in.
 
     Parameters in bf16 keep an fp32 master copy here: an update of 1e-6 relative size would vanish in bf16. Their
-    gradients are moved into the fp32 master's after every backward, so micro-batches add up in fp32 as well.
+    gradients are moved into the fp32 master's after every backward, so micro-batches add up in fp32 as well. Where two
+    optimizers are made of one model (SFT, then PPO), the later one gets the gradients.
     """
 
     def __init__(self, model: nn.Module, *, name: str, learning_rate: float, max_grad_norm: float) -> None:
@@ -85,7 +86,9 @@ class Optimizer:
         self.inner = _build(name, self.masters, learning_rate)
         for param, master in zip(self.params, self.masters, strict=True):
             if master is not param:
-                param.register_post_accumulate_grad_hook(_to_master(master))
+                if hasattr(param, "_to_master"):
+                    param._to_master.remove()
+                param._to_master = param.register_post_accumulate_grad_hook(_to_master(master))
 
     def step(self, learning_rate: float) -> StepResult:
         """Clip to max_grad_norm (0: no clipping), then update, unless the gradient norm is not finite."""
