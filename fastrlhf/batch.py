@@ -1,7 +1,7 @@
-"""What one PPO step passes on: rollout, experience, and rows of prompt + response as tensors, padded once on the right, with the positions that predict each response token.
+"""What one PPO step passes on: the rollout, the experience, and rows of prompt + response as tensors.
 
-The value and the log-prob of the token at t are both read at position t - 1 of the trunk's output (one index, made
-here, used for both: an off-by-one between them is the classic PPO bug).
+Rows are padded once, on the right. The value and the log-prob of the token at t are both read at position t - 1 of the
+trunk's output: one index, made here, serves both (an off-by-one between them is the classic PPO bug).
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class Rollout:
     log_probs: list[Tensor]
     policy_log_probs: list[Tensor]
     scores: list[float | None] = field(default_factory=list)
+
+    def tokens(self, rows: list[int], device: torch.device) -> TokenBatch:
+        """These rows as tensors."""
+        return TokenBatch.build([self.prompt_ids[i] for i in rows], [self.response_ids[i] for i in rows], device)
 
 
 @dataclass

@@ -277,6 +277,15 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return freeze(copy.deepcopy(model))
 
 
+def make_trainable(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
+    """Every parameter takes gradients. Checkpointing works in training mode only, where our models behave the same:
+    their dropout is off."""
+    if gradient_checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable()
+    return model.requires_grad_(True)
+
+
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 

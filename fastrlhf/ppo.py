@@ -13,22 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import advantages, models
-from fastrlhf.batch import Experience, Rollout, TokenBatch, length_mask, minibatches, scatter
+from fastrlhf.batch import Experience, Rollout, length_mask, minibatches, scatter
 from fastrlhf.config import PPOConfig, UserError
 from fastrlhf.data import Sampler, load_prompts
 from fastrlhf.feedback import Prompt
-from fastrlhf.guards import UpdateGuard
-from fastrlhf.optim import Optimizer, lr_at, micro_batches, token_budget
+from fastrlhf.learner import Learner, response_log_probs
+from fastrlhf.optim import Optimizer, micro_batches, token_budget
 from fastrlhf.rewards import RewardModelScorer, Scorable, make_scorer
 from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
 from fastrlhf.run import Run, run_stage
-from fastrlhf.stats import Stats, mean, rollout_metrics, throughput
+from fastrlhf.stats import mean, rollout_metrics, throughput
 from fastrlhf.templates import encode_prompt, render_prompt, resolve_chat_template, stop_token_ids
-from fastrlhf_kernels import linear_log_probs, linear_ppo_loss, ppo_value_loss
 
 EVAL_PROMPTS_SHOWN = 4
 
@@ -76,9 +74,10 @@ class PPOTrainer:
         notes += [n for n in (note, eval_note) if n]
         self._load_models(policy, reward, ref_policy, value_model)
         self.sampler = Sampler(len(self.prompts), config.seed)
-        self.moments, self.guard = advantages.RunningMoments(), UpdateGuard()
-        self.policy_updates = self.critic_updates = 0
+        self.moments = advantages.RunningMoments()
+        self.learner = Learner(config, self.policy, self.value_model)
         self.run = Run(self)
+        self.learner.report = self.run.tracker.event
         for text in notes:
             self.run.tracker.note(text)
 
@@ -92,7 +91,7 @@ class PPOTrainer:
             attention=how[1],
             micro_batch_tokens=config.micro_batch_tokens,
         )
-        self.policy = models.load_policy(policy, *how).requires_grad_(True)
+        self.policy = models.load_policy(policy, *how)
         self.device = self.policy.device
         self.ref_policy = models.frozen_copy(self.policy) if ref_policy is None else models.freeze(
             models.load_policy(ref_policy, *how)
@@ -101,13 +100,6 @@ class PPOTrainer:
         self.stop_ids = stop_token_ids(self.tokenizer, self.policy.generation_config)
         self.engine = RolloutEngine(self.policy, self.tokenizer)
         self.budget = token_budget(config.micro_batch_tokens, self.device)
-        common = {"name": config.optimizer, "max_grad_norm": config.max_grad_norm}
-        self.policy_optimizer = Optimizer(self.policy, learning_rate=config.learning_rate, **common)
-        if self.value_model is not None:
-            self.value_optimizer = Optimizer(self.value_model, learning_rate=config.critic_learning_rate, **common)
-        if config.gradient_checkpointing:
-            for model in filter(None, (self.policy, self.value_model)):
-                model.gradient_checkpointing_enable()
 
     def _make_critic(self, value_model: Any, how: tuple[str, str]) -> PreTrainedModel:
         """Given, else a copy of a reward model that reads the same tokens, else the policy's trunk with a zero head."""
@@ -118,7 +110,7 @@ class PPOTrainer:
             critic = models.frozen_copy(scorer.model)
         else:
             critic = models.scalar_model(self.policy, self.tokenizer, seed=None)
-        return critic.requires_grad_(True)
+        return critic
 
     def _load_prompts(self, source: Any, role: str) -> tuple[list[tuple[Prompt, list[int]]], str]:
         prompts, counts = load_prompts(source, skip_bad_rows=self.config.skip_bad_rows)
@@ -164,11 +156,11 @@ class PPOTrainer:
             plan = self._plan(rollout)
             experience, metrics = self._experience(rollout, plan[0])
         with phase("update"):
-            metrics |= self._update(rollout, experience, plan)
+            metrics |= self.learner.update(rollout, experience, plan, self.run.step)
         metrics |= {
             "length/mean": mean([float(len(r)) for r in rollout.response_ids]),
             "length/finished": mean([float(f) for f in rollout.finished]),
-            "update/skipped": float(self.guard.skipped),
+            "update/skipped": float(self.learner.guard.skipped),
         }
         return PPOStep(metrics, throughput("perf/rollout_tokens", generation["new_tokens"], self.device), rollout)
 
@@ -232,10 +224,10 @@ class PPOTrainer:
         old, ref = torch.zeros_like(rollout_log_probs), torch.zeros_like(rollout_log_probs)
         values = None if self.value_model is None else torch.zeros_like(old)
         for rows in (rows for mini in epoch for rows in mini):
-            batch, own = self._tokens(rollout, rows), mask[rows]
+            batch, own = rollout.tokens(rows, self.device), mask[rows]
             if config.old_log_probs == "recompute":
-                old[rows] = scatter(self._log_probs(self.policy, batch), own)
-            ref[rows] = scatter(self._log_probs(self.ref_policy, batch), own)
+                old[rows] = scatter(response_log_probs(self.policy, batch, config.temperature), own)
+            ref[rows] = scatter(response_log_probs(self.ref_policy, batch, config.temperature), own)
             if values is not None:
                 flat = models.scalar_outputs(self.value_model, batch.hidden(self.value_model))
                 values[rows] = scatter(flat, own)
@@ -248,127 +240,6 @@ class PPOTrainer:
         shaped = advantages.shape_scores(raw, finished, config, self.moments)
         gains, returns = advantages.estimate(shaped, old, ref, values, counted, config)
         return Experience(mask, counted, old, ref, values, gains, returns), metrics
-
-    def _tokens(self, rollout: Rollout, rows: list[int]) -> TokenBatch:
-        return TokenBatch.build(
-            [rollout.prompt_ids[i] for i in rows], [rollout.response_ids[i] for i in rows], self.device
-        )
-
-    def _log_probs(self, model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-        head = models.lm_head(model)
-        hidden = batch.hidden(model)
-        return linear_log_probs(hidden, head.weight, batch.labels, temperature=self.config.temperature, **head.kwargs())
-
-    # --------------------------------------------------------------------------------------------------------- update
-
-    def _update(self, rollout: Rollout, experience: Experience, plan: list) -> dict[str, float]:
-        """ppo_epochs passes over the rollout in mini-batches; policy and critic step one after the other."""
-        config, stats = self.config, Stats()
-        warming_up = self.run.step < config.critic_warmup_steps
-        for mini in (mini for epoch in plan for mini in epoch):
-            if self.value_model is not None:
-                self._update_critic(rollout, experience, mini, stats)
-            if warming_up:
-                continue
-            self._update_policy(rollout, experience, mini, stats)
-            if config.target_kl is not None and stats.last("kl/approx") > 1.5 * config.target_kl:
-                stats.add("update/stopped_early", 1.0)
-                break
-        return stats.means()
-
-    def _update_policy(
-        self,
-        rollout: Rollout,
-        experience: Experience,
-        mini: list[list[int]],
-        stats: Stats,
-    ) -> None:
-        """One optimizer step: the losses of the micro-batches are sums over one token count, so they just add up."""
-        config = self.config
-        normalizer = self._normalizer(experience.response_mask, mini)
-        totals = torch.zeros(5, device=self.device)
-        for rows in mini:
-            batch, take = self._tokens(rollout, rows), experience.take(rows)
-            head = models.lm_head(self.policy)
-            loss, info = linear_ppo_loss(
-                batch.hidden(self.policy), head.weight, batch.labels,
-                take(experience.old_log_probs), take(experience.advantages), take(experience.response_mask),
-                temperature=config.temperature, clip_range=config.clip_range, clip_range_high=config.clip_range_high,
-                dual_clip=config.dual_clip, entropy_coef=config.entropy_coef, normalizer=normalizer,
-                **self._kl_in_loss(take(experience.ref_log_probs)), **head.kwargs(),
-            )  # fmt: skip
-            loss.backward()
-            totals += torch.stack([loss.detach(), *(info[n] for n in ("approx_kl", "clip_frac", "entropy", "ratio"))])
-        result = self.policy_optimizer.step(self._learning_rate(config.learning_rate, self.policy_updates))
-        self.policy_updates += 1
-        names = ("policy/loss", "kl/approx", "policy/clip_frac", "policy/entropy", "policy/ratio")
-        for name, value in zip(names, totals.tolist(), strict=True):
-            stats.add(name, value)
-        stats.add("policy/grad_norm", result.grad_norm)
-        self._guard(result.applied, "policy")
-
-    def _kl_in_loss(self, ref_log_probs: Tensor) -> dict[str, Any]:
-        config = self.config
-        if config.kl_in == "reward":
-            return {}
-        return {
-            "ref_log_probs": ref_log_probs,
-            "kl_coef": config.kl_coef,
-            "kl_estimator": config.kl_estimator,
-        }
-
-    def _update_critic(
-        self,
-        rollout: Rollout,
-        experience: Experience,
-        mini: list[list[int]],
-        stats: Stats,
-    ) -> None:
-        config = self.config
-        normalizer = self._normalizer(experience.response_mask, mini)
-        totals = torch.zeros(6, device=self.device)
-        for rows in mini:
-            batch, take = self._tokens(rollout, rows), experience.take(rows)
-            values = models.scalar_outputs(self.value_model, batch.hidden(self.value_model))
-            loss, info = ppo_value_loss(
-                values, take(experience.values), take(experience.returns), take(experience.response_mask),
-                clip_range=config.clip_range_value, normalizer=normalizer,
-            )  # fmt: skip
-            (config.vf_coef * loss).backward()
-            names = ("clip_frac", "sum_sq_error", "sum_return", "sum_return_sq", "count")
-            totals += torch.stack([loss.detach(), *(info[n].to(totals) for n in names)])
-        result = self.value_optimizer.step(self._learning_rate(config.critic_learning_rate, self.critic_updates))
-        self.critic_updates += 1
-        loss_value, clipped, sq_error, total, total_sq, count = totals.tolist()
-        variance = total_sq - total * total / max(count, 1.0)
-        stats.add("value/loss", loss_value)
-        stats.add("value/clip_frac", clipped)
-        stats.add("value/explained_var", 1.0 - sq_error / variance if variance > 1e-12 else 0.0)
-        stats.add("value/grad_norm", result.grad_norm)
-        self._guard(result.applied, "critic")
-
-    def _normalizer(self, mask: Tensor, mini: list[list[int]]) -> Tensor | float:
-        """What a mini-batch's summed loss is divided by: its response tokens (dr_grpo: the constant longest length)."""
-        rows = [row for group in mini for row in group]
-        if self.config.advantage == "dr_grpo":
-            return float(len(rows) * self.config.max_new_tokens)
-        return mask[rows].sum().clamp(min=1).float()
-
-    def _learning_rate(self, base: float, update: int) -> float:
-        config = self.config
-        per_step = config.ppo_epochs * -(-config.rollout_batch_size // config.mini_batch_size)
-        return lr_at(
-            update,
-            base=base,
-            schedule=config.lr_schedule,
-            warmup_steps=config.warmup_steps,
-            total_steps=config.total_steps * per_step,
-        )
-
-    def _guard(self, applied: bool, what: str) -> None:
-        sentence = self.guard.record(applied, what)
-        if sentence is not None:
-            self.run.tracker.event("non_finite_update", sentence, step=self.run.step + 1)
 
     # ------------------------------------------------------------------------------------- evaluation and checkpoints
 
@@ -391,22 +262,16 @@ class PPOTrainer:
         }
 
     def trained(self) -> dict[str, tuple[PreTrainedModel, Optimizer]]:
-        found = {"policy": (self.policy, self.policy_optimizer)}
-        return found if self.value_model is None else {**found, "value": (self.value_model, self.value_optimizer)}
+        return self.learner.trained()
 
     def state(self) -> dict[str, Any]:
-        return {
-            "sampler": self.sampler.state_dict(),
-            "moments": self.moments.state(),
-            "guard": self.guard.state(),
-            "updates": [self.policy_updates, self.critic_updates],
-        }
+        parts = {"sampler": self.sampler.state_dict(), "moments": self.moments.state()}
+        return {**parts, "learner": self.learner.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.moments.load_state(state["moments"])
-        self.guard.load_state(state["guard"])
-        self.policy_updates, self.critic_updates = state["updates"]
+        self.learner.load_state(state["learner"])
 
 
 def main(inputs: dict[str, Any], config: PPOConfig) -> int:

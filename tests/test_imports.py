@@ -17,7 +17,7 @@ STAGES = {"sft", "reward_model", "ppo"}
 TOP = {"cli", "__main__"}  # may import anything; imported by nothing
 VERBS = STAGES | {"report", "quickstart", "inference", "dry_run"}  # imported by the command line only
 USERS_OF_STAGES = {"cli", "quickstart"}
-USERS_OF_KERNELS = {"ppo", "rollout", "models", "sft", "advantages"}
+USERS_OF_KERNELS = {"learner", "rollout", "models", "sft", "advantages"}
 REPORT_NEEDS = {"fastrlhf", "matplotlib"}
 HEAVY = ("torch", "transformers", "datasets", "pydantic", "yaml", "rich", "matplotlib", "numpy", "triton")
 

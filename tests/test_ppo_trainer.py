@@ -1,0 +1,142 @@
+"""PPOTrainer as people use it: reward models, critics, evaluation, prompts, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastrlhf import RewardConfig, RewardTrainer, UserError
+from fastrlhf import models as m
+from tests import tiny
+from tests.test_ppo import PROMPTS, config, same, trainer, weights
+
+# -------------------------------------------------------------------------------------------- reward model and critic
+
+
+@pytest.fixture
+def reward_folder(tmp_path) -> Path:
+    rows = [{"prompt": p, "chosen": "yes", "rejected": "no no no"} for p in PROMPTS] * 2
+    cfg = RewardConfig(total_steps=2, mini_batch_size=4, learning_rate=1e-3, eval_every=0)
+    t = RewardTrainer(cfg, model=tiny.llama(), tokenizer=tiny.tokenizer(), data=rows)
+    t.train()
+    t.save(tmp_path / "rm")
+    return tmp_path / "rm"
+
+
+def test_the_critic_starts_as_the_reward_model_and_a_step_runs(reward_folder):
+    t = trainer(reward=str(reward_folder))
+    assert same(weights(t.value_model), weights(t.scorer.model))
+    frozen = weights(t.scorer.model)
+    t.train()
+    assert same(frozen, weights(t.scorer.model)) and not same(frozen, weights(t.value_model))
+
+
+def test_a_reward_model_scores_the_same_ids_it_was_trained_on(reward_folder):
+    from fastrlhf.rewards import score_texts
+
+    t = trainer(reward=str(reward_folder))
+    step = next(iter(t))
+    done = [i for i, f in enumerate(step.rollout.finished) if f]
+    ids = [t.tokenizer(step.rollout.responses[i], add_special_tokens=False)["input_ids"] for i in done]
+    canonical = [i for i, own in zip(done, ids) if [*own, 1] == step.rollout.response_ids[i]]
+    scores = score_texts(
+        t.scorer.model, t.tokenizer, [step.rollout.raw_prompts[i] for i in canonical],
+        [step.rollout.responses[i] for i in canonical],
+    )  # fmt: skip
+    assert [step.rollout.scores[i] for i in canonical] == pytest.approx(scores, abs=1e-5)
+
+
+def test_without_a_reward_model_values_start_at_zero():
+    t = trainer()
+    rollout, _ = t._rollout(t.prompts[:2], 1, purpose="rollout")
+    rollout.scores = [0.0, 0.0]
+    experience, _ = t._experience(rollout, [[[0, 1]]])
+    assert experience.values.abs().sum() == 0
+
+
+def test_a_reward_model_with_another_tokenizer_gets_text(tmp_path):
+    from tokenizers import pre_tokenizers
+
+    other = tiny.tokenizer()
+    other.add_tokens(["moonlight"])
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model = m.scalar_model(tiny.llama(vocab_size=len(other)), other, seed=1)
+    m.write_model(tmp_path / "rm", model, other, [1])
+    t = trainer(reward=str(tmp_path / "rm"))
+    assert not t.scorer.same_tokenizer
+    step = next(iter(t))
+    assert len([s for s in step.rollout.scores if s is not None]) == 8
+    assert m.is_scalar_model(t.value_model) and float(t.value_model.score.weight.detach().abs().sum()) >= 0
+
+
+# ------------------------------------------------------------------------------------------------------------ the rest
+
+
+def test_evaluation_uses_the_same_random_numbers_and_keeps_the_best(tmp_path):
+    cfg = config(
+        total_steps=4, eval_every=2, learning_rate=0.0, critic_learning_rate=0.0, output_dir=str(tmp_path / "r")
+    )
+    t = trainer(cfg, eval_prompts=PROMPTS[:3])
+    t.train()
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    evals = {row["step"]: row["reward/eval"] for row in rows if "reward/eval" in row}
+    assert set(evals) == {0, 2, 4} and len(set(evals.values())) == 1
+    assert (tmp_path / "r" / "best" / "model.safetensors").exists()
+    samples = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in samples} == {0, 2, 4}
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path):
+    cfg = config(total_steps=1, max_prompt_tokens=14, output_dir=str(tmp_path / "r"))
+    t = trainer(cfg, prompts=[*PROMPTS, "moon " * 40])
+    assert len(t.prompts) < 7
+    assert "longer than max_prompt_tokens = 14" in (tmp_path / "r" / "log.txt").read_text()
+    with pytest.raises(UserError, match="every prompt is longer than max_prompt_tokens = 2"):
+        trainer(config(max_prompt_tokens=2))
+
+
+def test_string_prompts_are_tokenised_as_they_are():
+    t = trainer(prompts=["the cat sat"])
+    assert t.prompts[0][1] == t.tokenizer("the cat sat")["input_ids"]
+
+
+def test_pad_equal_to_eos_changes_nothing():
+    """Masks come from lengths: the EOS a policy samples is trained on even if it is also the padding token."""
+    runs = []
+    for pad_is_eos in (False, True):
+        t = trainer(tok=tiny.tokenizer(pad_is_eos=pad_is_eos), prompts=[tiny.chat("the<|end|>cat"), tiny.chat("moon")])
+        runs.append([s.metrics for s in t])
+    assert runs[0] == runs[1]
+
+
+def test_the_loop_may_belong_to_the_user(tmp_path):
+    t = trainer(config(total_steps=2))
+    steps = list(t)
+    assert [len(s.rollout.responses) for s in steps] == [8, 8] and "reward/mean" in steps[0].metrics
+    t.save(tmp_path / "out")
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    } <= names
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"reward": "no/such/folder"}, "no/such/folder"),
+        ({"reward": 3}, "reward"),
+        ({"reward": "nomodule_x:fn"}, "nomodule_x"),
+        ({"prompts": []}, "prompts|empty|no rows"),
+        ({"prompts": [{"promt": "a"}]}, "prompt"),
+        ({"policy": "/no/such/model"}, "/no/such/model"),
+    ],
+)
+def test_mistakes_are_found_before_training(inputs, message):
+    with pytest.raises(UserError, match=message):
+        trainer(**inputs)
