@@ -1,0 +1,181 @@
+"""A run that was killed, stopped or left by its loop ends with the bytes of one that ran through (on the CPU)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from fastrlhf import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
+from fastrlhf.config import UserError
+from fastrlhf.state import optimizer_tensors
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+KILLS = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The promise is for the same thread count; models this small are fastest with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def experiments() -> dict[str, dict]:
+    """Two kills, one SIGTERM and one control a stage, in a process of their own: forking pytest would not be safe."""
+    command = [sys.executable, "-m", "bench.kill_resume", "--kills", str(KILLS), "--seed", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.stdout, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, (rows, done.stderr[-3000:])
+    return {row["stage"]: row for row in rows}
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_killed_run_ends_with_the_same_bytes(experiments: dict[str, dict], stage: str) -> None:
+    row = experiments[stage]
+    assert len(row["kills"]) == KILLS and row["files"] > 25
+    assert row["different"]["killed"] == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_sigterm_exits_75_with_a_checkpoint_to_go_on_from(experiments: dict[str, dict], stage: str) -> None:
+    row = experiments[stage]
+    assert row["preempted"][0] == 75 and row["preempted"][1].startswith("step-")
+    assert row["different"]["preempted"] == []
+    assert row["control_differs_in"] > 5, "another seed must give other bytes, or the comparison sees nothing"
+
+
+def noisy_reward(prompts: list[str], responses: list[str]) -> list[float]:
+    """Draws from every global generator, as a user's function may."""
+    return [len(r) + random.random() + float(numpy.random.rand()) + float(torch.rand(())) for r in responses]
+
+
+def ppo(run: Path, *, resume: bool = False, **changes: object) -> PPOTrainer:
+    fields = {
+        "output_dir": str(run),
+        "resume": resume,
+        "total_steps": 4,
+        "rollout_batch_size": 4,
+        "mini_batch_size": 4,
+        "max_new_tokens": 6,
+        "learning_rate": 1e-3,
+        "save_every": 1,
+        "eval_every": 2,
+        "reward_scaling": "running_std",
+    }
+    config = PPOConfig(**{**fields, **changes})
+    return PPOTrainer(
+        config,
+        policy=tiny.llama(),
+        tokenizer=tiny.tokenizer(),
+        reward=noisy_reward,
+        prompts=tiny.PROMPTS,
+        eval_prompts=tiny.PROMPTS[:2],
+    )
+
+
+def sft(run: Path, *, resume: bool = False, **changes: object) -> SFTTrainer:
+    data = [{"prompt": p, "response": r} for p in tiny.PROMPTS for r in ("yes the moon", "谢谢", "no")]
+    fields = {
+        "output_dir": str(run),
+        "resume": resume,
+        "total_steps": 4,
+        "mini_batch_size": 4,
+        "learning_rate": 1e-3,
+        "save_every": 1,
+    }
+    model = tiny.llama().to(torch.bfloat16)
+    return SFTTrainer(SFTConfig(**{**fields, **changes}), model=model, tokenizer=tiny.tokenizer(), data=data)
+
+
+def leave_after(trainer: PPOTrainer | SFTTrainer, steps: int) -> None:
+    for number, _ in enumerate(trainer, 1):
+        if number == steps:
+            break
+
+
+def weights(trainer: PPOTrainer | SFTTrainer) -> dict[str, torch.Tensor]:
+    """Everything trained: model weights, optimizer state, fp32 masters."""
+    found: dict[str, torch.Tensor] = {}
+    for name, (model, optimizer) in trainer.trained().items():
+        found |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
+        found |= optimizer_tensors(optimizer.inner, f"{name}.optimizer")[0]
+        found |= {f"{name}.{key}": value for key, value in optimizer.master_tensors().items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[Callable, tuple[Path, PPOTrainer | SFTTrainer]]:
+    """Runs that nothing interrupted, by builder."""
+    runs = {}
+    for build in (sft, ppo):
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        runs[build] = folder, build(folder)
+        runs[build][1].train()
+    return runs
+
+
+@pytest.mark.parametrize("build", [sft, ppo])
+@pytest.mark.parametrize("left_after", [1, 2, 3, 4])
+def test_a_loop_left_after_any_step_goes_on_exactly(
+    tmp_path: Path, whole: dict, build: Callable, left_after: int
+) -> None:
+    """In Python, with loaded models: bf16 weights over fp32 masters (SFT); a reward that draws random numbers (PPO)."""
+    folder, uninterrupted = whole[build]
+    leave_after(build(tmp_path / "run"), left_after)
+    random.seed(99), numpy.random.seed(99), torch.manual_seed(99)
+    resumed = build(tmp_path / "run", resume=True)
+    resumed.train()
+    assert resumed.run.step == 4
+    expected, found = weights(uninterrupted), weights(resumed)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_ran_before(tmp_path: Path, whole: dict) -> None:
+    random.random(), numpy.random.rand(), torch.rand(3)
+    ppo(tmp_path / "run").train()
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (whole[ppo][0] / "metrics.jsonl").read_bytes()
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path: Path, whole: dict) -> None:
+    leave_after(ppo(tmp_path), 3)
+    weights_file = tmp_path / "checkpoints/step-000003/policy/model.safetensors"
+    data = bytearray(weights_file.read_bytes())
+    data[-1] ^= 1
+    weights_file.write_bytes(data)
+    with pytest.warns(UserWarning, match="step-000003 is damaged and not used"):
+        resumed = ppo(tmp_path, resume=True)
+    assert resumed.run.step == 2
+    resumed.train()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole[ppo][0] / "metrics.jsonl").read_bytes()
+
+
+def test_a_changed_field_is_refused_by_name(tmp_path: Path) -> None:
+    ppo(tmp_path, total_steps=1).train()
+    with pytest.raises(UserError, match="learning_rate: this run was started with 0.001 and would resume with 0.002"):
+        ppo(tmp_path, resume=True, learning_rate=2e-3)
+
+
+def test_a_run_killed_before_its_first_byte_can_be_started_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (tmp_path / ".tmp-run").mkdir()  # where config.yaml and run.json are prepared
+    (tmp_path / ".tmp-run" / "run.json").write_text("{")
+    ppo(run, total_steps=1).train()
+    assert json.loads((run / "run.json").read_text())["verb"] == "ppo" and (run / "config.yaml").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
