@@ -9,6 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+VOCAB_SIZE, HIDDEN_SIZE, INTERMEDIATE_SIZE, LAYERS = 1280, 160, 448, 3
 PAD, END, USER, ASSISTANT, SYSTEM = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
@@ -18,15 +19,15 @@ CHAT_TEMPLATE = (
 _CJK = Regex(r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` entries trained on `texts`: any text round-trips, CJK characters are split first."""
+def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most VOCAB_SIZE entries trained on `texts`: any text round-trips, CJK characters are split first."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(_CJK, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=VOCAB_SIZE,
         special_tokens=[PAD, END, USER, ASSISTANT, SYSTEM],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -44,18 +45,18 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, layers: int, seed: int) -> Qwen2ForCausalLM:
-    """A Qwen2-shaped causal LM with tied embeddings; its weights depend on `seed` only."""
+def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2ForCausalLM:
+    """A Qwen2-shaped causal LM of 1.0M parameters with tied embeddings; its weights depend on `seed` only."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=hidden_size * 8 // 3 // 32 * 32,
-        num_hidden_layers=layers,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=INTERMEDIATE_SIZE,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        initializer_range=0.05,  # the usual 0.02 is made for wide models: this one would learn at half the pace
         tie_word_embeddings=True,
-        attention_dropout=0.0,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -65,6 +66,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, layers:
         model = Qwen2ForCausalLM(config)
     model.generation_config = GenerationConfig(
         do_sample=True,
+        temperature=0.7,
         max_new_tokens=64,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -72,10 +74,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, layers:
     return model
 
 
-def make_base(folder: Path, texts: Iterable[str], *, vocab_size: int, hidden_size: int, layers: int, seed: int) -> int:
-    """Write tokenizer and untrained model into `folder`; returns the number of parameters."""
-    tokenizer = build_tokenizer(texts, vocab_size)
-    model = build_model(tokenizer, hidden_size=hidden_size, layers=layers, seed=seed)
-    model.save_pretrained(folder)
+def make_base(folder: Path, texts: Iterable[str], *, seed: int) -> None:
+    """Write the tokenizer and the untrained model into `folder`, as stock transformers loads them."""
+    tokenizer = build_tokenizer(texts)
+    build_model(tokenizer, seed=seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return model.num_parameters()

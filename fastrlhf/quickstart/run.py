@@ -1,0 +1,126 @@
+"""The quickstart itself: base model -> SFT -> reward model -> PPO -> verdict, each stage by its public trainer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fastrlhf.console import clean, duration
+from fastrlhf.folders import replace_folder
+from fastrlhf.ppo import PPOTrainer
+from fastrlhf.quickstart import verdict
+from fastrlhf.quickstart.generate import DATA_DIR
+from fastrlhf.quickstart.model import make_base
+from fastrlhf.quickstart.settings import Settings, load_settings
+from fastrlhf.report import build_report
+from fastrlhf.reward_model import RewardTrainer
+from fastrlhf.run import prepare_folder, run_stage, write_run_json
+from fastrlhf.sft import SFTTrainer
+
+TRAINERS = {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}
+THREADS = 2  # more only get into each other's way with matrices this small
+SHOWN = 4
+
+
+def run(overrides: list[str], started: float) -> int:
+    """Everything `fastrlhf quickstart` does -> 0 passed, 1 not passed, 75 interrupted. started: time.monotonic()."""
+    settings = load_settings(overrides)
+    out = settings.output_dir
+    with _few_threads():
+        _open(settings)
+        texts = [m["content"] for row in verdict.read_jsonl(DATA_DIR / "sft.jsonl") for m in row["messages"]]
+        if not (out / "base").is_dir():
+            replace_folder(lambda folder: make_base(folder, texts, seed=settings.seed), out / "base")
+        for stage in TRAINERS:
+            code = _stage(stage, settings)
+            if code:
+                return code
+        replace_folder(lambda folder: shutil.copytree(out / "ppo/final", folder, dirs_exist_ok=True), out / "final")
+        return _verdict(settings, started)
+
+
+@contextmanager
+def _few_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _open(settings: Settings) -> None:
+    """The run folder: refused or emptied like a stage's, described by run.json and config.yaml."""
+    out = settings.output_dir
+    prepare_folder(out, overwrite=settings.overwrite, resume=settings.resume)
+    if not (out / "run.json").exists():
+        write_run_json(out, verb="quickstart", seed=settings.seed)
+        (out / "config.yaml").write_text(settings.yaml(), encoding="utf-8")
+
+
+def _inputs(stage: str, out: Path) -> dict[str, str]:
+    """The arguments of a stage's trainer: the data of the package, the models of the stages before."""
+    data = {name: str(DATA_DIR / f"{name}.jsonl") for name in ("sft", "feedback", "ppo_prompts", "heldout_prompts")}
+    return {
+        "sft": {"model": str(out / "base"), "data": data["sft"]},
+        "reward": {"model": str(out / "sft/final"), "data": data["feedback"]},
+        "ppo": {
+            "policy": str(out / "sft/final"),
+            "reward": str(out / "reward/final"),
+            "prompts": data["ppo_prompts"],
+            "eval_prompts": data["heldout_prompts"],
+        },
+    }[stage]
+
+
+def _stage(stage: str, settings: Settings) -> int:
+    """Run one stage, or what is left of it; a finished one is not touched."""
+    folder = settings.output_dir / stage
+    if (folder / "final").is_dir():
+        print(f"{stage}: done before, kept")
+        return 0
+    print(f"--- {stage} -> {folder}", flush=True)
+    config = settings.stages[stage].replace(resume=(folder / "run.json").exists(), overwrite=False)
+    return run_stage(TRAINERS[stage], _inputs(stage, settings.output_dir), config)
+
+
+def _verdict(settings: Settings, started: float) -> int:
+    """Measure, write verdict.json, heldout.jsonl and report.html, print -> exit code."""
+    out, config = settings.output_dir, settings.stages["ppo"]
+    rows = verdict.read_jsonl(DATA_DIR / "heldout_prompts.jsonl")
+    base, sft, ppo = (verdict.reply(out / name, rows, config) for name in ("base", "sft/final", "final"))
+    kl = verdict.sequence_kl(ppo, out / "sft/final", config)
+    accuracy = verdict.pair_accuracy(out / "reward/final", verdict.read_jsonl(DATA_DIR / "heldout_pairs.jsonl"))
+    figures = verdict.measure(base, sft, ppo, kl, accuracy, settings.seed)
+    bars = verdict.judge(figures)
+    passed = all(met for *_, met in bars)
+    answers = [
+        {"prompt": p, "response_sft": a, "response_ppo": b}
+        for p, a, b in zip(sft.prompts, sft.texts, ppo.texts, strict=True)
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+    (out / "heldout.jsonl").write_text(lines, encoding="utf-8")
+    figures |= {"seconds": round(time.monotonic() - started, 1), "passed": passed}
+    (out / "verdict.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    report = build_report(out)
+    _print(answers, figures, bars)
+    print(f"model: {out / 'final'}   report: {report}")
+    return 0 if passed else 1
+
+
+def _print(answers: list[dict], figures: dict, bars: list[tuple[str, float, str, bool]]) -> None:
+    """A few replies before and after, at even distances through the held-out prompts, then the bars."""
+    print(f"\nheld-out prompts, {SHOWN} of {len(answers)}")
+    for row in answers[:: len(answers) // SHOWN][:SHOWN]:
+        print(f"  prompt {clean(row['prompt'])}\n     SFT {clean(row['response_sft'])}")
+        print(f"     PPO {clean(row['response_ppo'])}")
+    print(f"\nverdict, seed {figures['seed']}: {len(answers)} held-out prompts, {duration(figures['seconds'])}")
+    for what, measured, bar, met in bars:
+        print(f"  {'ok  ' if met else 'FAIL'} {what:58} {measured:7.3f}   {bar}")
+    print("PASSED" if figures["passed"] else "NOT PASSED", flush=True)

@@ -1,0 +1,142 @@
+"""Does the aligned model answer better? Held-out prompts, judged by the rule that no annotator or reward model saw."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fastrlhf.batch import TokenBatch
+from fastrlhf.config import PPOConfig
+from fastrlhf.learner import response_log_probs
+from fastrlhf.models import load_policy, load_reward_model, load_tokenizer
+from fastrlhf.quickstart.judge import about_what_was_asked, distinct_2, rule
+from fastrlhf.rewards import score_texts
+from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
+from fastrlhf.templates import encode_prompt, stop_token_ids
+
+CUT = " …"  # marks a reply that never ended; the rule demands a proper end
+KL_ROWS = 32
+SIDES = ("chosen", "rejected")  # of a held-out pair
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What one model said to the held-out prompts, sampled as in PPO, the same random numbers for every model."""
+
+    model: PreTrainedModel
+    prompts: list[str]
+    texts: list[str]
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]
+
+    def share(self, test: Any) -> float:
+        """Share of the replies for which test(prompt, reply) holds."""
+        return sum(map(test, self.prompts, self.texts)) / len(self.texts)
+
+    @property
+    def length(self) -> float:
+        """Mean reply in tokens, the stop token included."""
+        return sum(map(len, self.response_ids)) / len(self.response_ids)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def reply(folder: Path, rows: list[dict], config: PPOConfig) -> Replies:
+    """Answer each prompt once with the model in folder."""
+    tokenizer, model = load_tokenizer(str(folder)), load_policy(str(folder))
+    ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    params = SamplingParams(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        stop_token_ids=stop_token_ids(tokenizer, model.generation_config),
+        seed=derive_seed(config.seed, "verdict"),
+    )
+    out = RolloutEngine(model, tokenizer).generate(ids, params)
+    said = zip(out.response_ids, out.finished, strict=True)
+    texts = [tokenizer.decode(r, skip_special_tokens=True) + ("" if done else CUT) for r, done in said]
+    return Replies(model, [row["prompt"][0]["content"] for row in rows], texts, ids, out.response_ids)
+
+
+@torch.no_grad()
+def sequence_kl(policy: Replies, reference: Path, config: PPOConfig) -> float:
+    """KL(policy || reference) in nats a reply: mean over the policy's own replies of the summed log-ratio."""
+    other, total = load_policy(str(reference)), 0.0
+    for start in range(0, len(policy.texts), KL_ROWS):
+        rows = slice(start, start + KL_ROWS)
+        batch = TokenBatch.build(policy.prompt_ids[rows], policy.response_ids[rows], other.device)
+        own, ref = (response_log_probs(model, batch, config.temperature) for model in (policy.model, other))
+        total += float((own - ref).double().sum())
+    return total / len(policy.texts)
+
+
+def pair_accuracy(folder: Path, rows: list[dict]) -> dict[str, float]:
+    """Share of clean pairs that the reward model ranks right, for each kind of fault of the worse reply and "all"."""
+    model, tokenizer = load_reward_model(str(folder)), load_tokenizer(str(folder))
+    prompts = [row["prompt"] for row in rows]
+    better, worse = (score_texts(model, tokenizer, prompts, [row[side] for row in rows]) for side in SIDES)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for row, a, b in zip(rows, better, worse, strict=True):
+        right[row["fault"]].append(a > b)
+        right["all"].append(a > b)
+    return {fault: sum(hits) / len(hits) for fault, hits in sorted(right.items())}
+
+
+def measure(
+    base: Replies, sft: Replies, ppo: Replies, kl: float, accuracy: dict[str, float], seed: int
+) -> dict[str, Any]:
+    """The figures of verdict.json; rates and accuracies are shares, KL in nats, lengths in tokens."""
+    others = shuffled(len(ppo.texts), seed)
+    return {
+        "seed": seed,
+        "rate_before_sft": base.share(rule),
+        "rate_sft": sft.share(rule),
+        "rate_ppo": ppo.share(rule),
+        "rate_ppo_shuffled": sum(rule(ppo.prompts[i], text) for i, text in zip(others, ppo.texts)) / len(others),
+        "kl_sequence_mean": kl,
+        "distinct2_sft": distinct_2(sft.texts),
+        "distinct2_ppo": distinct_2(ppo.texts),
+        "rm_pair_accuracy": accuracy["all"],
+        "rm_pair_accuracy_by_fault": {fault: value for fault, value in accuracy.items() if fault != "all"},
+        "on_topic_sft": sft.share(about_what_was_asked),
+        "on_topic_ppo": ppo.share(about_what_was_asked),
+        "length_sft": sft.length,
+        "length_ppo": ppo.length,
+    }
+
+
+def judge(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
+    """(what, measured, bar, met) of every bar; the run passes when all are met."""
+    f = figures
+    worst = min(f["rm_pair_accuracy_by_fault"].values())
+    diversity, length = f["distinct2_ppo"] / max(f["distinct2_sft"], 1e-9), f["length_ppo"] / f["length_sft"]
+    return [
+        ("SFT replies about what was asked, either manner", f["on_topic_sft"], ">= 0.95", f["on_topic_sft"] >= 0.95),
+        ("rule holds after SFT", f["rate_sft"], "<= 0.65", f["rate_sft"] <= 0.65),
+        ("rule holds after PPO", f["rate_ppo"], ">= 0.88", f["rate_ppo"] >= 0.88),
+        ("... when prompts are shuffled", f["rate_ppo_shuffled"], "<= 0.10", f["rate_ppo_shuffled"] <= 0.1),
+        ("KL to the SFT model, nats a reply", f["kl_sequence_mean"], "<  10", f["kl_sequence_mean"] < 10),
+        ("distinct-2 against SFT's", diversity, ">= 0.60", diversity >= 0.6),
+        ("mean length against SFT's", length, "<= 1.30", 1 / 1.3 <= length <= 1.3),
+        ("reward model, clean pairs, worst kind of fault", worst, ">= 0.85", worst >= 0.85),
+    ]
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """A permutation without fixed points: every reply meets another prompt."""
+    order = list(range(count))
+    Random(seed).shuffle(order)
+    moved = [0] * count
+    for a, b in zip(order, order[1:] + order[:1], strict=True):
+        moved[a] = b
+    return moved
