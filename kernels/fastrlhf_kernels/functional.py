@@ -330,9 +330,7 @@ def linear_ppo_loss(
     if kl_coef != 0 and ref_log_probs is None:
         raise ValueError(f"kl_coef is {kl_coef} but ref_log_probs is not given; pass it, or kl_coef=0")
     count = checks.divisor(normalizer, mask, checks.wide(hidden, weight), validate)
-    a, b = (None, None) if lora is None else lora[:2]
-    need = [torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in group)
-            for group in ((hidden,), (weight,), (bias,), (a, b))]  # fmt: skip
+    need = ops.wanted((hidden,), (weight,), (bias,), lora or ())
     old, adv, token_weights, ref = (
         None if t is None else t.detach().reshape(-1) for t in (old_log_probs, advantages, weights, ref_log_probs)
     )

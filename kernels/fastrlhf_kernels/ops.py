@@ -38,6 +38,12 @@ def once_differentiable() -> None:
         raise RuntimeError("fastrlhf_kernels differentiates once: double backward (create_graph=True) is not supported")
 
 
+def wanted(*groups: tuple) -> list[bool]:
+    """For each group of inputs, whether a gradient will be asked of one of them."""
+    grad = torch.is_grad_enabled()
+    return [grad and any(isinstance(t, Tensor) and t.requires_grad for t in group) for group in groups]
+
+
 def _head(hidden, weight, labels, bias, temperatures, temperature, logit_scale, logit_softcap, lora_a, lora_b,
           lora_scale, keep):  # fmt: skip
     """The head on the kept rows, their labels, and their indices (None when every row is kept)."""
@@ -282,8 +288,8 @@ def _ppo_backward(ctx, grad, *_):
     grads, ctx.grads = ctx.grads, None
     # In place: [V, H] twice would set the peak of memory. A traced backward (tensor subclasses) must be functional.
     scaled = [
-        (g.mul_(grad) if type(g) is Tensor else g * grad).to(dtype) if g.numel() else None
-        for g, dtype in zip(grads, ctx.dtypes)
+        (g.mul_(grad) if type(g) is Tensor else g * grad).to(dtype) if yes else None
+        for g, dtype, yes in zip(grads, ctx.dtypes, (*ctx.need, ctx.need[3]))
     ]
     return _place(scaled, ctx.need, needs)
 
