@@ -176,7 +176,8 @@ class RewardTrainer:
         rows = [prompt + encode_response(self.tokenizer, feedback.prompt, r) for r in feedback.responses]
         if max(map(len, rows)) > limit:
             if self.config.overlong == "drop" or len(prompt) >= limit:
-                counts.add(f"longer than max_tokens = {limit}")
+                what = "longer than" if self.config.overlong == "drop" else "with no reply within"
+                counts.add(f"{what} max_tokens = {limit}")
                 return None
             rows = [row[:limit] for row in rows]
             if len(rows) > 1 and all(row == rows[0] for row in rows):
