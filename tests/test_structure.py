@@ -5,7 +5,11 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -155,3 +159,18 @@ def test_tests_do_not_mock_our_own_code():
         assert not {m for m in imported | froms if m and m.startswith(("unittest.mock", "mock", "pytest_mock"))}, name(
             path
         )
+
+
+@pytest.mark.parametrize(("required", "outcome"), [("1", "1 failed, 1 skipped"), ("0", "2 skipped")])
+def test_a_skipped_test_of_the_real_thing_fails_where_it_is_required(tmp_path, required, outcome):
+    """What .ci/run relies on: FASTRLHF_REQUIRE_REAL=1 forbids to skip a test marked real, and no other."""
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = real: x\n")
+    skip = "@pytest.mark.skipif(True, reason='absent')\ndef test_{}(): ...\n"
+    (tmp_path / "test_it.py").write_text(
+        f"import pytest\n@pytest.mark.real\n{skip.format('real')}{skip.format('other')}"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    environment = os.environ | {"FASTRLHF_REQUIRE_REAL": required}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert outcome in done.stdout and done.returncode == int(required), done.stdout
