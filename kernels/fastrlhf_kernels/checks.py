@@ -79,7 +79,7 @@ def labels_in_range(labels: Tensor, vocabulary: int, keep: Tensor, validate: boo
     wrong = keep & ((labels < 0) | (labels >= vocabulary))
     if bool(wrong.any()):
         value = int(labels[wrong].reshape(-1)[0])
-        raise ValueError(f"labels holds {value}, outside [0, {vocabulary}) for a weight or logits of {vocabulary} rows")
+        raise ValueError(f"labels holds {value}, outside [0, {vocabulary}), the vocabulary of weight or logits")
 
 
 def positive(name: str, value: float | Tensor, like: Tensor, validate: bool | None, of: str = "labels") -> None:
@@ -106,10 +106,10 @@ def number(name: str, value: object, low: float = -math.inf) -> None:
         raise ValueError(f"{name} must be {'finite' if low == -math.inf else f'finite and >= {low:g}'}, got {value}")
 
 
-def clips(clip_range: float | None, clip_range_high: float | None = None, dual_clip: float | None = None) -> None:
-    for name, value in (("clip_range", clip_range), ("clip_range_high", clip_range_high)):
-        if value is not None:
-            number(name, value, low=0)
+def clips(clip_range: float, clip_range_high: float | None = None, dual_clip: float | None = None) -> None:
+    number("clip_range", clip_range, low=0)
+    if clip_range_high is not None:
+        number("clip_range_high", clip_range_high, low=0)
     if dual_clip is not None:
         number("dual_clip", dual_clip, low=1)
 

@@ -273,7 +273,8 @@ def ppo_value_loss(
     choose_backend(backend)
     checks.floating(values=values, old_values=old_values, returns=returns, weights=weights)
     mask = checks.token_mask(response_mask, values, "values", old_values=old_values, returns=returns, weights=weights)
-    checks.clips(clip_range)
+    if clip_range is not None:
+        checks.clips(clip_range)
     count = checks.divisor(normalizer, mask, checks.wide(values), validate)
     checks.no_transforms(values)
     loss, *stats, _ = ops.ppo_value_loss(values, old_values, returns, mask, weights, count, clip_range)
