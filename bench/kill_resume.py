@@ -222,7 +222,7 @@ class Experiment:
             raise RuntimeError(f"{run} ended with {code}:\n{self._log(run).read_text(errors='replace')[-3000:]}")
         return run
 
-    def preempt(self, run: Path, step: int) -> tuple[int, str]:
+    def preempt(self, run: Path, step: int) -> tuple[int, int | None]:
         """SIGTERM once `step` rows of metrics are there -> exit code, newest checkpoint; the run is then ended."""
         child, metrics = self.child(run), run / "metrics.jsonl"
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
@@ -232,18 +232,21 @@ class Experiment:
         self.finish(run)
         return code, newest
 
-    def interrupt(self, run: Path, rng: random.Random, kills: int) -> list[str]:
-        """Kill the run `kills` times, resuming each time, then let it end -> where each kill fell."""
+    def interrupt(self, run: Path, rng: random.Random, kinds: list[str]) -> list[str]:
+        """Kill the run once a kind ("time" or "call"), resuming in between, then let it end -> where each kill fell.
+
+        The moments are uniform over what is left of the run, by its newest checkpoint.
+        """
         where: list[str] = []
-        moments = sorted(rng.uniform(0, self.seconds) for _ in range(kills))
-        calls = [rng.randint(1, max(1, self.calls // (2 * kills))) for _ in range(kills)]
-        for index in range(kills):
-            by_call = index % 2 == 1 and not self.real
-            when = calls[index] if by_call else moments[index] - (moments[index - 1] if index else 0)
-            while not self._kill(run, when, by_call):  # a faster run than the reference: it must be killed all the same
+        for kind in kinds:
+            left = 1 - (last_step(run) or 0) / FIELDS[self.stage]["total_steps"]
+            when = rng.uniform(0, max(left, 0.1) * (self.calls if kind == "call" else self.seconds))
+            while not self._kill(
+                run, when, kind == "call"
+            ):  # faster than the reference: it must be killed all the same
                 shutil.rmtree(run)
                 when /= 2
-            where.append(f"{f'call {int(when)}' if by_call else f'{when:.2f} s'}, {last_step(run)}")
+            where.append(f"{kind} {when:.2f}, newest checkpoint {last_step(run)}")
         self.finish(run)
         return where
 
@@ -260,8 +263,8 @@ class Experiment:
         return [name for name in names if expected.get(name) != found.get(name)]
 
 
-def last_step(run: Path) -> str:
-    return max((path.name for path in run.glob("checkpoints/step-*")), default="none")
+def last_step(run: Path) -> int | None:
+    return max((int(path.name[5:]) for path in run.glob("checkpoints/step-*")), default=None)
 
 
 def comparable(run: Path) -> dict[str, bytes]:
@@ -296,9 +299,14 @@ def examine(stage: str, inputs: Path, seed: int, kills: int, real: bool) -> dict
     start, rng = time.monotonic(), random.Random(f"{seed} {stage}")
     experiment = Experiment(stage, inputs, inputs / f"runs-{stage}", real=real)
     folder = experiment.folder
-    where = experiment.interrupt(folder / "killed", rng, kills)
+    kinds = ["time"] * kills if real else ["time", "call", "call", "time"] * kills
+    where, different = [], {}
+    for first in range(0, kills, 2):  # two kills a run: the second one hits a run that was resumed
+        run = folder / f"killed{first}"
+        where += experiment.interrupt(run, rng, kinds[first : min(first + 2, kills)])
+        different[run.name] = experiment.differences(run)
     code, newest = experiment.preempt(folder / "preempted", rng.randint(1, FIELDS[stage]["total_steps"] // 2))
-    different = {name: experiment.differences(folder / name) for name in ("killed", "preempted")}
+    different["preempted"] = experiment.differences(folder / "preempted")
     control = experiment.differences(experiment.finish(folder / "control", "seed=1"))
     sees = {"metrics.jsonl", "final/model.safetensors"} <= set(control)
     return {

@@ -47,13 +47,13 @@ def experiments() -> dict[str, dict]:
 def test_a_killed_run_ends_with_the_same_bytes(experiments: dict[str, dict], stage: str) -> None:
     row = experiments[stage]
     assert len(row["kills"]) == KILLS and row["files"] > 25
-    assert row["different"]["killed"] == []
+    assert row["different"]["killed0"] == []
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_sigterm_exits_75_with_a_checkpoint_to_go_on_from(experiments: dict[str, dict], stage: str) -> None:
     row = experiments[stage]
-    assert row["preempted"][0] == 75 and row["preempted"][1].startswith("step-")
+    assert row["preempted"][0] == 75 and row["preempted"][1] > 0
     assert row["different"]["preempted"] == []
     assert row["control_differs_in"] > 5, "another seed must give other bytes, or the comparison sees nothing"
 
