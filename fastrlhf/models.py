@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -24,9 +26,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from fastrlhf.config import UserError
 from fastrlhf.distributed import device as local_device
@@ -37,6 +41,7 @@ FLASH_PACKAGES = {
     "flash_attention_3": ("flash_attn_interface", "build flash-attn 3 from its hopper/ folder"),
     "flash_attention_4": ("flash_attn.cute", "pip install flash-attn-4"),
 }
+TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|sentencepiece|.*\.(model|tiktoken)$")
 
 
 class Head(NamedTuple):
@@ -109,12 +114,20 @@ def _locate(source: str, role: str) -> tuple[str, dict]:
 
 def _load(auto: type, source: str, role: str, **kwargs: object) -> PreTrainedModel:
     where, extra = _locate(source, role)
+    options = {"trust_remote_code": False, "output_loading_info": True, **extra, **kwargs}
     try:
-        with redirect_stderr(io.StringIO()) if extra and not sys.stderr.isatty() else nullcontext():
-            return auto.from_pretrained(where, trust_remote_code=False, **extra, **kwargs)  # its progress bar
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{role}: cannot load {str(source)!r}: {first}") from error
+        with redirect_stderr(io.StringIO()) if extra and not sys.stderr.isatty() else nullcontext():  # its progress bar
+            model, info = auto.from_pretrained(where, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{role}: cannot load {str(source)!r}: {_reason(error)}") from error
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        missing = sorted(info["missing_keys"])[0]
+        raise UserError(f"{role}: {str(source)!r} has no weights for {missing!r}; it is no {type(model).__name__}")
+    return model
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def check_source(source: object, role: str) -> None:
@@ -125,8 +138,7 @@ def check_source(source: object, role: str) -> None:
             try:
                 AutoConfig.from_pretrained(where, trust_remote_code=False)
             except (OSError, ValueError) as error:
-                first = str(error).strip().splitlines()[0]
-                raise UserError(f"{role}: cannot load {source!r}: {first}") from error
+                raise UserError(f"{role}: cannot load {source!r}: {_reason(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------- loading
@@ -135,13 +147,13 @@ def check_source(source: object, role: str) -> None:
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, hub id or GGUF file. UserError when it is missing or has no end-of-sequence token."""
     where, extra = _locate(source, "tokenizer")
+    files = [file.name for file in Path(where).glob("*")]
+    if files and not extra and not any(TOKENIZER_FILE.match(name) for name in files):
+        raise UserError(f"tokenizer: {str(source)!r} holds no tokenizer files; pass tokenizer=FOLDER")
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"tokenizer: cannot load one from {str(source)!r}: {first}") from error
-    if len(tokenizer) == 0:  # transformers builds an empty one where the folder holds only weights
-        raise UserError(f"tokenizer: {str(source)!r} holds no tokenizer files; pass tokenizer=FOLDER")
+        raise UserError(f"tokenizer: cannot load one from {str(source)!r}: {_reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {str(source)!r} has no eos_token; set one, replies could never end")
     return tokenizer
@@ -179,7 +191,7 @@ def load_policy(source: str | PreTrainedModel, dtype: str = "auto", attention: s
             model = _fresh_copy(model)
         model = model.to(device)
     prepare(model)
-    lm_head(model)  # refuses a model without one now, not after the first rollout
+    _check_head(model)
     return model
 
 
@@ -188,12 +200,14 @@ def _fresh_copy(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    fresh = AutoModelForCausalLM.from_config(
-        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-    )
-    fresh.load_state_dict(model.state_dict())
+    with no_init_weights():
+        fresh = AutoModelForCausalLM.from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    fresh.tie_weights()
     fresh.generation_config = copy.deepcopy(model.generation_config)
-    return fresh
+    return fresh.eval()
 
 
 def is_scalar_model(source: str | PreTrainedModel) -> bool:
@@ -239,7 +253,8 @@ def scalar_model(trunk_of: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     config = copy.deepcopy(trunk_of.config)
     config.num_labels = 1
     config.id2label, config.label2id = {0: "score"}, {"score": 0}
-    config.pad_token_id = padding_id(tokenizer)
+    padding = padding_id(tokenizer)
+    config.pad_token_id = None if padding == tokenizer.eos_token_id else padding
     try:
         model = AutoModelForSequenceClassification.from_config(
             config, dtype=trunk_of.dtype, attn_implementation=trunk_of.config._attn_implementation
@@ -260,13 +275,15 @@ def scalar_model(trunk_of: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to fill padding with: the tokenizer's own unless that also ends replies (then unk, bos, else EOS).
+    """An id to fill padding with: the tokenizer's own unless that also ends replies (then unk, bos, another special
+    token that ends nothing, else EOS).
 
     Our masks come from lengths, so the choice never matters here; stock sequence classifiers read their score at the
     last id that is not the padding id, which must not be the end of the reply.
     """
     eos = tokenizer.eos_token_id
-    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
+    added = sorted(i for text, i in tokenizer.get_added_vocab().items() if not re.search("end|eo[a-z]|/s", text))
+    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *added):
         if candidate is not None and candidate != eos:
             return candidate
     return eos
@@ -300,16 +317,13 @@ def prepare(model: PreTrainedModel) -> None:
 
 def disable_dropout(model: nn.Module) -> None:
     """PPO compares log-probs of several forwards of the same weights; dropout would make their ratio noise."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
-        for name in ("attention_dropout", "attn_pdrop", "activation_dropout", "dropout", "layerdrop"):
-            if isinstance(getattr(config, name, None), float):
-                setattr(config, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    for holder in (*model.modules(), *configs.values()):
+        if isinstance(holder, nn.Dropout):
+            holder.p = 0.0
+        for name, value in list(vars(holder).items()):  # rates that forwards read: layerdrop, attn_pdrop, dropout ...
+            if isinstance(value, float) and "drop" in name:
+                setattr(holder, name, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------- running
@@ -327,6 +341,27 @@ def lm_head(model: PreTrainedModel) -> Head:
     elif getattr(config, "logits_scaling", None) is not None:  # Granite
         scale = 1.0 / float(config.logits_scaling)
     return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel) -> None:
+    """UserError for a model whose logits are not what `lm_head` says: it would be trained on another distribution."""
+    ids = torch.arange(4, device=model.device)[None]
+    ours = head_logits(lm_head(model), hidden_states(model, ids))
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    if (ours - own).abs().max() > (1e-3 if model.dtype == torch.float32 else 0.05) * own.abs().max():
+        raise UserError(f"policy: {type(model).__name__} computes its logits in a way that is not supported; use a "
+                        "causal LM whose logits are its last hidden state times its output embeddings")  # fmt: skip
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """UserError for a model that ignores restarting positions, so that packed sequences would see each other."""
+    ids = torch.arange(6, device=model.device)[None]
+    packed = hidden_states(model, ids, torch.tensor([[0, 1, 2, 0, 1, 2]], device=model.device))[0, 3:]
+    alone = hidden_states(model, ids[:, 3:])[0]
+    if (packed - alone).abs().max() > (1e-3 if model.dtype == torch.float32 else 0.05) * alone.abs().max():
+        raise UserError(f"packing: {type(model).__name__} would let packed examples see each other; use packing=false")
 
 
 def head_logits(head: Head, hidden: Tensor) -> Tensor:
@@ -389,11 +424,22 @@ def write_model(
 ) -> None:
     """Write what stock transformers runs: safetensors, tokenizer with its chat template, generation config.
 
-    stop_ids become the generation config's eos_token_id, so that `pipeline()` ends replies where training did.
+    stop_ids become the generation config's eos_token_id, so that `pipeline()` ends replies where training did. The
+    tokenizer of a reward model pads with the id that the stock classifier looks for.
     """
     generation = getattr(model, "generation_config", None)
     if generation is not None and model.can_generate():
-        generation.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
-        generation.pad_token_id = padding_id(tokenizer)
+        ends = {
+            "eos_token_id": list(stop_ids) if len(stop_ids) > 1 else stop_ids[0],
+            "pad_token_id": padding_id(tokenizer),
+        }
+        generation.eos_token_id, generation.pad_token_id = ends.values()
+        try:
+            generation.validate(strict=True)
+        except ValueError:  # defaults that contradict each other, as some hub models bring: they cannot be saved
+            model.generation_config = GenerationConfig(bos_token_id=generation.bos_token_id, **ends)
+    elif model.config.pad_token_id not in (None, tokenizer.pad_token_id):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
