@@ -215,7 +215,7 @@ class _Wave:
         place = {prompt: i for i, prompt in enumerate(prompts)}
         index = torch.tensor([place[tuple(row.prompt)] for row in self.rows], device=device)
         if len(prompts) < len(self.rows):
-            self.cache.batch_select_indices(index)
+            self.cache.reorder_cache(index)  # unlike batch_select_indices, linear-attention layers have it
         room = torch.ones(len(self.rows), self.params.max_new_tokens, dtype=torch.bool, device=device)
         self.mask = torch.cat([mask[index], room], dim=1)
         self.width, self.lengths = longest, lengths[index]
@@ -266,7 +266,7 @@ class _Wave:
 
     def _compact(self, alive: list[int], tokens: Tensor) -> Tensor:
         index = torch.tensor(alive, device=tokens.device)
-        self.cache.batch_select_indices(index)
+        self.cache.reorder_cache(index)  # unlike batch_select_indices, linear-attention layers have it
         self.mask, self.lengths, self.streams = self.mask[index], self.lengths[index], self.streams[index]
         self.rows = [self.rows[i] for i in alive]
         return tokens[index]
