@@ -7,6 +7,7 @@ the user can own it: `for step in trainer`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -31,9 +32,10 @@ from fastrlhf.state import load_optimizer_tensors, optimizer_tensors, restore_rn
 from fastrlhf.templates import stop_token_ids
 from fastrlhf.tracking import Tracker
 
-# Fields a resumed run may change: they steer the run, not its numbers (a longer run goes on from where it was).
 EXIT_INTERRUPTED = 75
+INLINE_ITEMS = 100  # a longer list is data handed over in Python, not part of a recipe
 transformers.utils.logging.disable_progress_bar()  # one line a weight file would drown the console
+# Fields a resumed run may change: they steer the run, not its numbers (a longer run goes on from where it was).
 MAY_CHANGE = {"output_dir", "resume", "overwrite", "save_every", "total_steps", "epochs"}
 
 
@@ -77,21 +79,23 @@ class Run:
             self.tracker.note(note)
         if checkpoint is not None:
             self._restore(checkpoint)
+            self._write_recipe(self.dir)  # it may go further than it was first told to
 
     # ------------------------------------------------------------------------------------------------- the folder
 
     def _open(self) -> Checkpoint | None:
         if self.dir is None:
             return None
-        prepare_folder(self.dir, overwrite=self.config.overwrite, resume=self.config.resume)
+        prepare_folder(self.dir, overwrite=self.config.overwrite, resume=self.config.resume, verb=self.config.stage)
         self.store = CheckpointStore(self.dir)
-        if not (self.dir / "run.json").exists():
+        checkpoint = self.store.latest() if self.config.resume else None
+        if checkpoint is None or not (self.dir / "run.json").exists():
             self._describe()
-        return self.store.latest() if self.config.resume else None
+        return checkpoint
 
     def _describe(self) -> None:
         """config.yaml and run.json, both or neither: a run killed here can be started again."""
-        inputs = {name: _described(value) for name, value in self.stage.inputs.items() if value is not None}
+        inputs = self._inputs()
         fresh = self.dir.absolute().with_name(f".tmp-{self.dir.absolute().name}")
         shutil.rmtree(fresh, ignore_errors=True)
         write_run_json(
@@ -101,8 +105,7 @@ class Run:
             from_python=sorted(n for n, v in self.stage.inputs.items() if not _plain(v)),
             seed=self.config.seed,
         )
-        text = resolved_yaml(self.config.stage, inputs, self.config)
-        (fresh / "config.yaml").write_text(text, encoding="utf-8")
+        self._write_recipe(fresh)
         settle(fresh)
         if self.dir.exists():
             for name in ("config.yaml", "run.json"):
@@ -110,6 +113,14 @@ class Run:
             fresh.rmdir()
         else:
             os.rename(fresh, self.dir)
+
+    def _inputs(self) -> dict[str, Any]:
+        return {name: _described(value) for name, value in self.stage.inputs.items() if value is not None}
+
+    def _write_recipe(self, folder: Path) -> None:
+        """config.yaml, as a recipe that starts the same run anew in another folder."""
+        again = self.config.replace(resume=False, overwrite=False)
+        _write_whole(folder / "config.yaml", resolved_yaml(again.stage, self._inputs(), again))
 
     # -------------------------------------------------------------------------------------------------- the loop
 
@@ -138,7 +149,8 @@ class Run:
             metrics = self.stage.evaluate()
         name, higher = self.stage.best_metric
         value = metrics.get(name)
-        better = value is not None and (self.best is None or (value > self.best if higher else value < self.best))
+        known = value is not None and math.isfinite(value)
+        better = known and (self.best is None or (value > self.best if higher else value < self.best))
         if better and self.step > 0:
             self.best = value
             if self.dir is not None:
@@ -202,19 +214,30 @@ class Run:
         self.tracker.note(f"resumed from {checkpoint.path} at step {self.step} of {self.stage.total_steps}")
 
 
-def prepare_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
-    """Refuse a folder in use, or empty it. Only what a run wrote is ever removed: a folder without run.json is not."""
+def prepare_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | None = None) -> None:
+    """Refuse a folder in use, or empty it. Only what a run wrote is ever removed: a folder without run.json is not.
+
+    resume: the folder must hold a run (of `verb`, where given), or nothing yet.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {str(folder)!r} is a file; name a folder")
     if resume and not folder.is_dir():
         raise UserError(f"output_dir: {str(folder)!r} does not exist, so there is nothing to resume")
-    if resume or not folder.is_dir() or not any(folder.iterdir()):
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if resume:
+        if found - {"config.yaml"} and not found & {"run.json", "checkpoints"}:  # config.yaml: killed between the two
+            raise UserError(f"output_dir: {str(folder)!r} holds files that no run wrote; there is nothing to resume")
+        was = _run_json(folder)["verb"] if "run.json" in found else verb
+        if verb is not None and verb != was:
+            raise UserError(f"output_dir: {str(folder)!r} holds a {was} run, which {verb} cannot go on with")
+        return
+    if not found:
         return
     if not overwrite:
         raise UserError(
             f"output_dir: {str(folder)!r} is not empty; name another folder, or use --overwrite (resume=true goes on)"
         )
-    if not (folder / "run.json").exists():
+    if "run.json" not in found:
         raise UserError(f"output_dir: {str(folder)!r} holds files that no run wrote; empty it by hand")
     shutil.rmtree(folder)
 
@@ -230,15 +253,35 @@ def write_run_json(folder: Path, *, verb: str, **fields: Any) -> None:
     content = {"verb": verb, **fields, "versions": versions, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     content["device"] = device
-    (folder / "run.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_whole(folder / "run.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a small file so that a reader finds the old one or the new one, whole."""
+    fresh = path.with_name(f".tmp-{path.name}")
+    with open(fresh, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def _run_json(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise UserError(f"{str(folder)!r} is no run folder: it has no run.json")
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); start again with another output_dir") from error
+    if not isinstance(run, dict) or "verb" not in run:
+        raise UserError(f"{path}: not written by a run; name the run folder itself")
+    return run
 
 
 def read_run_json(folder: str | Path) -> dict[str, Any]:
     """run.json of a run folder. UserError when the folder is none, or holds objects only Python can pass again."""
-    path = Path(folder) / "run.json"
-    if not path.is_file():
-        raise UserError(f"{str(folder)!r} is no run folder: it has no run.json")
-    run = json.loads(path.read_text(encoding="utf-8"))
+    run = _run_json(folder)
     if run.get("from_python"):
         names = ", ".join(run["from_python"])
         raise UserError(
@@ -257,7 +300,7 @@ def _identity(config: StageConfig) -> dict[str, Any]:
 def _plain(value: Any) -> bool:
     """True for what YAML can hold: names and paths, but no loaded models, functions or data sets."""
     if isinstance(value, (list, tuple)):
-        return all(_plain(item) for item in value)
+        return len(value) <= INLINE_ITEMS and all(_plain(item) for item in value)
     return value is None or isinstance(value, (str, int, float, Path))
 
 

@@ -31,15 +31,11 @@ def _flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         return
     for key, item in value.items():
         if not isinstance(key, str) or "." in key:
-            raise TypeError(
-                f"optimizer state has the key {key!r} at {path!r}; only names without a dot can be saved"
-            )
+            raise TypeError(f"optimizer state has the key {key!r} at {path!r}; only names without a dot can be saved")
         yield from _flatten(item, f"{path}.{key}")
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, prefix: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Take the optimizer's whole state as (tensors, JSON).
 
     Tensors are named `PREFIX.PARAMETER_INDEX.KEY` (order of `param_groups`) and are the live ones, not
@@ -75,9 +71,7 @@ def optimizer_tensors(
     }
 
 
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict[str, Any]
-) -> None:
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
     """Put back what `optimizer_tensors` took, into an optimizer built over the same parameters in the same
     order.
 
@@ -111,9 +105,7 @@ def load_optimizer_tensors(
                 group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
-def _check_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict[str, Any]
-) -> None:
+def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
     if data["class"] != type(optimizer).__name__:
         raise UserError(
             f"the checkpoint's optimizer is {data['class']}, this run built {type(optimizer).__name__}; "
@@ -148,9 +140,7 @@ def _place(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Tensor, p
     """
     if place == "paged":
         buffer = optimizer.get_state_buffer(parameter, dtype=saved.dtype)
-        return (
-            buffer.copy_(saved) if getattr(buffer, "is_paged", False) else saved.to(parameter.device).clone()
-        )
+        return buffer.copy_(saved) if getattr(buffer, "is_paged", False) else saved.to(parameter.device).clone()
     return saved.to("cpu" if place == "cpu" else parameter.device).clone()
 
 

@@ -124,7 +124,8 @@ EVALS = {
 VERDICT = {
     "seed": 0, "rate_before_sft": 0.0, "rate_sft": 0.52, "rate_ppo": 0.93, "rate_ppo_shuffled": 0.03,
     "kl_sequence_mean": 6.1, "distinct2_sft": 0.31, "distinct2_ppo": 0.22, "rm_pair_accuracy": 0.91,
-    "length_sft": 24.0, "length_ppo": 28.0, "seconds": 251.0, "passed": True,
+    "length_sft": 24.0, "length_ppo": 28.0, "seconds": 251.0, "passed": True, "on_topic_sft": 0.97,
+    "rm_pair_accuracy_by_fault": {"rude": 0.95, "off topic": 0.88},
 }  # fmt: skip
 
 

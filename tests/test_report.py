@@ -105,12 +105,24 @@ def test_a_quickstart_folder_shows_all_stages_and_the_bars(quickstart):
     assert "After SFT" in text and "别担心" in text and "Margins on held-out pairs" in text
 
 
-def test_a_missed_bar_is_marked(tmp_path):
-    write_stage(tmp_path / "sft", "sft", 3)
-    (tmp_path / "verdict.json").write_text(json.dumps(VERDICT | {"kl_sequence_mean": 12.5, "passed": False}))
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"kl_sequence_mean": 12.5}, 'KL per response</div><div class="value">12.5 ✗'),
+        ({"length_ppo": 12.0}, 'Length, PPO / SFT</div><div class="value">0.50 ✗'),
+        (
+            {"rm_pair_accuracy_by_fault": {"rude": 0.99, "vague": 0.7}},
+            'Reward-model accuracy</div><div class="value">70% ✗',
+        ),
+        ({"rate_ppo_shuffled": None}, 'Rule with prompts shuffled</div><div class="value">n/a ✗'),
+    ],
+)
+def test_a_missed_bar_is_marked(tmp_path, changed, expected):
+    write_stage(tmp_path / "sft", "sft", 2)
+    (tmp_path / "verdict.json").write_text(json.dumps(VERDICT | changed | {"passed": False}))
     html = build_report(tmp_path).read_text()
-    assert "Not passed: 93%" in html
-    assert re.search(r'class="tile bad"><div class="name">KL per response</div><div class="value">12.5 ✗', html)
+    assert "Not passed: 93%" in html and html.count("✗") == html.count('class="tile bad"') == 1
+    assert f'<div class="tile bad"><div class="name">{expected}' in html
 
 
 @pytest.mark.parametrize(("stage", "expected"), [("sft", SFT_FIGURES), ("reward", RM_FIGURES)])

@@ -61,8 +61,8 @@ def gpt2(*, seed: int = 0, dropout: float = 0.0) -> GPT2LMHeadModel:
     """Learned positions: what left padding breaks."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=320, n_positions=128, n_embd=32, n_layer=2, n_head=4,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, initializer_range=0.2,
+        vocab_size=320, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=1,
+        pad_token_id=0, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, initializer_range=0.2,
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
 

@@ -1,7 +1,7 @@
 """What the embedded demo talks about: twelve household things, two questions about each, in English and Chinese.
 
-Only facts and names live here, because the generator (`generate.py`) and the rule (`judge.py`) both need them. Wording that
-carries the manner of a reply is in `generate.py`; the rule has marker words of its own.
+Only facts and names live here, because the generator (`generate.py`) and the rule (`judge.py`) both need them. Wording
+that carries the manner of a reply is in `generate.py`; the rule has marker words of its own.
 """
 
 from __future__ import annotations

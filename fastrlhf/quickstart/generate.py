@@ -1,9 +1,10 @@
-"""Make the quickstart's feedback data: `python -m fastrlhf.quickstart.generate [FOLDER]` writes the same bytes every time.
+"""Make the quickstart's feedback data, the same bytes every time: `python -m fastrlhf.quickstart.generate [FOLDER]`.
 
-Four files of training data (SFT conversations, feedback of all four kinds, PPO prompts) and two for measuring (held-out prompts, clean
-held-out pairs by kind of fault). Replies are composed from the phrases of `wording.py` and the advice of `content.py`. Feedback comes from
-six simulated annotators with tastes of their own: they see what is right or wrong with a reply through noise, like longer replies a
-little, and at times do not look at all. They do not use the rule of `judge.py`; this file does not import it.
+Four files of training data (SFT conversations, feedback of all four kinds, PPO prompts) and two for measuring (held-out
+prompts, clean held-out pairs by kind of fault). Replies are composed from the phrases of `wording.py` and the
+advice of `content.py`. Feedback comes from six simulated annotators with tastes of their own: they see what is right
+or wrong with a reply through noise, like longer replies a little, and at times do not look at all. They do not use
+the rule of `judge.py`; this file does not import it.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class Reply:
 
 @dataclass(frozen=True)
 class Annotator:
-    """Weights of one simulated annotator; `noise` is the standard deviation of a judgement, `lapse` the share of blind ones."""
+    """Weights of one simulated annotator; `noise` is the standard deviation of a judgement, `lapse` the share of blind
+    ones."""
 
     content: float
     manner: float
@@ -175,7 +177,8 @@ def spoil(reply: Reply, cell: Cell, fault: str, random: Random) -> Reply:
 
 
 def _draw(cell: Cell, random: Random, good: float) -> Reply:
-    """A reply to be judged: good with probability `good`, else with a fault; one faulty reply in six is rude as well."""
+    """A reply to be judged: good with probability `good`, else with a fault; one faulty reply in six is rude as
+    well."""
     reply = good_reply(cell, random)
     if random.random() < good:
         return reply
@@ -216,7 +219,8 @@ def _feedback_row(prompt: str, cell: Cell, random: Random) -> dict:
 
 
 def _edit(cell: Cell, random: Random) -> dict:
-    """A faulty reply and what an annotator made of it: the fault removed, the rest kept; one edit in twelve swaps one fault for another."""
+    """A faulty reply and what an annotator made of it: the fault removed, the rest kept; one edit in twelve swaps one
+    fault for another."""
     better = good_reply(cell, random)
     fault, second = random.choices(list(FAULTS), list(FAULTS.values()), k=2)
     worse = spoil(better, cell, fault, random)
@@ -226,7 +230,8 @@ def _edit(cell: Cell, random: Random) -> dict:
 
 
 def _heldout_pairs(prompts: list[tuple[str, Cell]], random: Random) -> list[dict]:
-    """Pairs with clean labels, as many of each kind of fault: the fault is the only thing that makes `rejected` worse."""
+    """Pairs with clean labels, as many of each kind of fault: the fault is the only thing that makes `rejected`
+    worse."""
     rows = []
     for prompt, cell in prompts:
         for fault in FAULTS:

@@ -1,6 +1,7 @@
 """The yardstick of the quickstart: a rule on plain text that no annotator and no reward model ever sees.
 
-`rule(prompt, response)` holds when the reply (a) is about what was asked and (b) is considerate. It reads words only: no model,
+`rule(prompt, response)` holds when the reply (a) is about what was asked and (b) is considerate. It reads words
+only: no model,
 no reward, no length. The simulated annotators of `generate.py` judge by noisy tastes of their own, not by this rule.
 """
 
@@ -19,7 +20,8 @@ _UNITS = re.compile(r"[A-Za-z0-9']+|[^\sA-Za-z0-9']")  # words of Latin script, 
 
 _COURTEOUS = {
     "en": re.compile(
-        r"\b(thanks?|thank you|please|glad|gladly|happy to|delighted|pleasure|welcome|hope|wish|wishing|lovely|wonderful"
+        r"\b(thanks?|thank you|please|glad|gladly|happy to|delighted|pleasure|welcome|hope|wish|wishing"
+        r"|lovely|wonderful"
         r"|take care|enjoy|kind regards|all the best|good luck|here for you|warmly|great question|appreciate)\b"
     ),
     "zh": re.compile(r"谢谢|感谢|多谢|您|请|高兴|乐意|荣幸|欢迎|希望|祝|愿|开心|愉快|好问题|加油|保重|放心|慢慢来|陪"),
@@ -27,7 +29,8 @@ _COURTEOUS = {
 _RUDE = {
     "en": re.compile(
         r"\b(ugh|seriously|lazy|stupid|whatever|no time|a child|wasting|waste|leave me|do not ask|next time|even you"
-        r"|care less|clueless|bother|bothering|annoying|silly|obvious|obviously|go away|hopeless|fool|foolish|boring|tired of)\b"
+        r"|care less|clueless|bother|bothering|annoying|silly|obvious|obviously|go away|hopeless|fool|foolish"
+        r"|boring|tired of)\b"
     ),
     "zh": re.compile(
         r"烦|笨|蠢|傻|懒|废话|无聊|没空|浪费|别再|少来|滚|走开|活该|随便|真是的|小孩都|自己想|没完|懂不懂|省省|丢人|服了"
@@ -71,7 +74,8 @@ def parse_prompt(prompt: str) -> Question | None:
 def about_what_was_asked(prompt: str, response: str) -> bool:
     """True when the reply answers the question asked, whatever its manner.
 
-    It must be in the prompt's language, name the thing asked about and no other, hold at least one piece of advice for this very
+    It must be in the prompt's language, name the thing asked about and no other, hold at least one piece of advice
+    for this very
     question, none twice and none of another thing or question, and end as a sentence ends.
     """
     question = parse_prompt(prompt)

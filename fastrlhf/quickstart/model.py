@@ -1,4 +1,5 @@
-"""The demo's model, made by the run itself: a byte-level BPE trained on its own data and a small Qwen2 with random weights."""
+"""The demo's model, made by the run itself: a byte-level BPE trained on its own data and a small Qwen2 with random
+weights."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _CJK = Regex(r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most VOCAB_SIZE entries trained on `texts`: any text round-trips, CJK characters are split first."""
+    """A byte-level BPE of at most VOCAB_SIZE entries trained on `texts`: any text round-trips, CJK characters are
+    split first."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(_CJK, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -1,8 +1,10 @@
-"""Wording used by the generator only: question templates, openers and closers of both manners, bodies, small talk around a question."""
+"""Wording used by the generator only: question templates, openers and closers of both manners, bodies, small talk
+around a question."""
 
 from __future__ import annotations
 
-# Question templates by language and facet. "{x}" is the thing. The last two of each list appear in held-out prompts only.
+# Question templates by language and facet. "{x}" is the thing. The last two of each list appear in held-out prompts
+# only.
 QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
         "care": (

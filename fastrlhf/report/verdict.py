@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -132,29 +133,33 @@ def _quickstart_sentence(verdict: dict[str, Any]) -> str:
 def _quickstart_tiles(verdict: dict[str, Any]) -> list[str]:
     """The bars of the quickstart, each with what was measured; verdict.json alone decides about `passed`."""
     get = {name: value for name, value in verdict.items() if isinstance(value, (int, float))}.get
+    faults = verdict.get("rm_pair_accuracy_by_fault")
+    worst = min(faults.values()) if isinstance(faults, dict) and faults else get("rm_pair_accuracy")
 
     def ratio(a: str, b: str) -> float | None:
         above, below = get(a), get(b)
         return above / below if above is not None and below else None
 
+    high, diversity, length = math.inf, ratio("distinct2_ppo", "distinct2_sft"), ratio("length_ppo", "length_sft")
     measured = [
-        ("Rule holds after PPO", get("rate_ppo"), ">=", 0.88, _percent, " of held-out replies"),
-        ("Rule holds after SFT", get("rate_sft"), "<=", 0.65, _percent, ", so that PPO has work to do"),
-        ("Rule with prompts shuffled", get("rate_ppo_shuffled"), "<=", 0.1, _percent, ": it depends on the prompt"),
-        ("Reward-model accuracy", get("rm_pair_accuracy"), ">=", 0.85, _percent, " of clean held-out pairs"),
-        ("KL per response", get("kl_sequence_mean"), "<", 10.0, figure_of, " nats from the SFT model"),
-        ("Distinct-2, PPO / SFT", ratio("distinct2_ppo", "distinct2_sft"), ">=", 0.6, figure_of, ": still varied"),
-        ("Length, PPO / SFT", ratio("length_ppo", "length_sft"), "<=", 1.3, figure_of, ": no growth to please"),
-        ("Time, whole pipeline", get("seconds"), "<=", 420.0, duration, " on 2 CPU cores"),
+        ("Rule holds after PPO", get("rate_ppo"), 0.88, high, _percent, " of held-out replies"),
+        ("Rule holds after SFT", get("rate_sft"), 0.0, 0.65, _percent, ", so that PPO has work to do"),
+        ("Rule with prompts shuffled", get("rate_ppo_shuffled"), 0.0, 0.1, _percent, ": it depends on the prompt"),
+        ("SFT replies on topic", get("on_topic_sft"), 0.95, high, _percent, " of held-out replies"),
+        ("Reward-model accuracy", worst, 0.85, high, _percent, ", for every kind of fault"),
+        ("KL per response", get("kl_sequence_mean"), -high, 10.0, figure_of, " nats from the SFT model"),
+        ("Distinct-2, PPO / SFT", diversity, 0.6, high, figure_of, ": replies stay varied"),
+        ("Length, PPO / SFT", length, 1 / 1.3, 1.3, figure_of, ", and not below its inverse"),
     ]
-    words = {">=": "at least", "<=": "at most", "<": "below"}
     tiles = []
-    for name, value, sign, bar, show, note in measured:
-        met = value is not None and {">=": value >= bar, "<=": value <= bar, "<": value < bar}[sign]
+    for name, value, low, high, show, note in measured:
+        met = value is not None and low <= value <= high
         shown = f"{'n/a' if value is None else show(value)} {'✓' if met else '✗'}"
+        word, bar = ("at least", low) if math.isinf(high) else ("at most", high)
         limit = f"{bar:g}" if show is figure_of else show(bar)
-        tiles.append(tile(name, shown, f"bar: {words[sign]} {limit}{note}", bad=not met))
-    return tiles
+        tiles.append(tile(name, shown, f"bar: {word} {limit}{note}", bad=not met))
+    seconds = get("seconds")
+    return [*tiles, *([tile("Time", duration(seconds), "the whole pipeline")] if seconds is not None else [])]
 
 
 def _percent(share: float) -> str:
