@@ -1,4 +1,4 @@
-"""What the embedded demo talks about: twelve household things, two questions about each, in English and Chinese.
+"""What the embedded demo talks about: six household things, two questions about each, in English and Chinese.
 
 Only facts and names live here, because the generator (`generate.py`) and the rule (`judge.py`) both need them. Wording
 that carries the manner of a reply is in `generate.py`; the rule has marker words of its own.
@@ -64,36 +64,6 @@ _EN = (
         ("change a third of the tank", "feed tiny pinches", "run an air pump"),
         ("look for bright eyes", "see how it swims", "check the fins"),
     ),
-    Topic(
-        "orchid",
-        ("mist the leaves", "give soft morning light", "use bark instead of soil"),
-        ("count the buds", "look at the roots", "avoid yellow leaves"),
-    ),
-    Topic(
-        "laptop",
-        ("clear the fan vents", "update the system", "lift the screen gently"),
-        ("compare the memory", "type on the keyboard", "read the battery hours"),
-    ),
-    Topic(
-        "kitten",
-        ("brush the fur softly", "change the litter daily", "visit the vet in spring"),
-        ("see if it plays", "check for clean ears", "meet the mother cat"),
-    ),
-    Topic(
-        "knife",
-        ("sharpen it on a stone", "wash it by hand", "wipe the blade at once"),
-        ("test the balance", "look for hard steel", "feel the handle"),
-    ),
-    Topic(
-        "candle",
-        ("trim the wick", "burn it for two hours", "shield it from draughts"),
-        ("prefer soy wax", "smell it cold", "ask for a cotton core"),
-    ),
-    Topic(
-        "tent",
-        ("shake out the sand", "dry it before packing", "patch small holes"),
-        ("measure the floor", "check the poles", "prefer a rain cover"),
-    ),
 )
 
 _ZH = (
@@ -103,12 +73,6 @@ _ZH = (
     Topic("水壶", ("煮醋除水垢", "晚上把水倒空", "冲洗滤网"), ("选不锈钢的", "看看壶嘴", "问有没有自动断电")),
     Topic("闹钟", ("换掉旧电池", "擦干净表盘", "顺着拨指针"), ("选走时安静的", "看数字大不大", "试试铃声")),
     Topic("金鱼", ("换三分之一的缸水", "少量喂食", "开增氧泵"), ("看眼睛亮不亮", "看游得稳不稳", "检查鱼鳍")),
-    Topic("兰花", ("给叶子喷雾", "晒柔和的晨光", "用树皮代替泥土"), ("数数花苞", "看看根部", "避开黄叶")),
-    Topic("电脑", ("清理风扇口", "更新系统", "轻轻开合屏幕"), ("比较内存", "敲敲键盘", "看续航时间")),
-    Topic("小猫", ("轻轻梳毛", "每天换猫砂", "春天看兽医"), ("看它爱不爱玩", "看耳朵干不干净", "见见猫妈妈")),
-    Topic("菜刀", ("用磨石磨", "不放洗碗机", "马上擦干刀刃"), ("掂掂重心", "选硬一点的钢", "握握木把")),
-    Topic("蜡烛", ("修剪烛芯", "每次烧两小时", "挡住穿堂风"), ("选大豆蜡", "先闻闻香味", "选棉线芯")),
-    Topic("帐篷", ("抖掉沙子", "收起前晾透", "补好小洞"), ("量量底面", "检查支架", "选带防雨罩的")),
 )
 
 TOPICS: dict[str, tuple[Topic, ...]] = {"en": _EN, "zh": _ZH}

@@ -31,20 +31,16 @@ from fastrlhf.quickstart.wording import (
 
 DATA_DIR = Path(__file__).parent / "data"
 SEED = 7
-SFT_PER_CELL, FEEDBACK_PER_CELL, PPO_PER_CELL = (
-    48,
-    38,
-    12,
-)  # a cell: one language, topic and facet; there are 48
+SFT_PER_CELL, FEEDBACK_PER_CELL, PPO_PER_CELL = 48, 150, 12  # a cell: one language, topic and facet; there are 24
 CONSIDERATE_SHARE = 0.46  # of SFT replies; the rest is rude, and all of them answer the question
 
 # Kinds of fault and how often a faulty reply has them in the feedback data.
 FAULTS = {
-    "rude": 0.28,  # opener and closer rude
-    "half_rude": 0.10,  # one of the two
-    "off_topic": 0.19,  # about another thing
-    "wrong_facts": 0.16,  # names the right thing, advice of another
-    "wrong_facet": 0.15,  # right thing, advice for the other question
+    "rude": 0.10,  # opener and closer rude
+    "half_rude": 0.12,  # one of the two
+    "off_topic": 0.22,  # about another thing
+    "wrong_facts": 0.22,  # names the right thing, advice of another
+    "wrong_facet": 0.22,  # right thing, advice for the other question
     "vague": 0.06,  # right thing, no advice
     "cut": 0.06,  # stops in the middle
 }
@@ -99,12 +95,12 @@ class Annotator:
 
 
 ANNOTATORS = (
-    Annotator(content=2.2, manner=1.8, length=0.0, noise=0.4, lapse=0.02),
-    Annotator(content=1.8, manner=2.2, length=0.2, noise=0.5, lapse=0.03),
-    Annotator(content=2.0, manner=2.0, length=0.3, noise=0.6, lapse=0.04),
-    Annotator(content=2.4, manner=1.6, length=0.1, noise=0.5, lapse=0.03),
-    Annotator(content=1.7, manner=2.3, length=0.4, noise=0.7, lapse=0.06),
-    Annotator(content=2.0, manner=1.9, length=0.2, noise=0.6, lapse=0.05),
+    Annotator(content=2.2, manner=1.8, length=0.0, noise=0.15, lapse=0.02),
+    Annotator(content=1.8, manner=2.2, length=0.2, noise=0.25, lapse=0.03),
+    Annotator(content=2.0, manner=2.0, length=0.3, noise=0.3, lapse=0.03),
+    Annotator(content=2.4, manner=1.6, length=0.1, noise=0.25, lapse=0.03),
+    Annotator(content=1.7, manner=2.3, length=0.4, noise=0.35, lapse=0.04),
+    Annotator(content=2.0, manner=1.9, length=0.2, noise=0.25, lapse=0.04),
 )
 
 
@@ -176,16 +172,9 @@ def spoil(reply: Reply, cell: Cell, fault: str, random: Random) -> Reply:
     return replace(reply, body=body, fault=fault)
 
 
-def _draw(cell: Cell, random: Random, good: float) -> Reply:
-    """A reply to be judged: good with probability `good`, else with a fault; one faulty reply in six is rude as
-    well."""
-    reply = good_reply(cell, random)
-    if random.random() < good:
-        return reply
-    fault = random.choices(list(FAULTS), list(FAULTS.values()))[0]
-    if fault in FIDELITY and random.random() < 1 / 6:
-        reply = spoil(reply, cell, "rude", random)
-    return spoil(reply, cell, fault, random)
+def _faulty(reply: Reply, cell: Cell, random: Random) -> Reply:
+    """The reply with one fault of a random kind."""
+    return spoil(reply, cell, random.choices(list(FAULTS), list(FAULTS.values()))[0], random)
 
 
 def _message(prompt: str) -> list[dict[str, str]]:
@@ -200,31 +189,37 @@ def _sft_row(prompt: str, cell: Cell, random: Random) -> dict:
 def _feedback_row(prompt: str, cell: Cell, random: Random) -> dict:
     """One record of a random kind, judged by a random annotator."""
     annotator = random.choice(ANNOTATORS)
-    kind = random.choices(("pair", "ranking", "score", "edit"), (0.45, 0.2, 0.2, 0.15))[0]
+    kind = random.choices(("pair", "ranking", "score", "edit"), (0.35, 0.15, 0.1, 0.4))[0]
     row: dict = {"prompt": _message(prompt)}
+    good = good_reply(cell, random)
     if kind == "pair":
-        replies = [_draw(cell, random, 0.8), _draw(cell, random, 0.1)]
-        judged = sorted(((annotator.judge(r, random), i) for i, r in enumerate(replies)), reverse=True)
-        return row | {"chosen": replies[judged[0][1]].text, "rejected": replies[judged[1][1]].text}
+        replies = [good, _faulty(good_reply(cell, random), cell, random)]
+        best, worst = _order(replies, annotator, random)
+        return row | {"chosen": replies[best].text, "rejected": replies[worst].text}
     if kind == "ranking":
-        replies = [_draw(cell, random, 0.8), *(_draw(cell, random, 0.2) for _ in range(2))]
+        replies = [good, _faulty(good, cell, random), _faulty(good_reply(cell, random), cell, random)]
         random.shuffle(replies)
-        judged = sorted(((annotator.judge(r, random), i) for i, r in enumerate(replies)), reverse=True)
-        return row | {"responses": [r.text for r in replies], "ranking": [i for _, i in judged]}
+        return row | {"responses": [r.text for r in replies], "ranking": _order(replies, annotator, random)}
     if kind == "score":
-        reply = _draw(cell, random, 0.45)
+        reply = good if random.random() < 0.5 else _faulty(good, cell, random)
         score = min(5, max(1, round(annotator.judge(reply, random) + 0.9)))
         return row | {"response": reply.text, "score": score}
     return row | _edit(cell, random)
 
 
+def _order(replies: list[Reply], annotator: Annotator, random: Random) -> list[int]:
+    """Indices of the replies as the annotator ranks them, best first."""
+    opinions = [annotator.judge(reply, random) for reply in replies]
+    return sorted(range(len(replies)), key=lambda i: -opinions[i])
+
+
 def _edit(cell: Cell, random: Random) -> dict:
-    """A faulty reply and what an annotator made of it: the fault removed, the rest kept; one edit in twelve swaps one
+    """A faulty reply and what an annotator made of it: the fault removed, the rest kept; one edit in 25 swaps one
     fault for another."""
     better = good_reply(cell, random)
     fault, second = random.choices(list(FAULTS), list(FAULTS.values()), k=2)
     worse = spoil(better, cell, fault, random)
-    if random.random() < 1 / 12:
+    if random.random() < 1 / 25:
         better = spoil(better, cell, second, random)
     return {"response": worse.text, "edited": better.text}
 
@@ -256,7 +251,7 @@ def generate() -> dict[str, list[dict]]:
         familiar, fresh = _prompts(cell)
         random.shuffle(familiar)
         random.shuffle(fresh)
-        heldout = [prompts.pop() for prompts in (familiar, fresh) for _ in range(3)]  # new combinations, new frames
+        heldout = [prompts.pop() for prompts in (familiar, fresh) for _ in range(6)]  # new combinations, new frames
         for_pairs += [(heldout[0], cell), (heldout[-1], cell)]
         take = [familiar.pop() for _ in range(SFT_PER_CELL + FEEDBACK_PER_CELL + PPO_PER_CELL)]
         files["sft.jsonl"] += [_sft_row(p, cell, random) for p in take[:SFT_PER_CELL]]
