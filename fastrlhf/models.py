@@ -114,10 +114,12 @@ def _locate(source: str, role: str) -> tuple[str, dict]:
 
 def _load(auto: type, source: str, role: str, **kwargs: object) -> PreTrainedModel:
     where, extra = _locate(source, role)
-    options = {"trust_remote_code": False, "output_loading_info": True, **extra, **kwargs}
+    options = {"output_loading_info": True, **extra, **kwargs}
+    if not extra:  # a folder or hub id: safetensors only, a pickle can run code
+        options["use_safetensors"] = True
     try:
         with redirect_stderr(io.StringIO()) if extra and not sys.stderr.isatty() else nullcontext():  # its progress bar
-            model, info = auto.from_pretrained(where, **options)
+            model, info = auto.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{role}: cannot load {str(source)!r}: {_reason(error)}") from error
     if info["missing_keys"]:  # transformers would fill them with random numbers

@@ -118,17 +118,15 @@ def measure(
 def judge(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
     """(what, measured, bar, met) of every bar; the run passes when all are met."""
     f = figures
-    worst = min(f["rm_pair_accuracy_by_fault"].values())
     diversity, length = f["distinct2_ppo"] / max(f["distinct2_sft"], 1e-9), f["length_ppo"] / f["length_sft"]
     return [
-        ("SFT replies about what was asked, either manner", f["on_topic_sft"], ">= 0.95", f["on_topic_sft"] >= 0.95),
         ("rule holds after SFT", f["rate_sft"], "<= 0.65", f["rate_sft"] <= 0.65),
         ("rule holds after PPO", f["rate_ppo"], ">= 0.88", f["rate_ppo"] >= 0.88),
         ("... when prompts are shuffled", f["rate_ppo_shuffled"], "<= 0.10", f["rate_ppo_shuffled"] <= 0.1),
         ("KL to the SFT model, nats a reply", f["kl_sequence_mean"], "<  10", f["kl_sequence_mean"] < 10),
         ("distinct-2 against SFT's", diversity, ">= 0.60", diversity >= 0.6),
         ("mean length against SFT's", length, "<= 1.30", 1 / 1.3 <= length <= 1.3),
-        ("reward model, clean pairs, worst kind of fault", worst, ">= 0.85", worst >= 0.85),
+        ("reward model, clean held-out pairs", f["rm_pair_accuracy"], ">= 0.85", f["rm_pair_accuracy"] >= 0.85),
     ]
 
 

@@ -1,0 +1,472 @@
+"""The run folder and the loop around every stage: what is refused, written, resumed, saved and said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import fastrlhf
+from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, UserError
+from fastrlhf.checkpoint import CheckpointError
+from fastrlhf.guards import Interrupted
+from fastrlhf.recipe import load_recipe
+from fastrlhf.run import EXIT_INTERRUPTED, prepare_folder, read_run_json, run_stage, write_run_json
+from fastrlhf.state import optimizer_tensors
+from tests import tiny
+
+resource = pytest.importorskip("resource")
+PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
+PAIRS = [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in PROMPTS]
+COMMON = {"total_steps": 4, "mini_batch_size": 4, "learning_rate": 1e-3, "save_every": 2, "eval_every": 2}
+Trainer = SFTTrainer | RewardTrainer | PPOTrainer
+
+
+def letters(prompts: list[str], responses: list[str]) -> list[float]:
+    return [r.count("e") - 0.1 * len(r) for r in responses]
+
+
+def build(stage: str, **fields: object) -> Trainer:
+    """A trainer of a tiny model; the numbers depend on the stage and the fields alone."""
+    fields, tokenizer = {**COMMON, **fields}, tiny.tokenizer()
+    if stage == "sft":
+        rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
+        held = {"data": rows, "eval_data": rows[:2]}
+        return SFTTrainer(SFTConfig(**fields), model=tiny.llama(), tokenizer=tokenizer, **held)
+    if stage == "reward":
+        held = {"data": PAIRS, "eval_data": PAIRS[:2]}
+        return RewardTrainer(RewardConfig(**fields), model=tiny.llama(), tokenizer=tokenizer, **held)
+    config = PPOConfig(rollout_batch_size=4, max_new_tokens=6, critic_learning_rate=1e-3, **fields)
+    held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:2]}
+    return PPOTrainer(config, policy=tiny.llama(), tokenizer=tokenizer, reward=letters, **held)
+
+
+def everything(t: Trainer) -> dict[str, Tensor]:
+    """Weights and optimizer state of all that is trained."""
+    found: dict[str, Tensor] = {}
+    for name, (model, optimizer) in t.trained().items():
+        found |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
+        found |= optimizer_tensors(optimizer.inner, f"{name}.optimizer")[0]
+    return found
+
+
+def differing(a: Trainer, b: Trainer) -> list[str]:
+    x, y = everything(a), everything(b)
+    assert x.keys() == y.keys()
+    return [name for name in x if not torch.equal(x[name], y[name])]
+
+
+def leave_after(t: Trainer, steps: int) -> None:
+    for number, _ in enumerate(t, 1):
+        if number == steps:
+            break
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------------- the folder
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"output_dir: '.*' is not empty; .*--overwrite"):
+        build("sft", output_dir=str(tmp_path))
+    with pytest.raises(UserError, match="holds files that no run wrote; empty it by hand"):
+        build("sft", output_dir=str(tmp_path), overwrite=True)
+    with pytest.raises(UserError, match="holds files that no run wrote; there is nothing to resume"):
+        build("sft", output_dir=str(tmp_path), resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_overwrite_empties_the_folder_of_a_run(tmp_path):
+    run = tmp_path / "run"
+    build("sft", output_dir=str(run), total_steps=2).train()
+    (run / "left_over").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        build("sft", output_dir=str(run))
+    t = build("sft", output_dir=str(run), total_steps=1, save_every=0, overwrite=True)
+    assert not (run / "left_over").exists() and not (run / "checkpoints").exists() and t.run.step == 0
+    t.train()
+    assert [row["step"] for row in read(run / "metrics.jsonl")] == [0, 1]
+
+
+def test_a_missing_folder_a_file_and_an_empty_folder(tmp_path):
+    with pytest.raises(UserError, match="output_dir: .* does not exist, so there is nothing to resume"):
+        build("sft", output_dir=str(tmp_path / "gone"), resume=True)
+    assert not (tmp_path / "gone").exists()
+    (tmp_path / "file").write_text("")
+    for resume in (False, True):
+        with pytest.raises(UserError, match="output_dir: .* is a file; name a folder"):
+            build("sft", output_dir=str(tmp_path / "file"), resume=resume)
+    (tmp_path / "empty").mkdir()
+    assert build("sft", output_dir=str(tmp_path / "empty")).run.dir == tmp_path / "empty"
+
+
+def test_a_run_killed_while_it_described_itself_can_be_resumed(tmp_path):
+    """config.yaml is there, run.json not yet."""
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    t = build("sft", output_dir=str(tmp_path), resume=True, total_steps=1)
+    t.train()
+    assert json.loads((tmp_path / "run.json").read_text())["verb"] == "sft"
+    assert "learning_rate: 0.001" in (tmp_path / "config.yaml").read_text()
+
+
+def test_the_run_of_another_stage_is_not_resumed(tmp_path):
+    build("sft", output_dir=str(tmp_path))
+    with pytest.raises(UserError, match="holds a sft run, which reward cannot go on with"):
+        build("reward", output_dir=str(tmp_path), resume=True)
+    prepare_folder(tmp_path, overwrite=False, resume=True)  # a caller that does not say what it is
+
+
+def test_without_an_output_dir_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build("sft", total_steps=2).train()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------- what describes it
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A model folder and a data file, as the command line names them."""
+    root = tmp_path_factory.mktemp("base")
+    tiny.llama().save_pretrained(root / "model")
+    tiny.tokenizer().save_pretrained(root / "model")
+    rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
+    (root / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return root
+
+
+def test_run_json_and_config_yaml_of_a_run_by_name(tmp_path, base):
+    """config.yaml starts the same run again, in another folder."""
+    inputs = {"model": str(base / "model"), "data": str(base / "rows.jsonl")}
+    (tmp_path / "empty").mkdir()
+    cfg = SFTConfig(**COMMON, output_dir=str(tmp_path / "empty"), resume=True, seed=7)
+    SFTTrainer(cfg, **inputs)
+    run = read_run_json(tmp_path / "empty")
+    assert (run["verb"], run["inputs"], run["from_python"], run["seed"]) == ("sft", inputs, [], 7)
+    assert run["versions"]["fastrlhf"] == fastrlhf.__version__
+    assert run["versions"] | {"torch": torch.__version__, "transformers": transformers.__version__} == run["versions"]
+    found, again = load_recipe("sft", str(tmp_path / "empty" / "config.yaml"), [f"output_dir={tmp_path / 'next'}"])
+    assert found == inputs and again == cfg.replace(resume=False, output_dir=str(tmp_path / "next"))
+    SFTTrainer(again, **found)
+
+
+def test_an_overwriting_run_does_not_pass_that_on(tmp_path, base):
+    cfg = SFTConfig(**COMMON, output_dir=str(tmp_path), overwrite=True)
+    SFTTrainer(cfg, model=str(base / "model"), data=str(base / "rows.jsonl"))
+    assert not load_recipe("sft", str(tmp_path / "config.yaml"), [])[1].overwrite
+
+
+def test_objects_are_described_and_only_python_can_resume_them(tmp_path):
+    build("ppo", output_dir=str(tmp_path / "run"))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["from_python"] == ["eval_prompts", "policy", "prompts", "reward", "tokenizer"]
+    assert run["inputs"]["reward"] == "<letters>" and run["inputs"]["policy"] == "<loaded LlamaForCausalLM>"
+    assert "reward: <letters>" in (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(UserError, match="started from Python with objects for eval_prompts, policy, .*resume=True"):
+        read_run_json(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("count", "named"), [(3, []), (3000, ["prompts"])])
+def test_a_short_list_is_part_of_the_recipe_and_a_long_one_is_data(tmp_path, base, count, named):
+    prompts, config = ["the cat"] * count, PPOConfig(total_steps=1, output_dir=str(tmp_path / "run"))
+    policy = str(base / "model")
+    PPOTrainer(config, policy=policy, reward=[["a", 1.0, "json:dumps"]], prompts=prompts)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["from_python"] == named and run["inputs"]["reward"] == [["a", 1.0, "json:dumps"]]
+    inputs, _ = load_recipe("ppo", str(tmp_path / "run" / "config.yaml"), [])
+    assert inputs["prompts"] == (prompts if count == 3 else "<list>")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is no run folder: it has no run.json"),
+        ('{"verb": "sf', "run.json: damaged"),
+        ("[]", "run.json: not written by a run"),
+    ],
+)
+def test_a_folder_that_is_no_run(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_run_json(tmp_path)
+
+
+def test_write_run_json_makes_the_folder(tmp_path):
+    write_run_json(tmp_path / "a" / "b", verb="quickstart", seed=3)
+    assert read_run_json(tmp_path / "a" / "b")["seed"] == 3
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["run.json"]
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Callable[[str], tuple[Path, Trainer]]:
+    """Runs that nothing interrupted, by stage."""
+    done: dict[str, tuple[Path, Trainer]] = {}
+
+    def run(stage: str) -> tuple[Path, Trainer]:
+        if stage not in done:
+            folder = tmp_path_factory.mktemp(stage) / "run"
+            done[stage] = folder, build(stage, output_dir=str(folder))
+            done[stage][1].train()
+        return done[stage]
+
+    return run
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("left_after", [1, 2, 3])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(stage, left_after, tmp_path, whole):
+    """Left before the first checkpoint, on one, and behind one: weights, optimizer, metrics and best/ to the bit."""
+    folder, uninterrupted = whole(stage)
+    run = tmp_path / "run"
+    leave_after(build(stage, output_dir=str(run)), left_after)
+    resumed = build(stage, output_dir=str(run), resume=True)
+    assert resumed.run.step == left_after // 2 * 2
+    resumed.train()
+    assert resumed.run.step == 4 and differing(resumed, uninterrupted) == []
+    assert resumed.run.best == uninterrupted.run.best is not None
+    for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl", "best/model.safetensors"):
+        assert (run / name).read_bytes() == (folder / name).read_bytes(), name
+    assert resumed.train() == {}  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("sft", {"learning_rate": 2e-3}, "learning_rate: this run was started with 0.001 and would resume with 0.002"),
+        ("sft", {"seed": 1}, "seed: this run was started with 0 and would resume with 1"),
+        ("reward", {"head_only": True}, "head_only: this run was started with False and would resume with True"),
+        ("ppo", {"kl_coef": 0.1}, "kl_coef: this run was started with 0.05 and would resume with 0.1; resume with the"),
+    ],
+)
+def test_a_changed_field_is_named(stage, changes, message, tmp_path):
+    leave_after(build(stage, output_dir=str(tmp_path)), 2)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(UserError, match=message):
+        build(stage, output_dir=str(tmp_path), resume=True, **changes)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_a_run_may_be_made_longer_and_remembers(tmp_path):
+    """With a constant learning rate, 2 steps and 2 more are 4."""
+    build("sft", output_dir=str(tmp_path / "run"), total_steps=2, lr_schedule="constant").train()
+    longer = build("sft", output_dir=str(tmp_path / "run"), lr_schedule="constant", save_every=1, resume=True)
+    assert longer.run.step == 2 and len(list(longer)) == 2
+    at_once = build("sft", lr_schedule="constant")
+    at_once.train()
+    assert differing(longer, at_once) == []
+    recipe = (tmp_path / "run" / "config.yaml").read_text()
+    assert "total_steps: 4" in recipe and "save_every: 1" in recipe and "resume: false" in recipe
+
+
+def test_other_data_is_refused(tmp_path):
+    leave_after(build("sft", output_dir=str(tmp_path)), 2)
+    rows = [{"prompt": "the cat", "response": " sat"}] * 3
+    cfg = SFTConfig(**COMMON, output_dir=str(tmp_path), resume=True)
+    with pytest.raises(UserError, match="number of usable rows 6, now it is 3"):
+        SFTTrainer(cfg, model=tiny.llama(), tokenizer=tiny.tokenizer(), data=rows)
+
+
+# ------------------------------------------------------------------------------------------------- signals and failures
+
+
+def signalled(t: Trainer, at: int, number: int = signal.SIGTERM) -> Trainer:
+    """Send a signal to this process in the middle of step `at`."""
+    optimizer = next(iter(t.trained().values()))[1]
+    optimizer.inner.register_step_pre_hook(lambda *_: os.kill(os.getpid(), number) if t.run.step == at - 1 else None)
+    return t
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_interrupts(number, tmp_path):
+    handler = signal.getsignal(number)
+    run, seen = tmp_path / "run", []
+    t = signalled(build("sft", output_dir=str(run), save_every=0), 1, number)
+    name = signal.Signals(number).name
+    with pytest.raises(Interrupted, match=rf"stopped by {name} after step 1 of 4; go on with: fastrlhf resume {run}"):
+        seen.extend(t)
+    assert len(seen) == 1 and [p.name for p in (run / "checkpoints").iterdir()] == ["step-000001"]
+    assert signal.getsignal(number) is handler
+    assert build("sft", output_dir=str(run), save_every=0, resume=True).run.step == 1
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(stage, tmp_path, whole):
+    folder, uninterrupted = whole(stage)
+    with pytest.raises(Interrupted):
+        signalled(build(stage, output_dir=str(tmp_path / "run")), 3).train()
+    resumed = build(stage, output_dir=str(tmp_path / "run"), resume=True)
+    assert resumed.run.step == 3
+    resumed.train()
+    assert differing(resumed, uninterrupted) == []
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path):
+    t = signalled(build("sft", output_dir=str(tmp_path / "run"), total_steps=2), 2)
+    assert t.train()["loss/train"] > 0 and t.run.step == 2
+
+
+def test_a_signal_without_a_folder_stops_too():
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 1 of 4$"):
+        signalled(build("sft"), 1).train()
+
+
+def from_files(base: Path, hook: Callable[[Trainer], object]) -> Callable[..., Trainer]:
+    """What run_stage builds: a trainer from a model folder, with something done to it first."""
+
+    def made(config: SFTConfig, **inputs: object) -> SFTTrainer:
+        t = SFTTrainer(config, **inputs)
+        hook(t)
+        return t
+
+    return made
+
+
+def test_the_exit_code_of_an_interrupted_stage_is_75(tmp_path, base, capsys):
+    inputs = {"model": str(base / "model"), "data": str(base / "rows.jsonl")}
+    cfg = SFTConfig(**COMMON, output_dir=str(tmp_path / "run"))
+    assert run_stage(from_files(base, lambda t: signalled(t, 1)), inputs, cfg) == EXIT_INTERRUPTED == 75
+    assert "stopped by SIGTERM after step 1 of 4" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "final").exists()
+    assert run_stage(SFTTrainer, inputs, cfg.replace(resume=True)) == 0
+    assert f"done: {tmp_path / 'run' / 'final'}" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").config.vocab_size == 320
+    assert [row["step"] for row in read(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_run_stage_needs_an_output_dir(base):
+    with pytest.raises(UserError, match="output_dir: name the run folder"):
+        run_stage(SFTTrainer, {"model": str(base / "model"), "data": str(base / "rows.jsonl")}, SFTConfig())
+
+
+class FullDisk:
+    """While active no file of this process may grow beyond `limit` bytes: weights fail, JSON lines go on."""
+
+    def __init__(self, limit: int = 30_000) -> None:
+        self.limit = limit
+
+    def __enter__(self) -> None:
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.before[1]))
+
+    def __exit__(self, *_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+def test_a_checkpoint_that_fails_does_not_stop_training(tmp_path, whole):
+    """The second one is written again; the numbers of the run are those of a run on a sound disk."""
+    folder, uninterrupted = whole("sft")
+    t = build("sft", output_dir=str(tmp_path / "run"))
+    steps = iter(t)
+    next(steps)
+    with FullDisk():
+        next(steps)  # step 2: evaluation exports best/, then the checkpoint is due
+    assert not (tmp_path / "run" / "best").exists() and list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    list(steps)
+    events = [e for e in read(tmp_path / "run" / "events.jsonl") if e["kind"] == "checkpoint"]
+    assert ["best" in e["message"] for e in events] == [True, False]
+    assert "step-000002 was not written" in events[1]["message"] and "training can go on" in events[1]["message"]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004"]
+    assert differing(t, uninterrupted) == []
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_the_third_failed_checkpoint_in_a_row_stops_the_run(tmp_path):
+    t = build("sft", output_dir=str(tmp_path / "run"), save_every=1, eval_every=0)
+    done = []
+    with FullDisk(), pytest.raises(CheckpointError, match="the third failure in a row"):
+        done.extend(t)
+    assert t.run.step == 3 and len(read(tmp_path / "run" / "metrics.jsonl")) == 3
+
+
+# ----------------------------------------------------------------------------------------------- metrics, best, exports
+
+
+def test_the_files_of_a_run(whole):
+    folder, _ = whole("ppo")
+    names = {p.name for p in folder.iterdir()}
+    assert names == {
+        "config.yaml", "run.json", "metrics.jsonl", "timings.jsonl", "events.jsonl", "samples.jsonl", "log.txt",
+        "tensorboard", "checkpoints", "best",
+    }  # fmt: skip
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    rows = read(folder / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4]
+    assert [r["step"] for r in rows if "reward/eval" in r] == [0, 2, 4]
+    assert not any(name.startswith(("time/", "perf/", "mem/")) for r in rows for name in r)
+    assert all("time/update" in r for r in read(folder / "timings.jsonl")[1:5])
+
+
+def test_evaluation_and_checkpoints_keep_their_own_pace(tmp_path):
+    t = build("sft", output_dir=str(tmp_path / "run"), total_steps=5, eval_every=3, save_every=4)
+    evaluated = [t.run.step for step in t if "loss/eval" in step.metrics]
+    assert evaluated == [3, 5]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_save_every_0_saves_at_the_end_and_eval_every_0_never_evaluates(tmp_path):
+    t = build("sft", output_dir=str(tmp_path / "run"), save_every=0, eval_every=0)
+    assert all("loss/eval" not in step.metrics for step in t)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004"]
+    assert [r["step"] for r in read(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert not (tmp_path / "run" / "best").exists()
+
+
+def test_a_first_evaluation_that_measured_nothing_is_not_the_best(tmp_path):
+    """A reward that can judge no reply at step 1: NaN is neither better nor worse than what follows."""
+    answers = [None, None, 1.0, 2.0]
+
+    def reward(prompts: list[str], responses: list[str]) -> list[float | None]:
+        return [answers[min(t.run.step, 3)] if hasattr(t, "run") else 0.0] * len(responses)
+
+    cfg = PPOConfig(
+        total_steps=3, rollout_batch_size=2, mini_batch_size=2, max_new_tokens=3, eval_every=1, save_every=0,
+        output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:1]}
+    t = PPOTrainer(cfg, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=reward, **held)
+    t.train()
+    assert t.run.best == 2.0
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"), [("sft", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)]
+)
+def test_an_export_is_whole_and_replaces_the_old_one(stage, kind, tmp_path):
+    t = build(stage)
+    t.save(tmp_path / "out")
+    (tmp_path / "out" / "stray.bin").write_text("from before")
+    t.train()
+    t.save(tmp_path / "out")
+    model = kind.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), t.model.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tiny.CHAT_TEMPLATE
+    assert not (tmp_path / "out" / "stray.bin").exists() and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_that_fails_leaves_the_old_one(tmp_path):
+    t = build("sft")
+    t.save(tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    t.train()
+    with FullDisk(), pytest.raises(CheckpointError, match="could not write"):
+        t.save(tmp_path / "out")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
