@@ -123,4 +123,6 @@ def _print(answers: list[dict], figures: dict, bars: list[tuple[str, float, str,
     print(f"\nverdict, seed {figures['seed']}: {len(answers)} held-out prompts, {duration(figures['seconds'])}")
     for what, measured, bar, met in bars:
         print(f"  {'ok  ' if met else 'FAIL'} {what:58} {measured:7.3f}   {bar}")
+    for what, measured, aim, met in verdict.aims(figures):
+        print(f"  {'aim ' if met else 'low '} {what:58} {measured:7.3f}   {aim}")
     print("PASSED" if figures["passed"] else "NOT PASSED", flush=True)

@@ -130,6 +130,15 @@ def judge(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
     ]
 
 
+def aims(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
+    """What the first two stages should reach for PPO to rest on; shown beside the bars, in the same form."""
+    topic, worst = figures["on_topic_sft"], min(figures["rm_pair_accuracy_by_fault"].values())
+    return [
+        ("SFT replies about what was asked, either manner", topic, ">= 0.95", topic >= 0.95),
+        ("reward model, its worst kind of fault", worst, ">= 0.85", worst >= 0.85),
+    ]
+
+
 def shuffled(count: int, seed: int) -> list[int]:
     """A permutation without fixed points: every reply meets another prompt."""
     order = list(range(count))
