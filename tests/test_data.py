@@ -14,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrlhf.config import UserError
-from fastrlhf.data import Counts, Sampler, load_conversations, load_feedback, load_prompts, pack, split_heldout
+from fastrlhf.data import (
+    Counts,
+    Sampler,
+    encode_rows,
+    load_conversations,
+    load_feedback,
+    load_prompts,
+    pack,
+    split_heldout,
+)
 from fastrlhf.rows import read_rows
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -388,3 +397,18 @@ def test_real_hh_texts_are_all_there():
             turns = [*(m["content"] for m in item.prompt), reply]
             bare = text.replace("\n\nHuman:", "").replace("\n\nAssistant:", "")
             assert "".join("".join(turns).split()) == "".join(bare.split())
+
+
+def test_a_conversation_the_template_refuses_is_named_by_its_line():
+    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+    prompts, counts = load_prompts(rows)
+
+    def encode(prompt):
+        if prompt.prompt == "b":
+            raise UserError("the chat template refuses it")
+        return prompt.prompt.upper()
+
+    with pytest.raises(UserError, match=r"row 2.*the chat template refuses it.*skip_bad_rows=true"):
+        list(encode_rows(prompts, encode, counts, skip_bad_rows=False))
+    assert [encoded for _, encoded in encode_rows(prompts, encode, counts, skip_bad_rows=True)] == ["A", "C"]
+    assert counts.used == 2 and "1 malformed" in counts.line() and "row 2" in counts.malformed[0]

@@ -11,127 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import fastrlhf
-from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, UserError
+from fastrlhf import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer, UserError
 from fastrlhf.checkpoint import CheckpointError
 from fastrlhf.guards import Interrupted
 from fastrlhf.recipe import load_recipe
-from fastrlhf.run import EXIT_INTERRUPTED, prepare_folder, read_run_json, run_stage, write_run_json
-from fastrlhf.state import optimizer_tensors
+from fastrlhf.run import EXIT_INTERRUPTED, read_run_json, run_stage, write_run_json
 from tests import tiny
+from tests.stage_runs import COMMON, PAIRS, PROMPTS, Trainer, build, differing, leave_after, read
 
 resource = pytest.importorskip("resource")
-PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
-PAIRS = [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in PROMPTS]
-COMMON = {"total_steps": 4, "mini_batch_size": 4, "learning_rate": 1e-3, "save_every": 2, "eval_every": 2}
-Trainer = SFTTrainer | RewardTrainer | PPOTrainer
-
-
-def letters(prompts: list[str], responses: list[str]) -> list[float]:
-    return [r.count("e") - 0.1 * len(r) for r in responses]
-
-
-def build(stage: str, **fields: object) -> Trainer:
-    """A trainer of a tiny model; the numbers depend on the stage and the fields alone."""
-    fields, tokenizer = {**COMMON, **fields}, tiny.tokenizer()
-    if stage == "sft":
-        rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
-        held = {"data": rows, "eval_data": rows[:2]}
-        return SFTTrainer(SFTConfig(**fields), model=tiny.llama(), tokenizer=tokenizer, **held)
-    if stage == "reward":
-        held = {"data": PAIRS, "eval_data": PAIRS[:2]}
-        return RewardTrainer(RewardConfig(**fields), model=tiny.llama(), tokenizer=tokenizer, **held)
-    config = PPOConfig(rollout_batch_size=4, max_new_tokens=6, critic_learning_rate=1e-3, **fields)
-    held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:2]}
-    return PPOTrainer(config, policy=tiny.llama(), tokenizer=tokenizer, reward=letters, **held)
-
-
-def everything(t: Trainer) -> dict[str, Tensor]:
-    """Weights and optimizer state of all that is trained."""
-    found: dict[str, Tensor] = {}
-    for name, (model, optimizer) in t.trained().items():
-        found |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
-        found |= optimizer_tensors(optimizer.inner, f"{name}.optimizer")[0]
-    return found
-
-
-def differing(a: Trainer, b: Trainer) -> list[str]:
-    x, y = everything(a), everything(b)
-    assert x.keys() == y.keys()
-    return [name for name in x if not torch.equal(x[name], y[name])]
-
-
-def leave_after(t: Trainer, steps: int) -> None:
-    for number, _ in enumerate(t, 1):
-        if number == steps:
-            break
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-# ---------------------------------------------------------------------------------------------------------- the folder
-
-
-def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"output_dir: '.*' is not empty; .*--overwrite"):
-        build("sft", output_dir=str(tmp_path))
-    with pytest.raises(UserError, match="holds files that no run wrote; empty it by hand"):
-        build("sft", output_dir=str(tmp_path), overwrite=True)
-    with pytest.raises(UserError, match="holds files that no run wrote; there is nothing to resume"):
-        build("sft", output_dir=str(tmp_path), resume=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_overwrite_empties_the_folder_of_a_run(tmp_path):
-    run = tmp_path / "run"
-    build("sft", output_dir=str(run), total_steps=2).train()
-    (run / "left_over").write_text("")
-    with pytest.raises(UserError, match="is not empty"):
-        build("sft", output_dir=str(run))
-    t = build("sft", output_dir=str(run), total_steps=1, save_every=0, overwrite=True)
-    assert not (run / "left_over").exists() and not (run / "checkpoints").exists() and t.run.step == 0
-    t.train()
-    assert [row["step"] for row in read(run / "metrics.jsonl")] == [0, 1]
-
-
-def test_a_missing_folder_a_file_and_an_empty_folder(tmp_path):
-    with pytest.raises(UserError, match="output_dir: .* does not exist, so there is nothing to resume"):
-        build("sft", output_dir=str(tmp_path / "gone"), resume=True)
-    assert not (tmp_path / "gone").exists()
-    (tmp_path / "file").write_text("")
-    for resume in (False, True):
-        with pytest.raises(UserError, match="output_dir: .* is a file; name a folder"):
-            build("sft", output_dir=str(tmp_path / "file"), resume=resume)
-    (tmp_path / "empty").mkdir()
-    assert build("sft", output_dir=str(tmp_path / "empty")).run.dir == tmp_path / "empty"
-
-
-def test_a_run_killed_while_it_described_itself_can_be_resumed(tmp_path):
-    """config.yaml is there, run.json not yet."""
-    (tmp_path / "config.yaml").write_text("seed: 0\n")
-    t = build("sft", output_dir=str(tmp_path), resume=True, total_steps=1)
-    t.train()
-    assert json.loads((tmp_path / "run.json").read_text())["verb"] == "sft"
-    assert "learning_rate: 0.001" in (tmp_path / "config.yaml").read_text()
-
-
-def test_the_run_of_another_stage_is_not_resumed(tmp_path):
-    build("sft", output_dir=str(tmp_path))
-    with pytest.raises(UserError, match="holds a sft run, which reward cannot go on with"):
-        build("reward", output_dir=str(tmp_path), resume=True)
-    prepare_folder(tmp_path, overwrite=False, resume=True)  # a caller that does not say what it is
-
-
-def test_without_an_output_dir_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    build("sft", total_steps=2).train()
-    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------------- what describes it

@@ -5,93 +5,31 @@ from __future__ import annotations
 import copy
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from fastrlhf import SFTConfig, SFTTrainer, UserError
+from fastrlhf import SFTTrainer, UserError
 from fastrlhf.sft import Batch, Example
 from tests import tiny
-
-ANSWERS = [
-    "the answer is yes",
-    "no",
-    "谢谢您的提问。",
-    "the moon looked at the cat and sat on the mat",
-    "yes; no",
-    "在北京",
-]
-SINGLE = [{"prompt": tiny.chat(p), "response": a} for p, a in zip(tiny.PROMPTS, ANSWERS, strict=True)]
-MULTI = {
-    "messages": [
-        {"role": "system", "content": "please"},
-        *tiny.chat("thank you"),
-        {"role": "assistant", "content": "the weather"},
-        *tiny.chat("北京?"),
-        {"role": "assistant", "content": "no, the answer"},
-    ]
-}
-DATA = [*SINGLE, MULTI, {"prompt": "the cat sat", "response": " on the mat"}]
-MODELS = pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
-
-
-def config(**fields: object) -> SFTConfig:
-    base = {"total_steps": 1, "mini_batch_size": len(DATA), "max_tokens": 64, "learning_rate": 1e-3, "eval_every": 0}
-    return SFTConfig(**{**base, "lr_schedule": "constant", **fields})
-
-
-def trainer(cfg: SFTConfig | None = None, *, model: object = None, data: object = DATA, **inputs: object) -> SFTTrainer:
-    inputs = {"tokenizer": tiny.tokenizer(), **inputs}
-    return SFTTrainer(cfg or config(), model=model or tiny.llama(), data=data, **inputs)
-
-
-def weights(model: PreTrainedModel) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """|a - b| / |b| over all tensors."""
-    off = sum(float((x - y).double().square().sum()) for x, y in zip(a, b, strict=True))
-    return math.sqrt(off / sum(float(y.double().square().sum()) for y in b))
-
-
-def stock(model: PreTrainedModel, examples: list[Example]) -> Tensor:
-    """The loss transformers computes itself from padded rows and labels."""
-    width = max(len(e.ids) for e in examples)
-    ids = torch.zeros(len(examples), width, dtype=torch.int64)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, e in enumerate(examples):
-        size = len(e.ids)
-        ids[row, :size], mask[row, :size] = torch.tensor(e.ids), 1
-        labels[row, :size] = torch.tensor([i if wanted else -100 for i, wanted in zip(e.ids, e.target, strict=True)])
-    return model(input_ids=ids, attention_mask=mask, labels=labels).loss
-
-
-def settled(after: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """Weights whose gradient is more than rounding: the first step of Adam goes by its sign, even where it should be 0
-    (the key bias of GPT-2, to which a softmax is blind)."""
-    return [weight[grad.abs() > 1e-6] for weight, grad in zip(after, grads, strict=True)]
-
-
-def one_step(cfg: SFTConfig, model: PreTrainedModel, data: object = DATA) -> tuple[float, list[Tensor], list[Tensor]]:
-    """(loss, gradients before clipping, weights afterwards) of one optimizer step."""
-    t = trainer(cfg.replace(max_grad_norm=1e9), model=model, data=data)
-    grads: list[Tensor] = []
-    t.optimizer.inner.register_step_pre_hook(lambda *_: grads.extend(p.grad.clone() for p in t.optimizer.params))
-    return t.train()["loss/train"], grads, weights(model)
-
-
-def targets(t: SFTTrainer, example: Example) -> str:
-    return t.tokenizer.decode([i for i, wanted in zip(example.ids, example.target, strict=True) if wanted])
-
-
-def log(folder: Path) -> str:
-    return (folder / "log.txt").read_text(encoding="utf-8")
-
+from tests.sft_runs import (
+    DATA,
+    MODELS,
+    MULTI,
+    SINGLE,
+    config,
+    distance,
+    log,
+    one_step,
+    settled,
+    stock,
+    targets,
+    trainer,
+    weights,
+)
 
 # -------------------------------------------------------------------------------------------------- loss and gradients
 
@@ -230,72 +168,6 @@ def test_the_console_says_template_and_counts(capsys):
     printed = capsys.readouterr().out
     assert "chat template: the tokenizer's own" in printed
     assert "data: 8 rows read, 8 used" in printed
-
-
-# ----------------------------------------------------------------------------------------------- rows that do not fit
-
-
-LONG = {"prompt": tiny.chat("the cat"), "response": " ".join(tiny.TEXTS[:3])}
-
-
-def test_a_row_that_is_too_long_is_dropped_and_counted(tmp_path):
-    t = trainer(config(max_tokens=32, output_dir=str(tmp_path / "run")), data=[*SINGLE, LONG])
-    assert len(t.examples) == len(SINGLE)
-    assert "7 rows read, 6 used, dropped: 1 longer than max_tokens = 32" in log(tmp_path / "run")
-
-
-def test_a_row_that_is_cut_ends_open_and_is_counted(tmp_path):
-    cfg = config(max_tokens=32, overlong="truncate", output_dir=str(tmp_path / "run"))
-    t = trainer(cfg, data=[*SINGLE, LONG])
-    (whole,) = trainer(config(max_tokens=100), data=[LONG]).examples
-    cut = t.examples[-1]
-    assert cut.ids == whole.ids[:32] and cut.target == whole.target[:32]
-    assert cut.ids[-1] != t.tokenizer.eos_token_id  # a made-up EOS would teach to stop there
-    assert all(e.ids[-1] == t.tokenizer.eos_token_id for e in t.examples[:-1])
-    assert "7 rows read, 7 used; 1 cut to max_tokens = 32" in log(tmp_path / "run")
-
-
-def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(tmp_path):
-    row = {"prompt": tiny.chat(" ".join(tiny.TEXTS)), "response": "no"}
-    cfg = config(max_tokens=32, overlong="truncate", output_dir=str(tmp_path / "run"))
-    assert len(trainer(cfg, data=[*SINGLE, row]).examples) == len(SINGLE)
-    assert "6 used, dropped: 1 with no reply within max_tokens = 32" in log(tmp_path / "run")
-
-
-def test_nothing_left_is_an_error():
-    with pytest.raises(UserError, match=r"data: nothing left.*1 rows read, 0 used.*raise max_tokens"):
-        trainer(config(max_tokens=8), data=[LONG])
-
-
-def write(path: Path, rows: list[object]) -> str:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
-    return str(path)
-
-
-BAD = {"promt": "the cat", "response": "no"}
-
-
-def test_a_malformed_row_names_file_and_line(tmp_path):
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: .*prompt"):
-        trainer(data=write(tmp_path / "rows.jsonl", [SINGLE[0], BAD]))
-
-
-def test_malformed_rows_are_skipped_and_counted_on_request(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [SINGLE[0], BAD, '{"prompt": ', SINGLE[1]])
-    t = trainer(config(skip_bad_rows=True, output_dir=str(tmp_path / "run")), data=path)
-    assert len(t.examples) == 2
-    assert "4 rows read, 2 used, dropped: 2 malformed" in log(tmp_path / "run")
-
-
-def test_a_row_longer_than_the_model_is_refused_before_training():
-    rows = [{"text": " ".join(tiny.TEXTS * 2)}]
-    with pytest.raises(UserError, match=r"max_tokens = 999: the longest row has \d+ tokens and .* 128 positions"):
-        trainer(config(max_tokens=999), model=tiny.gpt2(), data=rows)
-
-
-def test_a_tokenizer_of_another_model_is_refused_before_training():
-    with pytest.raises(UserError, match=r"tokenizer: it writes token \d+ and the model has 100"):
-        trainer(model=tiny.llama(vocab_size=100))
 
 
 # ----------------------------------------------------------------------------------------------------- held-out rows

@@ -1,0 +1,62 @@
+"""Short runs of every stage on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from fastrlhf.state import optimizer_tensors
+from tests import tiny
+
+PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
+PAIRS = [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in PROMPTS]
+COMMON = {"total_steps": 4, "mini_batch_size": 4, "learning_rate": 1e-3, "save_every": 2, "eval_every": 2}
+Trainer = SFTTrainer | RewardTrainer | PPOTrainer
+
+
+def letters(prompts: list[str], responses: list[str]) -> list[float]:
+    return [r.count("e") - 0.1 * len(r) for r in responses]
+
+
+def build(stage: str, **fields: object) -> Trainer:
+    """A trainer of a tiny model; the numbers depend on the stage and the fields alone."""
+    fields, tokenizer = {**COMMON, **fields}, tiny.tokenizer()
+    if stage == "sft":
+        rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
+        held = {"data": rows, "eval_data": rows[:2]}
+        return SFTTrainer(SFTConfig(**fields), model=tiny.llama(), tokenizer=tokenizer, **held)
+    if stage == "reward":
+        held = {"data": PAIRS, "eval_data": PAIRS[:2]}
+        return RewardTrainer(RewardConfig(**fields), model=tiny.llama(), tokenizer=tokenizer, **held)
+    config = PPOConfig(rollout_batch_size=4, max_new_tokens=6, critic_learning_rate=1e-3, **fields)
+    held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:2]}
+    return PPOTrainer(config, policy=tiny.llama(), tokenizer=tokenizer, reward=letters, **held)
+
+
+def everything(t: Trainer) -> dict[str, Tensor]:
+    """Weights and optimizer state of all that is trained."""
+    found: dict[str, Tensor] = {}
+    for name, (model, optimizer) in t.trained().items():
+        found |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
+        found |= optimizer_tensors(optimizer.inner, f"{name}.optimizer")[0]
+    return found
+
+
+def differing(a: Trainer, b: Trainer) -> list[str]:
+    x, y = everything(a), everything(b)
+    assert x.keys() == y.keys()
+    return [name for name in x if not torch.equal(x[name], y[name])]
+
+
+def leave_after(t: Trainer, steps: int) -> None:
+    for number, _ in enumerate(t, 1):
+        if number == steps:
+            break
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
