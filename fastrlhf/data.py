@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,8 @@ from fastrlhf.feedback import (
 )
 from fastrlhf.rows import read_rows
 
-T = TypeVar("T")
+T, E = TypeVar("T"), TypeVar("E")
+Located = TypeVar("Located", Conversation, Feedback, Prompt)  # they know the place they came from
 MALFORMED = "malformed"
 REPEATED = "repeat an earlier prompt"
 
@@ -73,15 +74,35 @@ def _load(source: Any, parse: Callable[[Any, str], T], skip_bad_rows: bool, need
         except DroppedRow as error:
             counts.add(error.reason)
         except BadRow as error:
-            if not skip_bad_rows:
-                raise UserError(f"{error} (skip_bad_rows=true leaves such rows out)") from error
-            counts.add(MALFORMED)
-            if len(counts.malformed) < 5:
-                counts.malformed.append(str(error))
+            _bad_row(error, counts, skip_bad_rows)
     if not items:
         name = source if isinstance(source, (str, Path)) else f"the {type(source).__name__} given"
         raise UserError(f"{name}: no usable row of {needs} ({counts.line()})")
     return items, counts
+
+
+def _bad_row(error: BadRow, counts: Counts, skip: bool) -> None:
+    if not skip:
+        raise UserError(f"{error} (skip_bad_rows=true leaves such rows out)") from error
+    counts.add(MALFORMED)
+    if len(counts.malformed) < 5:
+        counts.malformed.append(str(error))
+
+
+def encode_rows(
+    items: Iterable[Located], encode: Callable[[Located], E], counts: Counts, skip_bad_rows: bool
+) -> Iterator[tuple[Located, E]]:
+    """(item, encode(item)) of each item. What the chat template refuses is a bad row: named by its place, or counted.
+
+    Raises UserError as load_feedback does.
+    """
+    for item in items:
+        try:
+            encoded = encode(item)
+        except UserError as error:
+            _bad_row(BadRow(item.where, str(error)), counts, skip_bad_rows)
+        else:
+            yield item, encoded
 
 
 def load_feedback(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf import advantages, models
 from fastrlhf.batch import Experience, Rollout, length_mask, minibatches, scatter
 from fastrlhf.config import PPOConfig, UserError
-from fastrlhf.data import Sampler, load_prompts
+from fastrlhf.data import Sampler, encode_rows, load_prompts
 from fastrlhf.feedback import Prompt
 from fastrlhf.learner import Learner, response_log_probs
 from fastrlhf.optim import Optimizer, micro_batches, token_budget
@@ -115,11 +115,16 @@ class PPOTrainer:
     def _load_prompts(self, source: Any, role: str) -> tuple[list[tuple[Prompt, list[int]]], str]:
         prompts, counts = load_prompts(source, skip_bad_rows=self.config.skip_bad_rows)
         limit = self.config.max_prompt_tokens
-        encoded = [(prompt, encode_prompt(self.tokenizer, prompt.prompt)) for prompt in prompts]
+        rows = encode_rows(
+            prompts, lambda p: encode_prompt(self.tokenizer, p.prompt), counts, self.config.skip_bad_rows
+        )
+        encoded = list(rows)
         kept = [pair for pair in encoded if len(pair[1]) <= limit]
         if len(kept) < len(encoded):
             counts.add(f"longer than max_prompt_tokens = {limit}", len(encoded) - len(kept))
         if not kept:
+            if not encoded:
+                raise UserError(f"{role}: nothing left to train on ({counts.line()})")
             shortest = min(len(ids) for _, ids in encoded)
             raise UserError(
                 f"{role}: every prompt is longer than max_prompt_tokens = {limit} (the shortest: {shortest}); raise it"

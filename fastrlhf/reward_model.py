@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import models
 from fastrlhf.config import RewardConfig, UserError
-from fastrlhf.data import Counts, Sampler, load_feedback, split_heldout
+from fastrlhf.data import Counts, Sampler, encode_rows, load_feedback, split_heldout
 from fastrlhf.feedback import Feedback
 from fastrlhf.guards import UpdateGuard, check_rows
 from fastrlhf.optim import Optimizer, lr_at, micro_batches, token_budget
@@ -166,7 +166,8 @@ class RewardTrainer:
     def _load(self, source: Any, role: str) -> tuple[list[Record], str]:
         config = self.config
         found, counts = load_feedback(source, score_range=config.score_range, skip_bad_rows=config.skip_bad_rows)
-        records = [r for r in (self._encode(item, counts) for item in found) if r is not None]
+        encoded = encode_rows(found, lambda item: self._encode(item, counts), counts, self.config.skip_bad_rows)
+        records = [record for _, record in encoded if record is not None]
         if not records:
             raise UserError(f"{role}: nothing left to train on ({counts.line()}); raise max_tokens")
         return records, f"{role}: {counts.line()}"

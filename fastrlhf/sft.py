@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import models
 from fastrlhf.config import SFTConfig, UserError
-from fastrlhf.data import Counts, Sampler, load_conversations, pack, split_heldout
+from fastrlhf.data import Counts, Sampler, encode_rows, load_conversations, pack, split_heldout
 from fastrlhf.feedback import Conversation
 from fastrlhf.guards import UpdateGuard, check_rows
 from fastrlhf.optim import Optimizer, lr_at, micro_batches, token_budget
@@ -95,8 +96,8 @@ class SFTTrainer:
         config = self.config
         rows, counts = load_conversations(source, format=config.format, skip_bad_rows=config.skip_bad_rows)
         examples = []
-        for row in rows:
-            example = _encode(self.tokenizer, row)
+        encode = partial(_encode, self.tokenizer)
+        for _, example in encode_rows(rows, encode, counts, config.skip_bad_rows):
             if len(example.ids) > config.max_tokens:
                 example = _fitted(example, config, counts)
                 if example is None:

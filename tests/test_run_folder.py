@@ -10,8 +10,6 @@ from fastrlhf import UserError
 from fastrlhf.run import prepare_folder
 from tests.stage_runs import build, read
 
-# ---------------------------------------------------------------------------------------------------------- the folder
-
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
