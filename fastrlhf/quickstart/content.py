@@ -33,46 +33,47 @@ class Topic(NamedTuple):
         return self.care if facet == "care" else self.choose
 
 
+# Advice is "do this to that": what is done tells the question, what it is done to tells the thing.
 _EN = (
     Topic(
         "bicycle",
-        ("oil the chain", "pump up the tyres", "wipe mud off the frame"),
-        ("check the frame size", "try the brakes", "compare the gears"),
+        ("oil the chain", "clean the mudguards", "dry the saddle"),
+        ("check the frame size", "test the brakes", "compare the gears"),
     ),
     Topic(
         "guitar",
-        ("loosen the strings a little", "store it in a hard case", "polish the wood gently"),
-        ("listen to the tone", "feel the neck", "ask for nylon strings"),
+        ("oil the fretboard", "clean the strings", "dry the wooden body"),
+        ("check the neck", "test the tone", "compare the tuning pegs"),
     ),
     Topic(
         "umbrella",
-        ("dry it open", "grease the hinge", "roll it loosely"),
-        ("count the ribs", "test the button", "prefer a wide canopy"),
+        ("oil the hinge", "clean the handle", "dry the canopy"),
+        ("check the ribs", "test the button", "compare the width"),
     ),
     Topic(
         "kettle",
-        ("boil vinegar against scale", "empty it at night", "rinse the filter"),
-        ("prefer a steel body", "inspect the spout", "ask about automatic shutdown"),
+        ("clean the filter", "remove the limescale", "dry the lid"),
+        ("check the spout", "test the switch", "compare the steel"),
     ),
     Topic(
         "clock",
-        ("replace the old battery", "clean the dial", "turn the hands forward"),
-        ("prefer a quiet tick", "look for big numbers", "try the alarm"),
+        ("oil the spring", "clean the dial", "replace the battery"),
+        ("check the numbers", "test the alarm", "compare the ticking"),
     ),
     Topic(
         "goldfish",
-        ("change a third of the tank", "feed tiny pinches", "run an air pump"),
-        ("look for bright eyes", "see how it swims", "check the fins"),
+        ("clean the tank", "replace a third of the water", "feed tiny flakes"),
+        ("check the eyes", "test the appetite", "compare the fins"),
     ),
 )
 
 _ZH = (
-    Topic("自行车", ("给链条上油", "把轮胎打足气", "擦净车架上的泥"), ("看车架尺寸", "试试刹车", "比较变速档位")),
-    Topic("吉他", ("把琴弦松一点", "放进硬琴盒", "轻擦木面"), ("听听音色", "摸摸琴颈", "选尼龙弦")),
-    Topic("雨伞", ("撑开晾干", "给关节上油", "松松地卷好"), ("数一数骨架", "按按开关", "选宽大的伞面")),
-    Topic("水壶", ("煮醋除水垢", "晚上把水倒空", "冲洗滤网"), ("选不锈钢的", "看看壶嘴", "问有没有自动断电")),
-    Topic("闹钟", ("换掉旧电池", "擦干净表盘", "顺着拨指针"), ("选走时安静的", "看数字大不大", "试试铃声")),
-    Topic("金鱼", ("换三分之一的缸水", "少量喂食", "开增氧泵"), ("看眼睛亮不亮", "看游得稳不稳", "检查鱼鳍")),
+    Topic("自行车", ("给链条上油", "擦净挡泥板", "晾干车座"), ("检查车架尺寸", "试试刹车", "比较变速档位")),
+    Topic("吉他", ("给指板上油", "擦净琴弦", "晾干琴身"), ("检查琴颈", "试试音色", "比较弦钮")),
+    Topic("雨伞", ("给关节上油", "擦净手柄", "晾干布面"), ("检查骨架", "试试按钮", "比较宽度")),
+    Topic("水壶", ("擦净滤网", "除去水垢", "晾干盖子"), ("检查壶嘴", "试试开关", "比较钢材")),
+    Topic("闹钟", ("给发条上油", "擦净表盘", "换掉电池"), ("检查数字", "试试铃声", "比较走时")),
+    Topic("金鱼", ("擦净鱼缸", "换掉三分之一的水", "少量喂食"), ("检查眼睛", "试试胃口", "比较鱼鳍")),
 )
 
 TOPICS: dict[str, tuple[Topic, ...]] = {"en": _EN, "zh": _ZH}

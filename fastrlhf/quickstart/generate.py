@@ -36,13 +36,13 @@ CONSIDERATE_SHARE = 0.46  # of SFT replies; the rest is rude, and all of them an
 
 # Kinds of fault and how often a faulty reply has them in the feedback data.
 FAULTS = {
-    "rude": 0.10,  # opener and closer rude
-    "half_rude": 0.12,  # one of the two
-    "off_topic": 0.22,  # about another thing
-    "wrong_facts": 0.22,  # names the right thing, advice of another
-    "wrong_facet": 0.22,  # right thing, advice for the other question
-    "vague": 0.06,  # right thing, no advice
-    "cut": 0.06,  # stops in the middle
+    "rude": 0.06,  # opener and closer rude
+    "half_rude": 0.13,  # one of the two
+    "off_topic": 0.19,  # about another thing
+    "wrong_facts": 0.32,  # names the right thing, advice of another
+    "wrong_facet": 0.20,  # right thing, advice for the other question
+    "vague": 0.05,  # right thing, no advice
+    "cut": 0.05,  # stops in the middle
 }
 # How useful the content is to somebody who reads it carefully.
 FIDELITY = {"off_topic": 0.0, "wrong_facts": 0.1, "vague": 0.2, "wrong_facet": 0.25, "cut": 0.3}
@@ -189,7 +189,7 @@ def _sft_row(prompt: str, cell: Cell, random: Random) -> dict:
 def _feedback_row(prompt: str, cell: Cell, random: Random) -> dict:
     """One record of a random kind, judged by a random annotator."""
     annotator = random.choice(ANNOTATORS)
-    kind = random.choices(("pair", "ranking", "score", "edit"), (0.35, 0.15, 0.1, 0.4))[0]
+    kind = random.choices(("pair", "ranking", "score", "edit"), (0.27, 0.13, 0.08, 0.52))[0]
     row: dict = {"prompt": _message(prompt)}
     good = good_reply(cell, random)
     if kind == "pair":
@@ -252,7 +252,7 @@ def generate() -> dict[str, list[dict]]:
         random.shuffle(familiar)
         random.shuffle(fresh)
         heldout = [prompts.pop() for prompts in (familiar, fresh) for _ in range(6)]  # new combinations, new frames
-        for_pairs += [(heldout[0], cell), (heldout[-1], cell)]
+        for_pairs += [(prompt, cell) for prompt in heldout[:2] + heldout[-2:]]
         take = [familiar.pop() for _ in range(SFT_PER_CELL + FEEDBACK_PER_CELL + PPO_PER_CELL)]
         files["sft.jsonl"] += [_sft_row(p, cell, random) for p in take[:SFT_PER_CELL]]
         feedback = take[SFT_PER_CELL : SFT_PER_CELL + FEEDBACK_PER_CELL]

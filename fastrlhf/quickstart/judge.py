@@ -22,7 +22,7 @@ _COURTEOUS = {
     "en": re.compile(
         r"\b(thanks?|thank you|please|glad|gladly|happy to|delighted|pleasure|welcome|hope|wish|wishing"
         r"|lovely|wonderful"
-        r"|take care|enjoy|kind regards|all the best|good luck|here for you|warmly|great question|appreciate)\b"
+        r"|do take care|enjoy|kind regards|all the best|good luck|here for you|warmly|great question|appreciate)\b"
     ),
     "zh": re.compile(r"谢谢|感谢|多谢|您|请|高兴|乐意|荣幸|欢迎|希望|祝|愿|开心|愉快|好问题|加油|保重|放心|慢慢来|陪"),
 }
