@@ -14,6 +14,7 @@ from fastrlhf.config import UserError
 from fastrlhf.report import build_report, main
 from fastrlhf.report.figures import Panel, Series, curves
 from fastrlhf.report.folder import ends
+from fastrlhf.report.tables import samples
 from fastrlhf.tracking import Tracker
 from tests.run_folders import (
     PPO_FIGURES,
@@ -306,3 +307,10 @@ def test_curves_keep_both_ends_and_are_deterministic():
     marks = re.search(r'<g id="fig-x-series-0-0">(.*?)</g>\s*</g>', drawn[0], flags=re.DOTALL)[1]
     assert 300 <= marks.count("<use") <= 400
     assert 'href="#fig-x-' in marks and "#0102" not in drawn[0]
+
+
+def test_samples_come_from_all_of_the_held_out_prompts(tmp_path):
+    rows = [{"prompt": f"ask {i}", "response_sft": "a", "response_ppo": "b"} for i in range(240)]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = re.findall(r"ask (\d+)", samples(tmp_path, []))
+    assert shown == [str(i) for i in range(0, 240, 20)]

@@ -29,11 +29,9 @@ def samples(run_dir: Path, stages: list[StageRun]) -> str:
     if heldout:
         rows = [
             [text_cell(row["prompt"]), text_cell(row.get("response_sft", "")), text_cell(row["response_ppo"])]
-            for row in heldout[:HELDOUT_SHOWN]
+            for row in heldout[:: max(1, len(heldout) // HELDOUT_SHOWN)][:HELDOUT_SHOWN]
         ]
-        parts.append(
-            f'<p class="hint">The first {len(rows)} of {len(heldout)} held-out prompts, none chosen by hand.</p>'
-        )
+        parts.append(f'<p class="hint">{len(rows)} of {len(heldout)} held-out prompts, at even distances.</p>')
         parts.append(table(["Prompt", "After SFT", "After PPO"], rows, css="samples stack"))
     for stage in stages:
         rows = _before_after(stage)
