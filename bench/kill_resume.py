@@ -1,6 +1,7 @@
 """Kill a run with SIGKILL at random moments, resume it, and compare every byte with a run that was left alone.
 
     python -m bench.kill_resume --kills 6 [--stage sft|reward|ppo] [--seed 0] [--exec]
+    python -m bench.kill_resume --sweep      # instead: killed once before every single change of the file system
 
 Half of the kills fall at a random time, half at a random call that changes the file system (inside a save, a rotation,
 an export). Runs go through the command line's `main` in processes forked from this one, which has imported torch
@@ -223,12 +224,20 @@ class Experiment:
         return run
 
     def preempt(self, run: Path, step: int) -> tuple[int, int | None]:
-        """SIGTERM once `step` rows of metrics are there -> exit code, newest checkpoint; the run is then ended."""
-        child, metrics = self.child(run), run / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
-            time.sleep(0.002)
-        os.kill(child.pid, signal.SIGTERM)
-        code, newest = child.wait(), last_step(run)
+        """SIGTERM once `step` rows of metrics are there -> exit code, newest checkpoint; the run is then ended.
+
+        A run that ended before the signal came says nothing: it is tried again, up to five times.
+        """
+        metrics = run / "metrics.jsonl"
+        for _ in range(5):
+            shutil.rmtree(run, ignore_errors=True)
+            child = self.child(run)
+            while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
+                time.sleep(0.002)
+            os.kill(child.pid, signal.SIGTERM)
+            code, newest = child.wait(), last_step(run)
+            if newest != FIELDS[self.stage]["total_steps"]:
+                break
         self.finish(run)
         return code, newest
 
@@ -281,6 +290,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=6, help="kills a stage (default 6)")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this stage; may be repeated")
     parser.add_argument("--seed", type=int, default=None, help="of the moments (default: drawn and printed)")
+    parser.add_argument("--sweep", action="store_true", help="one run a change of the file system, killed before it")
     parser.add_argument("--exec", action="store_true", help="real processes instead of forked ones")
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
@@ -288,7 +298,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         make_inputs(Path(temporary))
         for stage in args.stage or STAGES:
-            row = examine(stage, Path(temporary), seed, args.kills, args.exec)
+            if args.sweep:
+                row = sweep(stage, Path(temporary))
+            else:
+                row = examine(stage, Path(temporary), seed, args.kills, args.exec)
             passed &= row["passed"]
             print(json.dumps(row, ensure_ascii=False), flush=True)
     return 0 if passed else 1
@@ -318,6 +331,28 @@ def examine(stage: str, inputs: Path, seed: int, kills: int, real: bool) -> dict
         "different": different,
         "control_differs_in": len(control),
         "passed": sees and not any(different.values()) and code == EXIT_INTERRUPTED,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def sweep(stage: str, inputs: Path) -> dict[str, Any]:
+    """One run for each change of the file system that the reference makes, killed just before it and resumed."""
+    start = time.monotonic()
+    experiment = Experiment(stage, inputs, inputs / f"sweep-{stage}")
+    different: dict[str, list[str]] = {}
+    for call in range(1, experiment.calls + 1):
+        run = experiment.folder / f"call{call}"
+        code = experiment.child(run, kill_at=call).wait()
+        if code != -signal.SIGKILL:
+            raise RuntimeError(f"{run} ended with {code} before call {call} of {experiment.calls}")
+        found = experiment.differences(experiment.finish(run))
+        different |= {run.name: found} if found else {}
+        shutil.rmtree(run)
+    return {
+        "stage": stage,
+        "kills": experiment.calls,
+        "different": different,
+        "passed": not different,
         "seconds": round(time.monotonic() - start, 1),
     }
 

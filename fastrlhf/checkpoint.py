@@ -306,7 +306,7 @@ class CheckpointStore:
             shutil.rmtree(tmp, ignore_errors=True)
         self.failures = 0
         self._damaged.discard(target.name)
-        self._rotate(target)
+        self.rotate(target)
         return target
 
     def latest(self) -> Checkpoint | None:
@@ -363,9 +363,9 @@ class CheckpointStore:
         fsync(tmp / "MANIFEST.json")
         fsync(tmp)
 
-    def _rotate(self, committed: Path) -> None:
-        """Remove damaged and surplus old checkpoints. A failure here is a note: the new checkpoint is
-        already safe.
+    def rotate(self, committed: Path) -> None:
+        """Remove damaged and surplus old checkpoints beside `committed`, which is known to be sound. `save` does this
+        itself; a resumed run does it for a save that was killed before it came so far. A failure here is a note.
         """
         names = [f"step-{step:06d}" for step in self.steps()]
         sound = [name for name in names if name not in self._damaged and name != committed.name]

@@ -211,6 +211,7 @@ class Run:
         restore_rng(checkpoint.tensors("rng"))
         self.step, self.best = checkpoint.state["step"], checkpoint.state["best"]
         self.stage.load_state(checkpoint.state["stage"])
+        self.store.rotate(checkpoint.path)
         self.tracker.note(f"resumed from {checkpoint.path} at step {self.step} of {self.stage.total_steps}")
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastrlhf import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
+from fastrlhf.checkpoint import CheckpointStore
 from fastrlhf.config import UserError
 from fastrlhf.state import optimizer_tensors
 from tests import tiny
@@ -39,7 +40,8 @@ def experiments() -> dict[str, dict]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.stdout, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0, (rows, done.stderr[-3000:])
+    failed = [json.dumps(row, indent=1) for row in rows if not row["passed"]]
+    assert done.returncode == 0, "\n".join([*failed, done.stderr[-3000:]])
     return {row["stage"]: row for row in rows}
 
 
@@ -145,6 +147,23 @@ def test_a_loop_left_after_any_step_goes_on_exactly(
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_run_killed_after_its_last_save_leaves_no_surplus_checkpoint(
+    tmp_path: Path, whole: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kill falls between the commit of the last checkpoint and the removal of the oldest."""
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "rotate", lambda store, target: store.steps()[-1] == 4 and leave())
+        with pytest.raises(KeyboardInterrupt):
+            sft(tmp_path / "run").train()
+    assert len(CheckpointStore(tmp_path / "run").steps()) == 4
+    sft(tmp_path / "run", resume=True).train()
+    assert CheckpointStore(tmp_path / "run").steps() == CheckpointStore(whole[sft][0]).steps() == [3, 4]
+
+
+def leave() -> None:
+    raise KeyboardInterrupt
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_ran_before(tmp_path: Path, whole: dict) -> None:
