@@ -13,6 +13,7 @@ from .functional import (
     sample_tokens,
     shape_rewards,
     token_log_probs,
+    token_ppo_loss,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "sample_tokens",
     "shape_rewards",
     "token_log_probs",
+    "token_ppo_loss",
 ]

@@ -114,6 +114,18 @@ def clips(clip_range: float, clip_range_high: float | None = None, dual_clip: fl
         number("dual_clip", dual_clip, low=1)
 
 
+def overwritable(logits: Tensor) -> None:
+    """Logits that a gradient may be written over."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("token_ppo_loss(inplace=True) cannot be compiled: torch.compile copies what is written over")
+    strides, sizes = logits.stride(), logits.shape
+    if any(strides[i] != strides[i + 1] * sizes[i + 1] for i in range(logits.ndim - 2)) or strides[-1] != 1:
+        raise ValueError(
+            f"logits has strides {strides}; inplace=True needs leading dimensions that merge into rows, "
+            "for example logits.contiguous()"
+        )
+
+
 def no_transforms(*tensors: Tensor | None) -> None:
     """torch.func would differentiate or batch through code that is written for plain autograd only."""
     if torch.compiler.is_compiling():
@@ -169,6 +181,26 @@ def token_mask(response_mask: Tensor, like: Tensor, of: str, **others: Tensor | 
     shapes(like.shape, of, response_mask=response_mask, **others)
     devices(**{of: like}, response_mask=response_mask, **others)
     return response_mask != 0
+
+
+def logits_and_labels(logits: Tensor, labels: object, temperature: float | Tensor, validate: bool | None) -> None:
+    """logits [..., V] of any floating dtype, labels [...] on the same device, a temperature > 0."""
+    integers(labels=labels)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; expected [..., V] with V >= 1")
+    shapes(logits.shape[:-1], "logits without its last dimension", labels=labels)
+    devices(logits=logits, labels=labels)
+    positive("temperature", temperature, labels, validate)
+
+
+def loss_scalars(clip_range, clip_range_high, dual_clip, kl_coef, kl_estimator, entropy_coef, ref_log_probs) -> None:
+    """Check the numbers of the fused losses."""
+    clips(clip_range, clip_range_high, dual_clip)
+    for name, value in (("kl_coef", kl_coef), ("entropy_coef", entropy_coef)):
+        number(name, value)
+    estimator("kl_estimator", kl_estimator)
+    if kl_coef != 0 and ref_log_probs is None:
+        raise ValueError(f"kl_coef is {kl_coef} but ref_log_probs is not given; pass it, or kl_coef=0")
 
 
 def rows_of_tokens(name: str, value: Tensor) -> None:

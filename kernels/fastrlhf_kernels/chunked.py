@@ -408,3 +408,43 @@ def rows_backward(logits, labels, temperature, ignore_index, g, ge, entropy, m, 
         z.div_(degrees[:, None] if isinstance(degrees, Tensor) else degrees)
         flat[cut] = z if bool(keep.all()) else z.masked_fill_(~keep[:, None], 0)
     return out
+
+
+def rows_ppo(logits, labels, temperature, mask, old, advantages, weights, ref, count, options: LossOptions, out):
+    """Log-prob -> clipped loss -> gradient of the logits: (loss terms, log-probs, entropies), each [n].
+
+    `out` [n, V]: where the gradient goes, in its dtype, or None for none; it may be the logits themselves.
+    """
+    dtype, n = wide(logits), labels.numel()
+    labels, mask = labels.reshape(-1).long(), mask.reshape(-1)
+    old, advantages, weights, ref = (
+        None if t is None else torch.where(mask, t.reshape(-1), 0).to(dtype) for t in (old, advantages, weights, ref)
+    )
+    degrees = temperature.reshape(-1).to(dtype)[:, None] if isinstance(temperature, Tensor) else None
+    loss, log_probs, entropy = (torch.zeros(n, dtype=dtype, device=logits.device) for _ in range(3))
+    for block, first in _blocks(_merge(logits)) if n else ():
+        cut = slice(first, first + len(block))
+        keep = mask[cut]
+        z = _scaled(block, keep, temperature if degrees is None else degrees[cut, 0], dtype)
+        inside, column = _inside(labels[cut], 0, z.shape[1])
+        m = z.amax(1)
+        target = torch.where(inside, z.gather(1, column)[:, 0] - m, torch.nan)
+        e = z.sub_(m[:, None]).clamp_(min=FLOOR).exp()
+        s = e.sum(1)
+        h = s.log() - (z * e).sum(1) / s
+        log_probs[cut], entropy[cut] = torch.where(keep, target - s.log(), 0), torch.where(keep, h, 0)
+        per_token = (None if t is None else t[cut] for t in (old, advantages, weights, ref))
+        terms, g = policy_terms(log_probs[cut], *per_token, options)
+        loss[cut], g = torch.where(keep, terms, 0), torch.where(keep, g, 0) / count
+        if out is None:
+            continue
+        if options.entropy_coef == 0:
+            dz = e.mul_((-g / s)[:, None])
+        else:
+            z.add_((h - s.log())[:, None]).mul_(-options.entropy_coef / count).add_(g[:, None])
+            dz = e.mul_(z).mul_((-1 / s)[:, None])
+        dz.scatter_add_(1, column, torch.where(inside, g, 0)[:, None]).div_(
+            temperature if degrees is None else degrees[cut]
+        )
+        out[cut] = dz.masked_fill_(~keep[:, None], 0)
+    return loss, log_probs, entropy

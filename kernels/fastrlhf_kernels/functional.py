@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, losses, ops
+from . import checks, loss_ops, losses, ops
 from .backend import choose_backend
 from .sampling import draw
 
@@ -59,18 +59,13 @@ def token_log_probs(
     tokens) are legal. Where label == ignore_index both are 0 and no gradient passes, even if the logits are NaN. The
     logits are not changed. The only [..., V] tensor made is the gradient.
     """
-    choose_backend(backend)
     checks.floating(logits=logits)
-    checks.integers(labels=labels)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; expected [..., V] with V >= 1")
-    checks.shapes(logits.shape[:-1], "logits without its last dimension", labels=labels)
-    checks.devices(logits=logits, labels=labels)
-    checks.positive("temperature", temperature, labels, validate)
+    triton = choose_backend(backend, logits).name == "triton"
+    checks.logits_and_labels(logits, labels, temperature, validate)
     checks.labels_in_range(labels, logits.shape[-1], labels != ignore_index, validate)
     checks.no_transforms(logits)
     degrees, each = checks.split_temperature(temperature, labels)
-    log_probs, entropy, _, _ = ops.token_log_probs(logits, labels, each, degrees, ignore_index, return_entropy)
+    log_probs, entropy, _, _ = ops.token_log_probs(logits, labels, each, degrees, ignore_index, return_entropy, triton)
     return (log_probs, entropy) if return_entropy else log_probs
 
 
@@ -97,7 +92,7 @@ def linear_log_probs(
     the backward computes the logits anew, tile by tile, and accumulates in fp32. The same bits every run.
     batch_invariant=True: a token's log-prob is bitwise the same whatever else is in the batch (slower).
     """
-    choose_backend(backend)
+    choose_backend(backend, kernel=False)
     head = checks.head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate)
     checks.labels_in_range(labels, weight.shape[0], labels != ignore_index, validate)
     log_probs, entropy, _, _ = ops.linear_log_probs(*head, ignore_index, return_entropy, batch_invariant)
@@ -119,7 +114,7 @@ def kl_estimate(
     d = log_probs - ref_log_probs: "k1" d, "k2" d * d / 2, "k3" exp(-d) - 1 + d, "abs" |d|
     (Schulman, "Approximating KL divergence", 2020). Elementwise, differentiable in both; no clamping.
     """
-    choose_backend(backend)
+    choose_backend(backend, kernel=False)
     checks.floating(log_probs=log_probs, ref_log_probs=ref_log_probs)
     checks.shapes(log_probs.shape, "log_probs", ref_log_probs=ref_log_probs)
     checks.devices(log_probs=log_probs, ref_log_probs=ref_log_probs)
@@ -144,7 +139,7 @@ def shape_rewards(
 
     0 outside the mask. A row without response tokens drops its score. No gradient.
     """
-    choose_backend(backend)
+    choose_backend(backend, kernel=False)
     checks.floating(scores=scores, log_probs=log_probs, ref_log_probs=ref_log_probs)
     checks.rows_of_tokens("log_probs", log_probs)
     mask = checks.token_mask(response_mask, log_probs, "log_probs", ref_log_probs=ref_log_probs)
@@ -173,7 +168,7 @@ def gae(
     output) are skipped: they neither discount nor count as a step. bootstrap_values [B]: V of the state after the
     last token, for rows that were cut off (default 0). No gradient.
     """
-    choose_backend(backend)
+    choose_backend(backend, kernel=False)
     checks.floating(rewards=rewards, values=values, bootstrap_values=bootstrap_values)
     checks.rows_of_tokens("values", values)
     mask = checks.token_mask(response_mask, values, "values", rewards=rewards)
@@ -200,7 +195,7 @@ def masked_whiten(
 
     x and mask of one shape. shift_mean=False keeps the mean: (x - mean) / sqrt(var + eps) + mean. Equal values give 0.
     """
-    choose_backend(backend)
+    choose_backend(backend, kernel=False)
     checks.floating(x=x)
     checks.masks(mask=mask)
     checks.shapes(x.shape, "x", mask=mask)
@@ -231,7 +226,7 @@ def ppo_policy_loss(
     Gradients flow to log_probs only; at a tie of the two branches, to the unclipped one. stats: `ratio`, `approx_kl`
     (expm1(d) - d with d = log_probs - old_log_probs) and `clip_frac`.
     """
-    choose_backend(backend)
+    choose_backend(backend, kernel=False)
     checks.floating(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, weights=weights)
     mask = checks.token_mask(
         response_mask,
@@ -245,7 +240,7 @@ def ppo_policy_loss(
     count = checks.divisor(normalizer, mask, checks.wide(log_probs), validate)
     checks.no_transforms(log_probs)
     high = clip_range if clip_range_high is None else clip_range_high
-    loss, ratio, approx_kl, clip_frac, _ = ops.ppo_policy_loss(
+    loss, ratio, approx_kl, clip_frac, _ = loss_ops.ppo_policy_loss(
         log_probs, old_log_probs, advantages, mask, weights, count, clip_range, high, dual_clip
     )
     return PPOLoss(loss, {"ratio": ratio, "approx_kl": approx_kl, "clip_frac": clip_frac})
@@ -270,14 +265,14 @@ def ppo_value_loss(
     the plain sums over the mask `sum_sq_error`, `sum_return`, `sum_return_sq`, `count`, from which explained variance
     follows once a step.
     """
-    choose_backend(backend)
+    choose_backend(backend, kernel=False)
     checks.floating(values=values, old_values=old_values, returns=returns, weights=weights)
     mask = checks.token_mask(response_mask, values, "values", old_values=old_values, returns=returns, weights=weights)
     if clip_range is not None:
         checks.clips(clip_range)
     count = checks.divisor(normalizer, mask, checks.wide(values), validate)
     checks.no_transforms(values)
-    loss, *stats, _ = ops.ppo_value_loss(values, old_values, returns, mask, weights, count, clip_range)
+    loss, *stats, _ = loss_ops.ppo_value_loss(values, old_values, returns, mask, weights, count, clip_range)
     names = ("clip_frac", "sum_sq_error", "sum_return", "sum_return_sq", "count")
     return PPOLoss(loss, dict(zip(names, stats, strict=True)))
 
@@ -316,7 +311,7 @@ def linear_ppo_loss(
     states may be NaN and their labels anything. stats: those of `ppo_policy_loss`, `entropy`, and per token, in the
     shape of labels, `log_probs` and `token_entropy`.
     """
-    choose_backend(backend)
+    choose_backend(backend, kernel=False)
     checks.floating(old_log_probs=old_log_probs, advantages=advantages, weights=weights, ref_log_probs=ref_log_probs)
     head = checks.head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate)
     mask = checks.token_mask(
@@ -324,25 +319,83 @@ def linear_ppo_loss(
         ref_log_probs=ref_log_probs,
     )  # fmt: skip
     checks.labels_in_range(labels, weight.shape[0], mask, validate)
-    checks.clips(clip_range, clip_range_high, dual_clip)
-    for name, value in (("kl_coef", kl_coef), ("entropy_coef", entropy_coef)):
-        checks.number(name, value)
-    checks.estimator("kl_estimator", kl_estimator)
-    if kl_coef != 0 and ref_log_probs is None:
-        raise ValueError(f"kl_coef is {kl_coef} but ref_log_probs is not given; pass it, or kl_coef=0")
+    checks.loss_scalars(clip_range, clip_range_high, dual_clip, kl_coef, kl_estimator, entropy_coef, ref_log_probs)
     count = checks.divisor(normalizer, mask, checks.wide(hidden, weight), validate)
     need = ops.wanted((hidden,), (weight,), (bias,), lora or ())
     old, adv, token_weights, ref = (
         None if t is None else t.detach().reshape(-1) for t in (old_log_probs, advantages, weights, ref_log_probs)
     )
     high = clip_range if clip_range_high is None else clip_range_high
-    loss, *stats, log_probs, entropy, _, _, _, _, _ = ops.linear_ppo_loss(
+    results = loss_ops.linear_ppo_loss(
         *head, old, adv, mask.reshape(-1), token_weights, ref if kl_coef != 0 else None, count, clip_range, high,
         dual_clip, kl_coef, kl_estimator, entropy_coef, need,
     )  # fmt: skip
+    return _with_tokens(results[:7], labels)
+
+
+def token_ppo_loss(
+    logits: Tensor,
+    labels: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    normalizer: float | Tensor | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+    validate: bool | None = None,
+) -> PPOLoss:
+    """Logits to the PPO loss: `linear_ppo_loss` for logits [..., V] that exist already; the others [...].
+
+    The gradient of the logits is computed here, in one pass of two reads and one write, in the logits' dtype.
+    inplace=True writes it over the logits (contiguous leading dimensions, not under torch.compile): nothing of their
+    size is allocated, they are lost, and backward runs once. Rows under a false mask may hold NaN. stats as there.
+    """
+    checks.floating(logits=logits)
+    triton = choose_backend(backend, logits).name == "triton"
+    checks.floating(old_log_probs=old_log_probs, advantages=advantages, weights=weights, ref_log_probs=ref_log_probs)
+    checks.logits_and_labels(logits, labels, temperature, validate)
+    mask = checks.token_mask(
+        response_mask, labels, "labels", old_log_probs=old_log_probs, advantages=advantages, weights=weights,
+        ref_log_probs=ref_log_probs,
+    )  # fmt: skip
+    checks.labels_in_range(labels, logits.shape[-1], mask, validate)
+    checks.loss_scalars(clip_range, clip_range_high, dual_clip, kl_coef, kl_estimator, entropy_coef, ref_log_probs)
+    count = checks.divisor(normalizer, mask, checks.wide(logits), validate)
+    checks.no_transforms(logits)
+    degrees, each = checks.split_temperature(temperature, labels)
+    high = clip_range if clip_range_high is None else clip_range_high
+    old, adv, token_weights, ref = (
+        None if t is None else t.detach() for t in (old_log_probs, advantages, weights, ref_log_probs)
+    )
+    arguments = (
+        labels, each, degrees, old, adv, mask, token_weights, ref if kl_coef != 0 else None, count, clip_range, high,
+        dual_clip, kl_coef, kl_estimator, entropy_coef, triton,
+    )  # fmt: skip
+    if inplace:
+        checks.overwritable(logits)
+        results = loss_ops.TokenPPOInPlace.apply(logits, *arguments)
+    else:
+        results = loss_ops.token_ppo_loss(logits, *arguments, ops.wanted((logits,))[0])[:-1]
+    return _with_tokens(results, labels)
+
+
+def _with_tokens(results: tuple[Tensor, ...], labels: Tensor) -> PPOLoss:
+    """The outputs of a fused loss: loss, four statistics, log-probs and entropies of the tokens."""
+    loss, *stats, log_probs, entropy = results
     named = dict(zip(("ratio", "approx_kl", "clip_frac", "entropy"), stats, strict=True))
-    per_token = {"log_probs": log_probs.view(labels.shape), "token_entropy": entropy.view(labels.shape)}
-    return PPOLoss(loss, named | per_token)
+    return PPOLoss(
+        loss, named | {"log_probs": log_probs.view(labels.shape), "token_entropy": entropy.view(labels.shape)}
+    )
 
 
 @torch.no_grad()
@@ -367,7 +420,7 @@ def sample_tokens(
     < top_p); ties at a threshold are kept. temperature=0: the largest logit, lowest id first, with log_probs 0 and
     policy_log_probs of softmax(logits). A row without any finite logit gives some token and NaN log-probs.
     """
-    choose_backend(backend)
+    choose_backend(backend, kernel=False)
     checks.floating(logits=logits)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected [B, V] with V >= 1")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastrlhf_kernels as kernels
+from fastrlhf_kernels import backend
 from fastrlhf_kernels.backend import choose_backend
 
 H, W, Y = torch.zeros(3, 4), torch.zeros(7, 4), torch.tensor([0, 1, 6])
@@ -97,7 +99,7 @@ FUNCTIONS = [f for f in (getattr(kernels, name) for name in kernels.__all__) if 
 
 
 def test_every_function_takes_backend_and_validate_and_has_a_docstring():
-    assert len(FUNCTIONS) == 10
+    assert len(FUNCTIONS) == 11
     for function in FUNCTIONS:
         parameters = inspect.signature(function).parameters
         assert parameters["backend"].default == "auto" and parameters["validate"].default is None
@@ -112,16 +114,42 @@ def test_the_choice_of_backend(monkeypatch):
         lambda: kernels.masked_whiten(X, M, backend="triton"),
         lambda: kernels.kl_estimate(X, X, backend="triton"),
     ):
-        with pytest.raises(ValueError, match='backend argument asks for "triton".*not part of this version'):
+        with pytest.raises(ValueError, match='backend argument asks for "triton".*no Triton kernel yet'):
             call()
     with pytest.raises(ValueError, match="the backend argument is 'cuda'; expected one of"):
         kernels.gae(X, X, M, backend="cuda")
-    monkeypatch.setenv("FASTRLHF_BACKEND", "triton")
-    with pytest.raises(ValueError, match="FASTRLHF_BACKEND"):
+    monkeypatch.setenv("FASTRLHF_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="FASTRLHF_BACKEND is 'cuda'"):
         kernels.gae(X, X, M)
     kernels.gae(X, X, M, backend="torch")  # an explicit argument wins
     monkeypatch.setenv("FASTRLHF_BACKEND", "torch")
     assert "FASTRLHF_BACKEND" in choose_backend().reason
+
+
+def test_triton_is_taken_for_gpu_tensors_and_refused_where_it_cannot_run(monkeypatch):
+    on_gpu = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    for name in ("FASTRLHF_BACKEND", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(backend, "TRITON", True)
+    monkeypatch.setattr(backend, "INTERPRET", False)
+    monkeypatch.setattr(backend, "_capability", lambda index: (9, 0))
+    assert choose_backend("auto", on_gpu) == ("triton", "the tensors are on a GPU")
+    assert choose_backend("auto", on_gpu, kernel=False).name == "torch"
+    double = SimpleNamespace(dtype=torch.float64, device=on_gpu.device)
+    assert choose_backend("auto", double) == ("torch", "float64 runs in torch")
+    with pytest.raises(ValueError, match="float64 runs in torch only"):
+        choose_backend("triton", double)
+    assert choose_backend("auto", X).name == "torch" and "the tensors are on cpu" in choose_backend("auto", X).reason
+    with pytest.raises(ValueError, match="the tensors are on cpu .*TRITON_INTERPRET=1"):
+        choose_backend("triton", X)
+    monkeypatch.setattr(backend, "INTERPRET", True)
+    assert choose_backend("triton", X).name == "triton" and choose_backend("auto", X).name == "torch"
+    monkeypatch.setattr(backend, "_capability", lambda index: (7, 5))
+    assert choose_backend("auto", on_gpu) == ("torch", "the GPU is older than sm_80")
+    monkeypatch.setattr(backend, "TRITON", False)
+    assert choose_backend("auto", on_gpu).name == "torch"
+    with pytest.raises(ValueError, match="pip install triton"):
+        choose_backend("triton", on_gpu)
 
 
 def test_masks_may_be_bool_or_any_integer():

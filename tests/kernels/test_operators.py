@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrlhf_kernels as kernels
-from fastrlhf_kernels import ops
+from fastrlhf_kernels import loss_ops, ops
 
 
 def problem(n=6, width=5, vocabulary=23):
@@ -31,9 +31,9 @@ def operator_cases():
     return {
         "linear_log_probs": (ops.linear_log_probs, (*head, -100, True, False)),
         "linear_log_probs_plain": (ops.linear_log_probs, (*plain, 3, False, True)),
-        "token_log_probs": (ops.token_log_probs, (logits, labels, None, 0.7, -100, True)),
+        "token_log_probs": (ops.token_log_probs, (logits, labels, None, 0.7, -100, True, False)),
         "linear_ppo_loss": (
-            ops.linear_ppo_loss,
+            loss_ops.linear_ppo_loss,
             (
                 *head,
                 per_token,
@@ -51,8 +51,27 @@ def operator_cases():
                 [True] * 4,
             ),
         ),
-        "ppo_policy_loss": (ops.ppo_policy_loss, (leaf, per_token, per_token, mask, None, count, 0.2, 0.2, None)),
-        "ppo_value_loss": (ops.ppo_value_loss, (leaf, per_token, per_token, mask, None, count, 0.2)),
+        "token_ppo_loss": (
+            loss_ops.token_ppo_loss,
+            (
+                logits,
+                labels,
+                per_token.abs() + 1,
+                1.0,
+                per_token,
+                per_token,
+                mask,
+                None,
+                per_token,
+                count,
+                0.2,
+                0.2,
+                3.0,
+            )
+            + (0.1, "k3", 0.01, False, True),
+        ),
+        "ppo_policy_loss": (loss_ops.ppo_policy_loss, (leaf, per_token, per_token, mask, None, count, 0.2, 0.2, None)),
+        "ppo_value_loss": (loss_ops.ppo_value_loss, (leaf, per_token, per_token, mask, None, count, 0.2)),
         "sample_tokens": (ops.sample_tokens, (logits.detach(), 1.0, 5, 0.9, 3, stream, stream)),
     }
 
@@ -146,7 +165,8 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastrlhf":  # run its body under this mode; calling it would hide the body
             with self:
-                out = getattr(ops, func._schema.name.split("::")[1])._init_fn(*args)
+                name = func._schema.name.split("::")[1]
+                out = getattr(ops if hasattr(ops, name) else loss_ops, name)._init_fn(*args)
         else:
             out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):

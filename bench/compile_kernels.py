@@ -1,0 +1,179 @@
+"""Compile every Triton kernel for chips that are not here, and count what the compiler made of it.
+
+    python -m bench.compile_kernels [--all] [--target sm_90] [--kernel _forward] [--json FILE]
+
+The launchers run on `meta` tensors while a recorder takes the place of the GPU: what is compiled is what they would
+start, with the tiles of `tuning.py` for that chip. One line a kernel and target: registers, stack bytes (spills),
+shared memory, tensor-core instructions, 16-byte global loads. Exit code 1 when a kernel has a stack, needs more shared
+memory than the chip has, or holds a matrix product that does not reach the tensor cores. CI compiles one shape of
+each kernel; --all all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastrlhf_kernels import triton_log_probs, tuning
+from fastrlhf_kernels.losses import LossOptions
+from fastrlhf_kernels.triton_launch import Launch, recorded
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+MMA = r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA|IMMA|QGMMA|DMMA)\b"
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+    torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8",
+}  # fmt: skip
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def shapes(everything: bool) -> Iterator[Callable[[], Any]]:
+    """Calls of the launchers, at the sizes that matter: a long batch, and one too small to fill a chip by rows."""
+    for n, columns, dtype in ((8192, 151936, torch.bfloat16), (4, 151936, torch.bfloat16), (8192, 1000, torch.float32)):
+        logits, labels = meta(n, columns, dtype=dtype), meta(n, dtype=torch.int64)
+        row = meta(n)
+        options = LossOptions(0.2, 0.2, 3.0, 0.1, "k3", 0.01)
+        mask, count = meta(n, dtype=torch.bool), meta()
+
+        def forward(logits=logits, labels=labels):
+            triton_log_probs.rows_forward(logits, labels, 1.0, -100, True)
+
+        def backward(logits=logits, labels=labels, row=row):
+            triton_log_probs.rows_backward(logits, labels, 1.0, -100, row, row, row, row, row)
+
+        def ppo(logits=logits, labels=labels, row=row, mask=mask, count=count, options=options):
+            triton_log_probs.rows_ppo(logits, labels, 1.0, mask, row, row, None, row, count, options, logits)
+
+        yield forward
+        yield backward
+        yield ppo
+        if n == 4 and not everything:
+            return
+
+
+def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:
+    """What the launchers would start on `chip`; without `everything` the first of each kernel."""
+    found: list[Launch] = []
+    with tuning.pretend(chip), recorded() as records:
+        for call in shapes(everything):
+            call()
+        for record in records:
+            if everything or record.kernel not in [launch.kernel for launch in found]:
+                found.append(record)
+    return found
+
+
+def source(launch: Launch) -> ASTSource:
+    """The kernel specialised to these arguments as Triton's launcher does it: 1 and multiples of 16 are known."""
+    signature, constants, attributes = {}, {}, {}
+    given = iter(launch.arguments)
+    for place, parameter in enumerate(launch.kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = launch.constants[parameter.name]
+            continue
+        value = next(given)
+        special = not parameter.do_not_specialize
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[parameter.name], special = "fp32", False
+        elif value == 1 and special:
+            signature[parameter.name], constants[parameter.name], special = "constexpr", 1, False
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            special &= value % 16 == 0
+        if special:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def compile_one(launch: Launch, chip: tuning.Chip) -> dict[str, Any]:
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    made = triton.compile(source(launch), target=TARGETS[chip.name], options=options)
+    tile = "x".join(str(launch.constants[k]) for k in ("ROWS", "COLUMNS", "DEPTH") if k in launch.constants)
+    row = {"kernel": launch.kernel.__name__, "target": chip.name, "tile": f"{tile}w{launch.warps}s{launch.stages}"}
+    row |= _amd(made.asm["amdgcn"]) if "amdgcn" in made.asm else _nvidia(made.asm["cubin"])
+    row["shared"] = made.metadata.shared
+    allowed, _ = tuning.STACK_ALLOWED.get((row["kernel"], chip.name), (0, ""))
+    dots = "tt.dot" in made.asm["ttir"]
+    row["ok"] = row["stack"] <= allowed and row["shared"] <= chip.shared and (row["mma"] > 0 or not dots)
+    return row
+
+
+def _nvidia(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        sass = _run("cuobjdump", "-sass", file.name)
+    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "regs": numbers["REG"],
+        "stack": numbers["STACK"] + numbers["LOCAL"],
+        "mma": len(re.findall(MMA, sass)),
+        "ldg128": len(re.findall(r"\bLDG\.E\.\S*128|\bLDGSTS\.E\.\S*128|\bUTMALDG", sass)),
+    }
+
+
+def _amd(assembly: str) -> dict[str, int]:
+    def number(name: str) -> int:
+        return max((int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", assembly)), default=0)
+
+    return {
+        "regs": number("vgpr_count"),
+        "stack": number("private_segment_fixed_size") + 4 * number("vgpr_spill_count"),
+        "mma": len(re.findall(r"\bv_mfma_", assembly)),
+        "ldg128": len(re.findall(r"\b(?:global|buffer)_load_dwordx4", assembly)),
+    }
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(BINARIES / tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every shape, not the first of each kernel")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="only this chip; may be repeated")
+    parser.add_argument("--kernel", help="only kernels whose name contains this")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args()
+    columns = ("kernel", "target", "tile", "regs", "stack", "shared", "mma", "ldg128", "ok")
+    print(f"triton {triton.__version__}\n" + " ".join(columns))
+    rows = []
+    for name in args.target or TARGETS:
+        chip = tuning.CHIPS[name]
+        for launch in launches(chip, args.all):
+            if args.kernel and args.kernel not in launch.kernel.__name__:
+                continue
+            rows.append(compile_one(launch, chip))
+            print(" ".join(str(rows[-1][c]) for c in columns), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+    return 0 if rows and all(row["ok"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""The torch.library operators of the losses: they return the gradients they computed in the forward.
+
+The backward only scales them. The first one gives the buffers away; a second one (retain_graph) computes them again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import chunked, losses
+from .checks import wide
+from .losses import LossOptions
+from .ops import (
+    HEAD,
+    as_outputs,
+    fake_gradients,
+    gather,
+    head_of_kept_rows,
+    once_differentiable,
+    operator,
+    place,
+    rows_of,
+    scatter,
+)
+
+
+@operator(
+    "linear_ppo_loss",
+    f"({HEAD}, Tensor old_log_probs, Tensor advantages, Tensor mask, Tensor? weights, Tensor? ref_log_probs, "
+    "Tensor count, float clip_low, float clip_high, float? dual_clip, float kl_coef, str kl_estimator, "
+    "float entropy_coef, bool[4] need) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_ppo_loss(*args):
+    head_args, (old, adv, mask, weights, ref, count, *scalars, need) = args[:11], args[11:]
+    options, weight, n = LossOptions(*scalars), head_args[1], len(mask)
+    head, y, rows = head_of_kept_rows(*head_args, mask)
+    dtype = head.x.dtype
+    old, adv, weights, ref = (None if t is None else gather(rows, t).to(dtype) for t in (old, adv, weights, ref))
+    count = count.to(dtype)
+    grads = None
+    if any(need):
+        tiles = chunked.chunk_tiles(len(weight), cuda=weight.is_cuda)
+        sweep = chunked.ppo_sweep(head, y, old, adv, weights, ref, count, options, need, tiles)
+        loss, log_probs, entropy, grads = sweep
+    else:
+        tiles = chunked.sweep_tiles(len(y), *weight.shape, cuda=weight.is_cuda, entropy=True)
+        log_probs, entropy, _, _ = chunked.sweep_forward(head, y, tiles, entropy=True)
+        loss, _ = losses.policy_terms(log_probs, old, adv, weights, ref, options)
+    total = loss.sum() / count
+    if options.entropy_coef != 0:
+        total = total - options.entropy_coef * entropy.sum() / count
+    stats = (*losses.policy_stats(log_probs, old, adv, count, options), entropy.sum() / count)
+    per_token = (scatter(n, rows, log_probs), scatter(n, rows, entropy))
+    made = (None,) * 5 if grads is None else grads.finish(n, rows)
+    return total, *stats, *per_token, *as_outputs(made, log_probs)
+
+
+@linear_ppo_loss.register_fake
+def _(*args):
+    hidden, weight, labels, bias = args[:4]
+    dtype = wide(hidden, weight)
+    scalars = tuple(hidden.new_empty((), dtype=dtype) for _ in range(5))
+    per_token = tuple(hidden.new_empty(len(labels), dtype=dtype) for _ in range(2))
+    return *scalars, *per_token, *fake_gradients((hidden, weight, bias, args[8], args[9]), args[-1], dtype)
+
+
+def _ppo_setup(ctx, inputs, output):
+    ctx.need = inputs[-1]
+    ctx.where = [i for i, a in enumerate(inputs) if isinstance(a, Tensor)]
+    ctx.scalars = [None if isinstance(a, Tensor) else a for a in inputs]
+    ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in (0, 1, 3, 8, 9)]
+    ctx.grads = list(output[7:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _ppo_backward(ctx, grad, *_):
+    once_differentiable()
+    needs = ctx.needs_input_grad
+    if grad is None:
+        return (None,) * len(needs)
+    if ctx.grads is None:  # backward a second time: the first one gave the buffers away
+        args = list(ctx.scalars)
+        for i, t in zip(ctx.where, ctx.saved_tensors):
+            args[i] = t
+        with torch.no_grad():
+            ctx.grads = list(linear_ppo_loss(*args)[7:])
+    grads, ctx.grads = ctx.grads, None
+    # In place: [V, H] twice would set the peak of memory. A traced backward (tensor subclasses) must be functional.
+    scaled = [
+        (g.mul_(grad) if type(g) is Tensor else g * grad).to(dtype) if yes else None
+        for g, dtype, yes in zip(grads, ctx.dtypes, (*ctx.need, ctx.need[3]))
+    ]
+    return place(scaled, ctx.need, needs)
+
+
+linear_ppo_loss.register_autograd(_ppo_backward, setup_context=_ppo_setup)
+
+
+TOKEN_PPO = (
+    "Tensor labels, Tensor? temperatures, float temperature, Tensor old_log_probs, Tensor advantages, Tensor mask, "
+    "Tensor? weights, Tensor? ref_log_probs, Tensor count, float clip_low, float clip_high, float? dual_clip, "
+    "float kl_coef, str kl_estimator, float entropy_coef"
+)
+
+
+def token_ppo(logits, out, *args):
+    """loss, ratio, approx_kl, clip_frac, mean entropy (0-d), log-probs, entropies [n]; the gradient goes to `out`."""
+    labels, temperatures, temperature, old, adv, mask, weights, ref, count, *scalars, triton = args
+    degrees, options = temperature if temperatures is None else temperatures, LossOptions(*scalars)
+    count = count.to(wide(logits))
+    loss, log_probs, entropy = rows_of(triton).rows_ppo(
+        logits, labels, degrees, mask, old, adv, weights, ref, count, options, out
+    )
+    old, adv, flat = (t.reshape(-1) for t in (old, adv, mask))
+    old, adv = (torch.where(flat, t, 0).to(loss.dtype) for t in (old, adv))
+    total = (loss.sum() - options.entropy_coef * entropy.sum()) / count
+    stats = losses.policy_stats(log_probs, old, adv, count, options, flat)
+    return total, *stats, entropy.sum() / count, log_probs, entropy
+
+
+@operator("token_ppo_loss", f"(Tensor logits, {TOKEN_PPO}, bool triton, bool need) -> ({', '.join(['Tensor'] * 8)})")
+def token_ppo_loss(logits, *args):
+    grad = torch.empty(logits.shape if args[-1] else 0, dtype=logits.dtype, device=logits.device)
+    return *token_ppo(logits, grad.view(-1, logits.shape[-1]) if args[-1] else None, *args[:-1]), grad
+
+
+@token_ppo_loss.register_fake
+def _(logits, labels, *rest):
+    dtype, n = wide(logits), labels.numel()
+    scalars = tuple(logits.new_empty((), dtype=dtype) for _ in range(5))
+    per_token = tuple(logits.new_empty(n, dtype=dtype) for _ in range(2))
+    return *scalars, *per_token, torch.empty(logits.shape if rest[-1] else 0, dtype=logits.dtype, device=logits.device)
+
+
+def _token_ppo_setup(ctx, inputs, output):
+    ctx.where = [i for i, a in enumerate(inputs) if isinstance(a, Tensor)]
+    ctx.scalars = [None if isinstance(a, Tensor) else a for a in inputs]
+    ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+    ctx.grad = output[-1]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _token_ppo_backward(ctx, grad, *_):
+    once_differentiable()
+    none = (None,) * (len(ctx.scalars) - 1)
+    if grad is None:
+        return None, *none
+    if ctx.grad is None:  # backward a second time: the first one gave the buffer away
+        args = list(ctx.scalars)
+        for i, t in zip(ctx.where, ctx.saved_tensors):
+            args[i] = t
+        with torch.no_grad():
+            ctx.grad = token_ppo_loss(*args)[-1]
+    dz, ctx.grad = ctx.grad, None
+    return dz.mul_(grad) if type(dz) is Tensor else (dz * grad).to(dz.dtype), *none
+
+
+token_ppo_loss.register_autograd(_token_ppo_backward, setup_context=_token_ppo_setup)
+
+
+class TokenPPOInPlace(torch.autograd.Function):
+    """token_ppo_loss whose gradient is written over the logits: no second [N, V] tensor, one backward."""
+
+    @staticmethod
+    def forward(ctx, logits, *args):
+        ctx.inputs, ctx.grad = len(args), logits.detach()
+        with torch.autocast(logits.device.type, enabled=False):
+            results = token_ppo(ctx.grad, ctx.grad.view(-1, logits.shape[-1]), *args)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        once_differentiable()
+        if ctx.grad is None:
+            raise RuntimeError("token_ppo_loss(inplace=True) wrote its gradient over the logits: one backward only")
+        dz, ctx.grad = ctx.grad, None
+        return None if grad is None else dz.mul_(grad), *(None,) * ctx.inputs
+
+
+@operator(
+    "ppo_policy_loss",
+    "(Tensor log_probs, Tensor old_log_probs, Tensor advantages, Tensor mask, Tensor? weights, Tensor count, "
+    "float clip_low, float clip_high, float? dual_clip) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, weights, count, clip_low, clip_high, dual_clip):
+    options = LossOptions(clip_low, clip_high, dual_clip)
+    return losses.policy_loss(log_probs, old_log_probs, advantages, mask, weights, count, options)
+
+
+@operator(
+    "ppo_value_loss",
+    "(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? weights, Tensor count, "
+    "float? clip_range) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def ppo_value_loss(values, old_values, returns, mask, weights, count, clip_range):
+    return losses.value_loss(values, old_values, returns, mask, weights, count, clip_range)
+
+
+def _loss_fake(outputs: int):
+    def fake(x, *_):
+        dtype = wide(x)
+        scalars = tuple(x.new_empty((), dtype=dtype) for _ in range(outputs - 1))
+        return *scalars, torch.empty(x.shape, dtype=dtype, device=x.device)
+
+    return fake
+
+
+def _loss_setup(ctx, inputs, output):
+    ctx.save_for_backward(output[-1])
+    ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _loss_backward(ctx, grad, *_):
+    once_differentiable()
+    (per_token,) = ctx.saved_tensors
+    first = None if grad is None else (per_token * grad).to(ctx.dtype)
+    return first, *(None,) * (ctx.inputs - 1)
+
+
+for _op, _outputs in ((ppo_policy_loss, 5), (ppo_value_loss, 7)):
+    _op.register_fake(_loss_fake(_outputs))
+    _op.register_autograd(_loss_backward, setup_context=_loss_setup)

@@ -1,0 +1,106 @@
+"""What a chip offers, and the tile shapes that are shipped for it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from .backend import INTERPRET
+
+
+class Chip(NamedTuple):
+    """A target of the compiler: name, warp size, multiprocessors, shared memory of a block in bytes."""
+
+    name: str
+    warp: int
+    multiprocessors: int
+    shared: int
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a block of elements, warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 2
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("sm_80", 32, 108, 163 * 1024),
+        Chip("sm_86", 32, 84, 99 * 1024),
+        Chip("sm_89", 32, 142, 99 * 1024),
+        Chip("sm_90", 32, 132, 227 * 1024),
+        Chip("sm_100", 32, 148, 227 * 1024),
+        Chip("gfx942", 64, 304, 64 * 1024),
+    )
+}
+# (kernel, chip) -> bytes of stack that are accepted, and why; at most two (bench/compile_kernels.py)
+STACK_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {}
+INTERPRETER = Chip("interpreter", 32, 2, 1 << 30)
+_chosen: Chip | None = None
+_found: dict[int, Chip] = {}
+
+
+@contextmanager
+def pretend(chip: Chip):
+    """Inside, launchers choose their tiles for `chip`, whatever the machine has."""
+    global _chosen
+    before, _chosen = _chosen, chip
+    try:
+        yield chip
+    finally:
+        _chosen = before
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The chip of a device: one of CHIPS with the device's own number of multiprocessors; read once a device."""
+    if _chosen is not None:
+        return _chosen
+    if INTERPRET:
+        return INTERPRETER
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _found:
+        _found[index] = _read(index)
+    return _found[index]
+
+
+def _read(index: int) -> Chip:
+    about = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        name = about.gcnArchName.split(":")[0]
+        base = CHIPS.get(name, CHIPS["gfx942"])
+    else:
+        name = f"sm_{about.major}{about.minor}"
+        base = CHIPS.get(name, CHIPS["sm_100"] if about.major == 10 else CHIPS["sm_86"])  # 99 KiB fits all others
+    return Chip(name, base.warp, about.multi_processor_count, base.shared)
+
+
+# --- elementwise sweeps over rows of logits ---
+
+ROW_TILES = {  # most columns at once that stay in registers: kernels of one read (forward) and of read and write
+    "sm_80": Tile(1, 4096, 8),
+    "sm_90": Tile(1, 4096, 8),
+    "sm_100": Tile(1, 4096, 8),
+    "gfx942": Tile(1, 4096, 8),
+    "interpreter": Tile(16, 1024, 4),
+}
+
+
+def row_tile(chip: Chip, columns: int) -> Tile:
+    """Tile of a sweep over rows of `columns` elements: short rows share a program, long ones are looped over."""
+    shipped = ROW_TILES.get(chip.name, ROW_TILES["sm_80"])
+    width = min(shipped.columns, max(16, 1 << (columns - 1).bit_length()))
+    rows = min(16, shipped.rows * shipped.columns // width)
+    return Tile(rows, width, max(1, min(shipped.warps, rows * width // 512)))
+
+
+def row_splits(chip: Chip, programs: int, columns: int, tile: Tile) -> int:
+    """Parts into which the columns of a row go, so that few rows still fill the chip: a power of two, at most 64."""
+    wanted = -(-4 * chip.multiprocessors // max(1, programs))
+    possible = -(-columns // tile.columns)
+    return max(1, min(64, 1 << (wanted - 1).bit_length(), 1 << (possible - 1).bit_length()))
