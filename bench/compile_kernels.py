@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrlhf_kernels import triton_log_probs, tuning
+from fastrlhf_kernels import triton_linear_log_probs, triton_log_probs, tuning
 from fastrlhf_kernels.losses import LossOptions
 from fastrlhf_kernels.triton_launch import Launch, recorded
 
@@ -48,7 +48,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def shapes(everything: bool) -> Iterator[Callable[[], Any]]:
+def shapes() -> Iterator[Callable[[], Any]]:
     """Calls of the launchers, at the sizes that matter: a long batch, and one too small to fill a chip by rows."""
     for n, columns, dtype in ((8192, 151936, torch.bfloat16), (4, 151936, torch.bfloat16), (8192, 1000, torch.float32)):
         logits, labels = meta(n, columns, dtype=dtype), meta(n, dtype=torch.int64)
@@ -68,18 +68,38 @@ def shapes(everything: bool) -> Iterator[Callable[[], Any]]:
         yield forward
         yield backward
         yield ppo
-        if n == 4 and not everything:
-            return
+    for n, vocabulary, width, dtype in (
+        (8192, 151936, 1536, torch.bfloat16),
+        (8, 151936, 1536, torch.bfloat16),
+        (8192, 49152, 576, torch.bfloat16),
+        (8192, 49152, 576, torch.float32),
+    ):
+        hidden, weight = meta(n, width, dtype=dtype), meta(vocabulary, width, dtype=dtype)
+        labels, row = meta(n, dtype=torch.int64), meta(n)
+        adapter = (meta(16, width, dtype=dtype), meta(vocabulary, 16, dtype=dtype), 2.0)
+        for bias, softcap, lora in ((None, None, (None, None, 1.0)), (meta(vocabulary, dtype=dtype), 30.0, adapter)):
+            head = triton_linear_log_probs.Head.build(hidden, weight, None, bias, 1.0, 1.0, softcap, *lora)
+
+            def linear_forward(head=head, labels=labels, entropy=softcap is not None):
+                triton_linear_log_probs.linear_forward(head, labels, entropy=entropy, batch_invariant=False)
+
+            def linear_backward(head=head, labels=labels, row=row, ge=row if softcap else None):
+                need = [True] * 4 if head.v is not None else [True, True, False, False]
+                triton_linear_log_probs.linear_backward(head, labels, row, ge, row, row, row, need)
+
+            yield linear_forward
+            yield linear_backward
 
 
 def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:
     """What the launchers would start on `chip`; without `everything` the first of each kernel."""
     found: list[Launch] = []
     with tuning.pretend(chip), recorded() as records:
-        for call in shapes(everything):
+        for call in shapes():
             call()
         for record in records:
-            if everything or record.kernel not in [launch.kernel for launch in found]:
+            same = [other for other in found if other.kernel is record.kernel]
+            if not same or (everything and record.constants not in [other.constants for other in same]):
                 found.append(record)
     return found
 

@@ -92,10 +92,10 @@ def linear_log_probs(
     the backward computes the logits anew, tile by tile, and accumulates in fp32. The same bits every run.
     batch_invariant=True: a token's log-prob is bitwise the same whatever else is in the batch (slower).
     """
-    choose_backend(backend, kernel=False)
     head = checks.head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate)
+    triton = choose_backend(backend, hidden, weight).name == "triton"
     checks.labels_in_range(labels, weight.shape[0], labels != ignore_index, validate)
-    log_probs, entropy, _, _ = ops.linear_log_probs(*head, ignore_index, return_entropy, batch_invariant)
+    log_probs, entropy, _, _ = ops.linear_log_probs(*head, ignore_index, return_entropy, batch_invariant, triton)
     if return_entropy:
         return log_probs.view(labels.shape), entropy.view(labels.shape)
     return log_probs.view(labels.shape)

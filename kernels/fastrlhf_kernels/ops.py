@@ -55,6 +55,20 @@ def head_of_kept_rows(
     return head, (labels if rows is None else labels[rows]).long(), rows
 
 
+def triton_head(hidden, weight, labels, bias, temperatures, temperature, logit_scale, logit_softcap, *rest):
+    """The same for the Triton kernels, and their module. While a CUDA graph is captured, no row can be left out."""
+    from . import triton_linear_log_probs as kernels
+
+    *lora, keep = rest
+    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        rows, hidden = None, torch.where(keep[:, None], hidden, 0)
+    else:
+        rows = None if bool(keep.all()) else keep.nonzero()[:, 0]
+    degrees = temperature if temperatures is None else temperatures
+    head = kernels.Head.build(hidden, weight, rows, bias, degrees, logit_scale, logit_softcap, *lora)
+    return head, gather(rows, labels).contiguous(), rows, kernels
+
+
 def scatter(n: int, rows: Tensor | None, values: Tensor) -> Tensor:
     return values if rows is None else values.new_zeros(n).index_copy_(0, rows, values)
 
@@ -73,17 +87,22 @@ def as_outputs(grads, like) -> tuple[Tensor, ...]:
 
 @operator(
     "linear_log_probs",
-    f"({HEAD}, int ignore_index, bool return_entropy, bool batch_invariant) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({HEAD}, int ignore_index, bool return_entropy, bool batch_invariant, bool triton) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_log_probs(*args):
-    *head_args, ignore_index, return_entropy, batch_invariant = args
+    *head_args, ignore_index, return_entropy, batch_invariant, triton = args
     labels, weight = head_args[2], head_args[1]
+    n = len(labels)
+    if triton:
+        head, y, rows, kernels = triton_head(*head_args, labels != ignore_index)
+        found = kernels.linear_forward(head, y, entropy=return_entropy, batch_invariant=batch_invariant)
+        return tuple(t if t is found[1] and not return_entropy else scatter(n, rows, t) for t in found)
     head, y, rows = head_of_kept_rows(*head_args, labels != ignore_index)
     tiles = chunked.sweep_tiles(
         len(y), *weight.shape, cuda=weight.is_cuda, entropy=return_entropy, batch_invariant=batch_invariant
     )
     log_probs, entropy, m, s = chunked.sweep_forward(head, y, tiles, entropy=return_entropy, pad=batch_invariant)
-    n = len(labels)
     entropy = m.new_empty(0) if entropy is None else scatter(n, rows, entropy)
     return scatter(n, rows, log_probs), entropy, scatter(n, rows, m), scatter(n, rows, s)
 
@@ -91,18 +110,30 @@ def linear_log_probs(*args):
 @linear_log_probs.register_fake
 def _(hidden, weight, labels, *rest):
     dtype, n = wide(hidden, weight), len(labels)
-    entropy = hidden.new_empty(n if rest[-2] else 0, dtype=dtype)
+    entropy = hidden.new_empty(n if rest[-3] else 0, dtype=dtype)
     return tuple(t if t is not None else hidden.new_empty(n, dtype=dtype) for t in (None, entropy, None, None))
 
 
 @operator(
     "linear_log_probs_backward",
-    f"({HEAD}, int ignore_index, Tensor? grad, Tensor? grad_entropy, Tensor entropy, Tensor m, Tensor s, bool[4] need) "
+    f"({HEAD}, int ignore_index, bool triton, Tensor? grad, Tensor? grad_entropy, Tensor entropy, Tensor m, Tensor s, "
+    "bool[4] need) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_log_probs_backward(*args):
-    *head_args, ignore_index, g, ge, entropy, m, s, need = args
+    *head_args, ignore_index, triton, g, ge, entropy, m, s, need = args
     hidden, weight, labels, bias = head_args[:4]
+    likes = (hidden, weight, bias, head_args[8], head_args[9])
+    if triton:
+        keep = labels != ignore_index
+        for grad in (g, ge):  # a row whose gradients are exactly 0 adds nothing
+            keep = keep & (grad != 0) if (g is None) != (ge is None) and grad is not None else keep
+        head, y, rows, kernels = triton_head(*head_args, keep)
+        entropy = None if ge is None else entropy
+        picked = (None if t is None else gather(rows, t).float().contiguous() for t in (g, ge, entropy, m, s))
+        dx, *others = kernels.linear_backward(head, y, *picked, need)
+        dx = dx if dx is None or rows is None else dx.new_zeros(hidden.shape).index_copy_(0, rows, dx)
+        return as_outputs((None if t is None else t.to(like.dtype) for t, like in zip((dx, *others), likes)), m)
     head, y, rows = head_of_kept_rows(*head_args, labels != ignore_index)
     tiles = chunked.sweep_tiles(len(y), *weight.shape, cuda=weight.is_cuda, entropy=ge is not None)
     m, s = gather(rows, m), gather(rows, s)
@@ -111,7 +142,6 @@ def linear_log_probs_backward(*args):
     entropy = None if ge is None else gather(rows, entropy)
     grads = chunked.sweep_backward(head, y, g, ge, entropy, m, s, tiles, need, weight.dtype)
     dx, dw, db, da, dlora_b = grads.finish(len(labels), rows)
-    likes = (hidden, weight, bias, head_args[8], head_args[9])
     return as_outputs((None if t is None else t.to(like.dtype) for t, like in zip((dx, dw, db, da, dlora_b), likes)), m)
 
 
@@ -130,7 +160,7 @@ def _(hidden, weight, labels, bias, *rest):
 
 
 def _log_probs_setup(ctx, inputs, output):
-    *head_args, ctx.ignore_index, ctx.return_entropy, _ = inputs
+    *head_args, ctx.ignore_index, ctx.return_entropy, _, ctx.triton = inputs
     tensors = [a for a in head_args if isinstance(a, Tensor)]
     ctx.scalars = [None if isinstance(a, Tensor) else a for a in head_args]
     ctx.where = [i for i, a in enumerate(head_args) if isinstance(a, Tensor)]
@@ -149,7 +179,7 @@ def _log_probs_backward(ctx, g, ge, *_):
     need = [needs[0], needs[1], needs[3], needs[8] or needs[9]]
     if (g is None and ge is None) or not any(need):
         return (None,) * len(needs)
-    grads = linear_log_probs_backward(*args, ctx.ignore_index, g, ge, entropy, m, s, need)
+    grads = linear_log_probs_backward(*args, ctx.ignore_index, ctx.triton, g, ge, entropy, m, s, need)
     return place(grads, need, needs)
 
 

@@ -13,16 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .losses import LossOptions
+from .triton_combine import combine, split_degrees
 from .triton_launch import launch
 from .triton_terms import (
     KL_ESTIMATORS,
-    LN2,
     LOG2E,
     absorb,
     clipped_terms,
     entropy_of,
     finite,
+    inverse_temperature,
     kl_of,
+    log_prob_of,
     merge,
     softmax_gradient,
 )
@@ -33,13 +35,6 @@ from .tuning import chip_of, row_splits, row_tile
 def row_starts(rows, inner, stride_outer, stride_inner):
     """Offsets of rows of logits [outer, inner, V]."""
     return (rows // inner) * stride_outer + (rows % inner) * stride_inner
-
-
-@triton.jit
-def inverse_temperature(temperatures, temperature, rows, live, PER_TOKEN: tl.constexpr):
-    if PER_TOKEN:
-        return 1.0 / tl.load(temperatures + rows, mask=live, other=1.0).to(tl.float32)
-    return tl.full(rows.shape, 1.0, tl.float32) / temperature
 
 
 @triton.jit
@@ -57,11 +52,10 @@ def sweep(start, stride, live, first, last, scale, ENTROPY: tl.constexpr, ROWS: 
 
 
 @triton.jit
-def log_prob_at(start, stride, label, columns, live, base, scale, total):
-    """log p of the labels; NaN for a label outside [0, columns)."""
+def logit_at(start, stride, label, columns, live):
+    """The logits of the labels; NaN for a label outside [0, columns)."""
     inside = live & (label >= 0) & (label < columns)
-    target = tl.load(start + label * stride, mask=inside, other=float("nan")).to(tl.float32)
-    return LN2 * ((target - base) * scale - tl.log2(total))
+    return tl.load(start + label * stride, mask=inside, other=float("nan")).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["n", "inner"])
@@ -86,40 +80,15 @@ def _forward(
         tl.store(tops + place, top, mask=live)
         tl.store(totals + place, total, mask=live)
         tl.store(weighteds + place, weighted, mask=live)
+        target = logit_at(start, stride, label, columns, live)
+        tl.store(log_probs + rows, target, mask=live & (rows * 0 + part == 0))  # for `combine`
     else:
-        log_prob = log_prob_at(start, stride, label, columns, live, finite(top), scale, total)
+        log_prob = log_prob_of(logit_at(start, stride, label, columns, live), top, total, scale)
         tl.store(log_probs + rows, tl.where(live, log_prob, 0.0), mask=inside)
         tl.store(tops + rows, tl.where(live, top, 0.0), mask=inside)
         tl.store(totals + rows, tl.where(live, total, 0.0), mask=inside)
         if ENTROPY:
             tl.store(entropies + rows, tl.where(live, entropy_of(total, weighted), 0.0), mask=inside)
-
-
-@triton.jit(do_not_specialize=["n", "inner"])
-def _combine(
-    logits, labels, temperatures, log_probs, entropies, tops, totals, part_tops, part_totals, part_weighteds,
-    n, columns, inner, stride_outer, stride_inner, stride, temperature, ignore_index, splits,
-    PER_TOKEN: tl.constexpr, ENTROPY: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = rows < n
-    label = tl.load(labels + rows, mask=inside, other=0).to(tl.int64)
-    live = inside & (label != ignore_index)
-    scale = inverse_temperature(temperatures, temperature, rows, live, PER_TOKEN) * LOG2E
-    part = tl.arange(0, SPLITS)
-    place = rows[:, None] * splits + part[None, :]
-    valid = live[:, None] & (part < splits)[None, :]
-    top = tl.load(part_tops + place, mask=valid, other=float("-inf"))
-    total = tl.load(part_totals + place, mask=valid, other=0.0)
-    weighted = tl.load(part_weighteds + place, mask=valid, other=0.0)
-    top, total, weighted = merge(top, total, weighted, scale[:, None], ENTROPY)
-    start = logits + row_starts(rows, inner, stride_outer, stride_inner)
-    log_prob = log_prob_at(start, stride, label, columns, live, finite(top), scale, total)
-    tl.store(log_probs + rows, tl.where(live, log_prob, 0.0), mask=inside)
-    tl.store(tops + rows, tl.where(live, top, 0.0), mask=inside)
-    tl.store(totals + rows, tl.where(live, total, 0.0), mask=inside)
-    if ENTROPY:
-        tl.store(entropies + rows, tl.where(live, entropy_of(total, weighted), 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "inner"])
@@ -171,7 +140,7 @@ def _ppo(
     start = logits + row_starts(rows, inner, stride_outer, stride_inner)
     top, total, weighted = sweep(start, stride, live, 0, columns, scale, True, ROWS, COLUMNS)
     base = finite(top)
-    log_prob = log_prob_at(start, stride, label, columns, live, base, scale, total)
+    log_prob = log_prob_of(logit_at(start, stride, label, columns, live), top, total, scale)
     entropy = entropy_of(total, weighted)
     old = tl.load(olds + rows, mask=live, other=0.0).to(tl.float32)
     advantage = tl.load(advantages + rows, mask=live, other=0.0).to(tl.float32)
@@ -216,12 +185,6 @@ def _rows(logits: Tensor) -> Tensor:
         return logits.reshape(1, -1, columns)
 
 
-def _degrees(temperature: Tensor | float, like: Tensor) -> tuple[Tensor, float, bool]:
-    if isinstance(temperature, Tensor):
-        return temperature.reshape(-1).contiguous(), 1.0, True
-    return like, float(temperature), False
-
-
 def _width(columns: int, splits: int, tile_columns: int) -> int:
     """Columns of a part: whole tiles."""
     return -(-columns // (splits * tile_columns)) * tile_columns
@@ -235,7 +198,7 @@ def rows_forward(logits: Tensor, labels: Tensor, temperature: Tensor | float, ig
     make = lambda *size: torch.empty(size, dtype=torch.float32, device=device)  # noqa: E731
     log_probs, top, total = make(n), make(n), make(n)
     entropies = make(n if entropy else 0)
-    degrees, number, per_token = _degrees(temperature, log_probs)
+    degrees, number, per_token = split_degrees(temperature, log_probs)
     chip = chip_of(device)
     tile = row_tile(chip, columns)
     blocks = -(-n // tile.rows)
@@ -248,10 +211,7 @@ def rows_forward(logits: Tensor, labels: Tensor, temperature: Tensor | float, ig
         COLUMNS=tile.columns, warps=tile.warps,
     )  # fmt: skip
     if splits > 1:
-        launch(
-            _combine, -(-n // 16), device, rows, labels, degrees, log_probs, entropies, top, total, *parts, *size,
-            PER_TOKEN=per_token, ENTROPY=entropy, ROWS=16, SPLITS=splits, warps=4,
-        )  # fmt: skip
+        combine(parts, labels, degrees, number, per_token, ignore_index, log_probs, entropies, top, total)
     return log_probs.view(shape), entropies.view(shape) if entropy else entropies, top.view(shape), total.view(shape)
 
 
@@ -261,7 +221,7 @@ def rows_backward(logits, labels, temperature, ignore_index, g, ge, entropy, top
     rows, labels, n = _rows(logits), labels.reshape(-1).contiguous(), labels.numel()
     columns = rows.shape[-1]
     g, ge, entropy = (None if t is None else t.reshape(-1).contiguous() for t in (g, ge, entropy))
-    degrees, number, per_token = _degrees(temperature, top)
+    degrees, number, per_token = split_degrees(temperature, top)
     chip = chip_of(logits.device)
     tile = row_tile(chip, columns)
     blocks = -(-n // tile.rows)
@@ -288,7 +248,7 @@ def rows_ppo(logits, labels, temperature, mask, old, advantages, weights, ref, c
         None if t is None else t.reshape(-1).contiguous() for t in (labels, mask, old, advantages, weights, ref)
     )
     loss, log_probs, entropy = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(3))
-    degrees, number, per_token = _degrees(temperature, loss)
+    degrees, number, per_token = split_degrees(temperature, loss)
     tile = row_tile(chip_of(device), columns)
     launch(
         _ppo, -(-n // tile.rows), device, rows, labels, degrees, loss if out is None else out, mask, old, advantages,

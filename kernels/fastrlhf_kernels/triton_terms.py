@@ -12,6 +12,13 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs")  # the kernels take the index
 
 
 @triton.jit
+def inverse_temperature(temperatures, temperature, rows, live, PER_TOKEN: tl.constexpr):
+    if PER_TOKEN:
+        return 1.0 / tl.load(temperatures + rows, mask=live, other=1.0).to(tl.float32)
+    return tl.full(rows.shape, 1.0, tl.float32) / temperature
+
+
+@triton.jit
 def finite(top):
     """A running maximum that can be subtracted: 0 where nothing but -inf was seen."""
     return tl.where(top == float("-inf"), 0.0, top)
@@ -49,6 +56,12 @@ def merge(top, total, weighted, scale, ENTROPY: tl.constexpr):
     if ENTROPY:
         weighted = decay * (weighted + total * shift)
     return highest, tl.sum(decay * total, 1), tl.sum(weighted, 1)
+
+
+@triton.jit
+def log_prob_of(logit, top, total, scale):
+    """log softmax in nats of a logit, from the sums of `absorb`."""
+    return LN2 * ((logit - finite(top)) * scale - tl.log2(total))
 
 
 @triton.jit

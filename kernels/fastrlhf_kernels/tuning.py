@@ -20,12 +20,16 @@ class Chip(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Rows and columns of a block of elements, warps, pipeline stages."""
+    """Rows and columns of a block of elements, warps, pipeline stages, and the depth of a step of a matrix product."""
 
     rows: int
     columns: int
     warps: int
     stages: int = 2
+    depth: int = 64
+
+    def constants(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
 
 
 CHIPS = {
@@ -104,3 +108,42 @@ def row_splits(chip: Chip, programs: int, columns: int, tile: Tile) -> int:
     wanted = -(-4 * chip.multiprocessors // max(1, programs))
     possible = -(-columns // tile.columns)
     return max(1, min(64, 1 << (wanted - 1).bit_length(), 1 << (possible - 1).bit_length()))
+
+
+# --- matrix products with the softmax behind them ---
+
+PRODUCT_TILES = {  # half precision: (long batches, decode-sized batches). Pointer loads: 128 columns spill on sm_100
+    "sm_80": (Tile(128, 128, 8, 3), Tile(16, 128, 4, 4, 128)),
+    "sm_86": (Tile(128, 128, 8, 2), Tile(16, 128, 4, 2, 128)),
+    "sm_89": (Tile(128, 128, 8, 2), Tile(16, 128, 4, 2, 128)),
+    "sm_90": (Tile(128, 128, 8, 3), Tile(16, 128, 4, 4, 128)),
+    "sm_100": (Tile(128, 64, 8, 3), Tile(16, 128, 4, 4, 128)),
+    "gfx942": (Tile(128, 128, 8, 1), Tile(16, 128, 4, 1, 128)),
+    "interpreter": (Tile(64, 256, 4, 1, 64), Tile(16, 256, 4, 1, 64)),
+}
+FP32_TILE = Tile(64, 64, 8, 2, 32)
+
+
+def product_tile(chip: Chip, n: int, half: bool, *, batch_invariant: bool = False, backward: bool = False) -> Tile:
+    """Tile of a product with the head for `n` rows, `half`: of bf16 or fp16; batch_invariant: the same for every n."""
+    if not half and chip.name != "interpreter":
+        return FP32_TILE
+    long, short = PRODUCT_TILES.get(chip.name, PRODUCT_TILES["sm_86"])
+    return short if n <= 16 and not batch_invariant and not backward else long
+
+
+def product_splits(
+    chip: Chip, blocks: int, vocabulary: int, tile: Tile, *, batch_invariant: bool = False
+) -> tuple[int, int]:
+    """(parts of the vocabulary, columns of a part): four waves of programs if parts of 4,096 columns allow it.
+
+    A handful of rows (one block) may be split finer: there the weight is read once, and every multiprocessor must
+    read a share of it. batch_invariant: parts of 4,096 columns, whatever the number of rows.
+    """
+    least = tile.columns if blocks == 1 else 4096
+    wanted = -(-4 * chip.multiprocessors // max(1, blocks))
+    splits = vocabulary // 4096 if batch_invariant else min(wanted, vocabulary // least)
+    splits = max(1, min(splits, 1024))
+    least = -(-vocabulary // splits)
+    columns = -(-least // tile.columns) * tile.columns
+    return -(-vocabulary // columns), columns

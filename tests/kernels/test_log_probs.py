@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastrlhf_kernels as kernels
-from fastrlhf_kernels import chunked, reference
+from fastrlhf_kernels import backend, chunked, reference
 
 OPTIONS = {
     "plain": {},
@@ -397,6 +397,7 @@ def test_weight_gradient_from_many_blocks_is_unbiased():
     assert abs(float(error.mean())) < 1e-4
 
 
+@pytest.mark.skipif(backend.INTERPRET, reason="NumPy's product gives a row other bits in another place")
 def test_batch_invariant_log_probs_are_bitwise_the_same():
     hidden, weight, labels, _ = problem(3000, 96, (150,))
     together = kernels.linear_log_probs(hidden, weight, labels, batch_invariant=True)
