@@ -311,13 +311,13 @@ def linear_ppo_loss(
     states may be NaN and their labels anything. stats: those of `ppo_policy_loss`, `entropy`, and per token, in the
     shape of labels, `log_probs` and `token_entropy`.
     """
-    choose_backend(backend, kernel=False)
     checks.floating(old_log_probs=old_log_probs, advantages=advantages, weights=weights, ref_log_probs=ref_log_probs)
     head = checks.head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate)
     mask = checks.token_mask(
         response_mask, labels, "labels", old_log_probs=old_log_probs, advantages=advantages, weights=weights,
         ref_log_probs=ref_log_probs,
     )  # fmt: skip
+    triton = choose_backend(backend, hidden, weight).name == "triton"
     checks.labels_in_range(labels, weight.shape[0], mask, validate)
     checks.loss_scalars(clip_range, clip_range_high, dual_clip, kl_coef, kl_estimator, entropy_coef, ref_log_probs)
     count = checks.divisor(normalizer, mask, checks.wide(hidden, weight), validate)
@@ -328,7 +328,7 @@ def linear_ppo_loss(
     high = clip_range if clip_range_high is None else clip_range_high
     results = loss_ops.linear_ppo_loss(
         *head, old, adv, mask.reshape(-1), token_weights, ref if kl_coef != 0 else None, count, clip_range, high,
-        dual_clip, kl_coef, kl_estimator, entropy_coef, need,
+        dual_clip, kl_coef, kl_estimator, entropy_coef, triton, need,
     )  # fmt: skip
     return _with_tokens(results[:7], labels)
 

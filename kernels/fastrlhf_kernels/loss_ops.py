@@ -11,7 +11,7 @@ from torch import Tensor
 from . import chunked, losses
 from .checks import wide
 from .losses import LossOptions
-from .ops import (
+from .ops import (  # noqa: I001
     HEAD,
     as_outputs,
     fake_gradients,
@@ -22,38 +22,66 @@ from .ops import (
     place,
     rows_of,
     scatter,
+    triton_head,
 )
+
+
+def _torch_sweep(head_args, mask, per_token, count, options, need):
+    head, y, rows = head_of_kept_rows(*head_args, mask)
+    weight, dtype = head_args[1], head.x.dtype
+    picked = [None if t is None else gather(rows, t).to(dtype) for t in per_token]
+    count = count.to(dtype)
+    if any(need):
+        tiles = chunked.chunk_tiles(len(weight), cuda=weight.is_cuda)
+        *found, grads = chunked.ppo_sweep(head, y, *picked, count, options, need, tiles)
+        return rows, picked, count, (*found, grads.finish(len(mask), rows))
+    tiles = chunked.sweep_tiles(len(y), *weight.shape, cuda=weight.is_cuda, entropy=True)
+    log_probs, entropy, _, _ = chunked.sweep_forward(head, y, tiles, entropy=True)
+    loss, _ = losses.policy_terms(log_probs, *picked, options)
+    return rows, picked, count, (loss, log_probs, entropy, None)
+
+
+def _triton_sweep(head_args, mask, per_token, count, options, need):
+    from .triton_linear_ppo_loss import linear_ppo
+
+    head, y, rows, kernels, masked = triton_head(*head_args, mask)
+    picked = [None if t is None else gather(rows, t) for t in per_token]
+    if masked is not None:
+        picked = [None if t is None else torch.where(masked, t, 0) for t in picked]
+    picked, count = [None if t is None else t.float().contiguous() for t in picked], count.float()
+    if any(need):
+        *found, grads = linear_ppo(head, y, masked, *picked, count, options, need)
+        dx, *others = grads
+        dx = dx if dx is None or rows is None else dx.new_zeros(len(mask), dx.shape[1]).index_copy_(0, rows, dx)
+        return rows, picked, count, (*found, (dx, *others))
+    log_probs, entropy, _, _ = kernels.linear_forward(head, y, entropy=True, batch_invariant=False)
+    if masked is not None:
+        log_probs, entropy = (torch.where(masked, t, 0) for t in (log_probs, entropy))
+    loss, _ = losses.policy_terms(log_probs, *picked, options)
+    return rows, picked, count, (loss, log_probs, entropy, None)
 
 
 @operator(
     "linear_ppo_loss",
     f"({HEAD}, Tensor old_log_probs, Tensor advantages, Tensor mask, Tensor? weights, Tensor? ref_log_probs, "
     "Tensor count, float clip_low, float clip_high, float? dual_clip, float kl_coef, str kl_estimator, "
-    "float entropy_coef, bool[4] need) "
+    "float entropy_coef, bool triton, bool[4] need) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_ppo_loss(*args):
-    head_args, (old, adv, mask, weights, ref, count, *scalars, need) = args[:11], args[11:]
-    options, weight, n = LossOptions(*scalars), head_args[1], len(mask)
-    head, y, rows = head_of_kept_rows(*head_args, mask)
-    dtype = head.x.dtype
-    old, adv, weights, ref = (None if t is None else gather(rows, t).to(dtype) for t in (old, adv, weights, ref))
-    count = count.to(dtype)
-    grads = None
-    if any(need):
-        tiles = chunked.chunk_tiles(len(weight), cuda=weight.is_cuda)
-        sweep = chunked.ppo_sweep(head, y, old, adv, weights, ref, count, options, need, tiles)
-        loss, log_probs, entropy, grads = sweep
-    else:
-        tiles = chunked.sweep_tiles(len(y), *weight.shape, cuda=weight.is_cuda, entropy=True)
-        log_probs, entropy, _, _ = chunked.sweep_forward(head, y, tiles, entropy=True)
-        loss, _ = losses.policy_terms(log_probs, old, adv, weights, ref, options)
+    head_args, (old, adv, mask, weights, ref, count, *scalars, triton, need) = args[:11], args[11:]
+    options, n = LossOptions(*scalars), len(mask)
+    sweep = _triton_sweep if triton else _torch_sweep
+    rows, per_token, count, (loss, log_probs, entropy, grads) = sweep(
+        head_args, mask, (old, adv, weights, ref), count, options, need
+    )
+    old, adv, *_ = per_token
     total = loss.sum() / count
     if options.entropy_coef != 0:
         total = total - options.entropy_coef * entropy.sum() / count
     stats = (*losses.policy_stats(log_probs, old, adv, count, options), entropy.sum() / count)
     per_token = (scatter(n, rows, log_probs), scatter(n, rows, entropy))
-    made = (None,) * 5 if grads is None else grads.finish(n, rows)
+    made = (None,) * 5 if grads is None else grads
     return total, *stats, *per_token, *as_outputs(made, log_probs)
 
 

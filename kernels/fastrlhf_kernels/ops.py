@@ -56,17 +56,19 @@ def head_of_kept_rows(
 
 
 def triton_head(hidden, weight, labels, bias, temperatures, temperature, logit_scale, logit_softcap, *rest):
-    """The same for the Triton kernels, and their module. While a CUDA graph is captured, no row can be left out."""
+    """The same for the Triton kernels; then their module, and which rows count if no row could be left out: while a
+    CUDA graph is captured, where nothing may wait for the GPU. (Otherwise None.)
+    """
     from . import triton_linear_log_probs as kernels
 
     *lora, keep = rest
     if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
-        rows, hidden = None, torch.where(keep[:, None], hidden, 0)
+        rows, masked, hidden = None, keep, torch.where(keep[:, None], hidden, 0)
     else:
-        rows = None if bool(keep.all()) else keep.nonzero()[:, 0]
+        rows, masked = None if bool(keep.all()) else keep.nonzero()[:, 0], None
     degrees = temperature if temperatures is None else temperatures
     head = kernels.Head.build(hidden, weight, rows, bias, degrees, logit_scale, logit_softcap, *lora)
-    return head, gather(rows, labels).contiguous(), rows, kernels
+    return head, gather(rows, labels).contiguous(), rows, kernels, masked
 
 
 def scatter(n: int, rows: Tensor | None, values: Tensor) -> Tensor:
@@ -95,8 +97,10 @@ def linear_log_probs(*args):
     labels, weight = head_args[2], head_args[1]
     n = len(labels)
     if triton:
-        head, y, rows, kernels = triton_head(*head_args, labels != ignore_index)
+        head, y, rows, kernels, masked = triton_head(*head_args, labels != ignore_index)
         found = kernels.linear_forward(head, y, entropy=return_entropy, batch_invariant=batch_invariant)
+        if masked is not None:
+            found = [t if t.numel() == 0 else torch.where(masked, t, 0) for t in found]
         return tuple(t if t is found[1] and not return_entropy else scatter(n, rows, t) for t in found)
     head, y, rows = head_of_kept_rows(*head_args, labels != ignore_index)
     tiles = chunked.sweep_tiles(
@@ -128,8 +132,11 @@ def linear_log_probs_backward(*args):
         keep = labels != ignore_index
         for grad in (g, ge):  # a row whose gradients are exactly 0 adds nothing
             keep = keep & (grad != 0) if (g is None) != (ge is None) and grad is not None else keep
-        head, y, rows, kernels = triton_head(*head_args, keep)
+        head, y, rows, kernels, masked = triton_head(*head_args, keep)
         entropy = None if ge is None else entropy
+        if masked is not None:
+            g, ge = (None if t is None else torch.where(masked, t, 0) for t in (g, ge))
+            s = torch.where(masked, s, 1)
         picked = (None if t is None else gather(rows, t).float().contiguous() for t in (g, ge, entropy, m, s))
         dx, *others = kernels.linear_backward(head, y, *picked, need)
         dx = dx if dx is None or rows is None else dx.new_zeros(hidden.shape).index_copy_(0, rows, dx)

@@ -247,9 +247,9 @@ def linear_backward(head: Head, labels: Tensor, g, ge, entropy, top, total, need
             ENTROPY=ge is not None, **head.flags(), **tile.constants(), warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
         if dx is not None:
-            _add_product(dx, dz, weight[first:last])
+            add_product(dx, dz, weight[first:last])
         if dw is not None:
-            dw[first:last] = _product(dz.T, x).div_(gain)
+            dw[first:last] = product(dz.T, x).div_(gain)
         if dbias is not None:
             dbias[first:last] = dz.sum(0, dtype=torch.float32).div_(gain)
         if dlora_b is not None:
@@ -284,14 +284,14 @@ def _gain(dtype: torch.dtype, g: Tensor | None, ge: Tensor | None, like: Tensor)
     return torch.where((largest > 0) & torch.isfinite(largest), 1024 / largest, gain)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of one dtype (or mixed: in fp32) -> fp32, summed in fp32."""
     if a.dtype == b.dtype and a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
-def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """sums (fp32) += a @ b."""
     if a.dtype == b.dtype and a.is_cuda and a.dtype != torch.float32:
         sums.add_(torch.mm(a, b, out_dtype=torch.float32))

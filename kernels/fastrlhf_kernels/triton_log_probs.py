@@ -127,9 +127,9 @@ def _backward(
 def _ppo(
     logits, labels, temperatures, out, mask, olds, advantages, weights, refs, count, losses, log_probs, entropies,
     n, columns, inner, stride_outer, stride_inner, stride, out_stride, temperature,
-    low_clip, high_clip, dual_clip, kl_coef, entropy_coef,
+    low_clip, high_clip, dual_clip, kl_coef, entropy_coef, logit_scale, softcap,
     PER_TOKEN: tl.constexpr, WEIGHTS: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr, BONUS: tl.constexpr,
-    GRADIENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
@@ -166,6 +166,9 @@ def _ppo(
             dz = softmax_gradient(x, base[:, None], scale[:, None], whole, g[:, None], ge[:, None], entropy[:, None],
                                   BONUS)  # fmt: skip
             dz = (dz + tl.where(column[None, :] == label[:, None], g[:, None], 0.0)) * inverse[:, None]
+            dz = dz * logit_scale
+            if SOFTCAP:  # z = softcap * tanh(u / softcap): dz / du = 1 - tanh ** 2
+                dz = dz * (1.0 - (x / softcap) * (x / softcap))
             dz = tl.where(live[:, None], dz, 0.0)
             tl.debug_barrier()  # a narrower gradient may lie over logits of this row that another warp has yet to read
             place = rows[:, None] * out_stride + column[None, :]
@@ -236,11 +239,15 @@ def rows_backward(logits, labels, temperature, ignore_index, g, ge, entropy, top
     return out
 
 
-def rows_ppo(logits, labels, temperature, mask, old, advantages, weights, ref, count, options: LossOptions, out):
+def rows_ppo(
+    logits, labels, temperature, mask, old, advantages, weights, ref, count, options: LossOptions, out,
+    logit_scale: float = 1.0, softcap: float | None = None,
+):  # fmt: skip
     """Log-prob -> clipped loss -> gradient of the logits: (loss terms, log-probs, entropies), each [n] fp32.
 
     logits [..., V]; the others [n] or the shape of the labels. `out` [n, V]: where the gradient goes, in its dtype, or
-    None for none; it may be the logits themselves, or a view of a narrower dtype over their rows.
+    None for none; it may be the logits themselves, or a view of a narrower dtype over their rows. With logit_scale and
+    softcap the gradient is that of u, for logits = softcap * tanh(logit_scale * u / softcap).
     """
     n, device, rows = labels.numel(), logits.device, _rows(logits)
     columns = rows.shape[-1]
@@ -254,9 +261,10 @@ def rows_ppo(logits, labels, temperature, mask, old, advantages, weights, ref, c
         _ppo, -(-n // tile.rows), device, rows, labels, degrees, loss if out is None else out, mask, old, advantages,
         old if weights is None else weights, old if ref is None else ref, count, loss, log_probs, entropy, n, columns,
         max(1, rows.shape[1]), *rows.stride(), 0 if out is None else out.stride(0), number, options.clip_low,
-        options.clip_high, options.dual_clip or 0.0, options.kl_coef, options.entropy_coef, PER_TOKEN=per_token,
+        options.clip_high, options.dual_clip or 0.0, options.kl_coef, options.entropy_coef, float(logit_scale),
+        float(softcap or 1.0), PER_TOKEN=per_token,
         WEIGHTS=weights is not None, DUAL=options.dual_clip is not None,
         KL=KL_ESTIMATORS.index(options.kl_estimator) if options.kl_coef != 0 else -1, BONUS=options.entropy_coef != 0,
-        GRADIENT=out is not None, ROWS=tile.rows, COLUMNS=tile.columns, warps=tile.warps,
+        GRADIENT=out is not None, SOFTCAP=softcap is not None, ROWS=tile.rows, COLUMNS=tile.columns, warps=tile.warps,
     )  # fmt: skip
     return loss, log_probs, entropy

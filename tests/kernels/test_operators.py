@@ -48,6 +48,7 @@ def operator_cases():
                 0.1,
                 "k3",
                 0.01,
+                False,
                 [True] * 4,
             ),
         ),
