@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrlhf_kernels import triton_linear_log_probs, triton_log_probs, tuning
+from fastrlhf_kernels import triton_gae, triton_linear_log_probs, triton_log_probs, tuning
 from fastrlhf_kernels.losses import LossOptions
 from fastrlhf_kernels.triton_launch import Launch, recorded
 
@@ -91,11 +91,23 @@ def shapes() -> Iterator[Callable[[], Any]]:
             yield linear_backward
 
 
+def token_shapes() -> Iterator[Callable[[], Any]]:
+    """The kernels on [B, T] tensors of tokens."""
+    for batch, length in ((64, 1024), (8, 8000), (256, 60)):
+        tokens, scores, mask = meta(batch, length), meta(batch), meta(batch, length, dtype=torch.bool)
+
+        def advantages(tokens=tokens, scores=scores, mask=mask):
+            shaping = (scores, tokens, tokens, 0.1, "k3")
+            triton_gae.gae_rows(None, tokens, mask, 1.0, 0.95, scores, shaping=shaping, whiten_eps=1e-8)
+
+        yield advantages
+
+
 def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:
     """What the launchers would start on `chip`; without `everything` the first of each kernel."""
     found: list[Launch] = []
     with tuning.pretend(chip), recorded() as records:
-        for call in shapes():
+        for call in (*shapes(), *token_shapes()):
             call()
         for record in records:
             same = [other for other in found if other.kernel is record.kernel]
@@ -132,7 +144,7 @@ def source(launch: Launch) -> ASTSource:
 def compile_one(launch: Launch, chip: tuning.Chip) -> dict[str, Any]:
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     made = triton.compile(source(launch), target=TARGETS[chip.name], options=options)
-    tile = "x".join(str(launch.constants[k]) for k in ("ROWS", "COLUMNS", "DEPTH") if k in launch.constants)
+    tile = "x".join(str(launch.constants[k]) for k in ("ROWS", "COLUMNS", "DEPTH", "TILE") if k in launch.constants)
     row = {"kernel": launch.kernel.__name__, "target": chip.name, "tile": f"{tile}w{launch.warps}s{launch.stages}"}
     row |= _amd(made.asm["amdgcn"]) if "amdgcn" in made.asm else _nvidia(made.asm["cubin"])
     row["shared"] = made.metadata.shared

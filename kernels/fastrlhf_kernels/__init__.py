@@ -1,5 +1,6 @@
 """RLHF kernels on plain tensors: log-probs without logits, PPO losses, advantages, sampling."""
 
+from .advantages import ShapedAdvantages, shape_and_gae
 from .functional import (
     PPOLoss,
     SampledTokens,
@@ -19,6 +20,7 @@ from .functional import (
 __all__ = [
     "PPOLoss",
     "SampledTokens",
+    "ShapedAdvantages",
     "gae",
     "kl_estimate",
     "linear_log_probs",
@@ -27,6 +29,7 @@ __all__ = [
     "ppo_policy_loss",
     "ppo_value_loss",
     "sample_tokens",
+    "shape_and_gae",
     "shape_rewards",
     "token_log_probs",
     "token_ppo_loss",

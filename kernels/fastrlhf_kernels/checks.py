@@ -208,6 +208,14 @@ def rows_of_tokens(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected [B, T]")
 
 
+def discounts(gamma: float, gae_lambda: float) -> None:
+    """Both in [0, 1]."""
+    for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+        number(name, value, low=0)
+        if value > 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
 def estimator(name: str, value: str) -> None:
     if value not in ESTIMATORS:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, ESTIMATORS))}")

@@ -168,16 +168,16 @@ def gae(
     output) are skipped: they neither discount nor count as a step. bootstrap_values [B]: V of the state after the
     last token, for rows that were cut off (default 0). No gradient.
     """
-    choose_backend(backend, kernel=False)
     checks.floating(rewards=rewards, values=values, bootstrap_values=bootstrap_values)
     checks.rows_of_tokens("values", values)
     mask = checks.token_mask(response_mask, values, "values", rewards=rewards)
     checks.shapes(values.shape[:1], "the rows of values", bootstrap_values=bootstrap_values)
     checks.devices(values=values, bootstrap_values=bootstrap_values)
-    for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
-        checks.number(name, value, low=0)
-        if value > 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
+    checks.discounts(gamma, gae_lambda)
+    if choose_backend(backend, rewards, values).name == "triton":
+        from .triton_gae import gae_rows
+
+        return gae_rows(rewards, values, mask, gamma, gae_lambda, bootstrap_values)[1:]
     return losses.gae(rewards, values, mask, gamma, gae_lambda, bootstrap_values)
 
 

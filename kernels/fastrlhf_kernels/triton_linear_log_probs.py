@@ -294,6 +294,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """sums (fp32) += a @ b."""
     if a.dtype == b.dtype and a.is_cuda and a.dtype != torch.float32:
-        sums.add_(torch.mm(a, b, out_dtype=torch.float32))
+        torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
     else:
         sums.addmm_(a.float(), b.float())

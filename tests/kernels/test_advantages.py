@@ -177,3 +177,22 @@ def test_nothing_here_carries_a_gradient():
         kernels.shape_rewards(x[:, 0], x, x, mask, kl_coef=1.0),
     )
     assert not any(t.requires_grad for t in results)
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+def test_shape_and_gae_is_the_three_functions_in_a_row(whiten):
+    torch.manual_seed(0)
+    scores, mask = torch.randn(4), torch.rand(4, 9) < 0.7
+    log_probs, refs, values = torch.randn(3, 4, 9)
+    found = kernels.shape_and_gae(
+        scores, log_probs, refs, values, mask, kl_coef=0.1, gamma=0.9, estimator="k3", whiten=whiten, backend="torch"
+    )
+    rewards = kernels.shape_rewards(scores, log_probs, refs, mask, kl_coef=0.1, estimator="k3")
+    advantages, returns = kernels.gae(rewards, values, mask, gamma=0.9, backend="torch")
+    advantages = kernels.masked_whiten(advantages, mask) if whiten else advantages
+    for a, b in zip(found, (rewards, advantages, returns), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="gae_lambda must be in"):
+        kernels.shape_and_gae(scores, log_probs, refs, values, mask, kl_coef=0.1, gae_lambda=1.5)
+    with pytest.raises(ValueError, match="scores has shape"):
+        kernels.shape_and_gae(scores[:2], log_probs, refs, values, mask, kl_coef=0.1)
