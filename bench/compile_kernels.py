@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrlhf_kernels import triton_gae, triton_linear_log_probs, triton_log_probs, tuning
+from fastrlhf_kernels import triton_gae, triton_linear_log_probs, triton_log_probs, triton_ppo_losses, tuning
 from fastrlhf_kernels.losses import LossOptions
 from fastrlhf_kernels.triton_launch import Launch, recorded
 
@@ -100,7 +100,12 @@ def token_shapes() -> Iterator[Callable[[], Any]]:
             shaping = (scores, tokens, tokens, 0.1, "k3")
             triton_gae.gae_rows(None, tokens, mask, 1.0, 0.95, scores, shaping=shaping, whiten_eps=1e-8)
 
+        def losses(tokens=tokens, mask=mask):
+            options = LossOptions(0.2, 0.2, 3.0)
+            triton_ppo_losses.both_losses(*[tokens] * 6, mask, tokens, meta(), options, 0.2)
+
         yield advantages
+        yield losses
 
 
 def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:

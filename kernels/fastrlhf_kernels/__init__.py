@@ -1,6 +1,7 @@
 """RLHF kernels on plain tensors: log-probs without logits, PPO losses, advantages, sampling."""
 
 from .advantages import ShapedAdvantages, shape_and_gae
+from .both_losses import PPOLosses, ppo_losses
 from .functional import (
     PPOLoss,
     SampledTokens,
@@ -19,6 +20,7 @@ from .functional import (
 
 __all__ = [
     "PPOLoss",
+    "PPOLosses",
     "SampledTokens",
     "ShapedAdvantages",
     "gae",
@@ -26,6 +28,7 @@ __all__ = [
     "linear_log_probs",
     "linear_ppo_loss",
     "masked_whiten",
+    "ppo_losses",
     "ppo_policy_loss",
     "ppo_value_loss",
     "sample_tokens",

@@ -257,3 +257,44 @@ def _loss_backward(ctx, grad, *_):
 for _op, _outputs in ((ppo_policy_loss, 5), (ppo_value_loss, 7)):
     _op.register_fake(_loss_fake(_outputs))
     _op.register_autograd(_loss_backward, setup_context=_loss_setup)
+
+
+@operator(
+    "ppo_losses",
+    "(Tensor log_probs, Tensor values, Tensor old_log_probs, Tensor advantages, Tensor old_values, Tensor returns, "
+    "Tensor mask, Tensor? weights, Tensor count, float clip_low, float clip_high, float? dual_clip, "
+    "float? value_clip) -> (Tensor, Tensor, Tensor)",
+)
+def ppo_losses(log_probs, values, old, adv, old_values, returns, mask, weights, count, *scalars):
+    """Triton only: the sums of `triton_ppo_losses` (0 and 4 are the losses), and the two gradients."""
+    from .triton_ppo_losses import both_losses
+
+    options, value_clip = LossOptions(*scalars[:3]), scalars[3]
+    return both_losses(
+        log_probs, old, adv, values, old_values, returns, mask, weights, count.float(), options, value_clip
+    )
+
+
+@ppo_losses.register_fake
+def _(log_probs, values, *_):
+    grads = (torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in (log_probs, values))
+    return log_probs.new_empty(9, dtype=torch.float32), *grads
+
+
+def _losses_setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes, ctx.inputs = [t.dtype for t in inputs[:2]], len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _losses_backward(ctx, grad, *_):
+    once_differentiable()
+    if grad is None:
+        return (None,) * ctx.inputs
+    policy, value = ctx.saved_tensors
+    policy, value = (policy * grad[0]).to(ctx.dtypes[0]), (value * grad[4]).to(ctx.dtypes[1])
+    return policy, value, *(None,) * (ctx.inputs - 2)
+
+
+ppo_losses.register_autograd(_losses_backward, setup_context=_losses_setup)
