@@ -5,8 +5,8 @@
 The launchers run on `meta` tensors while a recorder takes the place of the GPU: what is compiled is what they would
 start, with the tiles of `tuning.py` for that chip. One line a kernel and target: registers, stack bytes (spills),
 shared memory, tensor-core instructions, 16-byte global loads. Exit code 1 when a kernel has a stack, needs more shared
-memory than the chip has, or holds a matrix product that does not reach the tensor cores. CI compiles one shape of
-each kernel; --all all of them.
+memory than the chip has, or holds a matrix product that does not reach the tensor cores (IEEE fp32 cannot). CI
+compiles one shape of each kernel and kind of product; --all all of them.
 """
 
 from __future__ import annotations
@@ -109,16 +109,25 @@ def token_shapes() -> Iterator[Callable[[], Any]]:
 
 
 def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:
-    """What the launchers would start on `chip`; without `everything` the first of each kernel."""
+    """What the launchers would start on `chip`; without `everything` the first of each kernel and kind of product."""
     found: list[Launch] = []
     with tuning.pretend(chip), recorded() as records:
         for call in (*shapes(), *token_shapes()):
             call()
         for record in records:
             same = [other for other in found if other.kernel is record.kernel]
-            if not same or (everything and record.constants not in [other.constants for other in same]):
+            if everything:
+                new = record.constants not in [other.constants for other in same]
+            else:
+                new = _variant(record) not in [_variant(other) for other in same]
+            if new:
                 found.append(record)
     return found
+
+
+def _variant(launch: Launch) -> tuple[Any, ...]:
+    """What makes another matrix product of it: an adapter, operands in fp32."""
+    return launch.constants.get("LORA"), launch.constants.get("WIDE")
 
 
 def source(launch: Launch) -> ASTSource:
@@ -154,7 +163,8 @@ def compile_one(launch: Launch, chip: tuning.Chip) -> dict[str, Any]:
     row |= _amd(made.asm["amdgcn"]) if "amdgcn" in made.asm else _nvidia(made.asm["cubin"])
     row["shared"] = made.metadata.shared
     allowed, _ = tuning.STACK_ALLOWED.get((row["kernel"], chip.name), (0, ""))
-    dots = "tt.dot" in made.asm["ttir"]
+    exact = launch.constants.get("WIDE") and not launch.constants.get("LORA")  # IEEE fp32 has no tensor core
+    dots = "tt.dot" in made.asm["ttir"] and not exact
     row["ok"] = row["stack"] <= allowed and row["shared"] <= chip.shared and (row["mma"] > 0 or not dots)
     return row
 

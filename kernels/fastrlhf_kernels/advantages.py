@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, losses
+from . import checks, losses, ops
 from .backend import choose_backend
 
 
@@ -58,13 +58,10 @@ def shape_and_gae(
     checks.discounts(gamma, gae_lambda)
     checks.estimator("estimator", estimator)
     if choose_backend(backend, scores, log_probs, ref_log_probs, values).name == "triton":
-        from .triton_gae import gae_rows
-
-        shaping = (scores, log_probs, ref_log_probs, kl_coef, estimator)
+        shaping = (scores, log_probs, ref_log_probs, float(kl_coef), estimator, float(eps) if whiten else None)
         return ShapedAdvantages(
-            *gae_rows(None, values, mask, gamma, gae_lambda, bootstrap_values, shaping=shaping,
-                      whiten_eps=eps if whiten else None)
-        )  # fmt: skip
+            *ops.gae(None, values, mask, float(gamma), float(gae_lambda), bootstrap_values, *shaping)
+        )
     rewards = losses.shape_rewards(scores, log_probs, ref_log_probs, mask, kl_coef, estimator)
     advantages, returns = losses.gae(rewards, values, mask, gamma, gae_lambda, bootstrap_values)
     if whiten:

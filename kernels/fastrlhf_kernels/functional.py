@@ -175,9 +175,8 @@ def gae(
     checks.devices(values=values, bootstrap_values=bootstrap_values)
     checks.discounts(gamma, gae_lambda)
     if choose_backend(backend, rewards, values).name == "triton":
-        from .triton_gae import gae_rows
-
-        return gae_rows(rewards, values, mask, gamma, gae_lambda, bootstrap_values)[1:]
+        shaping = (None, None, None, 0.0, "k1", None)
+        return ops.gae(rewards, values, mask, float(gamma), float(gae_lambda), bootstrap_values, *shaping)[1:]
     return losses.gae(rewards, values, mask, gamma, gae_lambda, bootstrap_values)
 
 

@@ -22,7 +22,8 @@ HEAD = (
 def operator(name: str, schema: str):
     def register(body):
         def outside_autocast(*args):
-            with torch.autocast(args[0].device.type, enabled=False):
+            device = next(a.device for a in args if isinstance(a, Tensor))
+            with torch.autocast(device.type, enabled=False):
                 return body(*args)
 
         return torch.library.custom_op(f"fastrlhf::{name}", outside_autocast, mutates_args=(), schema=schema)
@@ -262,6 +263,38 @@ def _token_backward(ctx, g, ge, *_):
 
 
 token_log_probs.register_autograd(_token_backward, setup_context=_token_setup)
+
+
+# --- advantages: the Triton kernels, as an operator only under torch.compile too --------------------------------------
+
+
+@operator(
+    "gae",
+    "(Tensor? rewards, Tensor values, Tensor mask, float gamma, float gae_lambda, Tensor? bootstrap, Tensor? scores, "
+    "Tensor? log_probs, Tensor? ref_log_probs, float kl_coef, str estimator, float? whiten_eps) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def gae_operator(rewards, values, *rest):
+    shaped, advantages, returns = _gae(rewards, values, *rest)
+    return values.new_empty(0, dtype=torch.float32) if shaped is None else shaped, advantages, returns
+
+
+@gae_operator.register_fake
+def _(rewards, values, mask, *_):
+    shapes = (mask.shape if rewards is None else (0,), mask.shape, mask.shape)
+    return tuple(values.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _gae(rewards, values, mask, gamma, gae_lambda, bootstrap, scores, log_probs, refs, kl_coef, estimator, whiten_eps):
+    from .triton_gae import gae_rows
+
+    shaping = None if scores is None else (scores, log_probs, refs, kl_coef, estimator)
+    return gae_rows(rewards, values, mask, gamma, gae_lambda, bootstrap, shaping=shaping, whiten_eps=whiten_eps)
+
+
+def gae(*args):
+    """Triton only: (rewards, advantages, returns); arguments as in the operator's schema."""
+    return (gae_operator if torch.compiler.is_compiling() else _gae)(*args)
 
 
 # --- sampling: an operator only under torch.compile; a decode step calls `draw` itself --------------------------------

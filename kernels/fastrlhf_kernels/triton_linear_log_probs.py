@@ -188,7 +188,7 @@ class Head(NamedTuple):
             "SOFTCAP": self.softcap is not None,
             "WIDE": not self.half or INTERPRET,  # the interpreter multiplies the bits of bf16 numbers
             "PRECISION": "tf32" if tf32 else "ieee",
-            "LORA_PRECISION": "ieee" if INTERPRET or torch.version.hip else "tf32x3",
+            "LORA_PRECISION": "ieee" if INTERPRET or tuning.chip_of(self.x.device).name.startswith("gfx") else "tf32x3",
         }
 
     def scalars(self, temperature: float) -> tuple[float, float, float]:
@@ -204,7 +204,7 @@ def linear_forward(head: Head, labels: Tensor, *, entropy: bool, batch_invariant
     entropies = log_probs.new_empty(n if entropy else 0)
     degrees, number, per_token = split_degrees(head.temperature, log_probs)
     chip = tuning.chip_of(device)
-    tile = tuning.product_tile(chip, n, head.half, batch_invariant=batch_invariant)
+    tile = tuning.product_tile(chip, n, head.half, adapter=head.v is not None, batch_invariant=batch_invariant)
     blocks = -(-n // tile.rows)
     splits, columns = tuning.product_splits(chip, blocks, vocabulary, tile, batch_invariant=batch_invariant)
     parts = [log_probs.new_empty(n, splits) for _ in range(3)]
@@ -228,7 +228,7 @@ def linear_backward(head: Head, labels: Tensor, g, ge, entropy, top, total, need
     x, weight, device = head.x, head.weight, head.x.device
     need_x, need_w, need_bias, need_lora = need
     degrees, number, per_token = split_degrees(head.temperature, top)
-    tile = tuning.product_tile(tuning.chip_of(device), n, head.half, backward=True)
+    tile = tuning.product_tile(tuning.chip_of(device), n, head.half, adapter=head.v is not None, backward=True)
     blocks, slice_columns = -(-n // tile.rows), _slice_columns(n, vocabulary)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     gain = _gain(dtype, g, ge, top)

@@ -121,15 +121,20 @@ PRODUCT_TILES = {  # half precision: (long batches, decode-sized batches). Point
     "gfx942": (Tile(128, 128, 8, 1), Tile(16, 128, 4, 1, 128)),
     "interpreter": (Tile(64, 256, 4, 1, 64), Tile(16, 256, 4, 1, 64)),
 }
-FP32_TILE = Tile(64, 64, 8, 2, 32)
+ADAPTER_TILE = Tile(128, 64, 8, 2)  # with LoRA: the fp32 operands of the adapter need registers too
+FP32_TILE = Tile(32, 64, 4, 2, 32)  # IEEE fp32 has no tensor core: larger tiles spill
 
 
-def product_tile(chip: Chip, n: int, half: bool, *, batch_invariant: bool = False, backward: bool = False) -> Tile:
+def product_tile(
+    chip: Chip, n: int, half: bool, *, adapter: bool = False, batch_invariant: bool = False, backward: bool = False
+) -> Tile:
     """Tile of a product with the head for `n` rows, `half`: of bf16 or fp16; batch_invariant: the same for every n."""
     if not half and chip.name != "interpreter":
         return FP32_TILE
     long, short = PRODUCT_TILES.get(chip.name, PRODUCT_TILES["sm_86"])
-    return short if n <= 16 and not batch_invariant and not backward else long
+    if n <= 16 and not batch_invariant and not backward:
+        return short
+    return ADAPTER_TILE if adapter and chip.name != "interpreter" else long
 
 
 def product_splits(
