@@ -26,7 +26,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrlhf_kernels import triton_gae, triton_linear_log_probs, triton_log_probs, triton_ppo_losses, tuning
+from fastrlhf_kernels import (
+    triton_attention,
+    triton_gae,
+    triton_linear_log_probs,
+    triton_linear_sampling,
+    triton_log_probs,
+    triton_ppo_losses,
+    triton_sampling,
+    tuning,
+)
 from fastrlhf_kernels.losses import LossOptions
 from fastrlhf_kernels.triton_launch import Launch, recorded
 
@@ -39,8 +48,8 @@ TARGETS = {
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 MMA = r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA|IMMA|QGMMA|DMMA)\b"
 POINTERS = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
-    torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8",
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8",
 }  # fmt: skip
 
 
@@ -108,11 +117,48 @@ def token_shapes() -> Iterator[Callable[[], Any]]:
         yield losses
 
 
+def decode_shapes() -> Iterator[Callable[[], Any]]:
+    """The kernels of a step of generation."""
+    for batch, vocabulary, width, dtype in ((64, 151936, 1536, torch.bfloat16), (8, 49152, 576, torch.float32)):
+        rows = meta(batch, dtype=torch.int64)
+        logits = meta(batch, vocabulary, dtype=dtype)
+        head = triton_linear_sampling.Head.build(
+            meta(batch, width, dtype=dtype), meta(vocabulary, width, dtype=dtype), None, None, 1.0, 1.0, None, None,
+            None, 1.0
+        )  # fmt: skip
+        for top_k, top_p in ((0, 1.0), (50, 0.9)):
+
+            def sample(logits=logits, top_k=top_k, top_p=top_p, rows=rows):
+                triton_sampling.draw(logits, 0.7, top_k, top_p, 1, rows, rows)
+
+            def linear_sample(head=head, top_k=top_k, top_p=top_p, rows=rows):
+                triton_linear_sampling.linear_draw(head, 0.7, top_k, top_p, 1, rows, rows)
+
+            yield sample
+            yield linear_sample
+    for batch, heads, groups, size, dtype in (
+        (64, 12, 2, 128, torch.bfloat16),
+        (256, 14, 2, 64, torch.bfloat16),
+        (2, 16, 8, 256, torch.bfloat16),
+        (4, 8, 8, 80, torch.float16),
+        (16, 9, 3, 64, torch.float32),
+        (16, 4, 4, 256, torch.float32),
+    ):
+        q, cache = meta(batch, heads, size, dtype=dtype), meta(batch, 1024, groups, size, dtype=dtype)
+        lengths = meta(batch, dtype=torch.int32)
+        for softcap, window in ((None, None), (50.0, 512)):
+
+            def attention(q=q, cache=cache, lengths=lengths, softcap=softcap, window=window):
+                triton_attention.attend(q, cache, cache, lengths, 0.1, softcap, window)
+
+            yield attention
+
+
 def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:
     """What the launchers would start on `chip`; without `everything` the first of each kernel and kind of product."""
     found: list[Launch] = []
     with tuning.pretend(chip), recorded() as records:
-        for call in (*shapes(), *token_shapes()):
+        for call in (*shapes(), *token_shapes(), *decode_shapes()):
             call()
         for record in records:
             same = [other for other in found if other.kernel is record.kernel]
@@ -163,10 +209,15 @@ def compile_one(launch: Launch, chip: tuning.Chip) -> dict[str, Any]:
     row |= _amd(made.asm["amdgcn"]) if "amdgcn" in made.asm else _nvidia(made.asm["cubin"])
     row["shared"] = made.metadata.shared
     allowed, _ = tuning.STACK_ALLOWED.get((row["kernel"], chip.name), (0, ""))
-    exact = launch.constants.get("WIDE") and not launch.constants.get("LORA")  # IEEE fp32 has no tensor core
+    exact = (launch.constants.get("WIDE") or _fp32_operands(launch)) and not launch.constants.get("LORA")
     dots = "tt.dot" in made.asm["ttir"] and not exact
     row["ok"] = row["stack"] <= allowed and row["shared"] <= chip.shared and (row["mma"] > 0 or not dots)
     return row
+
+
+def _fp32_operands(launch: Launch) -> bool:
+    """Whether its products are of fp32 numbers in IEEE precision, for which there is no tensor core."""
+    return launch.constants.get("PRECISION") == "ieee" and launch.arguments[0].dtype == torch.float32
 
 
 def _nvidia(cubin: bytes) -> dict[str, int]:

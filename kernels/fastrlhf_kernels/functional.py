@@ -18,7 +18,6 @@ from torch import Tensor
 
 from . import checks, loss_ops, losses, ops
 from .backend import choose_backend
-from .sampling import draw
 
 Lora = checks.Lora
 
@@ -32,14 +31,6 @@ class PPOLoss(NamedTuple):
 
     loss: Tensor
     stats: dict[str, Tensor]
-
-
-class SampledTokens(NamedTuple):
-    """tokens [B] int64, log_probs [B] of the distribution drawn from, policy_log_probs [B] of softmax(logits / T)."""
-
-    tokens: Tensor
-    log_probs: Tensor
-    policy_log_probs: Tensor
 
 
 def token_log_probs(
@@ -395,52 +386,3 @@ def _with_tokens(results: tuple[Tensor, ...], labels: Tensor) -> PPOLoss:
     return PPOLoss(
         loss, named | {"log_probs": log_probs.view(labels.shape), "token_entropy": entropy.view(labels.shape)}
     )
-
-
-@torch.no_grad()
-def sample_tokens(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int,
-    offset: int | Tensor = 0,
-    stream: Tensor | None = None,
-    backend: str = "auto",
-    validate: bool | None = None,
-) -> SampledTokens:
-    """Draw one token for each row of logits [B, V].
-
-    The token depends only on its logits row and on (seed, stream, offset): Philox4x32-10 with the seed as key and
-    (stream, offset) as counter gives one uniform number, and the token is found by inverse CDF. stream [B] is the id
-    of the sequence (default 0..B-1), offset (a number or [B]) the position in the response.
-    Order: temperature, top_k (0 or > V: off), top_p on what is left (a token is kept while the mass before it is
-    < top_p); ties at a threshold are kept. temperature=0: the largest logit, lowest id first, with log_probs 0 and
-    policy_log_probs of softmax(logits). A row without any finite logit gives some token and NaN log-probs.
-    """
-    choose_backend(backend, kernel=False)
-    checks.floating(logits=logits)
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; expected [B, V] with V >= 1")
-    checks.number("temperature", temperature, low=0)
-    checks.number("top_p", top_p)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    for name, value in (("top_k", top_k), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{name} must be an int, got {type(value).__name__}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be >= 0, got {top_k}")
-    batch = logits.shape[:1]
-    if stream is None:
-        stream = torch.arange(batch[0], device=logits.device)
-    if not isinstance(offset, Tensor):
-        checks.number("offset", offset, low=0)
-        offset = torch.full(batch, int(offset), dtype=torch.int64, device=logits.device)
-    checks.integers(stream=stream, offset=offset)
-    checks.shapes(batch, "the rows of logits", stream=stream, offset=offset)
-    checks.devices(logits=logits, stream=stream, offset=offset)
-    seed = ((seed + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)  # 64 bits, as the signed number an operator takes
-    run = ops.sample_tokens if torch.compiler.is_compiling() else draw  # 0.1 ms a call less without the dispatcher
-    return SampledTokens(*run(logits, temperature, top_k, top_p, seed, offset.long(), stream.long()))

@@ -1,4 +1,4 @@
-"""The torch.library operators of log-probs and sampling: schema, fake (shape) functions and autograd.
+"""The torch.library operators of log-probs and advantages: schema, fake (shape) functions and autograd.
 
 An operator is opaque to torch.compile, runs outside autocast (its results are fp32), and differentiates once.
 `linear_log_probs` and `token_log_probs` have a backward operator of their own.
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from . import chunked
 from .checks import wide
-from .sampling import draw
 
 HEAD = (
     "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? temperatures, float temperature, "
@@ -295,22 +294,3 @@ def _gae(rewards, values, mask, gamma, gae_lambda, bootstrap, scores, log_probs,
 def gae(*args):
     """Triton only: (rewards, advantages, returns); arguments as in the operator's schema."""
     return (gae_operator if torch.compiler.is_compiling() else _gae)(*args)
-
-
-# --- sampling: an operator only under torch.compile; a decode step calls `draw` itself --------------------------------
-
-
-@operator(
-    "sample_tokens",
-    "(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor offset, Tensor stream) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-def sample_tokens(*args):
-    return draw(*args)
-
-
-@sample_tokens.register_fake
-def _(logits, *_):
-    n, dtype = len(logits), wide(logits)
-    tokens = logits.new_empty(n, dtype=torch.int64)
-    return tokens, logits.new_empty(n, dtype=dtype), logits.new_empty(n, dtype=dtype)

@@ -216,3 +216,17 @@ def sample_tokens(logits, *, temperature=1.0, top_k=0, top_p=1.0, seed, offset=0
         log_probs.append(float(log_p[row, tokens[-1]] - cdf[-1].log()))
     tokens = torch.tensor(tokens, dtype=torch.int64)
     return tokens, log_p.new_tensor(log_probs), log_p[torch.arange(len(tokens)), tokens]
+
+
+def decode_attention(q, k, v, lengths, *, scale, softcap=None, window=None):
+    out = torch.zeros_like(q)
+    repeat = q.shape[1] // k.shape[2]
+    for row, length in enumerate(lengths.tolist()):
+        first = 0 if window is None else max(0, length - window)
+        for head in range(q.shape[1]):
+            keys, values = (t[row, first:length, head // repeat] for t in (k, v))
+            scores = scale * keys @ q[row, head]
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            out[row, head] = torch.softmax(scores, 0) @ values
+    return out

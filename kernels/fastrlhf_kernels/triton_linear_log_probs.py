@@ -34,7 +34,7 @@ def _operand(start, rows, depth, low, stride, row_live, width, WIDE: tl.constexp
 
 
 @triton.jit
-def _logits(
+def head_logits(
     x, w, bias, v, lora_b, rows, columns, row_live, column_live, x_stride, w_stride, width, rank, logit_scale, softcap,
     BIAS: tl.constexpr, LORA: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     LORA_PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -86,9 +86,9 @@ def _linear_forward(
     for low in range(first, last, COLUMNS):
         columns = low + tl.arange(0, COLUMNS).to(tl.int64)
         column_live = columns < last
-        z, _ = _logits(x, w, bias, v, lora_b, rows, columns, live, column_live, x_stride, w_stride, width, rank,
-                       logit_scale, softcap, BIAS, LORA, SOFTCAP, WIDE, PRECISION, LORA_PRECISION, ROWS, COLUMNS,
-                       DEPTH)  # fmt: skip
+        z, _ = head_logits(x, w, bias, v, lora_b, rows, columns, live, column_live, x_stride, w_stride, width, rank,
+                           logit_scale, softcap, BIAS, LORA, SOFTCAP, WIDE, PRECISION, LORA_PRECISION, ROWS, COLUMNS,
+                           DEPTH)  # fmt: skip
         target += tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
         z = tl.where(column_live[None, :], z, float("-inf"))
         new = tl.maximum(top, tl.max(z, 1))
@@ -121,9 +121,9 @@ def _linear_backward(
     columns = first + (program // blocks) * COLUMNS + tl.arange(0, COLUMNS)
     live = rows < n
     column_live = columns < last
-    z, slope = _logits(x, w, bias, v, lora_b, rows, columns, live, column_live, x_stride, w_stride, width, rank,
-                       logit_scale, softcap, BIAS, LORA, SOFTCAP, WIDE, PRECISION, LORA_PRECISION, ROWS, COLUMNS,
-                       DEPTH)  # fmt: skip
+    z, slope = head_logits(x, w, bias, v, lora_b, rows, columns, live, column_live, x_stride, w_stride, width, rank,
+                           logit_scale, softcap, BIAS, LORA, SOFTCAP, WIDE, PRECISION, LORA_PRECISION, ROWS, COLUMNS,
+                           DEPTH)  # fmt: skip
     label = tl.load(labels + rows, mask=live, other=-1).to(tl.int64)
     inverse = inverse_temperature(temperatures, temperature, rows, live, PER_TOKEN)
     base = finite(tl.load(tops + rows, mask=live, other=0.0))

@@ -44,7 +44,9 @@ CHIPS = {
     )
 }
 # (kernel, chip) -> bytes of stack that are accepted, and why; at most two (bench/compile_kernels.py)
-STACK_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {}
+STACK_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
+    ("_linear_sums", "sm_100"): (16, "fp32 operands only, outside the product's inner loop; smaller tiles have it too"),
+}
 INTERPRETER = Chip("interpreter", 32, 2, 1 << 30)
 _chosen: Chip | None = None
 _found: dict[int, Chip] = {}
@@ -152,3 +154,20 @@ def product_splits(
     least = -(-vocabulary // splits)
     columns = -(-least // tile.columns) * tile.columns
     return -(-vocabulary // columns), columns
+
+
+# --- decode attention ---
+
+
+def attention_tile(chip: Chip, size: int, element_size: int) -> Tile:
+    """Tile for heads of `size` numbers: 16 query heads, positions of a step, and the size as a power of two."""
+    depth = max(16, 1 << (size - 1).bit_length())
+    if element_size == 4:  # IEEE fp32 has no tensor core: larger tiles spill
+        return Tile(16, max(16, min(32, 2048 // depth)), 8 if depth > 128 else 4, 2, depth)
+    return Tile(16, max(16, min(64, 8192 // depth)), 4, 2, depth)  # keys and values of 32 KiB a stage
+
+
+def attention_splits(chip: Chip, programs: int, positions: int) -> int:
+    """Parts of the positions, of at least 128: two programs a multiprocessor, if there are not that many anyway."""
+    wanted = -(-2 * chip.multiprocessors // max(1, programs))
+    return max(1, min(wanted, positions // 128, 64))

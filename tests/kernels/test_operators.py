@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrlhf_kernels as kernels
-from fastrlhf_kernels import backend, loss_ops, ops
+from fastrlhf_kernels import backend, loss_ops, ops, sampling_ops
 
 
 def problem(n=6, width=5, vocabulary=23):
@@ -73,7 +73,7 @@ def operator_cases():
         ),
         "ppo_policy_loss": (loss_ops.ppo_policy_loss, (leaf, per_token, per_token, mask, None, count, 0.2, 0.2, None)),
         "ppo_value_loss": (loss_ops.ppo_value_loss, (leaf, per_token, per_token, mask, None, count, 0.2)),
-        "sample_tokens": (ops.sample_tokens, (logits.detach(), 1.0, 5, 0.9, 3, stream, stream)),
+        "sample_tokens": (sampling_ops.sample_operator, (logits.detach(), 1.0, 5, 0.9, 3, stream, stream, False)),
     }
 
 

@@ -1,0 +1,277 @@
+"""One token a row in Triton: block sums, top-k and top-p thresholds without a sort, inverse CDF from one uniform.
+
+1. `_sums`: maximum and sum of exponentials of every block of the vocabulary, one read of the logits.
+2. `_narrow`, only with top-k or top-p: 8 thresholds at a time on the logits' bits, read as ordered integers, down to
+   the last bit: at most 11 reads, which stay in the L2 cache.
+3. `_draw`: the block in which the uniform number falls, and the token in it. Sums over blocks run in float64.
+The random words are those of `reference.philox_4x32`, and no kernel waits for the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .triton_launch import launch
+from .triton_terms import FLOOR, LN2, LOG2E, finite
+
+PASSES = 11  # of 3 bits: 2 ** 32 keys become one
+LOWEST = -(2**31)  # the key below all others: nothing is filtered
+
+
+@triton.jit
+def ordered(x):
+    """The bits of a float32 as an int32 that sorts as the numbers do; NaN is above +inf."""
+    x = tl.where(x == 0.0, 0.0, x)  # -0 is 0
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def uniform(seed, stream, offset):
+    """53 random bits of (seed, stream, offset) as a float64 in [0, 1): words 0 and 1 of Philox4x32-10."""
+    first, second, _, _ = tl.philox(
+        seed, stream.to(tl.uint32), (stream >> 32).to(tl.uint32), offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
+    )
+    number = (first.to(tl.uint64) << 21) | (second.to(tl.uint64) >> 11)
+    return number.to(tl.float64) * 1.1102230246251565e-16
+
+
+@triton.jit
+def pick(weights, places, point):
+    """Of weights >= 0 in float64: the first place whose running sum is above `point`, and the sum before it.
+
+    The last place with any weight stands in where rounding leaves none. NaN: place 0.
+    """
+    running = tl.cumsum(weights, 0)
+    last = tl.max(tl.where(weights > 0, places, 0), 0)
+    place = tl.minimum(tl.sum((running <= point).to(tl.int32), 0), last)
+    return place, tl.sum(tl.where(places < place, weights, 0.0), 0)
+
+
+@triton.jit
+def _sums(
+    logits, floors, tops, totals, vocabulary, stride, blocks, groups, temperature,
+    FILTER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS blocks of COLUMNS logits of one row."""
+    program = tl.program_id(0)  # divided in 32 bits: a division in 64 is a call
+    row, block = (program // groups).to(tl.int64), (program % groups) * ROWS + tl.arange(0, ROWS)
+    column = block[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    x = tl.load(logits + row * stride + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, 1)
+    if FILTER:
+        x = tl.where(ordered(x) >= tl.load(floors + row), x, float("-inf"))
+    scale = LOG2E / (tl.full((ROWS, 1), 1.0, tl.float32) * temperature)
+    e = tl.exp2((x - finite(top)[:, None]) * scale)
+    place = row * blocks + block
+    tl.store(tops + place, top, mask=block < blocks)
+    tl.store(totals + place, tl.sum(e, 1), mask=block < blocks)
+
+
+@triton.jit
+def _narrowed(sums, row, low, high, wanted, top_p, splits, COUNT: tl.constexpr, SPLITS: tl.constexpr):
+    """The eighth of [low, high) that the last pass leaves, and the measure that is wanted at or above its low end."""
+    part, threshold = tl.arange(0, SPLITS), tl.arange(0, 8)
+    place = (row * splits + part[:, None]) * 8 + threshold[None, :]
+    above = tl.sum(tl.load(sums + place, mask=(part < splits)[:, None], other=0.0), 0)
+    if not COUNT:  # the first pass of top-p only sees how much mass there is
+        all_of_it = tl.sum(tl.where(threshold == 0, above, 0.0), 0)
+        wanted = tl.where(wanted < 0, all_of_it * top_p, wanted)
+    step = (high - low + 7) // 8
+    kept = (above >= wanted) & (low + threshold * step < high)
+    chosen = tl.max(tl.where(kept, threshold, 0), 0)
+    new_low = low + chosen * step
+    new_high = tl.minimum(new_low + step, high)
+    if COUNT:  # one logit is left: a threshold between it and the next one is as good
+        found = tl.sum(tl.where((threshold == chosen) | (threshold == chosen + 1), above, 0.0)
+                       * tl.where(threshold == chosen, 1.0, -1.0), 0)  # fmt: skip
+        new_high = tl.where((found == 1.0) & (chosen < 7), new_low + 1, new_high)
+    return new_low, new_high, wanted
+
+
+@triton.jit
+def _narrow(
+    logits, tops, bounds, wants, sums, new_bounds, new_wants, new_sums, floors,
+    vocabulary, stride, blocks, splits, chunks, temperature, top_k, top_p,
+    FIRST: tl.constexpr, LAST: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of one part of one row: how many logits (COUNT), or how much of the mass, is at or above each of 8 thresholds.
+
+    Kept are the logits at or above the largest threshold that has `wanted` at or above it: top_k logits, or top_p of
+    the mass at or above `floors` (the result of top-k). Each pass first reads where the one before it arrived: FIRST
+    has none, LAST only writes the result.
+    """
+    program = tl.program_id(0)
+    row, part = (program // splits).to(tl.int64), program % splits
+    if FIRST:
+        low = tl.load(floors + row).to(tl.int64)
+        high = tl.full((), 2147483648, tl.int64)
+        wanted = tl.full((), 1.0, tl.float64) * top_k
+        if not COUNT:
+            wanted = wanted * 0.0 - 1.0
+    else:
+        low, high, wanted = _narrowed(
+            sums, row, tl.load(bounds + row * 2), tl.load(bounds + row * 2 + 1), tl.load(wants + row), top_p, splits,
+            COUNT, SPLITS
+        )  # fmt: skip
+    if LAST:
+        tl.store(floors + row, low.to(tl.int32), mask=part == 0)
+    else:
+        tl.store(new_bounds + row * 2, low, mask=part == 0)
+        tl.store(new_bounds + row * 2 + 1, high, mask=part == 0)
+        tl.store(new_wants + row, wanted, mask=part == 0)
+        if high - low > 1:  # where nothing is left to find, no later pass looks at the sums
+            threshold = tl.arange(0, 8)
+            limit = low + threshold * ((high - low + 7) // 8)
+            above = tl.zeros((8,), tl.float64)
+            block = tl.arange(0, BLOCKS)
+            top = tl.max(tl.load(tops + row * blocks + block, mask=block < blocks, other=float("-inf")), 0)
+            scale = LOG2E / (tl.full((), 1.0, tl.float32) * temperature)
+            for chunk in range(0, chunks):
+                column = (part * chunks + chunk) * COLUMNS + tl.arange(0, COLUMNS)
+                live = column < vocabulary
+                x = tl.load(logits + row * stride + column, mask=live, other=float("-inf")).to(tl.float32)
+                if COUNT:
+                    amount = live.to(tl.float32)
+                else:
+                    amount = tl.exp2((x - finite(top)) * scale)
+                counted = (ordered(x).to(tl.int64)[None, :] >= limit[:, None]) & live[None, :]
+                above += tl.sum(tl.where(counted, amount[None, :], 0.0), 1).to(tl.float64)
+            tl.store(new_sums + (row * splits + part) * 8 + threshold, above)
+
+
+@triton.jit
+def choose_block(tops, totals, row, u, blocks, scale, GREEDY: tl.constexpr, BLOCKS: tl.constexpr):
+    """(block, fraction of its mass at which the point lies, maximum of the row, sum of exponentials of the row)."""
+    block = tl.arange(0, BLOCKS)
+    top = tl.load(tops + row * blocks + block, mask=block < blocks, other=float("-inf"))
+    total = tl.load(totals + row * blocks + block, mask=block < blocks, other=0.0)
+    highest = tl.max(top, 0)
+    weights = total.to(tl.float64) * tl.exp2(tl.maximum((top - finite(highest)) * scale, FLOOR)).to(tl.float64)
+    mass = tl.sum(weights, 0)
+    if GREEDY:
+        chosen = tl.min(tl.where(top == highest, block, BLOCKS - 1), 0)
+        fraction = tl.zeros((), tl.float64)
+    else:
+        point = u * mass
+        chosen, before = pick(weights, block, point)
+        fraction = (point - before) / tl.sum(tl.where(block == chosen, weights, 0.0), 0)
+    return tl.minimum(chosen, blocks - 1), fraction, highest, mass
+
+
+@triton.jit
+def finish(
+    x, column, inside, row, fraction, highest, mass, plain_mass, scale, tokens, log_probs, policy_log_probs,
+    GREEDY: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The token among the logits `x` of the chosen block (-inf where filtered), and both log-probs of it."""
+    place = tl.arange(0, COLUMNS)
+    if GREEDY:
+        best = tl.max(tl.where(inside, x, float("-inf")), 0)
+        index = tl.min(tl.where((x == best) & inside, place, COLUMNS - 1), 0)
+    else:
+        e = tl.exp2((x - finite(tl.max(tl.where(inside, x, float("-inf")), 0))) * scale).to(tl.float64)
+        e = tl.where(inside, e, 0.0)
+        index, _ = pick(e, place, fraction * tl.sum(e, 0))
+    index = tl.minimum(index, tl.max(tl.where(inside, place, 0), 0))
+    logit = tl.sum(tl.where(place == index, x, 0.0), 0)
+    distance = (logit - finite(highest)) * scale
+    policy = LN2 * (distance - tl.log2(plain_mass.to(tl.float32)))
+    drawn = LN2 * (distance - tl.log2(mass.to(tl.float32)))
+    if GREEDY:
+        drawn = policy * 0.0
+    tl.store(tokens + row, tl.min(column, 0) + index)
+    tl.store(log_probs + row, drawn)
+    tl.store(policy_log_probs + row, policy)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _draw(
+    logits, floors, tops, totals, plain_totals, streams, offsets, tokens, log_probs, policy_log_probs,
+    vocabulary, stride, blocks, temperature, seed,
+    FILTER: tl.constexpr, GREEDY: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    scale = LOG2E / (tl.full((), 1.0, tl.float32) * temperature)
+    u = uniform(seed.to(tl.uint64), tl.load(streams + row), tl.load(offsets + row))
+    chosen, fraction, highest, mass = choose_block(tops, totals, row, u, blocks, scale, GREEDY, BLOCKS)
+    plain_mass = mass
+    if FILTER:
+        _, _, _, plain_mass = choose_block(tops, plain_totals, row, u, blocks, scale, GREEDY, BLOCKS)
+    column = chosen.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < vocabulary
+    x = tl.load(logits + row * stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+    if FILTER:
+        x = tl.where(ordered(x) >= tl.load(floors + row), x, float("-inf"))
+    finish(x, column, inside, row, fraction, highest, mass, plain_mass, scale, tokens, log_probs, policy_log_probs,
+           GREEDY, COLUMNS)  # fmt: skip
+
+
+def outputs(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, log_probs, policy_log_probs, not filled."""
+    log_probs, policy = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
+    return torch.empty(n, dtype=torch.int64, device=device), log_probs, policy
+
+
+def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, offset: Tensor, stream: Tensor):
+    """As `inverse_cdf.draw`: tokens [B] int64, log_probs [B] and policy_log_probs [B] in fp32."""
+    n, vocabulary = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    tile = tuning.row_tile(tuning.chip_of(logits.device), vocabulary)
+    columns = min(1024, tile.columns)
+    blocks, per_program = -(-vocabulary // columns), max(1, tile.rows * tile.columns // columns)
+    groups = -(-blocks // per_program)
+    tops, plain_totals = torch.empty(2, n, blocks, dtype=torch.float32, device=logits.device)
+    greedy, degrees = temperature == 0, temperature or 1.0
+    sizes = (vocabulary, logits.stride(0), blocks)
+
+    def sums(floors: Tensor | None, totals: Tensor) -> None:
+        launch(
+            _sums, n * groups, logits.device, logits, logits if floors is None else floors, tops, totals, *sizes,
+            groups, degrees, FILTER=floors is not None, ROWS=per_program, COLUMNS=columns, warps=tile.warps,
+        )  # fmt: skip
+
+    sums(None, plain_totals)
+    floors, totals = None, plain_totals
+    if not greedy and (0 < top_k < vocabulary or top_p < 1):
+        floors = torch.full((n,), LOWEST, dtype=torch.int32, device=logits.device)
+        if 0 < top_k < vocabulary:
+            threshold(logits, tops, floors, degrees, blocks, top_k, 1.0)
+        if top_p < 1:
+            threshold(logits, tops, floors, degrees, blocks, 0, top_p)
+        totals = torch.empty_like(plain_totals)
+        sums(floors, totals)
+    results = outputs(n, logits.device)
+    launch(
+        _draw, n, logits.device, logits, logits if floors is None else floors, tops, totals, plain_totals, stream,
+        offset, *results, *sizes, degrees, seed, FILTER=floors is not None, GREEDY=greedy, COLUMNS=columns,
+        BLOCKS=triton.next_power_of_2(blocks), warps=4,
+    )  # fmt: skip
+    return results
+
+
+def threshold(logits: Tensor, tops: Tensor, floors: Tensor, temperature: float, blocks: int, top_k: int, top_p: float):
+    """Write into `floors` the key of the lowest logit that is kept: of the top-k, or of the top-p above `floors`."""
+    n, vocabulary = logits.shape
+    device = logits.device
+    chip = tuning.chip_of(device)
+    columns = min(512, 1 << max(4, (vocabulary - 1).bit_length()))
+    chunks = -(-vocabulary // columns)
+    splits = max(1, min(64, chunks, -(-4 * chip.multiprocessors // max(1, n))))
+    chunks = -(-chunks // splits)
+    bounds = torch.empty(2, n, 2, dtype=torch.int64, device=device)
+    wants = torch.empty(2, n, dtype=torch.float64, device=device)
+    sums = torch.empty(2, n, splits, 8, dtype=torch.float64, device=device)
+    for step in range(PASSES + 1):
+        old, new = step % 2, 1 - step % 2
+        launch(
+            _narrow, n * splits, device, logits, tops, bounds[old], wants[old], sums[old], bounds[new],
+            wants[new], sums[new], floors, vocabulary, logits.stride(0), blocks, splits, chunks, temperature,
+            float(top_k), float(top_p), FIRST=step == 0, LAST=step == PASSES, COUNT=top_k > 0,
+            SPLITS=triton.next_power_of_2(splits), BLOCKS=triton.next_power_of_2(blocks), COLUMNS=columns, warps=4,
+        )  # fmt: skip
