@@ -33,6 +33,7 @@ from fastrlhf_kernels import (
     triton_linear_sampling,
     triton_log_probs,
     triton_ppo_losses,
+    triton_rewards,
     triton_sampling,
     tuning,
 )
@@ -113,8 +114,16 @@ def token_shapes() -> Iterator[Callable[[], Any]]:
             options = LossOptions(0.2, 0.2, 3.0)
             triton_ppo_losses.both_losses(*[tokens] * 6, mask, tokens, meta(), options, 0.2)
 
+        def alone(tokens=tokens, mask=mask, scores=scores):
+            options = LossOptions(0.2, 0.2, None)
+            triton_ppo_losses.policy_loss(tokens, tokens, tokens, mask, None, meta(), options)
+            triton_ppo_losses.value_loss(tokens, tokens, tokens, mask, None, meta(), None)
+            triton_rewards.shape_rewards(scores, tokens, tokens, mask, 0.1, "k3")
+            triton_rewards.masked_whiten(tokens, mask, False, 1e-8)
+
         yield advantages
         yield losses
+        yield alone
 
 
 def decode_shapes() -> Iterator[Callable[[], Any]]:

@@ -130,7 +130,6 @@ def shape_rewards(
 
     0 outside the mask. A row without response tokens drops its score. No gradient.
     """
-    choose_backend(backend, kernel=False)
     checks.floating(scores=scores, log_probs=log_probs, ref_log_probs=ref_log_probs)
     checks.rows_of_tokens("log_probs", log_probs)
     mask = checks.token_mask(response_mask, log_probs, "log_probs", ref_log_probs=ref_log_probs)
@@ -138,6 +137,8 @@ def shape_rewards(
     checks.devices(log_probs=log_probs, scores=scores)
     checks.number("kl_coef", kl_coef)
     checks.estimator("estimator", estimator)
+    if choose_backend(backend, scores, log_probs, ref_log_probs).name == "triton":
+        return ops.shape_rewards(scores, log_probs, ref_log_probs, mask, float(kl_coef), estimator)
     return losses.shape_rewards(scores, log_probs, ref_log_probs, mask, kl_coef, estimator)
 
 
@@ -185,12 +186,13 @@ def masked_whiten(
 
     x and mask of one shape. shift_mean=False keeps the mean: (x - mean) / sqrt(var + eps) + mean. Equal values give 0.
     """
-    choose_backend(backend, kernel=False)
     checks.floating(x=x)
     checks.masks(mask=mask)
     checks.shapes(x.shape, "x", mask=mask)
     checks.devices(x=x, mask=mask)
     checks.number("eps", eps, low=0)
+    if choose_backend(backend, x).name == "triton":
+        return ops.masked_whiten(x, mask != 0, shift_mean, float(eps))
     return losses.masked_whiten(x, mask != 0, shift_mean, eps)
 
 
@@ -216,7 +218,6 @@ def ppo_policy_loss(
     Gradients flow to log_probs only; at a tie of the two branches, to the unclipped one. stats: `ratio`, `approx_kl`
     (expm1(d) - d with d = log_probs - old_log_probs) and `clip_frac`.
     """
-    choose_backend(backend, kernel=False)
     checks.floating(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, weights=weights)
     mask = checks.token_mask(
         response_mask,
@@ -226,12 +227,13 @@ def ppo_policy_loss(
         advantages=advantages,
         weights=weights,
     )
+    triton = choose_backend(backend, log_probs, old_log_probs, advantages).name == "triton"
     checks.clips(clip_range, clip_range_high, dual_clip)
     count = checks.divisor(normalizer, mask, checks.wide(log_probs), validate)
     checks.no_transforms(log_probs)
     high = clip_range if clip_range_high is None else clip_range_high
     loss, ratio, approx_kl, clip_frac, _ = loss_ops.ppo_policy_loss(
-        log_probs, old_log_probs, advantages, mask, weights, count, clip_range, high, dual_clip
+        log_probs, old_log_probs, advantages, mask, weights, count, clip_range, high, dual_clip, triton
     )
     return PPOLoss(loss, {"ratio": ratio, "approx_kl": approx_kl, "clip_frac": clip_frac})
 
@@ -255,14 +257,14 @@ def ppo_value_loss(
     the plain sums over the mask `sum_sq_error`, `sum_return`, `sum_return_sq`, `count`, from which explained variance
     follows once a step.
     """
-    choose_backend(backend, kernel=False)
     checks.floating(values=values, old_values=old_values, returns=returns, weights=weights)
     mask = checks.token_mask(response_mask, values, "values", old_values=old_values, returns=returns, weights=weights)
+    triton = choose_backend(backend, values, old_values, returns).name == "triton"
     if clip_range is not None:
         checks.clips(clip_range)
     count = checks.divisor(normalizer, mask, checks.wide(values), validate)
     checks.no_transforms(values)
-    loss, *stats, _ = loss_ops.ppo_value_loss(values, old_values, returns, mask, weights, count, clip_range)
+    loss, *stats, _ = loss_ops.ppo_value_loss(values, old_values, returns, mask, weights, count, clip_range, triton)
     names = ("clip_frac", "sum_sq_error", "sum_return", "sum_return_sq", "count")
     return PPOLoss(loss, dict(zip(names, stats, strict=True)))
 

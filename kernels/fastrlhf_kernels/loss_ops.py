@@ -212,23 +212,32 @@ class TokenPPOInPlace(torch.autograd.Function):
         return None if grad is None else dz.mul_(grad), *(None,) * ctx.inputs
 
 
+def _losses_of(triton: bool):
+    """The module whose policy_loss and value_loss run."""
+    if triton:
+        from . import triton_ppo_losses
+
+        return triton_ppo_losses
+    return losses
+
+
 @operator(
     "ppo_policy_loss",
     "(Tensor log_probs, Tensor old_log_probs, Tensor advantages, Tensor mask, Tensor? weights, Tensor count, "
-    "float clip_low, float clip_high, float? dual_clip) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float clip_low, float clip_high, float? dual_clip, bool triton) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, weights, count, clip_low, clip_high, dual_clip):
-    options = LossOptions(clip_low, clip_high, dual_clip)
-    return losses.policy_loss(log_probs, old_log_probs, advantages, mask, weights, count, options)
+def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, weights, count, low, high, dual_clip, triton):
+    options = LossOptions(low, high, dual_clip)
+    return _losses_of(triton).policy_loss(log_probs, old_log_probs, advantages, mask, weights, count, options)
 
 
 @operator(
     "ppo_value_loss",
     "(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? weights, Tensor count, "
-    "float? clip_range) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float? clip_range, bool triton) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def ppo_value_loss(values, old_values, returns, mask, weights, count, clip_range):
-    return losses.value_loss(values, old_values, returns, mask, weights, count, clip_range)
+def ppo_value_loss(values, old_values, returns, mask, weights, count, clip_range, triton):
+    return _losses_of(triton).value_loss(values, old_values, returns, mask, weights, count, clip_range)
 
 
 def _loss_fake(outputs: int):

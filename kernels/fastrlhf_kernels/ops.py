@@ -294,3 +294,42 @@ def _gae(rewards, values, mask, gamma, gae_lambda, bootstrap, scores, log_probs,
 def gae(*args):
     """Triton only: (rewards, advantages, returns); arguments as in the operator's schema."""
     return (gae_operator if torch.compiler.is_compiling() else _gae)(*args)
+
+
+@operator(
+    "shape_rewards",
+    "(Tensor scores, Tensor log_probs, Tensor ref_log_probs, Tensor mask, float kl_coef, str estimator) -> Tensor",
+)
+def shape_rewards_operator(*args):
+    return _rewards().shape_rewards(*args)
+
+
+@operator("masked_whiten", "(Tensor x, Tensor mask, bool shift_mean, float eps) -> Tensor")
+def masked_whiten_operator(*args):
+    return _rewards().masked_whiten(*args)
+
+
+@shape_rewards_operator.register_fake
+def _(scores, log_probs, *_):
+    return torch.empty(log_probs.shape, dtype=torch.float32, device=log_probs.device)
+
+
+@masked_whiten_operator.register_fake
+def _(x, *_):
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+
+
+def _rewards():
+    from . import triton_rewards
+
+    return triton_rewards
+
+
+def shape_rewards(*args):
+    """Triton only: rewards [B, T]."""
+    return shape_rewards_operator(*args) if torch.compiler.is_compiling() else _rewards().shape_rewards(*args)
+
+
+def masked_whiten(*args):
+    """Triton only: x whitened."""
+    return masked_whiten_operator(*args) if torch.compiler.is_compiling() else _rewards().masked_whiten(*args)

@@ -88,7 +88,7 @@ def _gae(
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
-def _whiten(x, mask, statistics, rows, n, eps, ROWS: tl.constexpr, TILE: tl.constexpr):
+def _whiten(x, mask, statistics, rows, n, eps, SHIFT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     lane = tl.arange(0, ROWS)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     for first in range(0, rows, ROWS):
@@ -118,7 +118,10 @@ def _whiten(x, mask, statistics, rows, n, eps, ROWS: tl.constexpr, TILE: tl.cons
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     token = (place < n) & (tl.load(mask + place, mask=place < n, other=0) != 0)
     value = tl.load(x + place, mask=token, other=0.0)
-    tl.store(x + place, (value - pivot - shift) * scale, mask=token)
+    white = (value - pivot - shift) * scale
+    if not SHIFT:
+        white += pivot + shift
+    tl.store(x + place, white, mask=token)
 
 
 def gae_rows(
@@ -148,10 +151,14 @@ def gae_rows(
         KL=kl, BOOTSTRAP=bootstrap is not None, STATISTICS=whiten_eps is not None, TILE=tile, warps=max(1, tile // 256),
     )  # fmt: skip
     if whiten_eps is not None and length:
-        rows = min(1024, triton.next_power_of_2(max(1, batch)))
-        programs = -(-advantages.numel() // TILE)
-        launch(
-            _whiten, programs, values.device, advantages, mask, statistics, batch, advantages.numel(),
-            float(whiten_eps), ROWS=rows, TILE=TILE, warps=4,
-        )  # fmt: skip
+        whiten_rows(advantages, mask, statistics, whiten_eps, shift_mean=True)
     return shaped, advantages, returns
+
+
+def whiten_rows(x: Tensor, mask: Tensor, statistics: Tensor, eps: float, *, shift_mean: bool) -> None:
+    """Whiten x in place where the mask is, with (count, mean, sum of squared deviations) [R, 3] of parts of it."""
+    rows = min(1024, triton.next_power_of_2(max(1, len(statistics))))
+    launch(
+        _whiten, -(-x.numel() // TILE), x.device, x, mask, statistics, len(statistics), x.numel(), float(eps),
+        SHIFT=shift_mean, ROWS=rows, TILE=TILE, warps=4,
+    )  # fmt: skip

@@ -187,9 +187,9 @@ def test_shape_and_gae_is_the_three_functions_in_a_row(whiten):
     found = kernels.shape_and_gae(
         scores, log_probs, refs, values, mask, kl_coef=0.1, gamma=0.9, estimator="k3", whiten=whiten, backend="torch"
     )
-    rewards = kernels.shape_rewards(scores, log_probs, refs, mask, kl_coef=0.1, estimator="k3")
+    rewards = kernels.shape_rewards(scores, log_probs, refs, mask, kl_coef=0.1, estimator="k3", backend="torch")
     advantages, returns = kernels.gae(rewards, values, mask, gamma=0.9, backend="torch")
-    advantages = kernels.masked_whiten(advantages, mask) if whiten else advantages
+    advantages = kernels.masked_whiten(advantages, mask, backend="torch") if whiten else advantages
     for a, b in zip(found, (rewards, advantages, returns), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="gae_lambda must be in"):

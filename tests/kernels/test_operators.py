@@ -71,8 +71,11 @@ def operator_cases():
             )
             + (0.1, "k3", 0.01, False, True),
         ),
-        "ppo_policy_loss": (loss_ops.ppo_policy_loss, (leaf, per_token, per_token, mask, None, count, 0.2, 0.2, None)),
-        "ppo_value_loss": (loss_ops.ppo_value_loss, (leaf, per_token, per_token, mask, None, count, 0.2)),
+        "ppo_policy_loss": (
+            loss_ops.ppo_policy_loss,
+            (leaf, per_token, per_token, mask, None, count, 0.2, 0.2, None, False),
+        ),
+        "ppo_value_loss": (loss_ops.ppo_value_loss, (leaf, per_token, per_token, mask, None, count, 0.2, False)),
         "sample_tokens": (sampling_ops.sample_operator, (logits.detach(), 1.0, 5, 0.9, 3, stream, stream, False)),
     }
 
