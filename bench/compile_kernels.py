@@ -1,12 +1,13 @@
 """Compile every Triton kernel for chips that are not here, and count what the compiler made of it.
 
-    python -m bench.compile_kernels [--all] [--target sm_90] [--kernel _forward] [--json FILE]
+    python -m bench.compile_kernels [--all] [--target sm_90] [--kernel _forward] [--json FILE] [--triton 3.6.0]
 
 The launchers run on `meta` tensors while a recorder takes the place of the GPU: what is compiled is what they would
 start, with the tiles of `tuning.py` for that chip. One line a kernel and target: registers, stack bytes (spills),
 shared memory, tensor-core instructions, 16-byte global loads. Exit code 1 when a kernel has a stack, needs more shared
 memory than the chip has, or holds a matrix product that does not reach the tensor cores (IEEE fp32 cannot). CI
-compiles one shape of each kernel and kind of product; --all all of them.
+compiles one shape of each kernel and kind of product; --all all of them. --triton installs another version beside
+this one (once, in bench/.venvs) and compiles with it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.peers import environment
 from fastrlhf_kernels import (
     triton_attention,
     triton_gae,
@@ -266,7 +268,11 @@ def main() -> int:
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this chip; may be repeated")
     parser.add_argument("--kernel", help="only kernels whose name contains this")
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--triton", metavar="VERSION", help="compile with this version of Triton")
     args = parser.parse_args()
+    if args.triton and args.triton != triton.__version__:
+        python = environment(f"triton-{args.triton}", f"triton=={args.triton}")
+        return subprocess.run([str(python), "-m", "bench.compile_kernels", *sys.argv[1:]]).returncode
     columns = ("kernel", "target", "tile", "regs", "stack", "shared", "mma", "ldg128", "ok")
     print(f"triton {triton.__version__}\n" + " ".join(columns))
     rows = []

@@ -1,14 +1,12 @@
 """Other libraries' hidden -> log-prob and hidden -> PPO loss, run beside ours where they run.
 
-`python_of_peers` makes `bench/.venvs/peers` once: a virtual environment that sees the packages of the one that asks,
-plus Liger and TRL without their dependencies. Each arm answers like those of `bench.kernels`: a function of hidden
-[N, H], weight [V, H], labels [N], advantages [N], old log-probs [N] that returns a loss to differentiate.
+They live in `bench/.venvs/peers`, an environment of their own. Each arm answers like those of `bench.kernels`: a
+function of hidden [N, H], weight [V, H], labels [N], advantages [N], old log-probs [N] that returns a loss.
 """
 
 from __future__ import annotations
 
 import subprocess
-import sys
 import sysconfig
 import venv
 from collections.abc import Callable
@@ -25,25 +23,31 @@ LABELS = {
 }
 
 
-def python_of_peers() -> Path:
-    """The interpreter of the environment; RuntimeError with pip's words where it cannot be made."""
-    folder = Path(__file__).parent.resolve() / ".venvs" / "peers"
-    python = folder / "bin" / "python"
-    done = folder / "installed.txt"
-    if done.exists() and done.read_text().split() == list(PACKAGES):
+def environment(name: str, *packages: str) -> Path:
+    """The Python of `bench/.venvs/NAME`, made once: it sees our packages and those of the environment that asks, and
+    before them `packages`, without their dependencies. RuntimeError with pip's words where they cannot be installed.
+    """
+    folder = Path(__file__).parent.resolve() / ".venvs" / name
+    python, done = folder / "bin" / "python", folder / "installed.txt"
+    if done.exists() and done.read_text().split() == list(packages):
         return python
     venv.create(folder, with_pip=True, clear=True)
     root = Path(__file__).parent.parent.resolve()
-    ours = [sysconfig.get_path("purelib"), str(root), str(root / "kernels")]
     site = next((folder / "lib").glob("python*/site-packages"))
-    (site / "asking.pth").write_text("\n".join(ours) + "\n")
+    (site / "asking.pth").write_text(f"{sysconfig.get_path('purelib')}\n{root}\n{root / 'kernels'}\n")
     made = subprocess.run(
-        [str(python), "-m", "pip", "install", "-q", "--no-deps", *PACKAGES], capture_output=True, text=True
-    )
+        [str(python), "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", *packages],
+        capture_output=True, text=True,
+    )  # fmt: skip
     if made.returncode != 0:
-        raise RuntimeError(f"cannot install {' '.join(PACKAGES)}: {made.stderr.strip()[-400:]}")
-    done.write_text("\n".join(PACKAGES) + "\n")
+        raise RuntimeError(f"cannot install {' '.join(packages)}: {made.stderr.strip()[-400:]}")
+    done.write_text("\n".join(packages) + "\n")
     return python
+
+
+def python_of_peers() -> Path:
+    """The interpreter that has the other libraries."""
+    return environment("peers", *PACKAGES)
 
 
 def arm(name: str) -> Callable[..., torch.Tensor]:
@@ -86,8 +90,3 @@ def _torch_lce():
         return function(hidden, weight, labels, reduction="sum", options=options)
 
     return run
-
-
-if __name__ == "__main__":
-    print(python_of_peers())
-    sys.exit(0)

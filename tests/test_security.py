@@ -21,7 +21,12 @@ from fastrlhf.recipe import MAX_BYTES, load_recipe
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [path for folder in ("fastrlhf", "kernels", "bench") for path in (ROOT / folder).rglob("*.py")]
+SOURCES = [
+    path
+    for folder in ("fastrlhf", "kernels", "bench")
+    for path in (ROOT / folder).rglob("*.py")
+    if ".venvs" not in path.parts
+]
 FORBIDDEN_CALLS = {
     "eval": "runs text as code",
     "exec": "runs text as code",

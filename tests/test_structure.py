@@ -21,7 +21,9 @@ import fastrlhf_kernels
 ROOT = Path(__file__).parents[1]
 FILE_LINES, FUNCTION_LINES, CLASS_LINES = 450, 60, 300
 SHIPPED = [*(ROOT / "fastrlhf").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
-SOURCES = SHIPPED + [path for folder in ("tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+SOURCES = SHIPPED + [
+    path for folder in ("tests", "bench") for path in (ROOT / folder).rglob("*.py") if ".venvs" not in path.parts
+]
 # Where an environment variable may be read, and which.
 ENVIRONMENT = {
     "fastrlhf/console.py": {"NO_COLOR", "TERM"},

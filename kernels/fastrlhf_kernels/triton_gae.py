@@ -148,7 +148,7 @@ def gae_rows(
         _gae, batch if length else 0, values.device, *sources, values, mask,
         values if bootstrap is None else bootstrap.contiguous(), advantages if shaped is None else shaped, advantages,
         returns, statistics, length, float(kl_coef), float(gamma), float(gamma * gae_lambda), SHAPE=shaped is not None,
-        KL=kl, BOOTSTRAP=bootstrap is not None, STATISTICS=whiten_eps is not None, TILE=tile, warps=max(1, tile // 256),
+        KL=kl, BOOTSTRAP=bootstrap is not None, STATISTICS=whiten_eps is not None, TILE=tile, warps=max(1, tile // 128),
     )  # fmt: skip
     if whiten_eps is not None and length:
         whiten_rows(advantages, mask, statistics, whiten_eps, shift_mean=True)

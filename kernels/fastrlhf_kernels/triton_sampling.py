@@ -250,7 +250,7 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int
     launch(
         _draw, n, logits.device, logits, logits if floors is None else floors, tops, totals, plain_totals, stream,
         offset, *results, *sizes, degrees, seed, FILTER=floors is not None, GREEDY=greedy, COLUMNS=columns,
-        BLOCKS=triton.next_power_of_2(blocks), warps=4,
+        BLOCKS=triton.next_power_of_2(blocks), warps=8,
     )  # fmt: skip
     return results
 

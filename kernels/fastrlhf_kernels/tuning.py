@@ -45,7 +45,8 @@ CHIPS = {
 }
 # (kernel, chip) -> bytes of stack that are accepted, and why; at most two (bench/compile_kernels.py)
 STACK_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
-    ("_linear_sums", "sm_100"): (16, "fp32 operands only, outside the product's inner loop; smaller tiles have it too"),
+    ("_gae", "sm_80"): (8, "Triton 3.6 only: two registers, spilled to reach the next step of occupancy"),
+    ("_linear_forward", "sm_100"): (8, "Triton 3.6 only, fp32 operands: the same"),
 }
 INTERPRETER = Chip("interpreter", 32, 2, 1 << 30)
 _chosen: Chip | None = None
@@ -125,6 +126,7 @@ PRODUCT_TILES = {  # half precision: (long batches, decode-sized batches). Point
 }
 ADAPTER_TILE = Tile(128, 64, 8, 2)  # with LoRA: the fp32 operands of the adapter need registers too
 FP32_TILE = Tile(32, 64, 4, 2, 32)  # IEEE fp32 has no tensor core: larger tiles spill
+FP32_SAMPLING_TILE = Tile(32, 32, 8, 2, 32)  # storing the sums of every block costs registers too
 
 
 def product_tile(
