@@ -275,7 +275,7 @@ def chunk_terms(head: Head, labels: Tensor, z: Tensor, spare: Tensor, columns: i
     s, t = torch.zeros_like(m), torch.zeros_like(m)
     for lo in range(0, vocabulary, columns):
         e = z[:, lo : lo + columns]
-        d = torch.sub(e, m[:, None], out=spare[: e.numel()].view(e.T.shape).T)
+        d = torch.sub(e, m[:, None], out=spare[: e.numel()].view(e.shape))
         d = d.clamp_(min=FLOOR) if head.suppresses else d
         s += torch.exp(d, out=e).sum(1)
         t += d.mul_(e).sum(1)
@@ -311,12 +311,12 @@ def ppo_sweep(head: Head, labels, old_log_probs, advantages, weights, ref_log_pr
     log_probs, entropy, loss = (x.new_empty(n) for _ in range(3))
     grads = Gradients(head, need, x.dtype)
     ge = None if options.entropy_coef == 0 else -options.entropy_coef / count
-    buffer = x.new_empty(min(n, tiles.rows) * len(head.weight))
-    spare = x.new_empty(min(n, tiles.rows) * tiles.columns)
+    buffer = x.new_empty(min(n, tiles.rows), len(head.weight))
+    spare = x.new_empty(len(buffer) * tiles.columns)
     for first in range(0, n, tiles.rows):
         cut = slice(first, min(n, first + tiles.rows))
         part = head.rows(cut.start, cut.stop)
-        z = buffer[: len(head.weight) * (cut.stop - cut.start)].view(len(head.weight), -1).T  # tokens lie side by side
+        z = buffer[: cut.stop - cut.start]
         log_probs[cut], entropy[cut], m, s = chunk_terms(part, labels[cut], z, spare, tiles.columns)
         per_token = (None if t is None else t[cut] for t in (old_log_probs, advantages, weights, ref_log_probs))
         loss[cut], g = policy_terms(log_probs[cut], *per_token, options)
