@@ -24,7 +24,7 @@ LOWEST = -(2**31)  # the key below all others: nothing is filtered
 
 @triton.jit
 def ordered(x):
-    """The bits of a float32 as an int32 that sorts as the numbers do; NaN is above +inf."""
+    """The bits of a float32 as an int32 that sorts as the numbers do; a NaN lies beyond the infinity of its sign."""
     x = tl.where(x == 0.0, 0.0, x)  # -0 is 0
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
