@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import chunked
+from . import chunked, chunked_rows
 from .checks import wide
 
 HEAD = (
@@ -207,7 +207,7 @@ def rows_of(triton: bool):
         from . import triton_log_probs
 
         return triton_log_probs
-    return chunked
+    return chunked_rows
 
 
 # --- log-probs from logits --------------------------------------------------------------------------------------------
