@@ -26,10 +26,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.peers import environment
 from fastrlhf_kernels import (
     triton_attention,
+    triton_exponential_ppo,
     triton_gae,
     triton_linear_log_probs,
     triton_linear_sampling,
@@ -92,8 +94,16 @@ def shapes() -> Iterator[Callable[[], Any]]:
         for bias, softcap, lora in ((None, None, (None, None, 1.0)), (meta(vocabulary, dtype=dtype), 30.0, adapter)):
             head = triton_linear_log_probs.Head.build(hidden, weight, None, bias, 1.0, 1.0, softcap, *lora)
 
-            def linear_forward(head=head, labels=labels, entropy=softcap is not None):
-                triton_linear_log_probs.linear_forward(head, labels, entropy=entropy, batch_invariant=False)
+            def linear_forward(head=head, labels=labels):
+                for entropy in (False, True):
+                    triton_linear_log_probs.linear_forward(head, labels, entropy=entropy, batch_invariant=False)
+
+            def linear_ppo(head=head, labels=labels, row=row, need=(True, True, head.bias is not None, False)):
+                options = LossOptions(0.2, 0.2, 3.0, 0.1, "k3")
+                mask, rows = meta(len(row), dtype=torch.bool), (row, row, None, row, meta())
+                head = head._replace(v=None)
+                if triton_exponential_ppo.possible(head, options):
+                    triton_exponential_ppo.exponential_ppo(head, labels, mask, *rows, options, need, 2048)
 
             def linear_backward(head=head, labels=labels, row=row, ge=row if softcap else None):
                 need = [True] * 4 if head.v is not None else [True, True, False, False]
@@ -101,6 +111,7 @@ def shapes() -> Iterator[Callable[[], Any]]:
 
             yield linear_forward
             yield linear_backward
+            yield linear_ppo
 
 
 def token_shapes() -> Iterator[Callable[[], Any]]:
@@ -183,8 +194,8 @@ def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:
 
 
 def _variant(launch: Launch) -> tuple[Any, ...]:
-    """What makes another matrix product of it: an adapter, operands in fp32."""
-    return launch.constants.get("LORA"), launch.constants.get("WIDE")
+    """What makes another matrix product of it: an adapter, operands in fp32, tensor descriptors."""
+    return tuple(launch.constants.get(name) for name in ("LORA", "WIDE", "DESCRIPTORS"))
 
 
 def source(launch: Launch) -> ASTSource:
@@ -198,7 +209,10 @@ def source(launch: Launch) -> ASTSource:
             continue
         value = next(given)
         special = not parameter.do_not_specialize
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[parameter.name], special = f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>", False
+        elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
         elif isinstance(value, float):
             signature[parameter.name], special = "fp32", False
@@ -228,7 +242,8 @@ def compile_one(launch: Launch, chip: tuning.Chip) -> dict[str, Any]:
 
 def _fp32_operands(launch: Launch) -> bool:
     """Whether its products are of fp32 numbers in IEEE precision, for which there is no tensor core."""
-    return launch.constants.get("PRECISION") == "ieee" and launch.arguments[0].dtype == torch.float32
+    operand = launch.arguments[0]
+    return launch.constants.get("PRECISION") == "ieee" and getattr(operand, "dtype", None) == torch.float32
 
 
 def _nvidia(cubin: bytes) -> dict[str, int]:

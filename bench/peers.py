@@ -52,7 +52,7 @@ def python_of_peers() -> Path:
 
 def arm(name: str) -> Callable[..., torch.Tensor]:
     """The peer's function. ImportError or AttributeError where this machine's versions do not have it."""
-    return {"liger": _liger, "trl": _trl, "torch_lce": _torch_lce}[name]()
+    return {"liger": _liger, "trl": _trl, "torch_lce": _torch_lce, "cce": _cce, "quack": _quack}[name]()
 
 
 def _liger():
@@ -88,5 +88,23 @@ def _torch_lce():
 
     def run(hidden, weight, labels, advantages, old):
         return function(hidden, weight, labels, reduction="sum", options=options)
+
+    return run
+
+
+def _cce():
+    from cut_cross_entropy import linear_cross_entropy
+
+    def run(hidden, weight, labels, advantages, old):
+        return -(linear_cross_entropy(hidden, weight, labels, reduction="none") * advantages).sum()
+
+    return run
+
+
+def _quack():
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def run(hidden, weight, labels, advantages, old):  # it knows no weights of tokens: the plain mean
+        return chunked_linear_cross_entropy(hidden, weight, labels)
 
     return run

@@ -1,25 +1,29 @@
 """Hidden states to the PPO loss and its gradients in three matrix products, chunk by chunk of the tokens.
 
-A chunk's logits are kept in fp32 (products of half-precision numbers are exact there), one fused kernel turns them into
-loss and gradient of the logits, and that gradient lies in the operands' dtype over the logits' own memory. The two
-products behind it run where torch has its fastest ones.
+Of two plans. "exponentials" is in `triton_exponential_ppo.py`; "softmax", here, takes every option: a chunk's logits
+are kept in fp32 (products of half-precision numbers are exact there), one fused kernel turns them into loss and
+gradient of the logits, and that gradient lies in the operands' dtype over the logits' own memory. The two products
+behind it run where torch has its fastest ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from . import autotune, triton_exponential_ppo, tuning
 from .losses import LossOptions
-from .triton_linear_log_probs import Head, add_product, product
+from .triton_head import Head, add_product, product
 from .triton_log_probs import rows_ppo
 
 WORKSPACE = 1 << 30  # bytes of the fp32 logits of a chunk
 
 
-def chunk_rows(n: int, vocabulary: int) -> int:
-    """Tokens of a chunk: as many as WORKSPACE holds, at least 128."""
-    return max(1, min(n, max(128, WORKSPACE // 4 // vocabulary // 128 * 128)))
+def chunk_rows(n: int, vocabulary: int, size: int = 4) -> int:
+    """Tokens of a chunk: as many as WORKSPACE holds at `size` bytes a logit, at least 128."""
+    return max(1, min(n, max(128, WORKSPACE // size // vocabulary // 128 * 128)))
 
 
 def _chunk_logits(head: Head, rows: slice, out: Tensor) -> Tensor:
@@ -38,6 +42,19 @@ def _chunk_logits(head: Head, rows: slice, out: Tensor) -> Tensor:
     return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
+def choose_plan(head: Head, options: LossOptions, plans: dict[str, Callable[[], object]]) -> str:
+    """The faster plan: measured here where FASTRLHF_AUTOTUNE=1, otherwise as `tuning.ppo_plan` has it."""
+    if not triton_exponential_ppo.possible(head, options):
+        return "softmax"
+    chip, (n, vocabulary, width, *_) = tuning.chip_of(head.x.device), head.sizes()
+    capturing = head.x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not autotune.wanted() or head.x.is_meta or capturing:
+        return tuning.ppo_plan(chip, width)
+    tokens = 1 << (n - 1).bit_length()
+    question = f"linear_ppo_loss {chip.name} H={width} V={vocabulary} N<={tokens} torch {torch.__version__}"
+    return autotune.fastest(question, plans, head.x.device)
+
+
 def linear_ppo(
     head: Head, labels, mask, old, advantages, weights, ref, count: Tensor, options: LossOptions, need: list[bool]
 ):
@@ -45,6 +62,21 @@ def linear_ppo(
 
     need: x, weight, bias, lora. mask: which rows count, None for all. count: 0-d fp32, what gradients are divided by.
     """
+    n, vocabulary = len(labels), len(head.weight)
+    mask = torch.ones(n, dtype=torch.bool, device=head.x.device) if mask is None else mask
+    given = (head, labels, mask, old, advantages, weights, ref, count, options, need)
+    plans = {
+        "softmax": lambda: softmax_ppo(*given, chunk_rows(n, vocabulary)),
+        "exponentials": lambda: triton_exponential_ppo.exponential_ppo(*given, chunk_rows(n, vocabulary, 2)),
+    }
+    return plans[choose_plan(head, options, plans)]()
+
+
+def softmax_ppo(
+    head: Head, labels, mask, old, advantages, weights, ref, count: Tensor, options: LossOptions, need: list[bool],
+    rows: int,
+):  # fmt: skip
+    """As `linear_ppo`, `rows` tokens at a time."""
     n, vocabulary = len(labels), len(head.weight)
     device = head.x.device
     need_x, need_w, need_bias, need_lora = need
@@ -57,9 +89,7 @@ def linear_ppo(
     dbias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if need_bias else None
     dlora_b = make(head.lora_b) if need_lora else None
     dv = make(head.v) if head.v is not None and (need_x or need_lora) else None
-    rows = chunk_rows(n, vocabulary)
     buffer = torch.empty(rows, vocabulary, dtype=torch.float32, device=device)
-    mask = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask
     for first in range(0, n, rows):
         cut = slice(first, min(n, first + rows))
         z = _chunk_logits(head, cut, buffer[: cut.stop - cut.start])

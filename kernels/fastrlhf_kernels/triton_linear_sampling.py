@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .triton_head import Head, head_logits
 from .triton_launch import launch
-from .triton_linear_log_probs import Head, head_logits
 from .triton_sampling import choose_block, draw, finish, outputs, uniform
 from .triton_terms import LOG2E, finite
 
@@ -36,8 +36,8 @@ def _linear_sums(
         columns = block * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
         column_live = columns < vocabulary
         z, _ = head_logits(x, w, bias, v, lora_b, rows, columns, live, column_live, x_stride, w_stride, width, rank,
-                           logit_scale, softcap, BIAS, LORA, SOFTCAP, WIDE, PRECISION, LORA_PRECISION, ROWS, COLUMNS,
-                           DEPTH)  # fmt: skip
+                           logit_scale, softcap, 0, 0, False, BIAS, LORA, SOFTCAP, WIDE, PRECISION, LORA_PRECISION,
+                           ROWS, COLUMNS, DEPTH)  # fmt: skip
         if STORE:
             place = rows[:, None] * vocabulary + columns[None, :]
             tl.store(logits + place, z, mask=live[:, None] & column_live[None, :])

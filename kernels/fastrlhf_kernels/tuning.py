@@ -11,12 +11,15 @@ from .backend import INTERPRET
 
 
 class Chip(NamedTuple):
-    """A target of the compiler: name, warp size, multiprocessors, shared memory of a block in bytes."""
+    """A target of the compiler: name, warp size, multiprocessors, shared memory of a block in bytes, and whether it
+    copies blocks of tensors by descriptor (TMA).
+    """
 
     name: str
     warp: int
     multiprocessors: int
     shared: int
+    descriptors: bool = False
 
 
 class Tile(NamedTuple):
@@ -38,15 +41,14 @@ CHIPS = {
         Chip("sm_80", 32, 108, 163 * 1024),
         Chip("sm_86", 32, 84, 99 * 1024),
         Chip("sm_89", 32, 142, 99 * 1024),
-        Chip("sm_90", 32, 132, 227 * 1024),
-        Chip("sm_100", 32, 148, 227 * 1024),
+        Chip("sm_90", 32, 132, 227 * 1024, True),
+        Chip("sm_100", 32, 148, 227 * 1024, True),
         Chip("gfx942", 64, 304, 64 * 1024),
     )
 }
 # (kernel, chip) -> bytes of stack that are accepted, and why; at most two (bench/compile_kernels.py)
 STACK_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ("_gae", "sm_80"): (8, "Triton 3.6 only: two registers, spilled to reach the next step of occupancy"),
-    ("_linear_forward", "sm_100"): (8, "Triton 3.6 only, fp32 operands: the same"),
 }
 INTERPRETER = Chip("interpreter", 32, 2, 1 << 30)
 _chosen: Chip | None = None
@@ -84,7 +86,7 @@ def _read(index: int) -> Chip:
     else:
         name = f"sm_{about.major}{about.minor}"
         base = CHIPS.get(name, CHIPS["sm_100"] if about.major == 10 else CHIPS["sm_86"])  # 99 KiB fits all others
-    return Chip(name, base.warp, about.multi_processor_count, base.shared)
+    return Chip(name, base.warp, about.multi_processor_count, base.shared, base.descriptors)
 
 
 # --- elementwise sweeps over rows of logits ---
@@ -124,21 +126,31 @@ PRODUCT_TILES = {  # half precision: (long batches, decode-sized batches). Point
     "gfx942": (Tile(128, 128, 8, 1), Tile(16, 128, 4, 1, 128)),
     "interpreter": (Tile(64, 256, 4, 1, 64), Tile(16, 256, 4, 1, 64)),
 }
-ADAPTER_TILE = Tile(128, 64, 8, 2)  # with LoRA: the fp32 operands of the adapter need registers too
-FP32_TILE = Tile(32, 64, 4, 2, 32)  # IEEE fp32 has no tensor core: larger tiles spill
+DESCRIPTOR_TILES = {  # the same with tensor descriptors, and for the backward
+    "sm_90": (Tile(128, 256, 8, 3), Tile(128, 128, 8, 3)),
+    "sm_100": (Tile(128, 64, 8, 4), Tile(128, 64, 8, 3)),
+    "interpreter": (Tile(64, 256, 4, 1, 64), Tile(64, 128, 4, 1, 64)),
+}
+ADAPTER_TILE = Tile(128, 64, 8, 3)  # with LoRA: the fp32 operands of the adapter need registers too
+FP32_TILE = Tile(32, 64, 8, 2, 32)  # IEEE fp32 has no tensor core: larger tiles spill
 FP32_SAMPLING_TILE = Tile(32, 32, 8, 2, 32)  # storing the sums of every block costs registers too
 
 
 def product_tile(
-    chip: Chip, n: int, half: bool, *, adapter: bool = False, batch_invariant: bool = False, backward: bool = False
-) -> Tile:
-    """Tile of a product with the head for `n` rows, `half`: of bf16 or fp16; batch_invariant: the same for every n."""
+    chip: Chip, n: int, half: bool, *, adapter: bool = False, batch_invariant: bool = False, backward: bool = False,
+    described: bool = False,
+) -> Tile:  # fmt: skip
+    """Tile of a product with the head for `n` rows, `half`: of bf16 or fp16; batch_invariant: the same for every n;
+    described: its operands are tensor descriptors.
+    """
     if not half and chip.name != "interpreter":
         return FP32_TILE
     long, short = PRODUCT_TILES.get(chip.name, PRODUCT_TILES["sm_86"])
     if n <= 16 and not batch_invariant and not backward:
         return short
-    return ADAPTER_TILE if adapter and chip.name != "interpreter" else long
+    if adapter and chip.name != "interpreter":
+        return ADAPTER_TILE
+    return DESCRIPTOR_TILES[chip.name][backward] if described else long
 
 
 def product_splits(
@@ -156,6 +168,16 @@ def product_splits(
     least = -(-vocabulary // splits)
     columns = -(-least // tile.columns) * tile.columns
     return -(-vocabulary // columns), columns
+
+
+# chip -> least hidden size from which the cuBLAS product and a softmax pass beat exponentials in the product's
+# epilogue (`triton_linear_ppo_loss.py`), as `python -m bench.gpu_kernels` measures it. Empty: no chip was measured yet.
+SOFTMAX_FROM: dict[str, int] = {}
+
+
+def ppo_plan(chip: Chip, width: int) -> str:
+    """ "exponentials" or "softmax": the former where it was measured to be faster."""
+    return "exponentials" if width < SOFTMAX_FROM.get(chip.name, 0) else "softmax"
 
 
 # --- decode attention ---

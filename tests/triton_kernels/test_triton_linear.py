@@ -94,6 +94,30 @@ def test_a_long_vocabulary_in_parts_and_a_large_offset(device):
     compare(hidden, weight, labels, {"bias": torch.full((9000,), -200.0, device=device)}, log_prob=1e-4)
 
 
+@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("n", [13, 70])
+def test_tensor_descriptors(device, n, options):
+    """Chips that have them; ends of rows, columns and depth inside a block. The same in the interpreter."""
+    hidden, weight, labels, used = problem(device, n=n, vocabulary=700, width=40, dtype=torch.bfloat16,
+                                           **OPTIONS[options])  # fmt: skip
+    chip = tuning.chip_of(device)
+    chip = chip._replace(descriptors=True) if chip.name == "interpreter" else chip
+    with tuning.pretend(chip):
+        compare(hidden, weight, labels, used, gradient=8e-3)
+
+
+def test_descriptors_are_used_where_rows_start_at_16_bytes():
+    chip = tuning.CHIPS["sm_90"]
+    make = lambda width: torch.empty(64, width, dtype=torch.bfloat16, device="meta")  # noqa: E731
+    labels = torch.empty(64, dtype=torch.int64, device="meta")
+    for width, dtype, expected in ((40, torch.bfloat16, True), (44, torch.bfloat16, False), (40, torch.float32, False)):
+        head = triton_linear_log_probs.Head.build(make(width).to(dtype), make(width).to(dtype), None, None, 1.0, 1.0,
+                                                  None, None, None, 1.0)  # fmt: skip
+        with tuning.pretend(chip), recorded() as launches:
+            triton_linear_log_probs.linear_forward(head, labels, entropy=False, batch_invariant=False)
+        assert launches[0].constants["DESCRIPTORS"] is expected
+
+
 def test_mixed_dtypes_are_summed_in_fp32(device):
     hidden, weight, labels, _ = problem(device)
     compare(hidden.bfloat16(), weight, labels, {}, gradient=8e-3)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 import fastrlhf_kernels as kernels
-from fastrlhf_kernels import reference, triton_linear_ppo_loss
+from fastrlhf_kernels import autotune, reference, triton_exponential_ppo, triton_linear_ppo_loss, tuning
 from fastrlhf_kernels.losses import LossOptions
 from fastrlhf_kernels.triton_linear_log_probs import Head
 
@@ -56,7 +58,7 @@ def run(function, leaves, labels, per_token, options, wide):
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1.2e-2), (torch.float16, 2e-3)])
 def test_loss_statistics_and_gradients(device, monkeypatch, options, dtype, limit, chunk):
     """The loss is as exact as in fp32; gradients are rounded to the dtype (by the interpreter towards zero)."""
-    monkeypatch.setattr(triton_linear_ppo_loss, "chunk_rows", lambda n, vocabulary: min(n, chunk))
+    monkeypatch.setattr(triton_linear_ppo_loss, "chunk_rows", lambda n, vocabulary, size=4: min(n, chunk))
     arguments = problem(device, dtype, **options)
     triton = lambda *a, **k: kernels.linear_ppo_loss(*a, backend="triton", **k)  # noqa: E731
     loss, stats, grads = run(triton, *arguments, lambda t: t.detach().clone())
@@ -67,6 +69,77 @@ def test_loss_statistics_and_gradients(device, monkeypatch, options, dtype, limi
         assert float((stats[name].double() - value).abs().max()) <= 5e-5, name
     for ours, theirs in zip(grads, want_grads, strict=True):
         assert float((ours.double() - theirs).norm()) <= limit * float(theirs.norm())
+
+
+EXPONENTIAL_OPTIONS = {
+    "plain": {},
+    "bias": {"bias": True, "logit_scale": 1.3},
+    "everything": {"bias": True, "logit_scale": 0.8, "logit_softcap": 4.0, "kl_coef": 0.1, "dual_clip": 3.0,
+                   "temperature": 1.2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("options", EXPONENTIAL_OPTIONS.values(), ids=EXPONENTIAL_OPTIONS.keys())
+def test_the_plan_without_a_softmax_pass(device, monkeypatch, options, descriptors):
+    """Against float64, with old log-probs near and so far that rows must be computed again; no other plan runs."""
+    chip = tuning.chip_of(device)
+    monkeypatch.setitem(tuning.SOFTMAX_FROM, chip.name, 1000)
+    monkeypatch.setattr(triton_linear_ppo_loss, "softmax_ppo", None)
+    monkeypatch.setattr(triton_linear_ppo_loss, "chunk_rows", lambda n, vocabulary, size=4: min(n, 32))
+    leaves, labels, (old, advantages, mask), used = problem(device, torch.bfloat16, **options)
+    old[3], old[4], old[5] = old[3] - 200, old[4] + 90, old[5] - 60
+    mask[2:6] = True
+    arguments = (leaves, labels, (old, advantages, mask), used)
+    triton = lambda *a, **k: kernels.linear_ppo_loss(*a, backend="triton", **k)  # noqa: E731
+    advantages[3] = abs(advantages[3])  # clipped: a ratio of e^200 has no finite loss otherwise
+    described = chip._replace(descriptors=descriptors) if chip.name == "interpreter" else chip
+    with tuning.pretend(described):
+        loss, stats, grads = run(triton, *arguments, lambda t: t.detach().clone())
+    want, want_stats, want_grads = run(reference.linear_ppo_loss, *arguments, lambda t: t.detach().double())
+    assert abs(float(loss) - float(want)) <= 1e-5 * max(1.0, abs(float(want)))
+    for name in ("log_probs", "entropy", "clip_frac"):
+        assert float((stats[name].double() - want_stats[name]).abs().max()) <= 5e-5, name
+    for ours, theirs in zip(grads, want_grads, strict=True):
+        assert float((ours.double() - theirs).norm()) <= 1.2e-2 * float(theirs.norm())
+
+
+def test_rows_of_the_plan_without_a_softmax_pass_that_are_out_of_range(device, monkeypatch):
+    """Old log-probs of -inf, a suppressed label, a row without a finite logit: as the other plan has them."""
+    leaves, labels, (old, advantages, mask), _ = problem(device, torch.bfloat16, n=8, vocabulary=70, bias=True)
+    hidden, weight, bias = leaves
+    bias[labels[1]] = -torch.inf
+    old[2], old[3], mask[:], mask[7] = -torch.inf, old[3] + 300, True, False
+    labels[7] = -5
+    options, count = LossOptions(0.2, 0.2, 3.0), mask.sum().float()
+    head = Head.build(torch.where(mask[:, None], hidden, 0), weight, None, bias, 1.0, 1.0, None, None, None, 1.0)
+    given = (head, labels, mask, old, advantages, None, None, count, options, [True, False, False, False], 8)
+    ours = triton_exponential_ppo.exponential_ppo(*given)
+    theirs = triton_linear_ppo_loss.softmax_ppo(*given)
+    for a, b in zip(ours[:3], theirs[:3], strict=True):
+        assert torch.allclose(a, b, atol=2e-5, rtol=1e-5, equal_nan=True)
+    rows = [0, 3, 4, 5, 6, 7]
+    assert torch.allclose(ours[3][0][rows], theirs[3][0][rows], atol=1e-3, rtol=2e-2)
+
+
+def test_the_faster_plan_is_measured_once_where_that_is_asked_for(device, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTRLHF_AUTOTUNE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(autotune, "_answers", {})
+    runs = []
+    plain = triton_linear_ppo_loss.softmax_ppo
+    monkeypatch.setattr(triton_linear_ppo_loss, "softmax_ppo", lambda *a: runs.append("softmax") or plain(*a))
+    leaves, labels, per_token, options = problem(device, torch.bfloat16, n=4, vocabulary=40, width=16)
+    call = lambda: kernels.linear_ppo_loss(leaves[0].requires_grad_(), leaves[1], labels, *per_token,  # noqa: E731
+                                           backend="triton")  # fmt: skip
+    call()
+    assert len(runs) >= autotune.REPETITIONS
+    (answer,) = json.loads(autotune.cache_file().read_text()).values()
+    assert answer in ("softmax", "exponentials")
+    del runs[:]
+    autotune._answers.clear()  # another process reads the file
+    call()
+    assert len(runs) == (answer == "softmax")
 
 
 def test_rows_that_could_not_be_left_out_count_nothing(device):
@@ -93,3 +166,5 @@ def test_a_chunk_keeps_within_its_workspace():
         for n in (1, 100, 8192, 70_000):
             rows = triton_linear_ppo_loss.chunk_rows(n, vocabulary)
             assert 1 <= rows <= n and rows * vocabulary * 4 <= max(1 << 30, 128 * 4 * vocabulary)
+            twice = triton_linear_ppo_loss.chunk_rows(n, vocabulary, 2)
+            assert rows <= twice <= n and twice * vocabulary * 2 <= max(1 << 30, 128 * 2 * vocabulary)
