@@ -155,6 +155,7 @@ class PPOTrainer:
             picked = self.sampler.take(config.rollout_batch_size // config.samples_per_prompt)
             chosen = [self.prompts[i] for i in picked]
             rollout, generation = self._rollout(chosen, config.samples_per_prompt, purpose="rollout")
+            self.engine.release()  # the update needs the memory
         with phase("score"):
             rollout.scores = self._score(rollout)
         with phase("advantages"):

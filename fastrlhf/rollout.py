@@ -3,26 +3,33 @@
 Left out on purpose: beam search, repetition penalties and everything else of `generation_config`. A policy-gradient
 step needs samples of the policy itself, and the log-probs they were drawn with.
 
-Prompts are padded on the left inside a wave; positions and masks come from lengths, so a row is the same alone or in
-a batch. Each prompt is computed once and its cache shared by its n samples. Finished rows leave the batch.
+A rollout is decoded in slots of a cache (`decoding.py`, `kv_cache.py`): each distinct prompt is computed once, packed
+with others; a sequence that ends leaves, and one that waits takes its place. Every sequence starts at position 0 of its
+slot, so a row is the same alone or in company.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.models import Head, head_logits, lm_head
-from fastrlhf_kernels import sample_tokens, token_log_probs
+from fastrlhf.cached_attention import attending, uses_interface
+from fastrlhf.decoding import Decoder, Row, Sampling
+from fastrlhf.kv_cache import SlotCache, cache_bytes_per_token
+from fastrlhf.models import head_logits, hidden_states, lm_head
+from fastrlhf_kernels import token_log_probs
 
-KEEP_ROWS = 0.75  # the batch is compacted when fewer than this share of its rows are unfinished: copying costs too
+LOG = logging.getLogger(__name__)
+MOST_SLOTS = 1024  # sequences decoded together, whatever the memory
 
 
 @dataclass(frozen=True)
@@ -78,36 +85,114 @@ class RolloutEngine:
         *,
         max_batch_tokens: int | None = None,
     ) -> None:
+        """max_batch_tokens: positions of the cache of keys and values, for prompts and new tokens of what decodes
+        together; None: what half of the free memory holds."""
         self.model = model
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
+        self.cache: SlotCache | None = None
+        self._checked = False
 
     def generate(self, prompt_ids: list[list[int]], params: SamplingParams) -> Generation:
         """Sample params.n replies to each prompt.
 
         The tokens of sample j of prompt i depend on (weights, prompt, params, i, j) only: neither on the other
-        prompts nor on how the batch is split. Raises ValueError before any forward for an empty prompt, a prompt that
-        does not fit the model's positions with max_new_tokens, an unknown stop id, or a too small max_batch_tokens.
+        prompts nor on how many decode together. Raises ValueError before any forward for an empty prompt, a prompt that
+        does not fit the model's positions with max_new_tokens, an unknown stop id, or a too small max_batch_tokens;
+        RuntimeError for a model whose attention cannot be cached this way. Where memory runs out, half as many
+        sequences decode together, once; those that had ended are kept.
         """
         stops = self._stop_ids(params)
         self._check(prompt_ids, params, stops)
-        rows = [_Row(prompt, i * params.n + j) for i, prompt in enumerate(prompt_ids) for j in range(params.n)]
-        stats = {"prefill_tokens": 0, "decode_row_steps": 0, "new_tokens": 0, "waves": 0}
+        rows = [Row(tuple(prompt), i * params.n + j) for i, prompt in enumerate(prompt_ids) for j in range(params.n)]
+        stats = dict.fromkeys(("prefill_tokens", "decode_row_steps", "decode_steps", "new_tokens", "waves"), 0)
+        if rows:
+            self._decode(rows, params, stops, stats)
+        stats["new_tokens"] = sum(len(row.tokens) for row in rows)
+        return Generation(
+            response_ids=[row.tokens for row in rows],
+            log_probs=[row.log_probs for row in rows],
+            policy_log_probs=[row.policy_log_probs for row in rows],
+            finished=[row.finished for row in rows],
+            stats=stats,
+        )
+
+    def release(self) -> None:
+        """Give the cache's memory back, for the update that follows; the next rollout makes it anew."""
+        self.cache = None
+
+    def _decode(self, rows: list[Row], params: SamplingParams, stops: list[int], stats: dict[str, float]) -> None:
+        p = params
+        sampling = Sampling(p.max_new_tokens, p.min_new_tokens, p.temperature, p.top_k, p.top_p, p.seed, tuple(stops))
+        grouped: dict[tuple[int, ...], list[Row]] = {}  # equal prompts beside each other
+        for row in rows:
+            grouped.setdefault(row.prompt, []).append(row)
+        ordered = [row for group in grouped.values() for row in group]
+        positions = max(map(len, grouped)) + params.max_new_tokens
+        slots = self._slots(len(rows), positions)
         with _inference(self.model):
             head = lm_head(self.model)
             if head.weight.dtype != torch.float32 and not head.weight.is_cuda:
                 head = head._replace(weight=head.weight.float())  # once a rollout, not once a token
-            for wave in self._waves(rows, params.max_new_tokens):
-                _Wave(self.model, head, wave, params, stops, stats).run()
-                stats["waves"] += 1
-        stats["new_tokens"] = sum(len(row.tokens) for row in rows)
-        return Generation(
-            response_ids=[row.tokens for row in rows],
-            log_probs=[torch.tensor(row.log_probs, dtype=torch.float32) for row in rows],
-            policy_log_probs=[torch.tensor(row.policy_log_probs, dtype=torch.float32) for row in rows],
-            finished=[row.finished for row in rows],
-            stats=stats,
-        )
+            self._check_attention()
+            try:
+                self._run(ordered, head, sampling, slots, positions, stats)
+            except torch.OutOfMemoryError:
+                left = [row for row in ordered if not row.done]
+                if slots == 1:
+                    raise
+                LOG.warning("generation ran out of memory with %d sequences: again with %d", slots, slots // 2)
+                self.release()
+                self._run(left, head, sampling, slots // 2, positions, stats)
+
+    def _run(self, rows, head, sampling: Sampling, slots: int, positions: int, stats) -> None:
+        slots = min(slots, len(rows))
+        shared = len({row.prompt for row in rows}) < len(rows) > slots > 1  # a slot keeps the prompt of those that wait
+        extra = int(shared)
+        if shared and self.max_batch_tokens is not None and (slots + 1) * positions > self.max_batch_tokens:
+            slots -= 1
+        cache, self.cache = self.cache, None  # dropped where anything below fails
+        if cache is None or not cache.fits(slots + extra, positions, self.model):
+            cache = SlotCache(self.model.config.get_text_config().num_hidden_layers, slots + extra, positions)
+        with attending(self.model, cache):
+            Decoder(self.model, head, cache, slots, sampling, stats).run(rows)
+        if all(bool(row.log_probs.isfinite().all()) for row in rows):  # or NaN would outlive the weights it came from
+            self.cache = cache
+
+    def _slots(self, rows: int, positions: int) -> int:
+        """Sequences that decode together."""
+        tokens = self.max_batch_tokens
+        if tokens is None:
+            tokens = _free_bytes(self.model.device) // 2 // cache_bytes_per_token(self.model)
+        return max(1, min(rows, MOST_SLOTS, tokens // positions))
+
+    def _check_attention(self) -> None:
+        """RuntimeError for a model whose cached steps do not give what its plain forward gives; once an engine.
+
+        Models that use transformers' attention interface are watched in every prefill instead (`Decoder`).
+        """
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if kinds or config.is_encoder_decoder:
+            what = ", ".join(sorted(kinds)) or "an encoder"
+            raise RuntimeError(f"generation does not support {type(self.model).__name__}: it has {what}")
+        if self._checked or uses_interface(self.model):
+            return
+        layers, head = config.num_hidden_layers, lm_head(self.model)
+        sampling = Sampling(2, 0, 0.0, 0, 1.0, 0, ())
+        probes = [Row((1, 2, 3), 0), Row((3, 1, 2, 3, 2), 1)]
+        Decoder(self.model, head, SlotCache(layers, 2, 8), 2, sampling, {"prefill_tokens": 0, "decode_row_steps": 0,
+                "decode_steps": 0, "waves": 0}).run(probes)  # fmt: skip
+        for row in probes:
+            ids = torch.tensor([row.prompt + tuple(row.tokens)], device=self.model.device)
+            logits = head_logits(head, hidden_states(self.model, ids)[0, len(row.prompt) - 1 : -1])
+            plain = token_log_probs(logits, ids[0, len(row.prompt) :]).cpu()
+            if (plain - row.policy_log_probs).abs().max() > (1e-3 if self.model.dtype == torch.float32 else 0.3):
+                raise RuntimeError(
+                    f"{type(self.model).__name__} does not use transformers' attention interface, and its cached steps "
+                    "differ from its plain forward: generation would be wrong; use another model"
+                )
+        self._checked = True
 
     def _stop_ids(self, params: SamplingParams) -> list[int]:
         if params.stop_token_ids is not None:
@@ -140,136 +225,11 @@ class RolloutEngine:
                     f"more than the model's {positions} positions"
                 )
             if self.max_batch_tokens is not None and need > self.max_batch_tokens:
-                gib = need * _cache_bytes_per_token(self.model)
+                gib = need * cache_bytes_per_token(self.model)
                 raise ValueError(
                     f"max_batch_tokens={self.max_batch_tokens} is too small for prompt {index}: one sequence needs "
                     f"{need} tokens of cache ({gib} bytes)"
                 )
-
-    def _waves(self, rows: list[_Row], max_new_tokens: int) -> Iterator[list[_Row]]:
-        """Rows in prompt-length order, as many at once as max_batch_tokens holds (left padding included)."""
-        if not rows:
-            return
-        ordered = sorted(rows, key=lambda row: (-len(row.prompt), row.stream))
-        start = 0
-        while start < len(ordered):
-            size = len(ordered) - start
-            if self.max_batch_tokens is not None:
-                size = self.max_batch_tokens // (len(ordered[start].prompt) + max_new_tokens)
-            yield ordered[start : start + size]
-            start += size
-
-
-@dataclass
-class _Row:
-    """One response in the making. stream: its number in the rollout, the identity its random numbers come from."""
-
-    prompt: list[int]
-    stream: int
-    tokens: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    policy_log_probs: list[float] = field(default_factory=list)
-    finished: bool = False
-
-
-class _Wave:
-    """One batch decoded together. State that changes with every token lives here and dies with it."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        head: Head,
-        rows: list[_Row],
-        params: SamplingParams,
-        stops: list[int],
-        stats: dict[str, float],
-    ) -> None:
-        self.model, self.head, self.rows, self.params, self.stats = model, head, rows, params, stats
-        self.stops = frozenset(stops)
-        self.stop_tensor = torch.tensor(stops, dtype=torch.int64, device=model.device)
-        self.streams = torch.tensor([row.stream for row in rows], device=model.device)
-        self.cache = DynamicCache(config=model.config)
-
-    def run(self) -> None:
-        hidden = self._prefill()
-        for position in range(self.params.max_new_tokens):
-            tokens = self._sample(hidden, position)
-            alive = [i for i, row in enumerate(self.rows) if not row.finished]
-            if not alive or position + 1 == self.params.max_new_tokens:
-                return
-            if len(alive) <= KEEP_ROWS * len(self.rows):
-                tokens = self._compact(alive, tokens)
-            hidden = self._decode(tokens, position)
-
-    def _prefill(self) -> Tensor:
-        """The prompts, each distinct one once -> hidden state [rows, H] that predicts the first new token."""
-        prompts = list(dict.fromkeys(tuple(row.prompt) for row in self.rows))
-        longest = max(len(prompt) for prompt in prompts)
-        device = self.model.device
-        ids = torch.tensor([(0,) * (longest - len(p)) + p for p in prompts], device=device)
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        columns = torch.arange(longest, device=device)
-        mask = columns >= (longest - lengths)[:, None]
-        hidden = self._forward(ids, mask, (columns - (longest - lengths)[:, None]).clamp(min=0))
-        self.stats["prefill_tokens"] += int(lengths.sum())
-        place = {prompt: i for i, prompt in enumerate(prompts)}
-        index = torch.tensor([place[tuple(row.prompt)] for row in self.rows], device=device)
-        if len(prompts) < len(self.rows):
-            self.cache.reorder_cache(index)  # unlike batch_select_indices, linear-attention layers have it
-        room = torch.ones(len(self.rows), self.params.max_new_tokens, dtype=torch.bool, device=device)
-        self.mask = torch.cat([mask[index], room], dim=1)
-        self.width, self.lengths = longest, lengths[index]
-        return hidden[index]
-
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        output = self.model.base_model(
-            input_ids=ids,
-            attention_mask=mask.to(torch.int64),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state[:, -1]
-
-    def _decode(self, tokens: Tensor, position: int) -> Tensor:
-        self.stats["decode_row_steps"] += len(self.rows)
-        mask = self.mask[:, : self.width + position + 1]
-        return self._forward(tokens[:, None], mask, (self.lengths + position)[:, None])
-
-    def _sample(self, hidden: Tensor, position: int) -> Tensor:
-        """Draw one token a row, record it with its log-probs; finished rows only pad the batch until compaction."""
-        params = self.params
-        raw = head_logits(self.head, hidden)
-        logits = raw
-        if position < params.min_new_tokens and len(self.stops):
-            logits = raw.index_fill(1, self.stop_tensor, -math.inf)
-        sampled = sample_tokens(
-            logits,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            seed=params.seed,
-            offset=position,
-            stream=self.streams,
-        )
-        policy_log_probs = sampled.policy_log_probs
-        if logits is not raw:  # the policy's own log-prob knows nothing of the suppressed stops
-            policy_log_probs = token_log_probs(raw, sampled.tokens, temperature=params.temperature or 1.0)
-        columns = zip(sampled.tokens.tolist(), sampled.log_probs.tolist(), policy_log_probs.tolist(), strict=True)
-        for row, (token, log_prob, policy_log_prob) in zip(self.rows, columns, strict=True):
-            if not row.finished:
-                row.tokens.append(token)
-                row.log_probs.append(log_prob)
-                row.policy_log_probs.append(policy_log_prob)
-                row.finished = token in self.stops
-        return sampled.tokens
-
-    def _compact(self, alive: list[int], tokens: Tensor) -> Tensor:
-        index = torch.tensor(alive, device=tokens.device)
-        self.cache.reorder_cache(index)  # unlike batch_select_indices, linear-attention layers have it
-        self.mask, self.lengths, self.streams = self.mask[index], self.lengths[index], self.streams[index]
-        self.rows = [self.rows[i] for i in alive]
-        return tokens[index]
 
 
 def derive_seed(*parts: object) -> int:
@@ -278,11 +238,12 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _cache_bytes_per_token(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 1 << 19
+    return pages * (os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096)
 
 
 @contextmanager

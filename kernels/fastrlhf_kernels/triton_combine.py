@@ -50,8 +50,10 @@ def combine(
 ) -> None:  # fmt: skip
     """parts: maxima, sums and weighted sums [n, splits]. log_probs holds the labels' logits and becomes log-probs."""
     n, splits = parts[0].shape
+    width = triton.next_power_of_2(splits)
+    rows = max(1, min(16, 4096 // width))
     launch(
-        _combine, -(-n // 16), labels.device, *parts, labels, degrees, log_probs, entropies, top, total, n, splits,
-        temperature, ignore_index, PER_TOKEN=per_token, ENTROPY=entropies.numel() > 0, ROWS=16,
-        SPLITS=triton.next_power_of_2(splits), warps=4,
+        _combine, -(-n // rows), labels.device, *parts, labels, degrees, log_probs, entropies, top, total, n, splits,
+        temperature, ignore_index, PER_TOKEN=per_token, ENTROPY=entropies.numel() > 0, ROWS=rows,
+        SPLITS=width, warps=4,
     )  # fmt: skip

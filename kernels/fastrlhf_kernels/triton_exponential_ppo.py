@@ -229,7 +229,7 @@ def exponential_ppo(
             options.clip_low, options.clip_high, options.dual_clip or 0.0, options.kl_coef, PER_TOKEN=per_token,
             WEIGHTS=weights is not None, DUAL=options.dual_clip is not None,
             KL=KL_ESTIMATORS.index(options.kl_estimator) if options.kl_coef != 0 else -1, BIAS=flags["BIAS"],
-            SOFTCAP=flags["SOFTCAP"], SPLITS=triton.next_power_of_2(splits), COLUMNS=32, DEPTH=64, warps=4,
+            SOFTCAP=flags["SOFTCAP"], SPLITS=triton.next_power_of_2(splits), COLUMNS=64, DEPTH=32, warps=8,
         )  # fmt: skip
         if dx is not None:
             torch.mul(product(e, head.weight), factors[:, None], out=dx[cut])

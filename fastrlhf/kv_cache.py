@@ -1,0 +1,128 @@
+"""The engine's cache of keys and values: slots of fixed size, each holding one sequence from position 0.
+
+Sequences start at position 0 of their slot, as they do in training: no left padding, no shifted positions, and a slot
+is reused by starting over. What lies behind a sequence's length is finite garbage that attention leaves out.
+transformers' own static cache has one length for the whole batch; here every slot has its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class Segment(NamedTuple):
+    """`count` prompts of one length, beside each other in the packed row from column `start`; their slots."""
+
+    start: int
+    length: int
+    slots: Sequence[int]
+
+
+class _Layer(CacheLayerMixin):
+    """Keys and values [slots, positions, heads, size] of one layer."""
+
+    is_sliding = False  # a window is the attention's business: all positions are kept
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def make(states: Tensor) -> Tensor:  # zeros: 0 * NaN in a place that is masked would still be NaN
+            shape = (self.cache.slots, self.cache.positions, states.shape[1], states.shape[3])
+            return torch.zeros(shape, dtype=states.dtype, device=states.device)
+
+        self.keys, self.values = make(key_states), make(value_states)
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store [rows, heads, new, size]; returns what the queries may look at, in the same layout."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        cache = self.cache
+        if cache.segments is not None:
+            for states, store in ((key_states, self.keys), (value_states, self.values)):
+                packed = states.transpose(1, 2).flatten(0, 1)  # [columns, heads, size]
+                for start, length, slots in cache.segments:
+                    rows = packed[start : start + length * len(slots)]
+                    store[slots, :length] = rows.view(len(slots), length, *rows.shape[1:])
+            return key_states, value_states
+        rows, lengths, longest = cache.rows, cache.lengths, cache.longest
+        self.keys[rows, lengths] = key_states[:, :, 0]
+        self.values[rows, lengths] = value_states[:, :, 0]
+        count = len(rows)
+        return self.keys[:count, :longest].transpose(1, 2), self.values[:count, :longest].transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length if self.cache.segments is not None else self.cache.longest), 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.cache.segments is not None else self.cache.longest - 1
+
+    def get_max_length(self) -> int:
+        return self.cache.positions
+
+
+class SlotCache(Cache):
+    """The cache of all layers, and what their attention must know of the forward that runs.
+
+    `prefill(segments)` before a forward of packed prompts, `decode(...)` before one of a token a slot.
+    """
+
+    def __init__(self, layers: int, slots: int, positions: int) -> None:
+        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+        self.slots, self.positions = slots, positions
+        self.segments: list[Segment] | None = None
+        self.rows = self.lengths = None
+        self.longest = 0
+        self.calls = 0  # of the attention: one a layer and forward
+        self._masks: dict[int | None, Tensor] = {}
+
+    def fits(self, slots: int, positions: int, model: PreTrainedModel) -> bool:
+        """Whether it serves a rollout of this size; one more than twice as large is not worth keeping."""
+        keys = self.layers[0].keys
+        same = keys is None or (keys.dtype == model.dtype and keys.device == model.device)
+        enough = slots <= self.slots and positions <= self.positions
+        return same and enough and self.slots * self.positions <= 2 * slots * positions
+
+    def prefill(self, segments: list[Segment]) -> None:
+        self.segments = segments
+
+    def decode(self, rows: Tensor, lengths: Tensor, longest: int) -> None:
+        """rows: arange of the slots that decode; lengths [rows]: tokens each slot holds; longest: no length + 1 is
+        more (a number that the host knows without waiting)."""
+        self.segments, self.rows, self.lengths, self.longest = None, rows, lengths, longest
+        self._masks.clear()
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[rows, 1, 1, longest], 0 where the new token may look and -inf elsewhere; one a step and window."""
+        if window not in self._masks:
+            place = torch.arange(self.longest, device=self.lengths.device)
+            hidden = place > self.lengths[:, None]
+            if window is not None:
+                hidden |= place <= self.lengths[:, None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
+            self._masks[window] = mask[:, None, None]
+        return self._masks[window]
+
+    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+        """The first `length` positions of a slot into others: a prompt for its other samples, or a slot that moves."""
+        for layer in self.layers:
+            for store in (layer.keys, layer.values):
+                for target in targets:
+                    store[target, :length] = store[source, :length]
+
+
+def cache_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes of keys and values of one position in all layers."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize

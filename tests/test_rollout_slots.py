@@ -1,0 +1,168 @@
+"""The engine's slots: who waits, who takes a place, what is computed how often, and what memory that needs."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+
+from fastrlhf import decoding
+from fastrlhf.rollout import Generation, RolloutEngine, SamplingParams
+from tests import tiny
+
+SHORT, LONG = 3, 24
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny.llama()
+
+
+def prompts(count: int) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 20, (count,), generator=draw).tolist()
+    return [torch.randint(3, 320, (length,), generator=draw).tolist() for length in lengths]
+
+
+def forced(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
+    """Sequence i draws the stop token (2) as its lengths[i]-th token, and not before."""
+    real, ends = decoding.sample_tokens, torch.tensor(lengths)
+
+    def draw(logits, *, offset, stream, **options):
+        sampled = real(logits, offset=offset, stream=stream, **options)
+        tokens = torch.where(offset + 1 >= ends[stream], 2, sampled.tokens.clamp(min=3))
+        return sampled._replace(tokens=tokens)
+
+    monkeypatch.setattr(decoding, "sample_tokens", draw)
+
+
+def same(one: Generation, other: Generation) -> None:
+    assert one.response_ids == other.response_ids and one.finished == other.finished
+    for a, b in zip(one.policy_log_probs, other.policy_log_probs, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=0)
+
+
+def test_no_step_is_spent_on_sequences_that_ended_or_places_that_wait(llama, monkeypatch):
+    """Log-normal lengths, the longest many times the median: rows x steps within a tenth of the true lengths."""
+    draw = torch.Generator().manual_seed(1)
+    lengths = (12 * torch.exp(0.7 * torch.randn(60, generator=draw))).round().clamp(1, 60).long().tolist()
+    forced(monkeypatch, lengths)
+    engine = RolloutEngine(llama, max_batch_tokens=8 * 80)
+    out = engine.generate(prompts(60), SamplingParams(60, stop_token_ids=[2]))
+    assert [len(reply) for reply in out.response_ids] == lengths
+    needed = sum(lengths) - len(lengths)  # the last token of a reply is not fed back
+    assert needed <= out.stats["decode_row_steps"] <= 1.1 * needed
+    assert out.stats["decode_steps"] <= 1.35 * needed / 8  # places are refilled: the batch stays full till the end
+    assert out.stats["prefill_tokens"] == sum(map(len, prompts(60)))
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 5, 8])
+def test_samples_of_a_prompt_share_one_prefill_however_few_places_there_are(llama, monkeypatch, budget):
+    """7 samples a prompt, of different lengths: those that wait find the prompt's keys and values kept for them."""
+    lengths = [1 + (5 * i) % 11 for i in range(28)]
+    forced(monkeypatch, lengths)
+    params = SamplingParams(12, n=7, stop_token_ids=[2], seed=3)
+    asked = prompts(4)
+    positions = max(map(len, asked)) + 12
+    whole = RolloutEngine(llama).generate(asked, params)
+    split = RolloutEngine(llama, max_batch_tokens=budget * positions).generate(asked, params)
+    same(whole, split)
+    assert whole.stats["prefill_tokens"] == split.stats["prefill_tokens"] == sum(map(len, asked))
+
+
+def test_the_cache_keeps_within_its_budget(llama, monkeypatch):
+    sizes = []
+    original = decoding.Decoder.run
+    monkeypatch.setattr(
+        decoding.Decoder, "run", lambda self, rows: sizes.append((self.cache.slots, self.cache.positions))
+        or original(self, rows)
+    )  # fmt: skip
+    for budget in (64, 100, 200, 10_000):
+        RolloutEngine(llama, max_batch_tokens=budget).generate(prompts(6), SamplingParams(12, n=3, stop_token_ids=[]))
+    assert all(slots * positions <= budget for (slots, positions), budget in zip(sizes, (64, 100, 200, 10_000)))
+    assert sizes[-1][0] == 18
+
+
+def test_any_chunking_of_the_prompts_gives_the_same(llama, monkeypatch):
+    params = SamplingParams(6, stop_token_ids=[], seed=1)
+    whole = RolloutEngine(llama).generate(prompts(12), params)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 25)
+    forwards = []
+    handle = llama.model.register_forward_pre_hook(
+        lambda module, args, kwargs: forwards.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        same(whole, RolloutEngine(llama).generate(prompts(12), params))
+    finally:
+        handle.remove()
+    packed = forwards[: -(6 - 1)]
+    assert len(packed) > 3 and sum(packed) == sum(map(len, prompts(12))) and max(packed) <= 25
+
+
+def test_rarer_looks_of_the_host_change_nothing(llama, monkeypatch):
+    """As on a GPU: sequences that ended go on, unseen, until the host looks."""
+    forced(monkeypatch, [1 + (7 * i) % 13 for i in range(20)])
+    params = SamplingParams(13, n=2, stop_token_ids=[2], seed=5)
+    each = RolloutEngine(llama, max_batch_tokens=6 * 40).generate(prompts(10), params)
+    plain = decoding.Decoder.__init__
+
+    def patient(self, *args):
+        plain(self, *args)
+        self.steps = 4
+
+    monkeypatch.setattr(decoding.Decoder, "__init__", patient)
+    same(each, RolloutEngine(llama, max_batch_tokens=6 * 40).generate(prompts(10), params))
+
+
+def test_a_used_cache_is_as_good_as_a_new_one_and_given_back(llama):
+    engine = RolloutEngine(llama)
+    params = SamplingParams(8, n=2, stop_token_ids=[])
+    engine.generate(prompts(5), SamplingParams(8, n=2, stop_token_ids=[], seed=9))
+    kept = engine.cache
+    again = engine.generate(prompts(5), params)
+    assert engine.cache is kept
+    fresh = RolloutEngine(llama).generate(prompts(5), params)
+    assert again.response_ids == fresh.response_ids
+    assert all(map(torch.equal, again.log_probs, fresh.log_probs))
+    engine.release()
+    assert engine.cache is None
+    same(engine.generate(prompts(5), params), fresh)
+
+
+def test_nan_weights_do_not_outlive_themselves_in_the_cache(llama):
+    engine = RolloutEngine(llama)
+    params = SamplingParams(4, stop_token_ids=[])
+    good = engine.generate(prompts(3), params)
+    weight = llama.model.layers[0].self_attn.v_proj.weight
+    before = weight.detach().clone()
+    weight.data.fill_(math.nan)
+    engine.generate(prompts(3), params)
+    weight.data.copy_(before)
+    same(engine.generate(prompts(3), params), good)
+
+
+def test_out_of_memory_halves_the_batch_once_and_keeps_what_had_ended(llama, monkeypatch, caplog):
+    forced(monkeypatch, lengths := [SHORT, LONG] * 4)
+    params = SamplingParams(LONG, stop_token_ids=[2], seed=2)
+    good = RolloutEngine(llama).generate(prompts(8), params)
+    forward, calls = decoding.Decoder._forward, []
+
+    def failing(self):
+        calls.append(len(self.rows))
+        if len(calls) == SHORT + 4:
+            raise torch.OutOfMemoryError("no memory")
+        forward(self)
+
+    monkeypatch.setattr(decoding.Decoder, "_forward", failing)
+    with caplog.at_level(logging.WARNING):
+        out = RolloutEngine(llama).generate(prompts(8), params)
+    same(out, good)
+    assert [len(reply) for reply in out.response_ids] == lengths
+    assert "out of memory with 8 sequences: again with 4" in caplog.text
+    assert out.stats["prefill_tokens"] == sum(map(len, prompts(8))) + sum(map(len, prompts(8)[1::2]))
+    monkeypatch.setattr(decoding.Decoder, "_forward", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
+    with pytest.raises(torch.OutOfMemoryError):
+        RolloutEngine(llama).generate(prompts(8), params)
+    assert llama.config._attn_implementation != "fastrlhf"
