@@ -52,6 +52,7 @@ class Experience:
     values: Tensor | None
     advantages: Tensor
     returns: Tensor
+    weights: Tensor | None = None  # truncated importance weights of the tokens
 
     def take(self, rows: list[int]) -> Callable[[Tensor], Tensor]:
         """-> a function from [B, T] to the [N] response tokens of these rows, in the order of TokenBatch."""

@@ -236,6 +236,8 @@ class PPOConfig(StageConfig):
     """estimator; all but gae do without a value model; grpo, dr_grpo and rloo need samples_per_prompt >= 2"""
     old_log_probs: Literal["recompute", "rollout"] = "recompute"
     """old log-probs from a training forward pass (ratio exactly 1 at first) or from the rollout (faster)"""
+    importance_cap: float | None = Field(2.0, ge=1)
+    """with recomputed old log-probs, tokens weigh min(pi_old / pi_rollout, this); none: 1"""
     lora: Any = None
     """low-rank adapters; only none in this version"""
     quantize: Any = None

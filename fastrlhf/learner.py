@@ -19,7 +19,7 @@ from fastrlhf.batch import Experience, Rollout, TokenBatch
 from fastrlhf.config import PPOConfig
 from fastrlhf.guards import UpdateGuard
 from fastrlhf.optim import Optimizer, lr_at
-from fastrlhf.stats import Stats
+from fastrlhf.stats import Stats, mismatch_metrics
 from fastrlhf_kernels import linear_log_probs, linear_ppo_loss, ppo_value_loss
 
 
@@ -55,16 +55,26 @@ class Learner:
         """
         config, stats = self.config, Stats()
         warming_up = step < config.critic_warmup_steps
+        decoded = config.old_log_probs == "rollout"  # then the first forward of the policy shows the mismatch
+        mismatch = mismatch_metrics(*torch.zeros(2, 0)) if decoded else {}
+        seen: list[Tensor] = []
         for mini in (mini for epoch in plan for mini in epoch):
             if self.value_model is not None:
                 self._update_critic(rollout, experience, mini, stats)
             if warming_up:
                 continue
-            self._update_policy(rollout, experience, mini, stats)
+            first = decoded and not seen
+            seen = self._update_policy(rollout, experience, mini, stats)
+            if first:
+                takes = [experience.take(rows) for rows in mini]
+                old, own = (
+                    torch.cat([take(t) for take in takes]) for t in (experience.old_log_probs, experience.response_mask)
+                )
+                mismatch = mismatch_metrics(torch.cat(seen)[own], old[own])
             if config.target_kl is not None and stats.last("kl/approx") > 1.5 * config.target_kl:
                 stats.add("update/stopped_early", 1.0)
                 break
-        return stats.means()
+        return stats.means() | mismatch
 
     def _update_policy(
         self,
@@ -72,11 +82,14 @@ class Learner:
         experience: Experience,
         mini: list[list[int]],
         stats: Stats,
-    ) -> None:
-        """One optimizer step: the losses of the micro-batches are sums over one token count, so they just add up."""
+    ) -> list[Tensor]:
+        """One optimizer step: the losses of the micro-batches are sums over one token count, so they just add up.
+
+        -> the log-probs [N] of each micro-batch's response tokens before the step (0 where a row does not count).
+        """
         config = self.config
         normalizer = self._normalizer(experience.response_mask, mini)
-        totals = torch.zeros(5, device=self.device)
+        totals, log_probs = torch.zeros(5, device=self.device), []
         for rows in mini:
             batch, take = rollout.tokens(rows, self.device), experience.take(rows)
             head = models.lm_head(self.policy)
@@ -85,9 +98,11 @@ class Learner:
                 take(experience.old_log_probs), take(experience.advantages), take(experience.response_mask),
                 temperature=config.temperature, clip_range=config.clip_range, clip_range_high=config.clip_range_high,
                 dual_clip=config.dual_clip, entropy_coef=config.entropy_coef, normalizer=normalizer,
+                weights=None if experience.weights is None else take(experience.weights),
                 **self._kl_in_loss(take(experience.ref_log_probs)), **head.kwargs(),
             )  # fmt: skip
             loss.backward()
+            log_probs.append(info["log_probs"])
             totals += torch.stack([loss.detach(), *(info[n] for n in ("approx_kl", "clip_frac", "entropy", "ratio"))])
         result = self.policy_optimizer.step(self._learning_rate(config.learning_rate, self.policy_updates))
         self.policy_updates += 1
@@ -96,6 +111,7 @@ class Learner:
             stats.add(name, value)
         stats.add("policy/grad_norm", result.grad_norm)
         self._guard(result.applied, "policy")
+        return log_probs
 
     def _kl_in_loss(self, ref_log_probs: Tensor) -> dict[str, Any]:
         config = self.config

@@ -25,7 +25,7 @@ from fastrlhf.optim import Optimizer, micro_batches, token_budget
 from fastrlhf.rewards import RewardModelScorer, Scorable, make_scorer
 from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
 from fastrlhf.run import Run, run_stage
-from fastrlhf.stats import mean, rollout_metrics, throughput
+from fastrlhf.stats import mean, mismatch_metrics, rollout_metrics, throughput
 from fastrlhf.templates import encode_prompt, render_prompt, resolve_chat_template, stop_token_ids
 
 EVAL_PROMPTS_SHOWN = 4
@@ -237,15 +237,20 @@ class PPOTrainer:
             if values is not None:
                 flat = models.scalar_outputs(self.value_model, batch.hidden(self.value_model))
                 values[rows] = scatter(flat, own)
-        if config.old_log_probs == "rollout":
+        weights, mismatch = None, {}
+        if config.old_log_probs == "rollout":  # the ratio is against the sampler itself; the learner measures
             old = rollout_log_probs
+        else:
+            mismatch = mismatch_metrics(old[mask], rollout_log_probs[mask])
+            if config.importance_cap is not None:  # sampled by decoding, old by training (Yao et al. 2025, TIS)
+                weights = (old - rollout_log_probs).exp().clamp(max=config.importance_cap)
         raw = torch.tensor([float("nan") if s is None else s for s in rollout.scores], device=self.device)
         metrics = rollout_metrics(raw, old, ref, rollout_log_probs, rollout.log_probs, mask)
         counted = mask & raw.isfinite()[:, None]
         finished = torch.tensor(rollout.finished, device=self.device)
         shaped = advantages.shape_scores(raw, finished, config, self.moments)
         gains, returns = advantages.estimate(shaped, old, ref, values, counted, config)
-        return Experience(mask, counted, old, ref, values, gains, returns), metrics
+        return Experience(mask, counted, old, ref, values, gains, returns, weights), metrics | mismatch
 
     # ------------------------------------------------------------------------------------- evaluation and checkpoints
 

@@ -40,11 +40,9 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Metrics known before the update. scores [B] (NaN: unscorable); log-probs [B, T], zero outside mask [B, T].
 
-    kl/ref: mean over sequences of sum_t log pi(a_t) - log pi_ref(a_t), in nats. rollout/mismatch: mean |difference|
-    between the log-probs of decoding and of the training forward. rollout/kept_mass: mean probability that top-k and
-    top-p left to sample from (1 without them).
+    kl/ref: mean over sequences of sum_t log pi(a_t) - log pi_ref(a_t), in nats. rollout/kept_mass: mean probability
+    that top-k and top-p left to sample from (1 without them).
     """
-    tokens = mask.sum().clamp(min=1)
     good = scores[scores.isfinite()]
     truncation = policy_log_probs[mask].cpu() - torch.cat(list(sampled_log_probs))
     kl = (old_log_probs - ref_log_probs).sum(1)
@@ -53,9 +51,22 @@ def rollout_metrics(
         "reward/std": float(good.std(correction=0)) if good.numel() else math.nan,
         "reward/unscorable": float(scores.numel() - good.numel()),
         "kl/ref": float(kl.mean()),
-        "rollout/mismatch": float((old_log_probs - policy_log_probs).abs().sum() / tokens),
         "rollout/kept_mass": float(truncation.exp().mean()),
     }
+
+
+def mismatch_metrics(trained: Tensor, decoded: Tensor) -> dict[str, float]:
+    """How far the training forward and decoding are apart, of log-probs [N] of the same weights and tokens.
+
+    Mean and largest |difference| in nats, and the effective share of the samples, (sum w)^2 / (N sum w^2) with
+    w = exp(trained - decoded) (Kong 1992): 1 where they agree.
+    """
+    if trained.numel() == 0:
+        return dict.fromkeys(("rollout/mismatch", "rollout/mismatch_max", "rollout/ess"), math.nan)
+    d = trained.double() - decoded.double()
+    w = d.clamp(-50, 50).exp()
+    figures = torch.stack([d.abs().mean(), d.abs().max(), w.sum().square() / (len(w) * w.square().sum())])
+    return dict(zip(("rollout/mismatch", "rollout/mismatch_max", "rollout/ess"), figures.tolist(), strict=True))
 
 
 def throughput(name: str, tokens: float, device: torch.device) -> dict[str, float]:

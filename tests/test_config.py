@@ -33,7 +33,7 @@ FROZEN = {
     RewardConfig: f"{COMMON} {SUPERVISED} head_only score_range",
     PPOConfig: f"""{COMMON} total_steps rollout_batch_size samples_per_prompt ppo_epochs mini_batch_size
     max_prompt_tokens max_new_tokens temperature top_p top_k critic_learning_rate gamma gae_lambda kl_coef kl_estimator
-    kl_in target_kl clip_range clip_range_high dual_clip clip_range_value vf_coef entropy_coef ptx_coef
+    kl_in target_kl clip_range clip_range_high dual_clip importance_cap clip_range_value vf_coef entropy_coef ptx_coef
     whiten_advantages reward_scaling reward_clip advantage_clip missing_eos_penalty critic critic_warmup_steps
     advantage old_log_probs lora quantize ema_decay""",
 }

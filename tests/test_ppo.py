@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrlhf import PPOConfig, PPOTrainer, UserError
+from fastrlhf import PPOConfig, PPOTrainer, UserError, learner
 from fastrlhf import models as m
 from fastrlhf.batch import TokenBatch
 from fastrlhf.learner import response_log_probs
@@ -340,6 +340,7 @@ def test_estimators_without_a_critic_have_none(advantage):
         {"advantage_clip": 0.01},
         {"reward_clip": 0.01, "whiten_advantages": False},
         {"old_log_probs": "rollout"},
+        {"importance_cap": 1.0},
         {"top_k": 3},
         {"max_grad_norm": 0.01},
     ],
@@ -356,6 +357,45 @@ def test_every_option_changes_the_result(fields):
 def test_kept_mass_is_reported_under_truncated_sampling():
     full, cut = (next(iter(trainer(config(top_k=k)))).metrics["rollout/kept_mass"] for k in (0, 3))
     assert full == pytest.approx(1.0, abs=1e-5) and cut < 0.9
+
+
+@pytest.mark.parametrize("mode", ["recompute", "rollout"])
+def test_what_decoding_and_training_differ_by_is_measured_and_weighted(monkeypatch, mode):
+    """Decoding is made to report other log-probs: half too likely by 1.5 nats, one too unlikely by 1."""
+    used = []
+    loss = learner.linear_ppo_loss
+    monkeypatch.setattr(learner, "linear_ppo_loss", lambda *a, **k: used.append(k["weights"]) or loss(*a, **k))
+    cfg = config(total_steps=1, ppo_epochs=1, mini_batch_size=8, old_log_probs=mode, micro_batch_tokens=40)
+    t = trainer(cfg, reward=lambda prompts, responses: [None, *(float(len(r)) for r in responses[1:])])
+    generate = t.engine.generate
+
+    def wrong(prompt_ids, params):
+        out = generate(prompt_ids, params)
+        shifts = [1.5 if i % 2 else 0.0 for i in range(len(out.response_ids))]
+        shifts[2] = -1.0
+        out.policy_log_probs[:] = [lp + shift for lp, shift in zip(out.policy_log_probs, shifts, strict=True)]
+        out.stats["shifts"] = [shift for shift, lp in zip(shifts, out.policy_log_probs, strict=True) for _ in lp]
+        out.stats["sizes"] = list(map(len, out.response_ids))
+        wrong.stats = out.stats
+        return out
+
+    monkeypatch.setattr(t.engine, "generate", wrong)
+    metrics = next(iter(t)).metrics
+    shifts = torch.tensor(wrong.stats["shifts"], dtype=torch.float64)
+    if mode == "rollout":  # the row without a score is in no update
+        shifts = shifts[wrong.stats["sizes"][0] :]
+    w = (-shifts).exp()
+    assert metrics["rollout/mismatch"] == pytest.approx(float(shifts.abs().mean()), abs=1e-4)
+    assert metrics["rollout/mismatch_max"] == pytest.approx(1.5, abs=1e-4)
+    assert metrics["rollout/ess"] == pytest.approx(float(w.sum() ** 2 / (len(w) * w.square().sum())), abs=1e-4)
+    if mode == "recompute":
+        assert metrics["policy/ratio"] == pytest.approx(1.0, abs=1e-6)
+        found = torch.cat(used).double()
+        expected = torch.cat([found.new_tensor([1.0, math.exp(-1.5), 2.0])])  # exp(1) is capped
+        assert float((found[:, None] - expected).abs().amin(1).max()) < 1e-4
+        assert all(bool(((found - value).abs() < 1e-4).any()) for value in expected)
+    else:
+        assert used == [None] * len(used) and metrics["policy/ratio"] != 1.0
 
 
 def test_bf16_trains_on_the_cpu(tmp_path):
