@@ -13,12 +13,14 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.cached_attention import uses_interface
+from fastrlhf.decode_graph import StepGraphs, cuda_capture
 from fastrlhf.kv_cache import Segment, SlotCache
 from fastrlhf.models import Head, head_logits
 from fastrlhf_kernels import sample_tokens, token_log_probs
@@ -82,6 +84,9 @@ class Decoder:
         self.steps = SYNC_STEPS if device.type == "cuda" else 1
         self.rows: list[Row] = []  # row of slot i
         self.longest = 0  # no slot holds more tokens
+        self.graphs: StepGraphs | None = None
+        if device.type == "cuda":
+            self.graphs = StepGraphs(partial(self._step, longest=cache.positions), slots, cuda_capture())
         self.stash: tuple[tuple[int, ...], Tensor] | None = None  # a prompt whose samples still wait, its hidden state
 
     def run(self, rows: Sequence[Row]) -> None:
@@ -220,19 +225,26 @@ class Decoder:
 
     def _forward(self) -> None:
         """The last tokens through the model: hidden states that predict the next ones."""
-        count = len(self.rows)
+        count = computed = len(self.rows)
         self.longest += 1
-        self.stats["decode_row_steps"] += count
+        if self.graphs is None:
+            self.hidden = self._step(count, min(self.longest, self.cache.positions))
+        else:
+            self.hidden, computed = self.graphs.run(count)
+        self.stats["decode_row_steps"] += computed
         self.stats["decode_steps"] += 1
+        self.lengths[:count] += (~self.ended[:count]).long()
+
+    def _step(self, count: int, longest: int) -> Tensor:
+        """The last token of the first `count` slots -> their hidden states. Reads and writes fixed addresses only."""
         lengths, cache = self.lengths[:count], self.cache
-        cache.decode(self.places[:count], lengths, min(self.longest, cache.positions))
+        cache.decode(self.places[:count], lengths, longest)
         mask = {} if self.interface else {"attention_mask": cache.mask(None, self.model.dtype)}
         output = self.model.base_model(
             input_ids=self.last[:count, None], position_ids=lengths[:, None].clone(), past_key_values=cache,
             use_cache=True, **mask,
         )  # fmt: skip
-        self.hidden = output.last_hidden_state[:, -1]
-        lengths += (~self.ended[:count]).long()
+        return output.last_hidden_state[:, -1]
 
     def _harvest(self) -> None:
         """Rows that ended leave; the rows of the last slots move into the holes."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastrlhf import decoding
+from fastrlhf.decode_graph import StepGraphs, bucket_of
 from fastrlhf.rollout import Generation, RolloutEngine, SamplingParams
 from tests import tiny
 
@@ -114,6 +115,42 @@ def test_rarer_looks_of_the_host_change_nothing(llama, monkeypatch):
 
     monkeypatch.setattr(decoding.Decoder, "__init__", patient)
     same(each, RolloutEngine(llama, max_batch_tokens=6 * 40).generate(prompts(10), params))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_steps_replayed_in_buckets_give_the_same(llama, monkeypatch, caplog, fails):
+    """With a stand-in for the CUDA graph: fixed addresses, rows that only fill the bucket, and the way back."""
+    forced(monkeypatch, [1 + (7 * i) % 13 for i in range(40)])
+    params = SamplingParams(13, n=4, stop_token_ids=[2], seed=5)
+    plain = RolloutEngine(llama, max_batch_tokens=14 * 40).generate(prompts(10), params)
+    recorded, construct = [], decoding.Decoder.__init__
+
+    def capture(step):
+        if fails and len(recorded) == 1:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        hidden = step()
+        recorded.append(len(hidden))
+        return (lambda: hidden.copy_(step())), hidden
+
+    def init(self, *args):
+        construct(self, *args)
+        self.steps = 3
+        self.graphs = StepGraphs(lambda count: self._step(count, self.cache.positions), self.slots, capture)
+
+    monkeypatch.setattr(decoding.Decoder, "__init__", init)
+    with caplog.at_level(logging.WARNING):
+        same(plain, RolloutEngine(llama, max_batch_tokens=14 * 40).generate(prompts(10), params))
+    assert len(recorded) == len(set(recorded)) and set(recorded) <= {1, 2, 4, 8, 12, 16, 18}  # 18 places
+    assert (len(recorded) == 1) is fails
+    assert ("decoding without CUDA graphs: operation not permitted when stream is capturing" in caplog.text) is fails
+
+
+def test_buckets():
+    assert [bucket_of(n, 1000) for n in (1, 2, 3, 5, 8, 9, 12, 13, 17, 25, 33, 49, 64, 65)] == [
+        1, 2, 4, 8, 8, 12, 12, 16, 24, 32, 48, 64, 64, 96
+    ]  # fmt: skip
+    assert bucket_of(49, 50) == 50
+    assert all(n <= bucket_of(n, 400) <= max(8, 1.5 * n) for n in range(1, 401))
 
 
 def test_a_used_cache_is_as_good_as_a_new_one_and_given_back(llama):

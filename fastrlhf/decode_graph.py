@@ -1,0 +1,70 @@
+"""Decoding steps as CUDA graphs: a small model's step is a thousand launches, which take longer than its work.
+
+One graph a bucket of batch sizes, good for sequences of any length: lengths are read on the device, and the grids of
+the kernels depend on shapes only. A graph holds addresses, so it lives as long as one rollout's cache and state;
+weights may be updated in place, moved or replaced between rollouts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+LOG = logging.getLogger(__name__)
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+
+
+def bucket_of(count: int, most: int) -> int:
+    """The batch size that `count` rows are padded to: 1, 2, 4, 8, 12, 16, 24, 32, 48 ..., at most `most`."""
+    power = 1 << (count - 1).bit_length()
+    between = power * 3 // 4
+    return min(most, between if power > 8 and between >= count else power)
+
+
+def cuda_capture() -> Capture:
+    """-> a function that records a step: (replay, the tensor that each replay fills). The graphs share one pool."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(2):  # compiles kernels, fills caches: what must not happen while recording
+                step()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            hidden = step()
+        return graph.replay, hidden
+
+    return capture
+
+
+class StepGraphs:
+    """Runs `step(rows)` by replaying a graph of its bucket; eagerly, with a logged reason, once a capture failed."""
+
+    def __init__(self, step: Callable[[int], Tensor], most: int, capture: Capture) -> None:
+        self.step, self.most, self.capture = step, most, capture
+        self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        self.failed = False
+
+    def run(self, count: int) -> tuple[Tensor, int]:
+        """-> (hidden states of the first `count` rows, rows computed)."""
+        bucket = bucket_of(count, self.most)
+        if bucket not in self.graphs and not self.failed:
+            try:
+                self.graphs[bucket] = self.capture(partial(self.step, bucket))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # an operation that waits for the GPU, or allocates outside the pool
+                self.failed = True
+                LOG.warning("decoding without CUDA graphs: %s", str(error).strip().split("\n")[0])
+        if self.failed:
+            return self.step(count), count
+        replay, hidden = self.graphs[bucket]
+        replay()
+        return hidden[:count], bucket
