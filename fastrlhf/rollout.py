@@ -187,7 +187,8 @@ class RolloutEngine:
             ids = torch.tensor([row.prompt + tuple(row.tokens)], device=self.model.device)
             logits = head_logits(head, hidden_states(self.model, ids)[0, len(row.prompt) - 1 : -1])
             plain = token_log_probs(logits, ids[0, len(row.prompt) :]).cpu()
-            if (plain - row.policy_log_probs).abs().max() > (1e-3 if self.model.dtype == torch.float32 else 0.3):
+            limit = 1e-3 if self.model.dtype == torch.float32 else 0.3
+            if not (plain - row.policy_log_probs).abs().max() <= limit:  # NaN is no agreement
                 raise RuntimeError(
                     f"{type(self.model).__name__} does not use transformers' attention interface, and its cached steps "
                     "differ from its plain forward: generation would be wrong; use another model"
