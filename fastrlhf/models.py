@@ -8,7 +8,6 @@ no logits tensor [tokens, vocabulary] is ever made in training.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import re
 import sys
@@ -34,13 +33,9 @@ from transformers.initialization import no_init_weights
 
 from fastrlhf.config import UserError
 from fastrlhf.distributed import device as local_device
+from fastrlhf.hardware import installed, resolve_attention, resolve_dtype
 from fastrlhf.sources import is_packaged, packaged_file
 
-FLASH_PACKAGES = {
-    "flash_attention_2": ("flash_attn", "pip install flash-attn"),
-    "flash_attention_3": ("flash_attn_interface", "build flash-attn 3 from its hopper/ folder"),
-    "flash_attention_4": ("flash_attn.cute", "pip install flash-attn-4"),
-}
 TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|sentencepiece|.*\.(model|tiktoken)$")
 
 
@@ -57,36 +52,7 @@ class Head(NamedTuple):
         return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
 
 
-# ------------------------------------------------------------------------------------------------- where and how
-
-
-def resolve_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
-    """`auto` is bf16 on a CUDA device that computes in it, else fp32."""
-    if name == "auto":
-        device = device or local_device()
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent package of a dotted name is missing
-        return False
-
-
-def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The `attn_implementation` to load with. UserError names the package an impossible choice would need."""
-    can_flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    if name == "auto":
-        return "flash_attention_2" if can_flash and _installed("flash_attn") else "sdpa"
-    if name in FLASH_PACKAGES:
-        module, remedy = FLASH_PACKAGES[name]
-        if not _installed(module):
-            raise UserError(f"attention: {name!r} needs the package {module!r} ({remedy}), or use 'sdpa'")
-        if not can_flash:
-            raise UserError(f"attention: {name!r} needs a CUDA device and bf16, this run has {device} and {dtype}")
-    return name
+# ------------------------------------------------------------------------------------------------------- sources
 
 
 def _locate(source: str, role: str) -> tuple[str, dict]:
@@ -98,7 +64,7 @@ def _locate(source: str, role: str) -> tuple[str, dict]:
     if text.endswith(".gguf"):
         if not path.is_file():
             raise UserError(f"{role}: the GGUF file {text!r} does not exist")
-        if not (_installed("gguf") and _installed("accelerate")):
+        if not (installed("gguf") and installed("accelerate")):
             raise UserError(f"{role}: {text!r} is a GGUF file and needs `pip install gguf accelerate`")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():

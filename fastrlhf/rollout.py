@@ -29,6 +29,7 @@ from fastrlhf.models import head_logits, hidden_states, lm_head
 from fastrlhf_kernels import token_log_probs
 
 LOG = logging.getLogger(__name__)
+STATS = ("prefill_tokens", "decode_row_steps", "decode_steps", "new_tokens", "waves")
 MOST_SLOTS = 1024  # sequences decoded together, whatever the memory
 
 
@@ -105,7 +106,7 @@ class RolloutEngine:
         stops = self._stop_ids(params)
         self._check(prompt_ids, params, stops)
         rows = [Row(tuple(prompt), i * params.n + j) for i, prompt in enumerate(prompt_ids) for j in range(params.n)]
-        stats = dict.fromkeys(("prefill_tokens", "decode_row_steps", "decode_steps", "new_tokens", "waves"), 0)
+        stats = dict.fromkeys(STATS, 0)
         if rows:
             self._decode(rows, params, stops, stats)
         stats["new_tokens"] = sum(len(row.tokens) for row in rows)
@@ -181,8 +182,14 @@ class RolloutEngine:
         layers, head = config.num_hidden_layers, lm_head(self.model)
         sampling = Sampling(2, 0, 0.0, 0, 1.0, 0, ())
         probes = [Row((1, 2, 3), 0), Row((3, 1, 2, 3, 2), 1)]
-        Decoder(self.model, head, SlotCache(layers, 2, 8), 2, sampling, {"prefill_tokens": 0, "decode_row_steps": 0,
-                "decode_steps": 0, "waves": 0}).run(probes)  # fmt: skip
+        stats = dict.fromkeys(STATS, 0)
+        try:
+            Decoder(self.model, head, SlotCache(layers, 2, 8), 2, sampling, stats).run(probes)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            raise RuntimeError(
+                f"{type(self.model).__name__} does not use transformers' attention interface and cannot be given a mask"
+                f" by position ({type(error).__name__}: {error}); generation does not support it, use another model"
+            ) from error
         for row in probes:
             ids = torch.tensor([row.prompt + tuple(row.tokens)], device=self.model.device)
             logits = head_logits(head, hidden_states(self.model, ids)[0, len(row.prompt) - 1 : -1])

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fastrlhf import models
+from fastrlhf import hardware, models
 from fastrlhf.config import UserError
 from fastrlhf.rollout import RolloutEngine, SamplingParams
 from fastrlhf.templates import encode_prompt, stop_token_ids
@@ -312,15 +312,33 @@ def test_a_trunk_without_a_classifier_form_is_named():
 @pytest.mark.parametrize("kind", [2, 3, 4])
 def test_flash_attention_without_its_package(kind):
     with pytest.raises(UserError, match=f"attention: 'flash_attention_{kind}' needs the package 'flash_attn"):
-        models.resolve_attention(f"flash_attention_{kind}", torch.device("cuda"), torch.bfloat16)
+        hardware.resolve_attention(f"flash_attention_{kind}", torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "there", "expected"),
+    [
+        ((9, 0), {"flash_attn", "flash_attn_interface"}, "flash_attention_3"),
+        ((9, 0), {"flash_attn"}, "flash_attention_2"),
+        ((10, 0), {"flash_attn", "flash_attn.cute", "flash_attn_interface"}, "flash_attention_4"),
+        ((8, 0), {"flash_attn_interface", "flash_attn.cute"}, "sdpa"),
+        ((8, 6), {"flash_attn"}, "flash_attention_2"),
+    ],
+)
+def test_auto_takes_the_flash_attention_of_the_gpu(monkeypatch, capability, there, expected):
+    monkeypatch.setattr(hardware, "installed", lambda module: module in there)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    gpu = torch.device("cuda")
+    assert hardware.resolve_attention("auto", gpu, torch.bfloat16) == expected
+    assert hardware.resolve_attention("auto", gpu, torch.float32) == "sdpa"
 
 
 def test_attention_and_dtype_by_name():
     cpu = torch.device("cpu")
-    assert models.resolve_attention("auto", cpu, torch.float32) == "sdpa"
-    assert models.resolve_attention("eager", cpu, torch.float32) == "eager"
-    assert models.resolve_dtype("auto", cpu) == torch.float32
-    assert models.resolve_dtype("bf16", cpu) == torch.bfloat16
+    assert hardware.resolve_attention("auto", cpu, torch.float32) == "sdpa"
+    assert hardware.resolve_attention("eager", cpu, torch.float32) == "eager"
+    assert hardware.resolve_dtype("auto", cpu) == torch.float32
+    assert hardware.resolve_dtype("bf16", cpu) == torch.bfloat16
 
 
 # --------------------------------------------------------------------------------------------------------- a real one
