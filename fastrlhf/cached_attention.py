@@ -7,6 +7,7 @@ keep their own attention and are given a mask instead; the engine checks such a 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,6 +42,11 @@ def attending(model: PreTrainedModel, cache: SlotCache) -> Iterator[None]:
 def uses_interface(model: PreTrainedModel) -> bool:
     """Whether the model calls the attention it is configured with."""
     return model.base_model._can_set_attn_implementation()
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
 
 
 def attend(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf.cached_attention import uses_interface
+from fastrlhf.cached_attention import cache_argument, uses_interface
 from fastrlhf.decode_graph import StepGraphs, cuda_capture
 from fastrlhf.kv_cache import Segment, SlotCache
 from fastrlhf.models import Head, head_logits
@@ -68,7 +68,7 @@ class Decoder:
         """slots: how many rows decode together; a cache with one more keeps the prompt whose samples still wait."""
         self.model, self.head, self.cache, self.slots = model, head, cache, slots
         self.sampling, self.stats = sampling, stats
-        self.interface = uses_interface(model)
+        self.interface, self.argument = uses_interface(model), cache_argument(model)
         device, most = model.device, sampling.max_new_tokens
 
         def integers(*shape: int) -> Tensor:
@@ -184,7 +184,7 @@ class Decoder:
         before = cache.calls
         output = self.model.base_model(
             input_ids=torch.tensor(ids, device=device), position_ids=torch.tensor(positions, device=device),
-            past_key_values=cache, use_cache=True,
+            use_cache=True, **{self.argument: cache},
         )  # fmt: skip
         if self.interface and cache.calls - before != len(cache.layers):
             raise RuntimeError(
@@ -241,8 +241,8 @@ class Decoder:
         cache.decode(self.places[:count], lengths, longest)
         mask = {} if self.interface else {"attention_mask": cache.mask(None, self.model.dtype)}
         output = self.model.base_model(
-            input_ids=self.last[:count, None], position_ids=lengths[:, None].clone(), past_key_values=cache,
-            use_cache=True, **mask,
+            input_ids=self.last[:count, None], position_ids=lengths[:, None].clone(), use_cache=True,
+            **{self.argument: cache}, **mask,
         )  # fmt: skip
         return output.last_hidden_state[:, -1]
 

@@ -267,7 +267,8 @@ def make_trainable(model: PreTrainedModel, gradient_checkpointing: bool) -> PreT
     their dropout is off."""
     if gradient_checkpointing:
         model.train()
-        model.gradient_checkpointing_enable()
+        new = getattr(model, "activation_checkpointing_enable", None)  # from transformers 5.24 on
+        (new or model.gradient_checkpointing_enable)()
     return model.requires_grad_(True)
 
 
