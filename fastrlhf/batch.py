@@ -30,6 +30,7 @@ class Rollout:
     finished: list[bool]
     log_probs: list[Tensor]
     policy_log_probs: list[Tensor]
+    values: list[Tensor] | None = None  # of a critic on the policy's trunk
     scores: list[float | None] = field(default_factory=list)
 
     def tokens(self, rows: list[int], device: torch.device) -> TokenBatch:

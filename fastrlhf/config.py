@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_orig
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fastrlhf.lora_options import lora_options
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: the message says where it is, what was found and what to do."""
@@ -229,7 +231,7 @@ class PPOConfig(StageConfig):
     missing_eos_penalty: float | None = Field(None, ge=0)
     """subtracted from the score of a response without a stop token"""
     critic: Literal["separate", "shared_trunk"] = "separate"
-    """where the values come from; only separate in this version"""
+    """the critic: a model of its own (with lora: an adapter of its own), or a head on the policy's trunk"""
     critic_warmup_steps: int = Field(0, ge=0)
     """first steps that train the value model alone"""
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"] = "gae"
@@ -239,11 +241,16 @@ class PPOConfig(StageConfig):
     importance_cap: float | None = Field(2.0, ge=1)
     """with recomputed old log-probs, tokens weigh min(pi_old / pi_rollout, this); none: 1"""
     lora: Any = None
-    """low-rank adapters; only none in this version"""
+    """train low-rank adapters on the frozen model: a rank, or {r, alpha, target_modules}; alpha is 2 r by default"""
     quantize: Any = None
     """quantised frozen weights; only none in this version"""
     ema_decay: float | None = None
     """average of the policy weights; only none in this version"""
+
+    @field_validator("lora")
+    @classmethod
+    def _lora(cls, value: Any) -> dict[str, Any] | None:
+        return lora_options(value)
 
     def _contradictions(self) -> list[str]:
         wrong = super()._contradictions() + self._not_yet()
@@ -256,6 +263,8 @@ class PPOConfig(StageConfig):
             wrong.append(f"advantage = {self.advantage}: compares responses; set samples_per_prompt >= 2")
         if self.kl_in == "loss" and self.kl_coef == 0:
             wrong.append("kl_in = loss: has no effect with kl_coef = 0; set kl_coef above 0 or leave kl_in out")
+        if self.advantage != "gae" and self.critic == "shared_trunk":
+            wrong.append(f"critic = shared_trunk: advantage = {self.advantage} has no critic; leave critic out")
         warmup = f"critic_warmup_steps = {self.critic_warmup_steps}"
         if self.advantage != "gae" and self.critic_warmup_steps:
             wrong.append(f"{warmup}: advantage = {self.advantage} has no critic; set it to 0")
@@ -265,7 +274,7 @@ class PPOConfig(StageConfig):
 
     def _not_yet(self) -> list[str]:
         """Fields whose other values belong to later versions: refused, never parsed and ignored."""
-        only = {"critic": "separate", "ptx_coef": 0.0, "lora": None, "quantize": None, "ema_decay": None}
+        only = {"ptx_coef": 0.0, "quantize": None, "ema_decay": None}
         wrong = [(name, getattr(self, name), use) for name, use in only.items() if getattr(self, name) != use]
         return [
             f"{name} = {_shown(value)}: not available in this version; use {name} = {_spelled(use)}"

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fastrlhf.cached_attention import cache_argument, uses_interface
@@ -51,6 +52,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     log_probs: Tensor | None = None
     policy_log_probs: Tensor | None = None
+    values: Tensor | None = None
     finished: bool = False
 
     @property
@@ -63,9 +65,10 @@ class Decoder:
 
     def __init__(
         self, model: PreTrainedModel, head: Head, cache: SlotCache, slots: int, sampling: Sampling,
-        stats: dict[str, float],
+        stats: dict[str, float], value_head: nn.Linear | None = None,
     ) -> None:  # fmt: skip
-        """slots: how many rows decode together; a cache with one more keeps the prompt whose samples still wait."""
+        """slots: how many rows decode together; a cache with one more keeps the prompt whose samples still wait.
+        value_head: read beside the model's own, from the hidden state that predicts each token."""
         self.model, self.head, self.cache, self.slots = model, head, cache, slots
         self.sampling, self.stats = sampling, stats
         self.interface, self.argument = uses_interface(model), cache_argument(model)
@@ -79,7 +82,8 @@ class Decoder:
         self.hidden: Tensor | None = None
         # one column more than tokens: rows that ended between two looks of the host write there
         self.tokens = integers(slots, most + 1)
-        self.log_probs, self.policy_log_probs = torch.zeros(2, slots, most + 1, device=device)
+        self.log_probs, self.policy_log_probs, self.values = torch.zeros(3, slots, most + 1, device=device)
+        self.value_head = value_head
         self.stops = torch.tensor(sampling.stops, dtype=torch.int64, device=device)
         self.steps = SYNC_STEPS if device.type == "cuda" else 1
         self.rows: list[Row] = []  # row of slot i
@@ -217,6 +221,8 @@ class Decoder:
             sampled.log_probs,
             policy,
         )
+        if self.value_head is not None:
+            self.values[place] = F.linear(self.hidden.float(), self.value_head.weight.float())[:, 0]
         self.last[:count] = sampled.tokens
         counts += (~ended).long()
         if len(self.stops):
@@ -253,11 +259,14 @@ class Decoder:
         if not holes:
             return
         sizes = self.counts[holes].tolist()
-        tokens, log_probs, policy = (t[holes].cpu() for t in (self.tokens, self.log_probs, self.policy_log_probs))
+        tokens, log_probs, policy, values = (
+            t[holes].cpu() for t in (self.tokens, self.log_probs, self.policy_log_probs, self.values)
+        )
         for i, (slot, size) in enumerate(zip(holes, sizes, strict=True)):
             row = self.rows[slot]
             row.tokens = tokens[i, :size].tolist()
             row.log_probs, row.policy_log_probs = log_probs[i, :size].clone(), policy[i, :size].clone()
+            row.values = values[i, :size].clone()
             row.finished = row.tokens[-1] in self.sampling.stops
         gone = set(holes)
         kept = count - len(holes)
@@ -270,7 +279,7 @@ class Decoder:
         if moves:
             targets, sources = (list(part) for part in zip(*moves, strict=True))
             for state in (self.lengths, self.streams, self.counts, self.last, self.ended, self.tokens, self.log_probs,
-                          self.policy_log_probs):  # fmt: skip
+                          self.policy_log_probs, self.values):  # fmt: skip
                 state[targets] = state[sources]
         if self.rows and self.lengths.device.type == "cpu":
             self.longest = int(self.lengths[: len(self.rows)].max())

@@ -1,13 +1,15 @@
 """The update of a PPO step: mini-batches of the clipped policy and value losses, one optimizer step each a mini-batch.
 
 The losses of the micro-batches of a mini-batch are sums divided by one token count, so they just add up: how a
-mini-batch is split changes the memory, never the result. Policy and critic step one after the other, so the
-gradients of only one of them exist at a time.
+mini-batch is split changes the memory, never the result. A critic on a trunk of its own steps before the policy, so the
+gradients of only one of them exist at a time; on the policy's trunk both come from one forward and one backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,38 +17,61 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf import models
+from fastrlhf.adapters import POLICY, Adapters
 from fastrlhf.batch import Experience, Rollout, TokenBatch
 from fastrlhf.config import PPOConfig
+from fastrlhf.critic import Critic
 from fastrlhf.guards import UpdateGuard
-from fastrlhf.optim import Optimizer, lr_at
+from fastrlhf.optim import Optimizer, Trained, lr_at
 from fastrlhf.stats import Stats, mismatch_metrics
-from fastrlhf_kernels import linear_log_probs, linear_ppo_loss, ppo_value_loss
+from fastrlhf_kernels import PPOLoss, linear_log_probs, linear_ppo_loss, ppo_value_loss
+
+Take = Callable[[Tensor], Tensor]  # of `Experience.take`
+POLICY_STATS = ("approx_kl", "clip_frac", "entropy", "ratio")
+VALUE_STATS = ("clip_frac", "sum_sq_error", "sum_return", "sum_return_sq", "count")
 
 
-def response_log_probs(model: PreTrainedModel, batch: TokenBatch, temperature: float) -> Tensor:
-    """log pi(a_t | s_t) [N] fp32 of the response tokens, at the sampling temperature; no logits tensor is made."""
+def response_log_probs(
+    model: PreTrainedModel, batch: TokenBatch, temperature: float, hidden: Tensor | None = None
+) -> Tensor:
+    """log pi(a_t | s_t) [N] fp32 of the response tokens, at the sampling temperature; no logits tensor is made.
+
+    hidden [N, H]: `batch.hidden(model)`, where it is known.
+    """
     head = models.lm_head(model)
-    return linear_log_probs(batch.hidden(model), head.weight, batch.labels, temperature=temperature, **head.kwargs())
+    hidden = batch.hidden(model) if hidden is None else hidden
+    return linear_log_probs(hidden, head.weight, batch.labels, temperature=temperature, **head.kwargs())
 
 
 class Learner:
     """Policy and critic (or None) with their optimizers, gradient clips and update counts.
 
+    adapters: what trains of the policy instead of all its weights. A critic on a trunk of its own is updated before the
+    policy, so that the gradients of only one of them exist at a time; one on the policy's trunk in the same backward.
     report(kind, message, **fields) is told of every update that was skipped.
     """
 
-    def __init__(self, config: PPOConfig, policy: PreTrainedModel, value_model: PreTrainedModel | None) -> None:
-        self.config, self.policy, self.value_model = config, policy, value_model
+    def __init__(
+        self,
+        config: PPOConfig,
+        policy: PreTrainedModel,
+        critic: Critic | None,
+        adapters: Adapters | None = None,
+    ) -> None:
+        self.config, self.policy, self.critic = config, policy, critic
         self.guard = UpdateGuard()
         self.report: Callable[..., None] = lambda kind, message, **fields: None
         self.device = policy.device
         self.policy_updates = self.critic_updates = 0
         common = {"name": config.optimizer, "max_grad_norm": config.max_grad_norm}
-        models.make_trainable(policy, config.gradient_checkpointing)
-        self.policy_optimizer = Optimizer(policy, learning_rate=config.learning_rate, **common)
-        if value_model is not None:
-            models.make_trainable(value_model, config.gradient_checkpointing)
-            self.value_optimizer = Optimizer(value_model, learning_rate=config.critic_learning_rate, **common)
+        self.adapters = adapters
+        models.make_trainable(policy, config.gradient_checkpointing, frozen=adapters is not None)
+        parameters = dict(policy.named_parameters()) if adapters is None else adapters.parameters(POLICY)
+        self.policy_optimizer = Optimizer(parameters, learning_rate=config.learning_rate, **common)
+        if critic is not None:
+            if critic.trunk is not policy:
+                models.make_trainable(critic.trunk, config.gradient_checkpointing)
+            self.value_optimizer = Optimizer(critic.parameters(), learning_rate=config.critic_learning_rate, **common)
 
     def update(self, rollout: Rollout, experience: Experience, plan: list, step: int) -> dict[str, float]:
         """ppo_epochs passes over the rollout -> mean metrics of the updates.
@@ -55,16 +80,17 @@ class Learner:
         """
         config, stats = self.config, Stats()
         warming_up = step < config.critic_warmup_steps
+        joint = self.critic is not None and self.critic.shares_trunk and not warming_up
         decoded = config.old_log_probs == "rollout"  # then the first forward of the policy shows the mismatch
         mismatch = mismatch_metrics(*torch.zeros(2, 0)) if decoded else {}
         seen: list[Tensor] = []
         for mini in (mini for epoch in plan for mini in epoch):
-            if self.value_model is not None:
-                self._update_critic(rollout, experience, mini, stats)
+            if self.critic is not None and not joint:
+                self._update(rollout, experience, mini, stats, critic=True)
             if warming_up:
                 continue
             first = decoded and not seen
-            seen = self._update_policy(rollout, experience, mini, stats)
+            seen = self._update(rollout, experience, mini, stats, policy=True, critic=joint)
             if first:
                 takes = [experience.take(rows) for rows in mini]
                 old, own = (
@@ -76,42 +102,93 @@ class Learner:
                 break
         return stats.means() | mismatch
 
-    def _update_policy(
+    def _update(
         self,
         rollout: Rollout,
         experience: Experience,
         mini: list[list[int]],
         stats: Stats,
+        *,
+        policy: bool = False,
+        critic: bool = False,
     ) -> list[Tensor]:
-        """One optimizer step: the losses of the micro-batches are sums over one token count, so they just add up.
+        """One optimizer step of the policy, of the critic, or (shared trunk) of both from one forward and backward.
 
         -> the log-probs [N] of each micro-batch's response tokens before the step (0 where a row does not count).
         """
-        config = self.config
         normalizer = self._normalizer(experience.response_mask, mini)
-        totals, log_probs = torch.zeros(5, device=self.device), []
+        totals = {
+            "policy": torch.zeros(len(POLICY_STATS) + 1, device=self.device),
+            "critic": torch.zeros(len(VALUE_STATS) + 1, device=self.device),
+        }
+        log_probs = []
         for rows in mini:
             batch, take = rollout.tokens(rows, self.device), experience.take(rows)
-            head = models.lm_head(self.policy)
-            loss, info = linear_ppo_loss(
-                batch.hidden(self.policy), head.weight, batch.labels,
-                take(experience.old_log_probs), take(experience.advantages), take(experience.response_mask),
-                temperature=config.temperature, clip_range=config.clip_range, clip_range_high=config.clip_range_high,
-                dual_clip=config.dual_clip, entropy_coef=config.entropy_coef, normalizer=normalizer,
-                weights=None if experience.weights is None else take(experience.weights),
-                **self._kl_in_loss(take(experience.ref_log_probs)), **head.kwargs(),
-            )  # fmt: skip
-            loss.backward()
-            log_probs.append(info["log_probs"])
-            totals += torch.stack([loss.detach(), *(info[n] for n in ("approx_kl", "clip_frac", "entropy", "ratio"))])
-        result = self.policy_optimizer.step(self._learning_rate(config.learning_rate, self.policy_updates))
+            with nullcontext() if policy else self.critic.active():
+                hidden = self._hidden(batch, policy)
+                losses = []
+                if policy:
+                    loss, info = self._policy_loss(hidden, batch, experience, take, normalizer)
+                    losses.append(loss)
+                    log_probs.append(info["log_probs"])
+                    totals["policy"] += torch.stack([loss.detach(), *(info[n] for n in POLICY_STATS)])
+                if critic:
+                    loss, info = self._value_loss(hidden, experience, take, normalizer)
+                    losses.append(self.config.vf_coef * loss)
+                    totals["critic"] += torch.stack([loss.detach(), *(info[n].to(loss) for n in VALUE_STATS)])
+                sum(losses).backward()
+        if policy:
+            self._step_policy(totals["policy"].tolist(), stats)
+        if critic:
+            self._step_critic(totals["critic"].tolist(), stats)
+        return log_probs
+
+    def _hidden(self, batch: TokenBatch, policy: bool) -> Tensor:
+        """[N, H] that predict the response tokens: of the policy, else of the critic."""
+        if policy:
+            return batch.hidden(self.policy)
+        with torch.set_grad_enabled(not self.critic.shares_trunk):  # warm-up on a shared trunk: only the head learns
+            return batch.hidden(self.critic.trunk)
+
+    def _policy_loss(
+        self, hidden: Tensor, batch: TokenBatch, experience: Experience, take: Take, normalizer: Tensor | float
+    ) -> PPOLoss:
+        config, head = self.config, models.lm_head(self.policy)
+        return linear_ppo_loss(
+            hidden, head.weight, batch.labels,
+            take(experience.old_log_probs), take(experience.advantages), take(experience.response_mask),
+            temperature=config.temperature, clip_range=config.clip_range, clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip, entropy_coef=config.entropy_coef, normalizer=normalizer,
+            weights=None if experience.weights is None else take(experience.weights),
+            **self._kl_in_loss(take(experience.ref_log_probs)), **head.kwargs(),
+        )  # fmt: skip
+
+    def _value_loss(self, hidden: Tensor, experience: Experience, take: Take, normalizer: Tensor | float) -> PPOLoss:
+        config = self.config
+        return ppo_value_loss(
+            self.critic.read(hidden), take(experience.values), take(experience.returns), take(experience.response_mask),
+            clip_range=config.clip_range_value, normalizer=normalizer,
+        )  # fmt: skip
+
+    def _step_policy(self, totals: list[float], stats: Stats) -> None:
+        result = self.policy_optimizer.step(self._learning_rate(self.config.learning_rate, self.policy_updates))
         self.policy_updates += 1
         names = ("policy/loss", "kl/approx", "policy/clip_frac", "policy/entropy", "policy/ratio")
-        for name, value in zip(names, totals.tolist(), strict=True):
+        for name, value in zip(names, totals, strict=True):
             stats.add(name, value)
         stats.add("policy/grad_norm", result.grad_norm)
         self._guard(result.applied, "policy")
-        return log_probs
+
+    def _step_critic(self, totals: list[float], stats: Stats) -> None:
+        result = self.value_optimizer.step(self._learning_rate(self.config.critic_learning_rate, self.critic_updates))
+        self.critic_updates += 1
+        loss_value, clipped, sq_error, total, total_sq, count = totals
+        variance = total_sq - total * total / max(count, 1.0)
+        stats.add("value/loss", loss_value)
+        stats.add("value/clip_frac", clipped)
+        stats.add("value/explained_var", 1.0 - sq_error / variance if variance > 1e-12 else 0.0)
+        stats.add("value/grad_norm", result.grad_norm)
+        self._guard(result.applied, "critic")
 
     def _kl_in_loss(self, ref_log_probs: Tensor) -> dict[str, Any]:
         config = self.config
@@ -122,36 +199,6 @@ class Learner:
             "kl_coef": config.kl_coef,
             "kl_estimator": config.kl_estimator,
         }
-
-    def _update_critic(
-        self,
-        rollout: Rollout,
-        experience: Experience,
-        mini: list[list[int]],
-        stats: Stats,
-    ) -> None:
-        config = self.config
-        normalizer = self._normalizer(experience.response_mask, mini)
-        totals = torch.zeros(6, device=self.device)
-        for rows in mini:
-            batch, take = rollout.tokens(rows, self.device), experience.take(rows)
-            values = models.scalar_outputs(self.value_model, batch.hidden(self.value_model))
-            loss, info = ppo_value_loss(
-                values, take(experience.values), take(experience.returns), take(experience.response_mask),
-                clip_range=config.clip_range_value, normalizer=normalizer,
-            )  # fmt: skip
-            (config.vf_coef * loss).backward()
-            names = ("clip_frac", "sum_sq_error", "sum_return", "sum_return_sq", "count")
-            totals += torch.stack([loss.detach(), *(info[n].to(totals) for n in names)])
-        result = self.value_optimizer.step(self._learning_rate(config.critic_learning_rate, self.critic_updates))
-        self.critic_updates += 1
-        loss_value, clipped, sq_error, total, total_sq, count = totals.tolist()
-        variance = total_sq - total * total / max(count, 1.0)
-        stats.add("value/loss", loss_value)
-        stats.add("value/clip_frac", clipped)
-        stats.add("value/explained_var", 1.0 - sq_error / variance if variance > 1e-12 else 0.0)
-        stats.add("value/grad_norm", result.grad_norm)
-        self._guard(result.applied, "critic")
 
     def _normalizer(self, mask: Tensor, mini: list[list[int]]) -> Tensor | float:
         """What a mini-batch's summed loss is divided by: its response tokens (dr_grpo: the constant longest length)."""
@@ -176,10 +223,16 @@ class Learner:
         if sentence is not None:
             self.report("non_finite_update", sentence, update=self.policy_updates + self.critic_updates)
 
-    def trained(self) -> dict[str, tuple[PreTrainedModel, Optimizer]]:
-        """The models being trained by role, the policy first."""
-        found = {"policy": (self.policy, self.policy_optimizer)}
-        return found if self.value_model is None else {**found, "value": (self.value_model, self.value_optimizer)}
+    def trained(self) -> dict[str, Trained]:
+        """The roles being trained, the policy first."""
+        found = {"policy": Trained(self.policy, self.policy_optimizer)}
+        if self.adapters is not None:
+            parts, merged = self.adapters.parameters(POLICY), partial(self.adapters.merged, POLICY)
+            found["policy"] = Trained(self.policy, self.policy_optimizer, parts, merged)
+        if self.critic is not None:
+            parts = self.critic.parameters() if self.critic.trunk is self.policy else None
+            found["value"] = Trained(self.critic.trunk, self.value_optimizer, parts)
+        return found
 
     def state(self) -> dict[str, Any]:
         return {"guard": self.guard.state(), "updates": [self.policy_updates, self.critic_updates]}

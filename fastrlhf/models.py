@@ -262,14 +262,14 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return freeze(copy.deepcopy(model))
 
 
-def make_trainable(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
-    """Every parameter takes gradients. Checkpointing works in training mode only, where our models behave the same:
-    their dropout is off."""
+def make_trainable(model: PreTrainedModel, gradient_checkpointing: bool, *, frozen: bool = False) -> PreTrainedModel:
+    """Every parameter takes gradients (frozen: those stay as they are, adapters train). Checkpointing works in training
+    mode only, where our models behave the same: their dropout is off."""
     if gradient_checkpointing:
         model.train()
         new = getattr(model, "activation_checkpointing_enable", None)  # from transformers 5.24 on
         (new or model.gradient_checkpointing_enable)()
-    return model.requires_grad_(True)
+    return model if frozen else model.requires_grad_(True)
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
@@ -391,12 +391,17 @@ def sequence_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Te
 
 
 def write_model(
-    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write what stock transformers runs: safetensors, tokenizer with its chat template, generation config.
 
     stop_ids become the generation config's eos_token_id, so that `pipeline()` ends replies where training did. The
-    tokenizer of a reward model pads with the id that the stock classifier looks for.
+    tokenizer of a reward model pads with the id that the stock classifier looks for. weights: a state dict to write
+    in place of the model's own.
     """
     generation = getattr(model, "generation_config", None)
     if generation is not None and model.can_generate():
@@ -412,5 +417,5 @@ def write_model(
     elif model.config.pad_token_id not in (None, tokenizer.pad_token_id):
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastrlhf.config import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 16384}
 
@@ -79,9 +82,13 @@ class Optimizer:
     optimizers are made of one model (SFT, then PPO), the later one gets the gradients.
     """
 
-    def __init__(self, model: nn.Module, *, name: str, learning_rate: float, max_grad_norm: float) -> None:
+    def __init__(
+        self, model: nn.Module | Mapping[str, nn.Parameter], *, name: str, learning_rate: float, max_grad_norm: float
+    ) -> None:
+        """model: whose parameters are trained, those that take gradients; or the parameters by name."""
         self.max_grad_norm = max_grad_norm
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        found = model.parameters() if isinstance(model, nn.Module) else model.values()
+        self.params = [p for p in found if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.params]
         self.inner = _build(name, self.masters, learning_rate)
         for param, master in zip(self.params, self.masters, strict=True):
@@ -132,6 +139,19 @@ class Optimizer:
         for index, (param, master) in enumerate(zip(self.params, self.masters, strict=True)):
             if master is not param:
                 master.copy_(tensors[f"master.{index}"])
+
+
+class Trained(NamedTuple):
+    """A role that is trained: its model, its optimizer, and what is saved of it.
+
+    parts: the tensors a checkpoint holds, by name (an adapter, a head); None: the whole model. merged: the weights of
+    the model as it is exported; None: its own.
+    """
+
+    model: PreTrainedModel
+    optimizer: Optimizer
+    parts: dict[str, Tensor] | None = None
+    merged: Callable[[], dict[str, Tensor]] | None = None
 
 
 def _to_master(master: nn.Parameter):  # noqa: ANN202

@@ -16,13 +16,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import advantages, models
+from fastrlhf.adapters import POLICY
 from fastrlhf.batch import Experience, Rollout, length_mask, minibatches, scatter
 from fastrlhf.config import PPOConfig, UserError
 from fastrlhf.data import Sampler, encode_rows, load_prompts
 from fastrlhf.feedback import Prompt
+from fastrlhf.folders import replace_folder
 from fastrlhf.learner import Learner, response_log_probs
-from fastrlhf.optim import Optimizer, micro_batches, token_budget
-from fastrlhf.rewards import RewardModelScorer, Scorable, make_scorer
+from fastrlhf.optim import Trained, micro_batches, token_budget
+from fastrlhf.rewards import Scorable, make_scorer
+from fastrlhf.roles import load_roles
 from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import mean, mismatch_metrics, rollout_metrics, throughput
@@ -75,7 +78,7 @@ class PPOTrainer:
         self._load_models(policy, reward, ref_policy, value_model)
         self.sampler = Sampler(len(self.prompts), config.seed)
         self.moments = advantages.RunningMoments()
-        self.learner = Learner(config, self.policy, self.value_model)
+        self.learner = Learner(config, self.policy, self.critic, self.roles.adapters)
         self.run = Run(self)
         self.learner.report = self.run.tracker.event
         for text in notes:
@@ -91,26 +94,14 @@ class PPOTrainer:
             attention=how[1],
             micro_batch_tokens=config.micro_batch_tokens,
         )
-        self.policy = models.load_policy(policy, *how)
+        roles = self.roles = load_roles(config, self.tokenizer, self.scorer, policy, ref_policy, value_model)
+        self.policy, self.ref_policy, self.critic = roles.policy, roles.ref_policy, roles.critic
+        self.value_model = None if self.critic is None else self.critic.trunk
         self.device = self.policy.device
-        self.ref_policy = models.frozen_copy(self.policy) if ref_policy is None else models.freeze(
-            models.load_policy(ref_policy, *how)
-        )  # fmt: skip
-        self.value_model = self._make_critic(value_model, how) if config.advantage == "gae" else None
         self.stop_ids = stop_token_ids(self.tokenizer, self.policy.generation_config)
-        self.engine = RolloutEngine(self.policy, self.tokenizer)
+        shared = self.critic is not None and self.critic.shares_trunk
+        self.engine = RolloutEngine(self.policy, self.tokenizer, value_head=self.critic.head if shared else None)
         self.budget = token_budget(config.micro_batch_tokens, self.device)
-
-    def _make_critic(self, value_model: Any, how: tuple[str, str]) -> PreTrainedModel:
-        """Given, else a copy of a reward model that reads the same tokens, else the policy's trunk with a zero head."""
-        scorer = self.scorer
-        if value_model is not None:
-            critic = models.load_reward_model(value_model, *how, role="value_model")
-        elif isinstance(scorer, RewardModelScorer) and scorer.same_tokenizer:
-            critic = models.frozen_copy(scorer.model)
-        else:
-            critic = models.scalar_model(self.policy, self.tokenizer, seed=None)
-        return critic
 
     def _load_prompts(self, source: Any, role: str) -> tuple[list[tuple[Prompt, list[int]]], str]:
         prompts, counts = load_prompts(source, skip_bad_rows=self.config.skip_bad_rows)
@@ -143,9 +134,16 @@ class PPOTrainer:
             summary = step.metrics
         return summary
 
-    def save(self, folder: str | Path) -> None:
-        """Weights, tokenizer, chat template and generation config, as stock transformers loads them."""
-        self.run.export(folder)
+    def save(self, folder: str | Path, *, adapter: bool = False) -> None:
+        """Weights (an adapter merged into them), tokenizer, chat template and generation config, as stock transformers
+        loads them. adapter: the LoRA adapter alone, as peft loads it; UserError without `lora`."""
+        if not adapter:
+            self.run.export(folder)
+        elif self.roles.adapters is None:
+            raise UserError("save: adapter=True needs a run with lora; this one trains all weights")
+        else:
+            base = self.policy.config._name_or_path
+            replace_folder(lambda target: self.roles.adapters.write(target, POLICY, base), Path(folder))
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -197,6 +195,7 @@ class PPOTrainer:
             finished=out.finished,
             log_probs=out.log_probs,
             policy_log_probs=out.policy_log_probs,
+            values=out.values,
         )
         return rollout, out.stats
 
@@ -228,17 +227,23 @@ class PPOTrainer:
         mask = length_mask([len(r) for r in rollout.response_ids], self.device)
         rollout_log_probs = scatter(torch.cat(rollout.policy_log_probs).to(self.device), mask)
         old, ref = torch.zeros_like(rollout_log_probs), torch.zeros_like(rollout_log_probs)
-        values = None if self.value_model is None else torch.zeros_like(old)
+        critic, fresh = self.critic, config.old_log_probs == "recompute"
+        values = None if critic is None else torch.zeros_like(old)
+        if critic is not None and critic.shares_trunk and not fresh:  # decoding computed them
+            values = scatter(torch.cat(rollout.values).to(self.device), mask)
         for rows in (rows for mini in epoch for rows in mini):
             batch, own = rollout.tokens(rows, self.device), mask[rows]
-            if config.old_log_probs == "recompute":
-                old[rows] = scatter(response_log_probs(self.policy, batch, config.temperature), own)
-            ref[rows] = scatter(response_log_probs(self.ref_policy, batch, config.temperature), own)
-            if values is not None:
-                flat = models.scalar_outputs(self.value_model, batch.hidden(self.value_model))
-                values[rows] = scatter(flat, own)
+            if fresh:
+                hidden = batch.hidden(self.policy)
+                old[rows] = scatter(response_log_probs(self.policy, batch, config.temperature, hidden), own)
+                if critic is not None and critic.shares_trunk:
+                    values[rows] = scatter(critic.read(hidden), own)
+            if critic is not None and not critic.shares_trunk:
+                values[rows] = scatter(critic.values(batch), own)
+            with self.roles.reference() as model:
+                ref[rows] = scatter(response_log_probs(model, batch, config.temperature), own)
         weights, mismatch = None, {}
-        if config.old_log_probs == "rollout":  # the ratio is against the sampler itself; the learner measures
+        if not fresh:  # the ratio is against the sampler itself; the learner measures
             old = rollout_log_probs
         else:
             mismatch = mismatch_metrics(old[mask], rollout_log_probs[mask])
@@ -272,7 +277,7 @@ class PPOTrainer:
             "length/finished_eval": mean([float(f) for f in rollout.finished]),
         }
 
-    def trained(self) -> dict[str, tuple[PreTrainedModel, Optimizer]]:
+    def trained(self) -> dict[str, Trained]:
         return self.learner.trained()
 
     def state(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fastrlhf.config import RewardConfig, UserError
 from fastrlhf.data import Counts, Sampler, encode_rows, load_feedback, split_heldout
 from fastrlhf.feedback import Feedback
 from fastrlhf.guards import UpdateGuard, check_rows
-from fastrlhf.optim import Optimizer, lr_at, micro_batches, token_budget
+from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, token_budget
 from fastrlhf.rewards import score_rows
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import throughput
@@ -272,8 +272,8 @@ class RewardTrainer:
             metrics["correlation/eval"] = float(torch.corrcoef(torch.tensor(given, dtype=torch.float64).T)[0, 1])
         return metrics
 
-    def trained(self) -> dict[str, tuple[PreTrainedModel, Optimizer]]:
-        return {"model": (self.model, self.optimizer)}
+    def trained(self) -> dict[str, Trained]:
+        return {"model": Trained(self.model, self.optimizer)}
 
     def state(self) -> dict[str, Any]:
         return {"sampler": self.sampler.state_dict(), "guard": self.guard.state()}

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.cached_attention import attending, uses_interface
@@ -67,13 +67,15 @@ class SamplingParams:
 class Generation:
     """Prompt-major results, n per prompt. log_probs: of the distribution sampled from; policy_log_probs: of the whole
     vocabulary at the same temperature (what the trainer recomputes). Both lists of 1-d fp32 CPU tensors.
-    finished: ended by a stop token (which is included), not by max_new_tokens."""
+    finished: ended by a stop token (which is included), not by max_new_tokens. values: V(s_t) of the engine's
+    value_head, like log_probs; None without one."""
 
     response_ids: list[list[int]]
     log_probs: list[Tensor]
     policy_log_probs: list[Tensor]
     finished: list[bool]
     stats: dict[str, float] = field(default_factory=dict)
+    values: list[Tensor] | None = None
 
 
 class RolloutEngine:
@@ -85,12 +87,15 @@ class RolloutEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         max_batch_tokens: int | None = None,
+        value_head: nn.Linear | None = None,
     ) -> None:
         """max_batch_tokens: positions of the cache of keys and values, for prompts and new tokens of what decodes
-        together; None: what half of the free memory holds."""
+        together; None: what half of the free memory holds. value_head [1, H] without bias: a critic on the model's
+        trunk, read for each token on the way."""
         self.model = model
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
+        self.value_head = value_head
         self.cache: SlotCache | None = None
         self._checked = False
 
@@ -116,6 +121,7 @@ class RolloutEngine:
             policy_log_probs=[row.policy_log_probs for row in rows],
             finished=[row.finished for row in rows],
             stats=stats,
+            values=None if self.value_head is None else [row.values for row in rows],
         )
 
     def release(self) -> None:
@@ -156,7 +162,7 @@ class RolloutEngine:
         if cache is None or not cache.fits(slots + extra, positions, self.model):
             cache = SlotCache(self.model.config.get_text_config().num_hidden_layers, slots + extra, positions)
         with attending(self.model, cache):
-            Decoder(self.model, head, cache, slots, sampling, stats).run(rows)
+            Decoder(self.model, head, cache, slots, sampling, stats, self.value_head).run(rows)
         if all(bool(row.log_probs.isfinite().all()) for row in rows):  # or NaN would outlive the weights it came from
             self.cache = cache
 

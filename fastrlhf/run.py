@@ -26,9 +26,9 @@ from fastrlhf.config import StageConfig, UserError
 from fastrlhf.folders import settle
 from fastrlhf.guards import Interrupted
 from fastrlhf.models import write_model
-from fastrlhf.optim import Optimizer
+from fastrlhf.optim import Trained
 from fastrlhf.recipe import resolved_yaml
-from fastrlhf.state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors, seed_rng
+from fastrlhf.state import load_optimizer_tensors, load_parts, optimizer_tensors, restore_rng, rng_tensors, seed_rng
 from fastrlhf.templates import stop_token_ids
 from fastrlhf.tracking import Tracker
 
@@ -55,7 +55,7 @@ class Stage(Protocol):
     total_steps: int
     best_metric: tuple[str, bool]  # name of the evaluation metric, whether higher is better
 
-    def trained(self) -> dict[str, tuple[PreTrainedModel, Optimizer]]: ...
+    def trained(self) -> dict[str, Trained]: ...
     def run_step(self) -> Step: ...
     def evaluate(self) -> dict[str, float]: ...
     def state(self) -> dict[str, Any]: ...
@@ -164,18 +164,22 @@ class Run:
 
     def export(self, folder: str | Path) -> None:
         """The first trained model as a folder that stock transformers runs, replaced as a whole."""
-        model, _ = next(iter(self.stage.trained().values()))
-        tokenizer = self.stage.tokenizer
+        first = next(iter(self.stage.trained().values()))
+        model, tokenizer = first.model, self.stage.tokenizer
         stops = stop_token_ids(tokenizer, getattr(model, "generation_config", None))
-        replace_folder(lambda target: write_model(target, model, tokenizer, stops), Path(folder))
+        weights = first.merged() if first.merged else None
+        replace_folder(lambda target: write_model(target, model, tokenizer, stops, weights), Path(folder))
 
     def _save(self) -> None:
         if self.store is None:
             return
+        trained = self.stage.trained()
         tensors, optimizers = {"rng": rng_tensors()}, {}
-        for name, (_, optimizer) in self.stage.trained().items():
+        for name, (_, optimizer, parts, _) in trained.items():
             saved, optimizers[name] = optimizer_tensors(optimizer.inner, name)
             tensors[f"optimizer_{name}"] = {**saved, **optimizer.master_tensors()}
+            if parts is not None:
+                tensors[f"weights_{name}"] = {key: tensor.detach() for key, tensor in parts.items()}
         state = {
             "step": self.step,
             "best": self.best,
@@ -184,7 +188,7 @@ class Run:
             "stage": self.stage.state(),
             "bytes": self.tracker.bytes(),
         }
-        models = {name: model for name, (model, _) in self.stage.trained().items()}
+        models = {name: role.model for name, role in trained.items() if role.parts is None}
         try:
             with self.tracker.phase("save"):
                 self.store.save(self.step, models=models, tensors=tensors, state=state, tokenizer=self.stage.tokenizer)
@@ -202,8 +206,11 @@ class Run:
                 f"{name}: this run was started with {saved.get(name)!r} and would resume with {now.get(name)!r}; "
                 "resume with the same value, or start a new output_dir"
             )
-        for name, (model, optimizer) in self.stage.trained().items():
-            checkpoint.load_model(name, model)
+        for name, (model, optimizer, parts, _) in self.stage.trained().items():
+            if parts is None:
+                checkpoint.load_model(name, model)
+            else:
+                load_parts(parts, checkpoint.tensors(f"weights_{name}"), str(checkpoint.path))
             tensors = checkpoint.tensors(f"optimizer_{name}")
             optimizer.load_masters(tensors)
             inner = {key: value for key, value in tensors.items() if not key.startswith("master.")}

@@ -24,7 +24,7 @@ from fastrlhf.config import SFTConfig, UserError
 from fastrlhf.data import Counts, Sampler, encode_rows, load_conversations, pack, split_heldout
 from fastrlhf.feedback import Conversation
 from fastrlhf.guards import UpdateGuard, check_rows
-from fastrlhf.optim import Optimizer, lr_at, micro_batches, token_budget
+from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, token_budget
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import throughput
 from fastrlhf.templates import encode_conversation, encode_prompt, encode_response, resolve_chat_template
@@ -180,8 +180,8 @@ class SFTTrainer:
         loss = total / sum(sum(e.target) for e in self.eval_examples)
         return {"loss/eval": loss, "perplexity/eval": math.exp(min(loss, 700.0))}
 
-    def trained(self) -> dict[str, tuple[PreTrainedModel, Optimizer]]:
-        return {"model": (self.model, self.optimizer)}
+    def trained(self) -> dict[str, Trained]:
+        return {"model": Trained(self.model, self.optimizer)}
 
     def state(self) -> dict[str, Any]:
         return {"sampler": self.sampler.state_dict(), "guard": self.guard.state()}

@@ -105,6 +105,19 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
                 group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
+@torch.no_grad()
+def load_parts(live: dict[str, Tensor], saved: dict[str, Tensor], where: str) -> None:
+    """Copy saved tensors into the live ones of the same names, in place. UserError, and nothing changed, where names or
+    shapes differ."""
+    for name in sorted(live.keys() | saved.keys()):
+        if name not in live or name not in saved or live[name].shape != saved[name].shape:
+            raise UserError(
+                f"{where}: {name} does not match this run's weights; resume with the same options as before"
+            )
+    for name, tensor in live.items():
+        tensor.copy_(saved[name])
+
+
 def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
     if data["class"] != type(optimizer).__name__:
         raise UserError(

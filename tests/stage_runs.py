@@ -40,7 +40,7 @@ def build(stage: str, **fields: object) -> Trainer:
 def everything(t: Trainer) -> dict[str, Tensor]:
     """Weights and optimizer state of all that is trained."""
     found: dict[str, Tensor] = {}
-    for name, (model, optimizer) in t.trained().items():
+    for name, (model, optimizer, *_) in t.trained().items():
         found |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
         found |= optimizer_tensors(optimizer.inner, f"{name}.optimizer")[0]
     return found

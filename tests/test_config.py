@@ -37,7 +37,7 @@ FROZEN = {
     whiten_advantages reward_scaling reward_clip advantage_clip missing_eos_penalty critic critic_warmup_steps
     advantage old_log_probs lora quantize ema_decay""",
 }
-NOT_YET = {"critic": "shared_trunk", "ptx_coef": 0.5, "lora": 8, "quantize": "4bit", "ema_decay": 0.99}
+NOT_YET = {"ptx_coef": 0.5, "quantize": "4bit", "ema_decay": 0.99}
 
 
 def refusal(cls: type[StageConfig], **fields: object) -> str:

@@ -1,0 +1,93 @@
+"""Who takes part in PPO: the policy, the reference, the critic; on models of their own or on one backbone.
+
+critic = separate               policy, reference and critic are three models
+critic = shared_trunk           the critic is a head on the policy's trunk
+lora                            one frozen base: policy (and separate critic) are adapters, reference is the base
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf import models
+from fastrlhf.adapters import POLICY, VALUE, Adapters
+from fastrlhf.config import PPOConfig, UserError
+from fastrlhf.critic import Critic
+from fastrlhf.rewards import FunctionScorer, RewardModelScorer
+from fastrlhf.rollout import derive_seed
+
+Source = str | PreTrainedModel | None
+
+
+@dataclass
+class Roles:
+    """ref_policy None: the policy's base without its adapter. critic None: an estimator without values."""
+
+    policy: PreTrainedModel
+    ref_policy: PreTrainedModel | None
+    critic: Critic | None
+    adapters: Adapters | None
+
+    def reference(self) -> AbstractContextManager[PreTrainedModel]:
+        """Inside, the model it gives is the reference policy."""
+        return self.adapters.using(None) if self.ref_policy is None else nullcontext(self.ref_policy)
+
+
+def load_roles(
+    config: PPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: RewardModelScorer | FunctionScorer,
+    policy: str | PreTrainedModel,
+    ref_policy: Source,
+    value_model: Source,
+) -> Roles:
+    """Load what is named, make the rest. UserError for a model that cannot take its role, before any training."""
+    how = (config.dtype, config.attention)
+    _check_value_model(config, value_model)
+    trained = models.load_policy(policy, *how)
+    adapters = None
+    if config.lora is not None:
+        roles = [POLICY, VALUE] if config.advantage == "gae" and config.critic == "separate" else [POLICY]
+        adapters = Adapters(trained, config.lora, roles, derive_seed(config.seed, "lora"))
+    if ref_policy is not None:
+        reference = models.freeze(models.load_policy(ref_policy, *how))
+    else:
+        reference = models.frozen_copy(trained) if adapters is None else None
+    return Roles(trained, reference, _make_critic(config, tokenizer, scorer, trained, value_model, adapters), adapters)
+
+
+def _check_value_model(config: PPOConfig, value_model: Source) -> None:
+    """Its weights need a trunk of their own."""
+    if value_model is None:
+        return
+    if config.critic == "shared_trunk" or config.lora is not None:
+        which = "critic = shared_trunk" if config.critic == "shared_trunk" else "lora"
+        raise UserError(f"value_model: with {which} the critic reads the policy's base; leave value_model out")
+
+
+def _make_critic(
+    config: PPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: RewardModelScorer | FunctionScorer,
+    policy: PreTrainedModel,
+    value_model: Source,
+    adapters: Adapters | None,
+) -> Critic | None:
+    """A model of its own is the one given, else a copy of a reward model that reads the same tokens, else the policy's
+    trunk with a zero head."""
+    if config.advantage != "gae":
+        return None
+    if config.critic == "shared_trunk":
+        return Critic.shared_trunk(policy)
+    if adapters is not None:
+        return Critic.adapter(adapters)
+    if value_model is not None:
+        model = models.load_reward_model(value_model, config.dtype, config.attention, role="value_model")
+    elif isinstance(scorer, RewardModelScorer) and scorer.same_tokenizer:
+        model = models.frozen_copy(scorer.model)
+    else:
+        model = models.scalar_model(policy, tokenizer, seed=None)
+    return Critic.separate(model)
