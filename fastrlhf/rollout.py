@@ -224,6 +224,10 @@ class RolloutEngine:
                 raise ValueError(f"stop_token_ids: {token} is outside the vocabulary of {vocabulary} tokens")
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         positions = getattr(config, "max_position_embeddings", None) or math.inf
+        rope = getattr(config, "rope_parameters", None) or {}
+        changing = rope.get("rope_type") in ("longrope", "dynamic")  # frequencies that depend on the longest sequence
+        switch = rope.get("original_max_position_embeddings") if changing else None
+        switch = math.inf if switch is None else switch
         for index, prompt in enumerate(prompt_ids):
             if len(prompt) == 0:
                 raise ValueError(f"prompt {index} is empty; a reply needs at least one token to start from")
@@ -237,6 +241,12 @@ class RolloutEngine:
                 raise ValueError(
                     f"prompt {index} has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}: {need} is "
                     f"more than the model's {positions} positions"
+                )
+            if need > switch:
+                raise ValueError(
+                    f"prompt {index} needs {need} positions: from {switch} on {type(self.model).__name__} turns all "
+                    f"positions another way (rope_type {rope['rope_type']!r}), which cached keys cannot follow; use "
+                    "shorter prompts or a smaller max_new_tokens"
                 )
             if self.max_batch_tokens is not None and need > self.max_batch_tokens:
                 gib = need * cache_bytes_per_token(self.model)
