@@ -49,11 +49,15 @@ class RunningMoments:
         self.count, self.mean, self.sum_sq = int(state["count"]), state["mean"], state["sum_sq"]
 
 
-def shape_scores(scores: Tensor, finished: Tensor, config: PPOConfig, moments: RunningMoments) -> Tensor:
+def shape_scores(
+    scores: Tensor, finished: Tensor, config: PPOConfig, moments: RunningMoments, lengths: Tensor
+) -> Tensor:
     """What the policy is optimised for, from raw scores [B] (NaN: unscorable, stays NaN).
 
     In this order: scaling by the running moments (this batch included), clipping to +-reward_clip, then
-    missing_eos_penalty off every response that no stop token ended.
+    missing_eos_penalty off every response that no stop token ended, length_penalty for each token, and
+    min(max((length - (max_new_tokens - overlong_penalty)) / overlong_penalty, 0), 1) (Yu et al. 2025, eq. 13).
+    finished [B] bool, lengths [B] in tokens.
     """
     if config.reward_scaling != "none":
         moments.update(scores[scores.isfinite()])
@@ -63,6 +67,10 @@ def shape_scores(scores: Tensor, finished: Tensor, config: PPOConfig, moments: R
         scores = scores.clamp(-config.reward_clip, config.reward_clip)
     if config.missing_eos_penalty is not None:
         scores = scores - config.missing_eos_penalty * (~finished).float()
+    scores = scores - config.length_penalty * lengths
+    if config.overlong_penalty is not None:
+        over = lengths - (config.max_new_tokens - config.overlong_penalty)
+        scores = scores - (over / config.overlong_penalty).clamp(0.0, 1.0)
     return scores
 
 
@@ -73,14 +81,17 @@ def estimate(
     values: Tensor | None,
     response_mask: Tensor,
     config: PPOConfig,
+    kl_coef: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns [B, T] fp32 from shaped scores [B] (NaN rows must be masked out already).
 
     gae: Schulman et al. 2016 over per-token rewards (values [B, T]). reinforce++: reward-to-go, no critic (Hu 2025).
     grpo: (R - group mean) / (group deviation + 1e-4) (Shao et al. 2024); dr_grpo: without the division (Liu et al.
     2025); rloo: minus the mean of the group's others (Ahmadian et al. 2024). R is the score less the summed KL penalty.
+    kl_coef: of the step; None: the configured one.
     """
-    kl_coef = config.kl_coef if config.kl_in == "reward" else 0.0
+    kl_coef = config.kl_coef if kl_coef is None else kl_coef
+    kl_coef = kl_coef if config.kl_in == "reward" else 0.0
     scores = scores.nan_to_num(nan=0.0)
     if config.advantage in GROUP_ESTIMATORS:
         penalty = kl_estimate(log_probs, ref_log_probs, config.kl_estimator).where(response_mask, 0.0).sum(1)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_orig
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fastrlhf.inputs import INPUTS
 from fastrlhf.lora_options import lora_options
 
 
@@ -47,9 +48,15 @@ class StageConfig(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0)
     """gradients are scaled down to this global 2-norm"""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """AdamW without weight decay; the 8-bit ones need bitsandbytes: pip install 'fastrlhf[8bit]'"""
+    """AdamW; the 8-bit ones need bitsandbytes: pip install 'fastrlhf[8bit]'"""
     micro_batch_tokens: int | None = Field(None, ge=1)
     """tokens in one forward pass of a device (auto: chosen by device); memory only, never the result"""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """decay of AdamW's running means of the gradient and of its square"""
+    adam_eps: float = Field(1e-8, gt=0)
+    """added to the root of AdamW's second moment"""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled decay of the weights"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, slower"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -104,9 +111,12 @@ class StageConfig(BaseModel):
         return self
 
     def _contradictions(self) -> list[str]:
+        wrong = []
         if self.resume and self.overwrite:
-            return ["resume = true: contradicts overwrite = true, which deletes what resume needs; use one"]
-        return []
+            wrong.append("resume = true: contradicts overwrite = true, which deletes what resume needs; use one")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            wrong.append(f"adam_betas = {_spelled(self.adam_betas)}: both must be in [0, 1)")
+        return wrong
 
 
 class _SupervisedConfig(StageConfig):
@@ -204,6 +214,14 @@ class PPOConfig(StageConfig):
     """per-token KL estimate, d = log_probs - ref_log_probs: k1 d, k2 d*d/2, k3 exp(-d)-1+d, abs |d|"""
     kl_in: Literal["reward", "loss"] = "reward"
     """where the KL acts: in the token rewards or in the policy loss"""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: kl_coef follows kl_target"""
+    kl_target: float = Field(6.0, gt=0)
+    """kl/ref that the adaptive controller aims at, in nats a response"""
+    kl_horizon: int = Field(10000, ge=1)
+    """responses over which the adaptive controller corrects kl_coef"""
+    kl_budget: float | None = Field(None, gt=0)
+    """end the run once kl/ref is above this many nats a response"""
     target_kl: float | None = Field(None, gt=0)
     """stop the updates of a step when kl/approx exceeds 1.5 times this"""
     clip_range: float = Field(0.2, ge=0)
@@ -212,6 +230,10 @@ class PPOConfig(StageConfig):
     """the upper side of the ratio clip; none: clip_range"""
     dual_clip: float | None = Field(None, gt=1)
     """where the advantage is negative the loss stops at -dual_clip * advantage"""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """what the clip compares: each token's ratio, or the geometric mean over a response (GSPO)"""
+    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """policy loss: mean over tokens, mean over responses of their token means, or sum over max_new_tokens (Dr.GRPO)"""
     clip_range_value: float | None = Field(0.2, ge=0)
     """value clip around the old values; none: no clip"""
     vf_coef: float = Field(1.0, ge=0)
@@ -230,6 +252,10 @@ class PPOConfig(StageConfig):
     """advantages are clipped to +-this, after the whitening"""
     missing_eos_penalty: float | None = Field(None, ge=0)
     """subtracted from the score of a response without a stop token"""
+    length_penalty: float = 0.0
+    """subtracted from the score for each token of the response; negative: a bonus"""
+    overlong_penalty: int | None = Field(None, ge=1)
+    """DAPO: over the last so many tokens before max_new_tokens the score falls by up to 1"""
     critic: Literal["separate", "shared_trunk"] = "separate"
     """the critic: a model of its own (with lora: an adapter of its own), or a head on the policy's trunk"""
     critic_warmup_steps: int = Field(0, ge=0)
@@ -265,6 +291,10 @@ class PPOConfig(StageConfig):
             wrong.append("kl_in = loss: has no effect with kl_coef = 0; set kl_coef above 0 or leave kl_in out")
         if self.advantage != "gae" and self.critic == "shared_trunk":
             wrong.append(f"critic = shared_trunk: advantage = {self.advantage} has no critic; leave critic out")
+        if self.kl_controller == "adaptive" and (self.kl_in == "loss" or self.kl_coef == 0):
+            wrong.append("kl_controller = adaptive: steers kl_coef in the reward; use kl_in = reward, kl_coef > 0")
+        if self.overlong_penalty is not None and self.overlong_penalty > self.max_new_tokens:
+            wrong.append(f"overlong_penalty = {self.overlong_penalty}: above max_new_tokens = {self.max_new_tokens}")
         warmup = f"critic_warmup_steps = {self.critic_warmup_steps}"
         if self.advantage != "gae" and self.critic_warmup_steps:
             wrong.append(f"{warmup}: advantage = {self.advantage} has no critic; set it to 0")
@@ -284,38 +314,6 @@ class PPOConfig(StageConfig):
 
 CONFIGS: dict[str, type[StageConfig]] = {c.stage: c for c in (SFTConfig, RewardConfig, PPOConfig)}
 
-
-class StageInput(NamedTuple):
-    """What a recipe names besides the config: an argument of the trainer."""
-
-    required: bool
-    kind: Literal["model", "data", "reward"]
-    description: str
-
-
-_ROWS = "JSON, JSONL (.gz too), Parquet, CSV, a folder or a hub id"
-_MODEL = "Hugging Face folder, hub id or GGUF file"
-_REWARD = "reward model, FILE.py:FUNCTION, MODULE:FUNCTION, or a list of [name, weight, such a function]"
-_TRAINED = {"model": StageInput(True, "model", f"the model to train: {_MODEL}")}
-_OPTIONAL = {
-    "eval_data": StageInput(False, "data", "held-out rows in the same formats"),
-    "tokenizer": StageInput(False, "model", "folder or hub id; none: the one of the model"),
-}
-_TEXTS = StageInput(True, "data", f"conversations or text to learn from: {_ROWS}")
-_FEEDBACK = StageInput(True, "data", f"feedback records (pairs, rankings, scores, edits, mixed): {_ROWS}")
-INPUTS: dict[str, dict[str, StageInput]] = {
-    "sft": _TRAINED | {"data": _TEXTS} | _OPTIONAL,
-    "reward": _TRAINED | {"data": _FEEDBACK} | _OPTIONAL,
-    "ppo": {
-        "policy": StageInput(True, "model", f"the model to align: {_MODEL}"),
-        "reward": StageInput(True, "reward", _REWARD),
-        "prompts": StageInput(True, "data", f"prompts to answer: {_ROWS}"),
-        "eval_prompts": StageInput(False, "data", "held-out prompts, answered every eval_every steps"),
-        "tokenizer": StageInput(False, "model", "folder or hub id; none: the one of the policy"),
-        "ref_policy": StageInput(False, "model", "what the KL is measured to; none: the policy as it starts"),
-        "value_model": StageInput(False, "model", "initial critic; none: from the reward model, else the policy"),
-    },
-}
 
 _ELSEWHERE = {  # what other libraries and papers call it
     "learning_rate": ("lr",),

@@ -22,7 +22,8 @@ from fastrlhf.batch import Experience, Rollout, TokenBatch
 from fastrlhf.config import PPOConfig
 from fastrlhf.critic import Critic
 from fastrlhf.guards import UpdateGuard
-from fastrlhf.optim import Optimizer, Trained, lr_at
+from fastrlhf.optim import Optimizer, Trained, lr_at, optimizer_options
+from fastrlhf.sequence_ratio import sequence_ratio_loss
 from fastrlhf.stats import Stats, mismatch_metrics
 from fastrlhf_kernels import PPOLoss, linear_log_probs, linear_ppo_loss, ppo_value_loss
 
@@ -63,7 +64,7 @@ class Learner:
         self.report: Callable[..., None] = lambda kind, message, **fields: None
         self.device = policy.device
         self.policy_updates = self.critic_updates = 0
-        common = {"name": config.optimizer, "max_grad_norm": config.max_grad_norm}
+        common = optimizer_options(config)
         self.adapters = adapters
         models.make_trainable(policy, config.gradient_checkpointing, frozen=adapters is not None)
         parameters = dict(policy.named_parameters()) if adapters is None else adapters.parameters(POLICY)
@@ -121,6 +122,7 @@ class Learner:
             "policy": torch.zeros(len(POLICY_STATS) + 1, device=self.device),
             "critic": torch.zeros(len(VALUE_STATS) + 1, device=self.device),
         }
+        weights = self._policy_weights(experience, mini) if policy else None
         log_probs = []
         for rows in mini:
             batch, take = rollout.tokens(rows, self.device), experience.take(rows)
@@ -128,7 +130,7 @@ class Learner:
                 hidden = self._hidden(batch, policy)
                 losses = []
                 if policy:
-                    loss, info = self._policy_loss(hidden, batch, experience, take, normalizer)
+                    loss, info = self._policy_loss(hidden, batch, experience, rows, weights, normalizer)
                     losses.append(loss)
                     log_probs.append(info["log_probs"])
                     totals["policy"] += torch.stack([loss.detach(), *(info[n] for n in POLICY_STATS)])
@@ -151,15 +153,27 @@ class Learner:
             return batch.hidden(self.critic.trunk)
 
     def _policy_loss(
-        self, hidden: Tensor, batch: TokenBatch, experience: Experience, take: Take, normalizer: Tensor | float
-    ) -> PPOLoss:
-        config, head = self.config, models.lm_head(self.policy)
+        self, hidden: Tensor, batch: TokenBatch, experience: Experience, rows: list[int], weights: Tensor | None,
+        normalizer: Tensor | float,
+    ) -> PPOLoss:  # fmt: skip
+        config, head, take = self.config, models.lm_head(self.policy), experience.take(rows)
+        weights = None if weights is None else take(weights)
+        if config.ratio_level == "sequence":
+            log_probs, entropy = linear_log_probs(
+                hidden, head.weight, batch.labels, temperature=config.temperature, return_entropy=True, **head.kwargs()
+            )
+            return sequence_ratio_loss(
+                log_probs, entropy, take(experience.old_log_probs), take(experience.ref_log_probs),
+                take(experience.advantages), take(experience.response_mask), experience.token_mask[rows], config,
+                weights=weights,
+                normalizer=normalizer,
+            )  # fmt: skip
         return linear_ppo_loss(
             hidden, head.weight, batch.labels,
             take(experience.old_log_probs), take(experience.advantages), take(experience.response_mask),
             temperature=config.temperature, clip_range=config.clip_range, clip_range_high=config.clip_range_high,
             dual_clip=config.dual_clip, entropy_coef=config.entropy_coef, normalizer=normalizer,
-            weights=None if experience.weights is None else take(experience.weights),
+            weights=weights,
             **self._kl_in_loss(take(experience.ref_log_probs)), **head.kwargs(),
         )  # fmt: skip
 
@@ -206,6 +220,21 @@ class Learner:
         if self.config.advantage == "dr_grpo":
             return float(len(rows) * self.config.max_new_tokens)
         return mask[rows].sum().clamp(min=1).float()
+
+    def _policy_weights(self, experience: Experience, mini: list[list[int]]) -> Tensor | None:
+        """[B, T] of the tokens in the policy loss: importance weights, times what makes of a mean over the mini-batch's
+        tokens the mean over responses of their means, or the sum over max_new_tokens (Liu et al. 2025)."""
+        kind, mask = self.config.loss_aggregation, experience.response_mask
+        if kind == "token_mean":
+            return experience.weights
+        rows = [row for group in mini for row in group]
+        tokens = mask[rows].sum()
+        if kind == "constant":
+            factor = (tokens / (len(rows) * self.config.max_new_tokens)).expand_as(experience.advantages)
+        else:
+            own = mask.sum(1, keepdim=True).clamp(min=1)
+            factor = (tokens / mask[rows].any(1).sum().clamp(min=1) / own).expand_as(experience.advantages)
+        return factor if experience.weights is None else factor * experience.weights
 
     def _learning_rate(self, base: float, update: int) -> float:
         config = self.config

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastrlhf.config import UserError
+from fastrlhf.config import StageConfig, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,15 +56,23 @@ def lr_at(step: int, *, base: float, schedule: str, warmup_steps: int, total_ste
     return base * (1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
-def _build(name: str, params: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+def _build(name: str, params: list[nn.Parameter], **options: object) -> torch.optim.Optimizer:
     if name == "adamw":
-        return torch.optim.AdamW(params, lr=learning_rate, weight_decay=0.0, fused=True)
+        return torch.optim.AdamW(params, fused=True, **options)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"optimizer: {name!r} needs `pip install bitsandbytes` (extra '8bit'), or use 'adamw'")
     import bitsandbytes
 
     kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-    return kinds[name](params, lr=learning_rate, weight_decay=0.0)
+    return kinds[name](params, **options)
+
+
+def optimizer_options(config: StageConfig) -> dict[str, Any]:
+    """The keyword arguments of `Optimizer` that every stage's config names, but the learning rate."""
+    return {
+        "name": config.optimizer, "max_grad_norm": config.max_grad_norm, "betas": config.adam_betas,
+        "eps": config.adam_eps, "weight_decay": config.weight_decay,
+    }  # fmt: skip
 
 
 class StepResult(NamedTuple):
@@ -83,14 +91,24 @@ class Optimizer:
     """
 
     def __init__(
-        self, model: nn.Module | Mapping[str, nn.Parameter], *, name: str, learning_rate: float, max_grad_norm: float
+        self,
+        model: nn.Module | Mapping[str, nn.Parameter],
+        *,
+        name: str,
+        learning_rate: float,
+        max_grad_norm: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
     ) -> None:
         """model: whose parameters are trained, those that take gradients; or the parameters by name."""
         self.max_grad_norm = max_grad_norm
         found = model.parameters() if isinstance(model, nn.Module) else model.values()
         self.params = [p for p in found if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.params]
-        self.inner = _build(name, self.masters, learning_rate)
+        self.inner = _build(
+            name, self.masters, lr=learning_rate, betas=tuple(betas), eps=eps, weight_decay=weight_decay
+        )
         for param, master in zip(self.params, self.masters, strict=True):
             if master is not param:
                 if hasattr(param, "_to_master"):

@@ -22,6 +22,7 @@ from fastrlhf.config import PPOConfig, UserError
 from fastrlhf.data import Sampler, encode_rows, load_prompts
 from fastrlhf.feedback import Prompt
 from fastrlhf.folders import replace_folder
+from fastrlhf.kl_control import KLController
 from fastrlhf.learner import Learner, response_log_probs
 from fastrlhf.optim import Trained, micro_batches, token_budget
 from fastrlhf.rewards import Scorable, make_scorer
@@ -78,6 +79,7 @@ class PPOTrainer:
         self._load_models(policy, reward, ref_policy, value_model)
         self.sampler = Sampler(len(self.prompts), config.seed)
         self.moments = advantages.RunningMoments()
+        self.kl_controller = KLController(config)
         self.learner = Learner(config, self.policy, self.critic, self.roles.adapters)
         self.run = Run(self)
         self.learner.report = self.run.tracker.event
@@ -161,12 +163,22 @@ class PPOTrainer:
             experience, metrics = self._experience(rollout, plan[0])
         with phase("update"):
             metrics |= self.learner.update(rollout, experience, plan, self.run.step)
+        self._after_kl(metrics["kl/ref"])
         metrics |= {
             "length/mean": mean([float(len(r)) for r in rollout.response_ids]),
             "length/finished": mean([float(f) for f in rollout.finished]),
             "update/skipped": float(self.learner.guard.skipped),
         }
         return PPOStep(metrics, throughput("perf/rollout_tokens", generation["new_tokens"], self.device), rollout)
+
+    def _after_kl(self, kl: float) -> None:
+        """The controller looks at the step's KL; beyond kl_budget this step is the last one."""
+        self.kl_controller.update(kl)
+        budget = self.config.kl_budget
+        if budget is not None and kl > budget:
+            self.total_steps = self.run.step + 1
+            sentence = f"kl/ref = {kl:.3g} is above kl_budget = {budget:g}: this step is the last"
+            self.run.tracker.event("kl_budget", sentence)
 
     def _rollout(
         self, chosen: list[tuple[Prompt, list[int]]], samples: int, *, purpose: str
@@ -253,8 +265,9 @@ class PPOTrainer:
         metrics = rollout_metrics(raw, old, ref, rollout_log_probs, rollout.log_probs, mask)
         counted = mask & raw.isfinite()[:, None]
         finished = torch.tensor(rollout.finished, device=self.device)
-        shaped = advantages.shape_scores(raw, finished, config, self.moments)
-        gains, returns = advantages.estimate(shaped, old, ref, values, counted, config)
+        shaped = advantages.shape_scores(raw, finished, config, self.moments, mask.sum(1).float())
+        gains, returns = advantages.estimate(shaped, old, ref, values, counted, config, self.kl_controller.coef)
+        metrics["kl/coef"] = self.kl_controller.coef
         return Experience(mask, counted, old, ref, values, gains, returns, weights), metrics | mismatch
 
     # ------------------------------------------------------------------------------------- evaluation and checkpoints
@@ -281,12 +294,13 @@ class PPOTrainer:
         return self.learner.trained()
 
     def state(self) -> dict[str, Any]:
-        parts = {"sampler": self.sampler.state_dict(), "moments": self.moments.state()}
-        return {**parts, "learner": self.learner.state()}
+        parts = {"moments": self.moments, "kl": self.kl_controller, "learner": self.learner}
+        return {"sampler": self.sampler.state_dict(), **{name: part.state() for name, part in parts.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.moments.load_state(state["moments"])
+        self.kl_controller.load_state(state["kl"])
         self.learner.load_state(state["learner"])
 
 

@@ -25,7 +25,7 @@ from fastrlhf.config import RewardConfig, UserError
 from fastrlhf.data import Counts, Sampler, encode_rows, load_feedback, split_heldout
 from fastrlhf.feedback import Feedback
 from fastrlhf.guards import UpdateGuard, check_rows
-from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, token_budget
+from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, optimizer_options, token_budget
 from fastrlhf.rewards import score_rows
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import throughput
@@ -141,9 +141,7 @@ class RewardTrainer:
         self.best_metric = ("accuracy/eval", True) if ordered else ("loss/eval", False)
         self.device = self.model.device
         self.budget = token_budget(config.micro_batch_tokens, self.device)
-        self.optimizer = Optimizer(
-            self.model, name=config.optimizer, learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm
-        )
+        self.optimizer = Optimizer(self.model, learning_rate=config.learning_rate, **optimizer_options(config))
         self.total_steps = config.total_steps or math.ceil(config.epochs * len(self.records) / config.mini_batch_size)
         self.sampler, self.guard = Sampler(len(self.records), config.seed), UpdateGuard()
         self.run = Run(self)

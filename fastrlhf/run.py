@@ -126,13 +126,14 @@ class Run:
 
     def steps(self) -> Iterator[Step]:
         """Run the remaining steps. Raises Interrupted after a signal, once a checkpoint is written."""
-        stage, total = self.stage, self.stage.total_steps
+        stage = self.stage
         with StopSignal() as stop:
             if self.step == 0 and self.config.eval_every:
                 self.tracker.log(0, self._evaluate())
-            while self.step < total:
+            while self.step < stage.total_steps:
                 result = stage.run_step()
                 self.step += 1
+                total = stage.total_steps  # a step may find that it was the last
                 if self.config.eval_every and (self.step % self.config.eval_every == 0 or self.step == total):
                     result.metrics.update(self._evaluate())
                 self.tracker.log(self.step, result.metrics, result.timings)

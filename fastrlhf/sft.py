@@ -24,7 +24,7 @@ from fastrlhf.config import SFTConfig, UserError
 from fastrlhf.data import Counts, Sampler, encode_rows, load_conversations, pack, split_heldout
 from fastrlhf.feedback import Conversation
 from fastrlhf.guards import UpdateGuard, check_rows
-from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, token_budget
+from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, optimizer_options, token_budget
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import throughput
 from fastrlhf.templates import encode_conversation, encode_prompt, encode_response, resolve_chat_template
@@ -82,9 +82,7 @@ class SFTTrainer:
             (new or self.model.gradient_checkpointing_enable)()
         self.device = self.model.device
         self.budget = token_budget(config.micro_batch_tokens, self.device)
-        self.optimizer = Optimizer(
-            self.model, name=config.optimizer, learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm
-        )
+        self.optimizer = Optimizer(self.model, learning_rate=config.learning_rate, **optimizer_options(config))
         self.total_steps = config.total_steps or math.ceil(config.epochs * len(self.examples) / config.mini_batch_size)
         self.sampler, self.guard = Sampler(len(self.examples), config.seed), UpdateGuard()
         self.run = Run(self)

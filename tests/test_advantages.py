@@ -30,7 +30,7 @@ def test_running_moments_equal_the_moments_of_everything_seen():
 
 def test_a_first_batch_of_one_score_keeps_its_value():
     scores = shape_scores(
-        torch.tensor([3.0]), torch.tensor([True]), config(reward_scaling="running_std"), RunningMoments()
+        torch.tensor([3.0]), torch.tensor([True]), config(reward_scaling="running_std"), RunningMoments(), torch.ones(1)
     )
     assert scores.tolist() == [3.0]
 
@@ -39,11 +39,15 @@ def test_scores_are_scaled_then_clipped_then_penalised():
     moments = RunningMoments()
     raw, finished = torch.tensor([0.0, 4.0, 8.0, float("nan")]), torch.tensor([True, False, True, True])
     got = shape_scores(
-        raw, finished, config(reward_scaling="running_norm", reward_clip=0.5, missing_eos_penalty=2.0), moments
+        raw,
+        finished,
+        config(reward_scaling="running_norm", reward_clip=0.5, missing_eos_penalty=2.0),
+        moments,
+        torch.ones(4),
     )
     assert moments.count == 3 and moments.mean == 4.0 and moments.std == 4.0  # the unscorable one counts nowhere
     assert got[:3].tolist() == [-0.5, -2.0, 0.5] and got[3].isnan()
-    only_std = shape_scores(raw, finished, config(reward_scaling="running_std"), RunningMoments())
+    only_std = shape_scores(raw, finished, config(reward_scaling="running_std"), RunningMoments(), torch.ones(4))
     assert only_std[:3].tolist() == [0.0, 1.0, 2.0]
 
 

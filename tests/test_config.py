@@ -24,7 +24,8 @@ from fastrlhf.recipe import check_paths, load_recipe, packaged_recipes, read_rec
 
 ROOT = Path(__file__).parents[1]
 
-COMMON = """learning_rate lr_schedule warmup_steps max_grad_norm optimizer micro_batch_tokens gradient_checkpointing
+COMMON = """learning_rate lr_schedule warmup_steps max_grad_norm optimizer adam_betas adam_eps weight_decay
+micro_batch_tokens gradient_checkpointing
 dtype
 attention chat_template skip_bad_rows seed save_every eval_every output_dir overwrite resume"""
 SUPERVISED = "epochs total_steps max_tokens overlong mini_batch_size eval_fraction"
@@ -35,7 +36,8 @@ FROZEN = {
     max_prompt_tokens max_new_tokens temperature top_p top_k critic_learning_rate gamma gae_lambda kl_coef kl_estimator
     kl_in target_kl clip_range clip_range_high dual_clip importance_cap clip_range_value vf_coef entropy_coef ptx_coef
     whiten_advantages reward_scaling reward_clip advantage_clip missing_eos_penalty critic critic_warmup_steps
-    advantage old_log_probs lora quantize ema_decay""",
+    advantage old_log_probs lora quantize ema_decay kl_controller kl_target kl_horizon kl_budget ratio_level
+    loss_aggregation length_penalty overlong_penalty""",
 }
 NOT_YET = {"ptx_coef": 0.5, "quantize": "4bit", "ema_decay": 0.99}
 

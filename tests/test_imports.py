@@ -17,7 +17,16 @@ STAGES = {"sft", "reward_model", "ppo"}
 TOP = {"cli", "__main__"}  # may import anything; imported by nothing
 VERBS = STAGES | {"report", "quickstart", "inference", "dry_run"}  # imported by the command line only
 MAY_IMPORT_VERBS = {"cli": VERBS, "__main__": VERBS, "quickstart": STAGES | {"report"}}
-USERS_OF_KERNELS = {"cached_attention", "decoding", "learner", "rollout", "models", "sft", "advantages"}
+USERS_OF_KERNELS = {"cached_attention", "decoding", "learner", "sequence_ratio", "rollout", "models", "sft"} | {"advantages"}
+    "cached_attention",
+    "decoding",
+    "learner",
+    "rollout",
+    "models",
+    "sft",
+    "advantages",
+    "sequence_ratio",
+}
 REPORT_NEEDS = {"fastrlhf", "matplotlib"}
 HEAVY = ("torch", "transformers", "datasets", "pydantic", "yaml", "rich", "matplotlib", "numpy", "triton")
 

@@ -96,7 +96,9 @@ def test_one_forward_and_one_backward_give_both_gradients():
     normalizer = learner._normalizer(experience.response_mask, mini)
     for rows in mini:
         batch, take = rollout.tokens(rows, t.device), experience.take(rows)
-        learner._policy_loss(batch.hidden(t.policy), batch, experience, take, normalizer)[0].backward()
+        learner._policy_loss(batch.hidden(t.policy), batch, experience, rows, experience.weights, normalizer)[
+            0
+        ].backward()
         value = learner._value_loss(batch.hidden(t.policy), experience, take, normalizer)[0]
         (0.3 * value).backward()
     want = [p.grad.clone() for p in (*t.policy.parameters(), t.critic.head.weight)]
