@@ -17,7 +17,7 @@ STAGES = {"sft", "reward_model", "ppo"}
 TOP = {"cli", "__main__"}  # may import anything; imported by nothing
 VERBS = STAGES | {"report", "quickstart", "inference", "dry_run"}  # imported by the command line only
 MAY_IMPORT_VERBS = {"cli": VERBS, "__main__": VERBS, "quickstart": STAGES | {"report"}}
-USERS_OF_KERNELS = {"cached_attention", "decoding", "learner", "sequence_ratio", "rollout", "models", "sft"} | {"advantages"}
+USERS_OF_KERNELS = {
     "cached_attention",
     "decoding",
     "learner",
