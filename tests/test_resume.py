@@ -112,7 +112,7 @@ def leave_after(trainer: PPOTrainer | SFTTrainer, steps: int) -> None:
 def weights(trainer: PPOTrainer | SFTTrainer) -> dict[str, torch.Tensor]:
     """Everything trained: model weights, optimizer state, fp32 masters."""
     found: dict[str, torch.Tensor] = {}
-    for name, (model, optimizer) in trainer.trained().items():
+    for name, (model, optimizer, *_) in trainer.trained().items():
         found |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
         found |= optimizer_tensors(optimizer.inner, f"{name}.optimizer")[0]
         found |= {f"{name}.{key}": value for key, value in optimizer.master_tensors().items()}
