@@ -19,16 +19,18 @@ def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> 
         if value is None:
             continue
         if spec.kind == "data":
-            lines.append(f"{name}: {_rows(value, config).line()}")
-        elif spec.kind == "reward":
+            lines.append(f"{name}: {_rows(name, value, config).line()}")
+        elif spec.kind in ("reward", "function"):
             _check_reward(value)
         else:
             check_source(value, name)
     return lines
 
 
-def _rows(source: Any, config: StageConfig) -> Counts:
+def _rows(name: str, source: Any, config: StageConfig) -> Counts:
     skip = config.skip_bad_rows
+    if name == "ptx_data":
+        return load_conversations(source, skip_bad_rows=skip)[1]
     if config.stage == "sft":
         return load_conversations(source, format=config.format, skip_bad_rows=skip)[1]
     if config.stage == "reward":

@@ -9,7 +9,7 @@ class StageInput(NamedTuple):
     """What a recipe names besides the config: an argument of the trainer."""
 
     required: bool
-    kind: Literal["model", "data", "reward"]
+    kind: Literal["model", "data", "reward", "function"]
     description: str
 
 
@@ -33,6 +33,8 @@ INPUTS: dict[str, dict[str, StageInput]] = {
         "eval_prompts": StageInput(False, "data", "held-out prompts, answered every eval_every steps"),
         "tokenizer": StageInput(False, "model", "folder or hub id; none: the one of the policy"),
         "ref_policy": StageInput(False, "model", "what the KL is measured to; none: the policy as it starts"),
+        "ptx_data": StageInput(False, "data", "conversations or text for ptx_coef, in the formats of fastrlhf sft"),
+        "judge": StageInput(False, "function", "FILE.py:FUNCTION or MODULE:FUNCTION that compares two responses"),
         "value_model": StageInput(False, "model", "initial critic; none: from the reward model, else the policy"),
     },
 }

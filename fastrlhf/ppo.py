@@ -7,12 +7,13 @@ separate critic initialised from the reward model), Zheng et al. 2023 (MOSS-RLHF
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import advantages, models
@@ -61,11 +62,14 @@ class PPOTrainer:
         ref_policy: str | PreTrainedModel | None = None,
         value_model: str | PreTrainedModel | None = None,
         eval_prompts: Any = None,
+        ptx_data: Any = None,
+        judge: Any = None,
     ) -> None:
         self.config, self.total_steps = config, config.total_steps
         self.inputs = {
             "policy": policy, "tokenizer": tokenizer, "reward": reward, "prompts": prompts,
-            "ref_policy": ref_policy, "value_model": value_model, "eval_prompts": eval_prompts,
+            "ref_policy": ref_policy, "value_model": value_model, "eval_prompts": eval_prompts, "ptx_data": ptx_data,
+            "judge": judge,
         }  # fmt: skip
         self.best_metric = ("reward/eval", True)
         self.tokenizer = models.tokenizer_for(tokenizer, policy)
@@ -297,7 +301,10 @@ class PPOTrainer:
         parts = {"moments": self.moments, "kl": self.kl_controller, "learner": self.learner}
         return {"sampler": self.sampler.state_dict(), **{name: part.state() for name, part in parts.items()}}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {}
+
+    def load_state(self, state: dict[str, Any], tensors: Callable[[str], dict[str, Tensor]]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.moments.load_state(state["moments"])
         self.kl_controller.load_state(state["kl"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from fastrlhf.config import CONFIGS, INPUTS, ConfigError, StageConfig, UserError, config_fields
+from fastrlhf.config import AUTO, CONFIGS, INPUTS, ConfigError, StageConfig, UserError, config_fields
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_BYTES = 1 << 20
@@ -196,7 +196,7 @@ def path_problem(value: str, kind: str) -> str | None:
         return f"{value} was handed over in Python and has no name; go on from Python"
     if "://" in value:
         return None
-    if kind == "reward" and ":" in value and not Path(value).exists():
+    if kind in ("reward", "function") and ":" in value and not Path(value).exists():
         value = value.rpartition(":")[0]
         if not value.endswith(".py"):
             return None
@@ -236,8 +236,7 @@ def resolved_yaml(stage: str, inputs: Mapping[str, Any], config: StageConfig) ->
     """
     named = {name: _plain(inputs[name]) for name in INPUTS[stage] if inputs.get(name) is not None}
     dumped = config.model_dump(mode="json")
-    if dumped["micro_batch_tokens"] is None:
-        dumped["micro_batch_tokens"] = "auto"
+    dumped |= {name: "auto" for name in AUTO if name in dumped and dumped[name] is None}
     fields = {field.name: dumped[field.name] for field in config_fields(type(config))}
     return yaml.safe_dump(named | fields, sort_keys=False, allow_unicode=True, width=1000)
 

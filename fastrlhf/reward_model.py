@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -276,7 +276,10 @@ class RewardTrainer:
     def state(self) -> dict[str, Any]:
         return {"sampler": self.sampler.state_dict(), "guard": self.guard.state()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {}
+
+    def load_state(self, state: dict[str, Any], tensors: Callable[[str], dict[str, Tensor]]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.guard.load_state(state["guard"])
 

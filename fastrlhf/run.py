@@ -11,13 +11,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import rich.style  # noqa: F401 - draws from `random` when it is first imported: now, not in the middle of a seeded run
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fastrlhf
@@ -59,7 +60,8 @@ class Stage(Protocol):
     def run_step(self) -> Step: ...
     def evaluate(self) -> dict[str, float]: ...
     def state(self) -> dict[str, Any]: ...
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def tensors(self) -> dict[str, dict[str, Tensor]]: ...  # of the checkpoint, beside those of `trained`
+    def load_state(self, state: dict[str, Any], tensors: Callable[[str], dict[str, Tensor]]) -> None: ...
 
 
 class Run:
@@ -175,7 +177,7 @@ class Run:
         if self.store is None:
             return
         trained = self.stage.trained()
-        tensors, optimizers = {"rng": rng_tensors()}, {}
+        tensors, optimizers = {"rng": rng_tensors(), **self.stage.tensors()}, {}
         for name, (_, optimizer, parts, _) in trained.items():
             saved, optimizers[name] = optimizer_tensors(optimizer.inner, name)
             tensors[f"optimizer_{name}"] = {**saved, **optimizer.master_tensors()}
@@ -218,7 +220,7 @@ class Run:
             load_optimizer_tensors(optimizer.inner, inner, checkpoint.state["optimizers"][name])
         restore_rng(checkpoint.tensors("rng"))
         self.step, self.best = checkpoint.state["step"], checkpoint.state["best"]
-        self.stage.load_state(checkpoint.state["stage"])
+        self.stage.load_state(checkpoint.state["stage"], checkpoint.tensors)
         self.store.rotate(checkpoint.path)
         self.tracker.note(f"resumed from {checkpoint.path} at step {self.step} of {self.stage.total_steps}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -184,7 +184,10 @@ class SFTTrainer:
     def state(self) -> dict[str, Any]:
         return {"sampler": self.sampler.state_dict(), "guard": self.guard.state()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {}
+
+    def load_state(self, state: dict[str, Any], tensors: Callable[[str], dict[str, Tensor]]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.guard.load_state(state["guard"])
 
