@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Rollout:
 
     prompts: list[str]
     raw_prompts: list[str | list[dict]]
+    samples_per_prompt: int
     columns: dict[str, list]
     prompt_ids: list[list[int]]
     response_ids: list[list[int]]
@@ -59,6 +61,13 @@ class Experience:
         """-> a function from [B, T] to the [N] response tokens of these rows, in the order of TokenBatch."""
         own = self.token_mask[rows]
         return lambda tensor: tensor[rows][own]
+
+
+class MiniBatch(NamedTuple):
+    """The rows of one optimizer step: those of all ranks, and this rank's own as micro-batches."""
+
+    rows: list[int]
+    groups: list[list[int]]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf import advantages, models
+from fastrlhf import advantages, distributed, gathering, models
 from fastrlhf.adapters import POLICY
-from fastrlhf.batch import Experience, Rollout, length_mask, minibatches, scatter
+from fastrlhf.batch import Experience, MiniBatch, Rollout, length_mask, minibatches, scatter
 from fastrlhf.config import PPOConfig, UserError
 from fastrlhf.data import Sampler, encode_rows, load_prompts
 from fastrlhf.feedback import Prompt
@@ -147,7 +147,7 @@ class PPOTrainer:
             self.run.export(folder)
         elif self.roles.adapters is None:
             raise UserError("save: adapter=True needs a run with lora; this one trains all weights")
-        else:
+        elif distributed.is_lead():
             base = self.policy.config._name_or_path
             replace_folder(lambda target: self.roles.adapters.write(target, POLICY, base), Path(folder))
 
@@ -198,12 +198,13 @@ class PPOTrainer:
             stop_token_ids=self.stop_ids,
             seed=derive_seed(config.seed, purpose, self.run.step if purpose == "rollout" else 0),
         )
-        out = self.engine.generate([ids for _, ids in chosen], params)
+        out = gathering.generate(self.engine, [ids for _, ids in chosen], params)
         rows = [pair for pair in chosen for _ in range(samples)]
         columns = {name: [p.columns.get(name) for p, _ in rows] for name in sorted(chosen[0][0].columns)}
         rollout = Rollout(
             prompts=[render_prompt(self.tokenizer, p.prompt) for p, _ in rows],
             raw_prompts=[p.prompt for p, _ in rows],
+            samples_per_prompt=samples,
             columns=columns,
             prompt_ids=[ids for _, ids in rows],
             response_ids=out.response_ids,
@@ -217,27 +218,33 @@ class PPOTrainer:
 
     def _score(self, rollout: Rollout) -> list[float | None]:
         names = ("prompts", "responses", "raw_prompts", "prompt_ids", "response_ids", "columns")
-        return self.scorer(Scorable(**{name: getattr(rollout, name) for name in names}))
+        batch = Scorable(**{name: getattr(rollout, name) for name in names})
+        return gathering.score(self.scorer, batch, rollout.samples_per_prompt)
 
-    def _plan(self, rollout: Rollout) -> list[list[list[list[int]]]]:
-        """Row numbers as [epoch][mini-batch][micro-batch][row]; depends on seed, step and lengths only."""
+    def _plan(self, rollout: Rollout) -> list[list[MiniBatch]]:
+        """The mini-batches of each epoch; depends on seed, step, lengths and number of ranks only."""
         config, count = self.config, len(rollout.response_ids)
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
         plan = []
         for epoch in range(config.ppo_epochs):
             draw = torch.Generator().manual_seed(derive_seed(config.seed, "order", self.run.step, epoch))
             order = torch.randperm(count, generator=draw).tolist()
-            cut = minibatches(count, config.mini_batch_size, order)
-            plan.append([[[m[i] for i in g] for g in micro_batches([lengths[r] for r in m], self.budget)] for m in cut])
+            plan.append([self._split(rows, lengths) for rows in minibatches(count, config.mini_batch_size, order)])
         return plan
+
+    def _split(self, rows: list[int], lengths: list[int]) -> MiniBatch:
+        mine = [rows[i] for i in distributed.own([lengths[row] for row in rows])]
+        groups = micro_batches([lengths[row] for row in mine], self.budget)
+        return MiniBatch(rows, [[mine[i] for i in group] for group in groups])
 
     # ----------------------------------------------------------------------------------------------------- experience
 
     @torch.no_grad()
-    def _experience(self, rollout: Rollout, epoch: list[list[list[int]]]) -> tuple[Experience, dict[str, float]]:
+    def _experience(self, rollout: Rollout, epoch: list[MiniBatch]) -> tuple[Experience, dict[str, float]]:
         """Old and reference log-probs, values, advantages.
 
-        Computed over the very micro-batches of the first epoch, so that its ratio is exactly 1, not 1 + rounding.
+        Computed over the very micro-batches of the first epoch, so that its ratio is exactly 1, not 1 + rounding. Each
+        rank computes its own rows; the sum over ranks puts them together.
         """
         config = self.config
         mask = length_mask([len(r) for r in rollout.response_ids], self.device)
@@ -245,9 +252,10 @@ class PPOTrainer:
         old, ref = torch.zeros_like(rollout_log_probs), torch.zeros_like(rollout_log_probs)
         critic, fresh = self.critic, config.old_log_probs == "recompute"
         values = None if critic is None else torch.zeros_like(old)
-        if critic is not None and critic.shares_trunk and not fresh:  # decoding computed them
+        decoded = critic is not None and critic.shares_trunk and not fresh
+        if decoded:  # of all ranks' rows
             values = scatter(torch.cat(rollout.values).to(self.device), mask)
-        for rows in (rows for mini in epoch for rows in mini):
+        for rows in (rows for mini in epoch for rows in mini.groups):
             batch, own = rollout.tokens(rows, self.device), mask[rows]
             if fresh:
                 hidden = batch.hidden(self.policy)
@@ -258,6 +266,7 @@ class PPOTrainer:
                 values[rows] = scatter(critic.values(batch), own)
             with self.roles.reference() as model:
                 ref[rows] = scatter(response_log_probs(model, batch, config.temperature), own)
+        distributed.add_up(old, ref, *([] if values is None or decoded else [values]))
         weights, mismatch = None, {}
         if not fresh:  # the ratio is against the sampler itself; the learner measures
             old = rollout_log_probs

@@ -11,6 +11,7 @@ import yaml
 
 from fastrlhf import PPOConfig, PPOTrainer, UserError
 from fastrlhf.advantages import RunningMoments, shape_scores
+from fastrlhf.batch import MiniBatch
 from fastrlhf.kl_control import KLController
 from fastrlhf.learner import response_log_probs
 from fastrlhf.optim import Optimizer
@@ -65,7 +66,7 @@ def test_the_adaptive_coefficient_is_what_the_rewards_use():
     assert coefs[0] == 0.05 and coefs[1] == pytest.approx(0.05 * 0.8) and coefs[3] > coefs[2]
     rollout, _ = t._rollout([t.prompts[0]] * 4, 1, purpose="rollout")
     rollout.scores = [0.0] * 4
-    plan = [[list(range(4))]]
+    plan = [MiniBatch(list(range(4)), [list(range(4))])]
     t.kl_controller.coef = 0.0
     without = t._experience(rollout, plan)[0].advantages
     t.kl_controller.coef = 5.0

@@ -1,0 +1,81 @@
+"""What every rank of tests/test_ranks.py runs: `torchrun ... -m tests.rank_runs OUT`. The lead writes what happened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, distributed
+from tests import tiny
+
+PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
+PAIRS = [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in PROMPTS]
+RANKED = [{"prompt": p, "responses": ["yes", "no", "thank you"], "ranking": [2, [0, 1]]} for p in PROMPTS]
+PPO = {"total_steps": 5, "rollout_batch_size": 10, "samples_per_prompt": 2, "mini_batch_size": 5, "max_new_tokens": 10,
+       "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "eval_every": 3, "micro_batch_tokens": 60,
+       "reward_scaling": "running_norm", "gae_lambda": 1.0, "lr_schedule": "cosine"}  # fmt: skip
+FORMS = {
+    "separate": {},
+    "shared_trunk": {"critic": "shared_trunk", "old_log_probs": "rollout", "kl_controller": "adaptive"},
+    "lora": {"lora": 4, "critic": "shared_trunk"},
+    "rloo": {"advantage": "rloo", "kl_in": "loss", "loss_aggregation": "sequence_mean"},
+}
+SUPERVISED = {"total_steps": 5, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 5, "micro_batch_tokens": 40}
+
+
+def reward(prompts: list[str], responses: list[str]) -> list[float | None]:
+    return [None if len(r) == 7 else r.count("e") - 0.1 * len(r) for r in responses]
+
+
+def build(form: str):
+    tokenizer = tiny.tokenizer()
+    if form == "sft":
+        rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
+        return SFTTrainer(
+            SFTConfig(**SUPERVISED), model=tiny.llama(), tokenizer=tokenizer, data=rows, eval_data=rows[:3]
+        )
+    if form == "reward":
+        config = RewardConfig(**SUPERVISED)
+        return RewardTrainer(config, model=tiny.llama(), tokenizer=tokenizer, data=PAIRS + RANKED, eval_data=PAIRS[:3])
+    config = PPOConfig(**{**PPO, **FORMS[form]})
+    held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:4]}
+    return PPOTrainer(config, policy=tiny.llama(), tokenizer=tokenizer, reward=reward, **held)
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    """Everything that was trained."""
+    return {
+        f"{role}.{name}": tensor.detach().clone()
+        for role, part in trainer.trained().items()
+        for name, tensor in (part.parts or part.model.state_dict()).items()
+    }
+
+
+def fingerprint(tensors: dict[str, torch.Tensor]) -> int:
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors.values())).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def main(out: Path) -> None:
+    for form in (*FORMS, "sft", "reward"):
+        trainer = build(form)
+        before = weights(trainer)
+        steps = []
+        for step in trainer:
+            ids = step.rollout.response_ids if form in FORMS else None
+            steps.append({"ids": ids, "metrics": step.metrics})
+        after = weights(trainer)
+        prints = distributed.gather(torch.tensor([fingerprint(after)])).tolist()
+        assert len(set(prints)) == 1, f"{form}: the ranks' weights differ"
+        if distributed.is_lead():
+            (out / f"{form}.json").write_text(json.dumps(steps))
+            save_file({n: after[n] - before[n] for n in after}, out / f"{form}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
