@@ -24,10 +24,14 @@ _stores: list[dist.Store] = []  # of the process group, once there is one
 
 
 def device() -> torch.device:
-    """The device of this process: the CUDA device of its number on this machine, else the CPU."""
+    """The device of this process, which also becomes torch's current one: the CUDA device of its number on this
+    machine, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", launch.local_rank()) if size() > 1 else torch.device("cuda")
+    if size() == 1:
+        return torch.device("cuda")
+    torch.cuda.set_device(launch.local_rank())
+    return torch.device("cuda", launch.local_rank())
 
 
 def size() -> int:
@@ -86,9 +90,7 @@ def _together() -> Iterator[None]:
     try:
         if not _stores:
             store, number, count = next(dist.rendezvous("env://"))
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            if backend == "nccl":
-                torch.cuda.set_device(device())
+            backend = "nccl" if device().type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=number, world_size=count)
             _stores.append(store)
         yield
@@ -120,8 +122,13 @@ def any_of(flag: bool) -> bool:
 
 def gather(tensor: Tensor) -> Tensor:
     """The ranks' tensors [n_r, ...] behind each other; n_r may differ, the rest may not."""
+    return tensor if size() == 1 else torch.cat(gather_each(tensor))
+
+
+def gather_each(tensor: Tensor) -> list[Tensor]:
+    """The tensor [n_r, ...] of every rank, in their order; n_r may differ, the rest may not."""
     if size() == 1:
-        return tensor
+        return [tensor]
     sent = tensor.to(device(), torch.uint8 if tensor.dtype == torch.bool else tensor.dtype).contiguous()
     with _together():
         counts = torch.zeros(size(), dtype=torch.int64, device=sent.device)
@@ -132,7 +139,7 @@ def gather(tensor: Tensor) -> Tensor:
         padded[: len(sent)] = sent
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
-    return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)]).to(tensor.device, tensor.dtype)
+    return [part[:n].to(tensor.device, tensor.dtype) for part, n in zip(parts, sizes, strict=True)]
 
 
 def wait_for_all() -> None:

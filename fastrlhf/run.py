@@ -188,10 +188,13 @@ class Run:
         replace_folder(lambda target: write_model(target, model, tokenizer, stops, weights), Path(folder))
 
     def _save(self) -> None:
-        if self.store is None or not distributed.is_lead():
+        if self.store is None:
+            return
+        random = _rng_of_every_rank()
+        if not distributed.is_lead():
             return
         trained = self.stage.trained()
-        tensors, optimizers = {"rng": rng_tensors(), **self.stage.tensors()}, {}
+        tensors, optimizers = {**random, **self.stage.tensors()}, {}
         for name, (_, optimizer, parts, _) in trained.items():
             saved, optimizers[name] = optimizer_tensors(optimizer.inner, name)
             tensors[f"optimizer_{name}"] = {**saved, **optimizer.master_tensors()}
@@ -232,12 +235,25 @@ class Run:
             optimizer.load_masters(tensors)
             inner = {key: value for key, value in tensors.items() if not key.startswith("master.")}
             load_optimizer_tensors(optimizer.inner, inner, checkpoint.state["optimizers"][name])
-        restore_rng(checkpoint.tensors("rng"))
+        own = _rng_name(distributed.rank())  # a run may go on with more ranks than it had
+        restore_rng(checkpoint.tensors(own if f"{own}.safetensors" in checkpoint.files else "rng"))
         self.step, self.best = checkpoint.state["step"], checkpoint.state["best"]
         self.stage.load_state(checkpoint.state["stage"], checkpoint.tensors)
         if distributed.is_lead():
             self.store.rotate(checkpoint.path)
         self.tracker.note(f"resumed from {checkpoint.path} at step {self.step} of {self.stage.total_steps}")
+
+
+def _rng_name(rank: int) -> str:
+    return f"rng_{rank}" if rank else "rng"
+
+
+def _rng_of_every_rank() -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {_rng_name(rank): {} for rank in range(distributed.size())}
+    for name, tensor in rng_tensors().items():
+        for group, part in zip(found.values(), distributed.gather_each(tensor), strict=True):
+            group[name] = part
+    return found
 
 
 def prepare_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | None = None) -> None:
