@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastrlhf.callables import is_function_reference, load_function
 from fastrlhf.config import INPUTS, StageConfig
 from fastrlhf.data import Counts, load_conversations, load_feedback, load_prompts
+from fastrlhf.evaluation import load_judge
 from fastrlhf.models import check_source
-from fastrlhf.rewards import is_function_reference, load_function
 
 
 def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> list[str]:
@@ -20,8 +21,10 @@ def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> 
             continue
         if spec.kind == "data":
             lines.append(f"{name}: {_rows(name, value, config).line()}")
-        elif spec.kind in ("reward", "function"):
+        elif spec.kind == "reward":
             _check_reward(value)
+        elif spec.kind == "function":
+            load_judge(value)
         else:
             check_source(value, name)
     return lines
