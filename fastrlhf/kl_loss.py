@@ -8,7 +8,7 @@ differentiating k as it stands misses half of the gradient of E[k]:
 k1: d + 1, and the 1 has mean 0. k3: exp(-d) - 1 + d + 1 - exp(-d) = d exactly. Both are unbiased for KL(pi || ref), and
 d grad log pi is its gradient. As they stand they would give grad E: k1 0, k3 that of KL(ref || pi). k2 as it stands,
 d grad log pi, is the gradient of the KL that it approximates. abs: |d| + sign(d), of E|d|, which is no KL.
-(DeepSeek-AI 2025, DeepSeek-V3.2, eq. 7, finds the same for k3.) Exact on policy, in the first update of a step; later
+(DeepSeek-V3.2, DeepSeek-AI 2025, eq. 7, corrects k3 alike.) Exact on policy, in the first update of a step; later
 updates of the same samples leave out the ratio to the policy they come from, as GRPO does.
 """
 

@@ -13,6 +13,8 @@ import torch
 
 from fastrlhf import PPOConfig, PPOTrainer, RolloutEngine, SamplingParams, UserError
 from fastrlhf.evaluation import best_of_n_curve, expected_best, quantile, win_rate
+from fastrlhf.report import build_report
+from fastrlhf.report.folder import StageRun, best_of_n
 from tests import tiny
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
@@ -183,6 +185,16 @@ def test_best_of_n_is_measured_once_before_training(tmp_path):
     groups = [letters(None, drawn.responses[i : i + 5]) for i in range(0, 20, 5)]
     assert len(set(drawn.responses)) > 15
     assert event["curve"] == best_of_n_curve(groups, 5)
+    drawn = build_report(run).read_text(encoding="utf-8").partition('<figure id="fig-reward-kl"')[2]
+    figure, _, rest = drawn.partition("</figure>")
+    assert "series-1-0" in figure and "stroke-dasharray" in figure and "best of 1, 2, 4" in figure
+    assert '<figure id="fig-win-rate"' in rest
+
+
+@pytest.mark.parametrize("curve", [None, "<b>", [1, "x"], [{"kl": "a", "reward": 1.0}], [{"kl": 0.1, "reward": None}]])
+def test_the_report_draws_no_curve_from_a_damaged_event(tmp_path, curve):
+    event = {"kind": "best_of_n", "curve": curve}
+    assert best_of_n(StageRun(tmp_path, "ppo", [], [], [], [event], {}, {})) == []
 
 
 @pytest.mark.parametrize("form", [{}, {"lora": 4}, {"lora": 4, "critic": "shared_trunk"}, {"critic": "shared_trunk"}])
