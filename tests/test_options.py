@@ -150,7 +150,7 @@ def test_the_kl_in_a_loss_of_sequence_ratios_is_that_of_token_ratios(estimator):
         experience.ref_log_probs -= 0.5 * experience.token_mask
         grads.append(gradient(t, rollout, experience, plan))
     for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 + 1e-4 * float(b.abs().max()))
 
 
 def test_the_optimizer_gets_its_settings():
