@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastrlhf.callables import is_function_reference, load_function
-from fastrlhf.config import INPUTS, StageConfig
+from fastrlhf.config import INPUTS, PPOConfig, StageConfig
 from fastrlhf.data import Counts, load_conversations, load_feedback, load_prompts
-from fastrlhf.evaluation import load_judge
+from fastrlhf.evaluation import Evaluation
 from fastrlhf.models import check_source
 
 
@@ -23,10 +23,10 @@ def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> 
             lines.append(f"{name}: {_rows(name, value, config).line()}")
         elif spec.kind == "reward":
             _check_reward(value)
-        elif spec.kind == "function":
-            load_judge(value)
-        else:
+        elif spec.kind == "model":
             check_source(value, name)
+    if isinstance(config, PPOConfig):
+        Evaluation(config, inputs.get("judge"), prompts="eval_prompts" in inputs)
     return lines
 
 

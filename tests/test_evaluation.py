@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastrlhf import PPOConfig, PPOTrainer, RolloutEngine, SamplingParams, UserError
+from fastrlhf.dry_run import check_inputs
 from fastrlhf.evaluation import best_of_n_curve, expected_best, quantile, win_rate
 from fastrlhf.report import build_report
 from fastrlhf.report.folder import StageRun, best_of_n
@@ -163,6 +164,18 @@ def test_a_judges_mistakes_name_it_and_the_sample(returned, message):
 def test_mistakes_are_found_before_training(inputs, message):
     with pytest.raises(UserError, match=message):
         trainer(**inputs)
+
+
+def test_the_dry_run_finds_them_too(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS))
+    inputs = {"prompts": str(prompts), "judge": "no_such_module_x:f"}
+    with pytest.raises(UserError, match="judge: measured on held-out prompts; give eval_prompts"):
+        check_inputs("ppo", inputs, PPOConfig())
+    inputs["eval_prompts"] = str(prompts)
+    with pytest.raises(UserError, match="judge: cannot import 'no_such_module_x'"):
+        check_inputs("ppo", inputs, PPOConfig())
+    assert len(check_inputs("ppo", inputs | {"judge": None}, PPOConfig(best_of_n=2))) == 2
 
 
 def test_a_judge_by_reference(tmp_path):
