@@ -34,6 +34,7 @@ class Rollout:
     policy_log_probs: list[Tensor]
     values: list[Tensor] | None = None  # of a critic on the policy's trunk
     scores: list[float | None] = field(default_factory=list)
+    token_rewards: list[Tensor] | None = None  # of per-token reward functions; they sum to the scores
 
     def tokens(self, rows: list[int], device: torch.device) -> TokenBatch:
         """These rows as tensors."""

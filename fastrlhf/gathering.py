@@ -54,5 +54,11 @@ def score(scorer: RewardModelScorer | FunctionScorer, batch: Scorable, samples_p
     lists = {f.name: getattr(batch, f.name)[mine] for f in fields(batch) if f.name != "columns"}
     part = replace(batch, **lists, columns={name: column[mine] for name, column in batch.columns.items()})
     found = scorer(part) if part.responses else []
+    if scorer.per_token:
+        lengths = [len(ids) for ids in batch.response_ids]
+        rows = [[math.nan] * n if r is None else r for r, n in zip(found, lengths[mine], strict=True)]
+        flat = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
+        whole = [part.tolist() for part in distributed.gather(flat).split(lengths)]
+        return [None if math.isnan(row[0]) else row for row in whole]
     scores = torch.tensor([math.nan if s is None else s for s in found], dtype=torch.float64)
     return [None if math.isnan(s) else s for s in distributed.gather(scores).tolist()]

@@ -22,6 +22,7 @@ from fastrlhf.batch import Experience, MiniBatch, Rollout, TokenBatch
 from fastrlhf.config import PPOConfig
 from fastrlhf.critic import Critic
 from fastrlhf.guards import UpdateGuard
+from fastrlhf.kl_loss import fused_kl, separate_kl, with_value
 from fastrlhf.optim import Optimizer, Trained, lr_at, optimizer_options
 from fastrlhf.sequence_ratio import sequence_ratio_loss
 from fastrlhf.stats import Stats, mismatch_metrics
@@ -166,24 +167,24 @@ class Learner:
     ) -> PPOLoss:  # fmt: skip
         config, head, take = self.config, models.lm_head(self.policy), experience.take(rows)
         weights = None if weights is None else take(weights)
-        if config.ratio_level == "sequence":
+        ref, counted = take(experience.ref_log_probs), take(experience.response_mask)
+        if config.ratio_level == "sequence" or separate_kl(config):
             log_probs, entropy = linear_log_probs(
                 hidden, head.weight, batch.labels, temperature=config.temperature, return_entropy=True, **head.kwargs()
             )
+            alone = torch.ones_like(counted)[:, None]
             return sequence_ratio_loss(
-                log_probs, entropy, take(experience.old_log_probs), take(experience.ref_log_probs),
-                take(experience.advantages), take(experience.response_mask), experience.token_mask[rows], config,
-                weights=weights,
+                log_probs, entropy, take(experience.old_log_probs), ref, take(experience.advantages), counted,
+                experience.token_mask[rows] if config.ratio_level == "sequence" else alone, config, weights=weights,
                 normalizer=normalizer,
             )  # fmt: skip
-        return linear_ppo_loss(
-            hidden, head.weight, batch.labels,
-            take(experience.old_log_probs), take(experience.advantages), take(experience.response_mask),
+        result = linear_ppo_loss(
+            hidden, head.weight, batch.labels, take(experience.old_log_probs), take(experience.advantages), counted,
             temperature=config.temperature, clip_range=config.clip_range, clip_range_high=config.clip_range_high,
-            dual_clip=config.dual_clip, entropy_coef=config.entropy_coef, normalizer=normalizer,
-            weights=weights,
-            **self._kl_in_loss(take(experience.ref_log_probs)), **head.kwargs(),
+            dual_clip=config.dual_clip, entropy_coef=config.entropy_coef, normalizer=normalizer, weights=weights,
+            **fused_kl(config, ref), **head.kwargs(),
         )  # fmt: skip
+        return with_value(result, ref, counted, config, normalizer)
 
     def _value_loss(self, hidden: Tensor, experience: Experience, take: Take, normalizer: Tensor | float) -> PPOLoss:
         config = self.config
@@ -211,16 +212,6 @@ class Learner:
         stats.add("value/explained_var", 1.0 - sq_error / variance if variance > 1e-12 else 0.0)
         stats.add("value/grad_norm", result.grad_norm)
         self._guard(result.applied, "critic")
-
-    def _kl_in_loss(self, ref_log_probs: Tensor) -> dict[str, Any]:
-        config = self.config
-        if config.kl_in == "reward":
-            return {}
-        return {
-            "ref_log_probs": ref_log_probs,
-            "kl_coef": config.kl_coef,
-            "kl_estimator": config.kl_estimator,
-        }
 
     def _normalizer(self, mask: Tensor, rows: list[int]) -> Tensor | float:
         """What a mini-batch's summed loss is divided by: its response tokens (dr_grpo: the constant longest length)."""

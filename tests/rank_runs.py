@@ -24,6 +24,7 @@ FORMS = {
     "separate": {},
     "shared_trunk": {"critic": "shared_trunk", "old_log_probs": "rollout", "kl_controller": "adaptive"},
     "lora": {"lora": 4, "critic": "shared_trunk"},
+    "tokens": {"bootstrap_truncated": True, "best_of_n": 2},
     "rloo": {"advantage": "rloo", "kl_in": "loss", "loss_aggregation": "sequence_mean"},
 }
 SUPERVISED = {"total_steps": 5, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 5, "micro_batch_tokens": 40}
@@ -31,6 +32,14 @@ SUPERVISED = {"total_steps": 5, "mini_batch_size": 4, "learning_rate": 1e-3, "ev
 
 def reward(prompts: list[str], responses: list[str]) -> list[float | None]:
     return [None if len(r) == 7 else r.count("e") - 0.1 * len(r) for r in responses]
+
+
+def token_reward(prompts: list[str], responses: list[str], response_ids: list[list[int]]) -> list:
+    return [None if len(ids) == 7 else [0.01 * token for token in ids] for ids in response_ids]
+
+
+def judge(prompts: list[str], responses: list[str], baselines: list[str]) -> list[float]:
+    return [float(len(r) > len(b)) for r, b in zip(responses, baselines, strict=True)]
 
 
 def build(form: str):
@@ -45,7 +54,8 @@ def build(form: str):
         return RewardTrainer(config, model=tiny.llama(), tokenizer=tokenizer, data=PAIRS + RANKED, eval_data=PAIRS[:3])
     config = PPOConfig(**{**PPO, **FORMS[form]})
     held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:4]}
-    return PPOTrainer(config, policy=tiny.llama(), tokenizer=tokenizer, reward=reward, **held)
+    scored = {"reward": token_reward, "judge": judge} if form == "tokens" else {"reward": reward}
+    return PPOTrainer(config, policy=tiny.llama(), tokenizer=tokenizer, **held, **scored)
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:

@@ -137,7 +137,7 @@ def test_the_policy_loss_is_what_the_papers_write(level, aggregation, micro):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6 + 1e-5 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
 def test_the_kl_in_a_loss_of_sequence_ratios_is_that_of_token_ratios(estimator):
     """At ratio 1 both clips give the same gradient, so the KL's and the entropy's must agree too."""
     grads = []
