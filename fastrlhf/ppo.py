@@ -21,11 +21,13 @@ from fastrlhf.adapters import POLICY
 from fastrlhf.batch import Experience, Rollout, length_mask, minibatches, scatter
 from fastrlhf.config import PPOConfig, UserError
 from fastrlhf.data import Sampler, encode_rows, load_prompts
+from fastrlhf.extras import Extras
 from fastrlhf.feedback import Prompt
 from fastrlhf.folders import replace_folder
 from fastrlhf.kl_control import KLController
 from fastrlhf.learner import Learner, response_log_probs
 from fastrlhf.optim import Trained, micro_batches, token_budget
+from fastrlhf.ptx import load_ptx
 from fastrlhf.rewards import Scorable, make_scorer
 from fastrlhf.roles import load_roles
 from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
@@ -79,13 +81,16 @@ class PPOTrainer:
         self.eval_prompts, eval_note = (None, "") if eval_prompts is None else self._load_prompts(
             eval_prompts, "eval_prompts"
         )  # fmt: skip
-        notes += [n for n in (note, eval_note) if n]
+        ptx_examples, ptx_note = load_ptx(config, self.tokenizer, ptx_data)
+        notes += [n for n in (note, eval_note, ptx_note) if n]
         self._load_models(policy, reward, ref_policy, value_model)
         self.sampler = Sampler(len(self.prompts), config.seed)
         self.moments = advantages.RunningMoments()
         self.kl_controller = KLController(config)
         self.learner = Learner(config, self.policy, self.critic, self.roles.adapters)
+        self.extras = Extras(config, self.roles, self.learner, ptx_examples)
         self.run = Run(self)
+        self.run.averaged = self.extras.averaged
         self.learner.report = self.run.tracker.event
         for text in notes:
             self.run.tracker.note(text)
@@ -149,7 +154,8 @@ class PPOTrainer:
             raise UserError("save: adapter=True needs a run with lora; this one trains all weights")
         else:
             base = self.policy.config._name_or_path
-            replace_folder(lambda target: self.roles.adapters.write(target, POLICY, base), Path(folder))
+            with self.extras.averaged():
+                replace_folder(lambda target: self.roles.adapters.write(target, POLICY, base), Path(folder))
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -167,6 +173,7 @@ class PPOTrainer:
             experience, metrics = self._experience(rollout, plan[0])
         with phase("update"):
             metrics |= self.learner.update(rollout, experience, plan, self.run.step)
+            metrics |= self.extras.after_update(rollout, experience, self.run.step)
         self._after_kl(metrics["kl/ref"])
         metrics |= {
             "length/mean": mean([float(len(r)) for r in rollout.response_ids]),
@@ -281,7 +288,8 @@ class PPOTrainer:
 
         Without eval_prompts the first training prompts are answered, for the table of samples only.
         """
-        rollout, _ = self._rollout(self.eval_prompts or self.prompts[:EVAL_PROMPTS_SHOWN], 1, purpose="eval")
+        with self.extras.averaged():
+            rollout, _ = self._rollout(self.eval_prompts or self.prompts[:EVAL_PROMPTS_SHOWN], 1, purpose="eval")
         scores = self._score(rollout)
         shown = zip(rollout.prompts, rollout.responses, scores, strict=True)
         rows = [{"prompt": p, "response": r, "score": s} for p, r, s in shown]
@@ -298,17 +306,18 @@ class PPOTrainer:
         return self.learner.trained()
 
     def state(self) -> dict[str, Any]:
-        parts = {"moments": self.moments, "kl": self.kl_controller, "learner": self.learner}
+        parts = {"moments": self.moments, "kl": self.kl_controller, "learner": self.learner, "extras": self.extras}
         return {"sampler": self.sampler.state_dict(), **{name: part.state() for name, part in parts.items()}}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {}
+        return self.extras.tensors()
 
     def load_state(self, state: dict[str, Any], tensors: Callable[[str], dict[str, Tensor]]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.moments.load_state(state["moments"])
         self.kl_controller.load_state(state["kl"])
         self.learner.load_state(state["learner"])
+        self.extras.load_state(state["extras"], tensors)
 
 
 def main(inputs: dict[str, Any], config: PPOConfig) -> int:

@@ -23,7 +23,8 @@ USERS_OF_KERNELS = {
     "learner",
     "rollout",
     "models",
-    "sft",
+    "examples",
+    "critic_pretraining",
     "advantages",
     "sequence_ratio",
 }
