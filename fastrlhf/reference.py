@@ -14,9 +14,9 @@ from fastrlhf.state import load_parts
 class ReferenceRefresh:
     """pi_ref <- pi after every ref_refresh_every steps, so that the KL limits the change since the last refresh only.
 
-    ProRL (Liu et al. 2025, arXiv 2505.24864: reference policy reset); the optimizer keeps its moments. The weights are copied into the
+    As in ProRL (Liu et al. 2025, arXiv 2505.24864); the optimizer keeps its moments. The weights are copied into the
     frozen model in place; with lora the policy's adapter is copied into a frozen adapter `reference`, which costs an
-    adapter's memory (r * (inputs + outputs) * 4 bytes a layer) and no second model. Log-probs of the next rollout are
+    adapter's memory (r * (inputs + outputs) numbers a layer) and no second model. Log-probs of the next rollout are
     equal bit for bit: kl/ref is exactly 0. A `ref_policy` that was given is replaced at the first refresh.
     """
 

@@ -72,9 +72,7 @@ class Run:
         self.stage, self.config = stage, stage.config
         self.step = 0
         self.best: float | None = None
-        self.averaged: Callable[[], AbstractContextManager] = (
-            nullcontext  # a stage may save other weights than it trains
-        )
+        self.averaged: Callable[[], AbstractContextManager] = nullcontext  # inside, the weights to save
         self.dir = Path(self.config.output_dir) if self.config.output_dir else None
         self.store: CheckpointStore | None = None
         seed_rng(self.config.seed)  # for user reward functions too; a resumed run gets its own state back below

@@ -128,7 +128,7 @@ def test_long_rows_are_dropped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ptx_coef": 2.0}, "ptx_data: ptx_coef = 2 needs it"),
+        ({"ptx_coef": 2.0}, "ptx_data: ptx_coef = 2 needs rows"),
         ({"ptx_data": TEXTS}, "ptx_coef = 0: ptx_data would never be used"),
         ({"ptx_data": [LONG], "ptx_coef": 1.0, "max_prompt_tokens": 30}, "ptx_data: nothing left to train on"),
         ({"ptx_data": [{"promt": "a"}], "ptx_coef": 1.0}, "prompt"),
