@@ -9,6 +9,7 @@ import pytest
 
 from fastrlhf import PPOConfig, PPOTrainer, cli
 from fastrlhf import models as m
+from fastrlhf.dry_run import outline
 from tests import tiny
 
 RULES = "def length(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
@@ -114,8 +115,6 @@ def test_each_option_is_said(dry, fields, line, text):
 def test_what_is_said_of_the_counts_is_what_a_run_counts():
     config = PPOConfig(total_steps=3, rollout_batch_size=6, mini_batch_size=4, ppo_epochs=2, critic_warmup_steps=1,
                        critic_pretrain_epochs=3, max_new_tokens=4, eval_every=0)  # fmt: skip
-    from fastrlhf.dry_run import outline
-
     said = outline({"policy": "p", "reward": "f.py:x", "prompts": "d"}, config)
     assert "in all: 3 steps, 18 responses, 8 optimizer steps of the policy, 18 of the critic" in said
     t = PPOTrainer(config, policy=tiny.llama(), tokenizer=tiny.tokenizer(), prompts=tiny.PROMPTS,
