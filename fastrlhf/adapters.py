@@ -1,7 +1,8 @@
 """LoRA adapters (Hu et al. 2021) of several roles over one frozen base, through peft.
 
-The reference policy is the base with every adapter off, so no second copy of the weights exists. Generation and
-training run the adapters unmerged: merging rounds the base, and unmerging would not give its bits back.
+The reference policy is the base with every adapter off (ref_refresh_every: with a frozen adapter), so no second copy of
+the weights exists. Generation and training run the adapters unmerged: merging rounds the base, and unmerging would not
+give its bits back.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from fastrlhf.config import UserError
 from fastrlhf.hardware import installed
 
-POLICY, VALUE = "policy", "value"  # the roles
+POLICY, VALUE, REFERENCE = "policy", "value", "reference"  # the roles; a reference is never trained
 ADAPTED = (nn.Linear, Conv1D)  # the quantised layers of bitsandbytes are nn.Linear too
 
 
@@ -77,7 +78,7 @@ class Adapters:
                 layer.set_adapter(role)
             for name in self.roles:  # peft freezes what is not active; a role's optimizer keeps its parameters
                 for part in (layer.lora_A[name], layer.lora_B[name]):
-                    part.requires_grad_(True)
+                    part.requires_grad_(name != REFERENCE)
 
     @torch.no_grad()
     def merged(self, role: str) -> dict[str, Tensor]:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastrlhf import distributed
 from fastrlhf.models import hidden_states, right_padded
+from fastrlhf.optim import micro_batches
 
 
 @dataclass
@@ -69,6 +71,13 @@ class MiniBatch(NamedTuple):
 
     rows: list[int]
     groups: list[list[int]]
+
+    @classmethod
+    def build(cls, rows: Sequence[int], lengths: Sequence[int], budget: int) -> MiniBatch:
+        """rows: of all ranks; lengths: tokens of every row of the rollout; budget: tokens of a micro-batch."""
+        mine = [rows[i] for i in distributed.own([lengths[row] for row in rows])]
+        groups = micro_batches([lengths[row] for row in mine], budget)
+        return cls(list(rows), [[mine[i] for i in group] for group in groups])
 
 
 @dataclass(frozen=True)

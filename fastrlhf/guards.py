@@ -51,8 +51,13 @@ class UpdateGuard:
         self.recent = deque(state["recent"], maxlen=IN_LAST[1])
 
 
-def check_rows(model: PreTrainedModel, rows: Sequence[Sequence[int]], max_tokens: int) -> None:
-    """UserError for token rows that would fail in the middle of a run: ids or positions that the model has not."""
+def check_rows(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], max_tokens: int, field: str = "max_tokens"
+) -> None:
+    """UserError for token rows that would fail in the middle of a run: ids or positions that the model has not.
+
+    field: the name of what bounds their length, for the sentence.
+    """
     vocabulary, highest = model.get_input_embeddings().weight.shape[0], max(map(max, rows))
     if highest >= vocabulary:
         raise UserError(
@@ -62,6 +67,6 @@ def check_rows(model: PreTrainedModel, rows: Sequence[Sequence[int]], max_tokens
     longest = max(map(len, rows))
     if positions is not None and longest > positions:
         raise UserError(
-            f"max_tokens = {max_tokens}: the longest row has {longest} tokens and the model has {positions} positions; "
-            f"set max_tokens={positions}"
+            f"{field} = {max_tokens}: the longest row has {longest} tokens and the model has {positions} positions; "
+            f"set {field}={positions}"
         )

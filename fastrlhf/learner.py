@@ -21,11 +21,14 @@ from fastrlhf.adapters import POLICY, Adapters
 from fastrlhf.batch import Experience, MiniBatch, Rollout, TokenBatch
 from fastrlhf.config import PPOConfig
 from fastrlhf.critic import Critic
+from fastrlhf.ema import WeightAverage
 from fastrlhf.guards import UpdateGuard
 from fastrlhf.kl_loss import fused_kl, separate_kl, with_value
 from fastrlhf.optim import Optimizer, Trained, lr_at, optimizer_options
+from fastrlhf.ptx import PretrainingMix
 from fastrlhf.sequence_ratio import sequence_ratio_loss
 from fastrlhf.stats import Stats, mismatch_metrics
+from fastrlhf.update_counts import critic_updates, policy_updates
 from fastrlhf_kernels import PPOLoss, linear_log_probs, linear_ppo_loss, ppo_value_loss
 
 Take = Callable[[Tensor], Tensor]  # of `Experience.take`
@@ -65,6 +68,8 @@ class Learner:
         self.report: Callable[..., None] = lambda kind, message, **fields: None
         self.device = policy.device
         self.policy_updates = self.critic_updates = 0
+        self.ptx: PretrainingMix | None = None  # both set by `Extras`
+        self.average: WeightAverage | None = None
         common = optimizer_options(config)
         self.adapters = adapters
         models.make_trainable(policy, config.gradient_checkpointing, frozen=adapters is not None)
@@ -73,6 +78,7 @@ class Learner:
         if critic is not None:
             if critic.trunk is not policy:
                 models.make_trainable(critic.trunk, config.gradient_checkpointing)
+            common["max_grad_norm"] = config.critic_max_grad_norm or config.max_grad_norm
             self.value_optimizer = Optimizer(critic.parameters(), learning_rate=config.critic_learning_rate, **common)
 
     def update(
@@ -101,6 +107,13 @@ class Learner:
                 stats.add("update/stopped_early", 1.0)
                 break
         return stats.means() | mismatch
+
+    def update_critic(self, rollout: Rollout, experience: Experience, plan: list[MiniBatch]) -> dict[str, float]:
+        """One critic update for each mini-batch of plan -> their mean metrics."""
+        stats = Stats()
+        for mini in plan:
+            self._update(rollout, experience, mini, stats, critic=True)
+        return stats.means()
 
     def _update(
         self,
@@ -140,6 +153,8 @@ class Learner:
                 sum(losses).backward()
         distributed.add_up(*totals.values())
         if policy:
+            if self.ptx is not None:
+                stats.add("ptx/loss", self.ptx.backward(self.policy))
             self._step_policy(totals["policy"].tolist(), stats)
         if critic:
             self._step_critic(totals["critic"].tolist(), stats)
@@ -194,8 +209,11 @@ class Learner:
         )  # fmt: skip
 
     def _step_policy(self, totals: list[float], stats: Stats) -> None:
-        result = self.policy_optimizer.step(self._learning_rate(self.config.learning_rate, self.policy_updates))
+        rate = self._learning_rate(self.config.learning_rate, self.policy_updates, policy_updates(self.config))
+        result = self.policy_optimizer.step(rate)
         self.policy_updates += 1
+        if self.average is not None and result.applied:
+            self.average.update()
         names = ("policy/loss", "kl/approx", "policy/clip_frac", "policy/entropy", "policy/ratio")
         for name, value in zip(names, totals, strict=True):
             stats.add(name, value)
@@ -203,7 +221,8 @@ class Learner:
         self._guard(result.applied, "policy")
 
     def _step_critic(self, totals: list[float], stats: Stats) -> None:
-        result = self.value_optimizer.step(self._learning_rate(self.config.critic_learning_rate, self.critic_updates))
+        rate = self._learning_rate(self.config.critic_learning_rate, self.critic_updates, critic_updates(self.config))
+        result = self.value_optimizer.step(rate)
         self.critic_updates += 1
         loss_value, clipped, sq_error, total, total_sq, count = totals
         variance = total_sq - total * total / max(count, 1.0)
@@ -233,16 +252,10 @@ class Learner:
             factor = (tokens / mask[rows].any(1).sum().clamp(min=1) / own).expand_as(experience.advantages)
         return factor if experience.weights is None else factor * experience.weights
 
-    def _learning_rate(self, base: float, update: int) -> float:
-        config = self.config
-        per_step = config.ppo_epochs * -(-config.rollout_batch_size // config.mini_batch_size)
-        return lr_at(
-            update,
-            base=base,
-            schedule=config.lr_schedule,
-            warmup_steps=config.warmup_steps,
-            total_steps=config.total_steps * per_step,
-        )
+    def _learning_rate(self, base: float, update: int, updates: int) -> float:
+        """Of optimizer step `update` out of `updates`."""
+        schedule, warmup = self.config.lr_schedule, self.config.warmup_steps
+        return lr_at(update, base=base, schedule=schedule, warmup_steps=warmup, total_steps=updates)
 
     def _guard(self, applied: bool, what: str) -> None:
         sentence = self.guard.record(applied, what)

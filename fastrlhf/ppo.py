@@ -20,19 +20,22 @@ from fastrlhf import advantages, distributed, gathering, models
 from fastrlhf.adapters import POLICY
 from fastrlhf.batch import Experience, MiniBatch, Rollout, length_mask, minibatches, scatter
 from fastrlhf.config import PPOConfig, UserError
-from fastrlhf.data import Sampler, encode_rows, load_prompts
+from fastrlhf.data import Sampler
 from fastrlhf.evaluation import Evaluation, eval_temperature
+from fastrlhf.extras import Extras
 from fastrlhf.feedback import Prompt
 from fastrlhf.folders import replace_folder
 from fastrlhf.kl_control import KLController
 from fastrlhf.learner import Learner, response_log_probs
-from fastrlhf.optim import Trained, micro_batches, token_budget
+from fastrlhf.optim import Trained, token_budget
+from fastrlhf.prompts import load_encoded_prompts
+from fastrlhf.ptx import load_ptx
 from fastrlhf.rewards import Scorable, make_scorer, split_rewards
 from fastrlhf.roles import load_roles
 from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import mean, mismatch_metrics, rollout_metrics, throughput
-from fastrlhf.templates import encode_prompt, render_prompt, resolve_chat_template, stop_token_ids
+from fastrlhf.templates import render_prompt, resolve_chat_template, stop_token_ids
 
 EVAL_PROMPTS_SHOWN = 4
 
@@ -77,17 +80,18 @@ class PPOTrainer:
         self.tokenizer = models.tokenizer_for(tokenizer, policy)
         template = resolve_chat_template(self.tokenizer, config.chat_template)
         notes = [f"chat template: {template}"]
-        self.prompts, note = self._load_prompts(prompts, "prompts")
-        self.eval_prompts, eval_note = (None, "") if eval_prompts is None else self._load_prompts(
-            eval_prompts, "eval_prompts"
-        )  # fmt: skip
-        notes += [n for n in (note, eval_note) if n]
+        self.prompts, note = load_encoded_prompts(config, self.tokenizer, prompts, "prompts")
+        self.eval_prompts, eval_note = load_encoded_prompts(config, self.tokenizer, eval_prompts, "eval_prompts")
+        ptx_examples, ptx_note = load_ptx(config, self.tokenizer, ptx_data)
+        notes += [n for n in (note, eval_note, ptx_note) if n]
         self._load_models(policy, reward, ref_policy, value_model)
         self.sampler = Sampler(len(self.prompts), config.seed)
         self.moments = advantages.RunningMoments()
         self.kl_controller = KLController(config)
         self.learner = Learner(config, self.policy, self.critic, self.roles.adapters)
+        self.extras = Extras(config, self.roles, self.learner, ptx_examples)
         self.run = Run(self)
+        self.run.averaged = self.extras.averaged
         self.learner.report = self.run.tracker.event
         for text in notes:
             self.run.tracker.note(text)
@@ -111,25 +115,6 @@ class PPOTrainer:
         self.engine = RolloutEngine(self.policy, self.tokenizer, value_head=self.critic.head if shared else None)
         self.budget = token_budget(config.micro_batch_tokens, self.device)
 
-    def _load_prompts(self, source: Any, role: str) -> tuple[list[tuple[Prompt, list[int]]], str]:
-        prompts, counts = load_prompts(source, skip_bad_rows=self.config.skip_bad_rows)
-        limit = self.config.max_prompt_tokens
-        rows = encode_rows(
-            prompts, lambda p: encode_prompt(self.tokenizer, p.prompt), counts, self.config.skip_bad_rows
-        )
-        encoded = list(rows)
-        kept = [pair for pair in encoded if len(pair[1]) <= limit]
-        if len(kept) < len(encoded):
-            counts.add(f"longer than max_prompt_tokens = {limit}", len(encoded) - len(kept))
-        if not kept:
-            if not encoded:
-                raise UserError(f"{role}: nothing left to train on ({counts.line()})")
-            shortest = min(len(ids) for _, ids in encoded)
-            raise UserError(
-                f"{role}: every prompt is longer than max_prompt_tokens = {limit} (the shortest: {shortest}); raise it"
-            )
-        return kept, f"{role}: {counts.line()}"
-
     # ------------------------------------------------------------------------------------------------- the user's end
 
     def __iter__(self) -> Iterator[PPOStep]:
@@ -151,7 +136,8 @@ class PPOTrainer:
             raise UserError("save: adapter=True needs a run with lora; this one trains all weights")
         elif distributed.is_lead():
             base = self.policy.config._name_or_path
-            replace_folder(lambda target: self.roles.adapters.write(target, POLICY, base), Path(folder))
+            with self.extras.averaged():
+                replace_folder(lambda target: self.roles.adapters.write(target, POLICY, base), Path(folder))
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -169,6 +155,7 @@ class PPOTrainer:
             experience, metrics = self._experience(rollout, plan[0])
         with phase("update"):
             metrics |= self.learner.update(rollout, experience, plan, self.run.step)
+            metrics |= self.extras.after_update(rollout, experience, self.run.step)
         self._after_kl(metrics["kl/ref"])
         metrics |= {
             "length/mean": mean([float(len(r)) for r in rollout.response_ids]),
@@ -241,13 +228,9 @@ class PPOTrainer:
         for epoch in range(config.ppo_epochs):
             draw = torch.Generator().manual_seed(derive_seed(config.seed, "order", self.run.step, epoch))
             order = torch.randperm(count, generator=draw).tolist()
-            plan.append([self._split(rows, lengths) for rows in minibatches(count, config.mini_batch_size, order)])
+            cut = minibatches(count, config.mini_batch_size, order)
+            plan.append([MiniBatch.build(rows, lengths, self.budget) for rows in cut])
         return plan
-
-    def _split(self, rows: list[int], lengths: list[int]) -> MiniBatch:
-        mine = [rows[i] for i in distributed.own([lengths[row] for row in rows])]
-        groups = micro_batches([lengths[row] for row in mine], self.budget)
-        return MiniBatch(rows, [[mine[i] for i in group] for group in groups])
 
     # ----------------------------------------------------------------------------------------------------- experience
 
@@ -311,7 +294,8 @@ class PPOTrainer:
         Without eval_prompts the first training prompts are answered, for the table of samples only.
         """
         chosen = self.eval_prompts or self.prompts[:EVAL_PROMPTS_SHOWN]
-        rollout, _ = self._rollout(chosen, 1, purpose="eval", temperature=eval_temperature(self.config))
+        with self.extras.averaged():
+            rollout, _ = self._rollout(chosen, 1, purpose="eval", temperature=eval_temperature(self.config))
         rollout.scores = self._score(rollout)
         shown = zip(rollout.prompts, rollout.responses, rollout.scores, strict=True)
         rows = [{"prompt": p, "response": r, "score": s} for p, r, s in shown]
@@ -335,12 +319,12 @@ class PPOTrainer:
         return self.learner.trained()
 
     def state(self) -> dict[str, Any]:
-        parts = {"moments": self.moments, "kl": self.kl_controller, "learner": self.learner}
+        parts = {"moments": self.moments, "kl": self.kl_controller, "learner": self.learner, "extras": self.extras}
         parts["evaluation"] = self.evaluation
         return {"sampler": self.sampler.state_dict(), **{name: part.state() for name, part in parts.items()}}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {}
+        return self.extras.tensors()
 
     def load_state(self, state: dict[str, Any], tensors: Callable[[str], dict[str, Tensor]]) -> None:
         self.sampler.load_state_dict(state["sampler"])
@@ -348,6 +332,7 @@ class PPOTrainer:
         self.kl_controller.load_state(state["kl"])
         self.learner.load_state(state["learner"])
         self.evaluation.load_state(state["evaluation"])
+        self.extras.load_state(state["extras"], tensors)
 
 
 def main(inputs: dict[str, Any], config: PPOConfig) -> int:

@@ -3,6 +3,7 @@
 critic = separate               policy, reference and critic are three models
 critic = shared_trunk           the critic is a head on the policy's trunk
 lora                            one frozen base: policy (and separate critic) are adapters, reference is the base
+ref_refresh_every               with lora the reference is an adapter too (reference.py)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import models
-from fastrlhf.adapters import POLICY, VALUE, Adapters
+from fastrlhf.adapters import POLICY, REFERENCE, VALUE, Adapters
 from fastrlhf.config import PPOConfig, UserError
 from fastrlhf.critic import Critic
 from fastrlhf.rewards import FunctionScorer, RewardModelScorer
@@ -33,7 +34,9 @@ class Roles:
 
     def reference(self) -> AbstractContextManager[PreTrainedModel]:
         """Inside, the model it gives is the reference policy."""
-        return self.adapters.using(None) if self.ref_policy is None else nullcontext(self.ref_policy)
+        if self.ref_policy is not None:
+            return nullcontext(self.ref_policy)
+        return self.adapters.using(REFERENCE if REFERENCE in self.adapters.roles else None)
 
 
 def load_roles(
@@ -51,6 +54,7 @@ def load_roles(
     adapters = None
     if config.lora is not None:
         roles = [POLICY, VALUE] if config.advantage == "gae" and config.critic == "separate" else [POLICY]
+        roles += [REFERENCE] if config.ref_refresh_every else []  # B = 0: the base, until the first refresh
         adapters = Adapters(trained, config.lora, roles, derive_seed(config.seed, "lora"))
     if ref_policy is not None:
         reference = models.freeze(models.load_policy(ref_policy, *how))

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,6 +76,7 @@ class Run:
         self.stage, self.config = stage, stage.config
         self.step = 0
         self.best: float | None = None
+        self.averaged: Callable[[], AbstractContextManager] = nullcontext  # inside, the weights to save
         self.dir = Path(self.config.output_dir) if self.config.output_dir else None
         self.store: CheckpointStore | None = None
         seed_rng(self.config.seed)  # for user reward functions too; a resumed run gets its own state back below
@@ -184,8 +186,9 @@ class Run:
         first = next(iter(self.stage.trained().values()))
         model, tokenizer = first.model, self.stage.tokenizer
         stops = stop_token_ids(tokenizer, getattr(model, "generation_config", None))
-        weights = first.merged() if first.merged else None
-        replace_folder(lambda target: write_model(target, model, tokenizer, stops, weights), Path(folder))
+        with self.averaged():
+            weights = first.merged() if first.merged else None
+            replace_folder(lambda target: write_model(target, model, tokenizer, stops, weights), Path(folder))
 
     def _save(self) -> None:
         if self.store is None:

@@ -6,12 +6,10 @@ packed into rows: neither changes the result.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf import distributed, models
 from fastrlhf.config import SFTConfig, UserError
 from fastrlhf.data import Counts, Sampler, encode_rows, load_conversations, pack, split_heldout
-from fastrlhf.feedback import Conversation
+from fastrlhf.examples import Batch, Example, encode_example, target_count, target_log_probs
 from fastrlhf.guards import UpdateGuard, check_rows
 from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, optimizer_options, token_budget
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import throughput
-from fastrlhf.templates import encode_conversation, encode_prompt, encode_response, resolve_chat_template
-from fastrlhf_kernels import linear_log_probs
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids, and which of them are targets (the first never is: nothing predicts it); group: what it answers."""
-
-    ids: list[int]
-    target: list[bool]
-    group: str
+from fastrlhf.templates import resolve_chat_template
 
 
 @dataclass
@@ -94,7 +82,7 @@ class SFTTrainer:
         config = self.config
         rows, counts = load_conversations(source, format=config.format, skip_bad_rows=config.skip_bad_rows)
         examples = []
-        encode = partial(_encode, self.tokenizer)
+        encode = partial(encode_example, self.tokenizer)
         for _, example in encode_rows(rows, encode, counts, config.skip_bad_rows):
             if len(example.ids) > config.max_tokens:
                 example = _fitted(example, config, counts)
@@ -126,7 +114,7 @@ class SFTTrainer:
     def run_step(self) -> SFTStep:
         config = self.config
         examples = [self.examples[i] for i in self.sampler.take(config.mini_batch_size)]
-        targets = sum(sum(e.target) for e in examples)
+        targets = target_count(examples)
         self.model.train()  # transformers checkpoints activations in this mode only; dropout is off in both
         with self.run.tracker.phase("update"):
             total = torch.zeros((), device=self.device)
@@ -164,9 +152,7 @@ class SFTTrainer:
             yield Batch.build(filled, self.device)
 
     def _log_probs(self, batch: Batch) -> Tensor:
-        head = models.lm_head(self.model)
-        hidden = models.hidden_states(self.model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.index]
-        return linear_log_probs(hidden, head.weight, batch.labels, **head.kwargs())
+        return target_log_probs(self.model, batch)
 
     # ------------------------------------------------------------------------------------- evaluation and checkpoints
 
@@ -179,7 +165,7 @@ class SFTTrainer:
         sums = [float(-self._log_probs(batch).sum()) for batch in self._batches(self.eval_examples)]
         total = torch.tensor(sum(sums), dtype=torch.float64)
         distributed.add_up(total)
-        loss = float(total) / sum(sum(e.target) for e in self.eval_examples)
+        loss = float(total) / target_count(self.eval_examples)
         return {"loss/eval": loss, "perplexity/eval": math.exp(min(loss, 700.0))}
 
     def trained(self) -> dict[str, Trained]:
@@ -194,58 +180,6 @@ class SFTTrainer:
     def load_state(self, state: dict[str, Any], tensors: Callable[[str], dict[str, Tensor]]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.guard.load_state(state["guard"])
-
-
-@dataclass(frozen=True)
-class Batch:
-    """input_ids, position_ids [B, L]; index [N] into B*L of what predicts each target; labels [N]."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-    index: Tensor
-    labels: Tensor
-
-    @classmethod
-    def build(cls, rows: list[list[Example]], device: torch.device) -> Batch:
-        """Positions restart with every example, which also keeps packed examples from seeing each other.
-
-        Padding counts on, so that rows of one example each need no attention mask; behind packed rows, which may be
-        longer than the model has positions, it stays at 0.
-        """
-        width, packed = max(sum(len(e.ids) for e in row) for row in rows), max(map(len, rows)) > 1
-        ids = torch.zeros(len(rows), width, dtype=torch.int64)
-        positions = torch.zeros(len(rows), width, dtype=torch.int64)
-        index, labels = [], []
-        for r, row in enumerate(rows):
-            start = 0
-            for example in row:
-                end = start + len(example.ids)
-                ids[r, start:end] = torch.tensor(example.ids)
-                positions[r, start:end] = torch.arange(len(example.ids))
-                wanted = [t for t in range(1, len(example.ids)) if example.target[t]]
-                index += [r * width + start + t - 1 for t in wanted]
-                labels += [example.ids[t] for t in wanted]
-                start = end
-            if not packed:
-                positions[r, start:] = torch.arange(start, width)
-        tensors = (ids, positions, torch.tensor(index), torch.tensor(labels))
-        return cls(*(t.to(device) for t in tensors))
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Example:
-    """Loss on assistant tokens only, all turns of them; on every token of plain text, EOS included."""
-    if row.text is not None:
-        ids = encode_prompt(tokenizer, row.text) + [tokenizer.eos_token_id]
-        target, group = [True] * len(ids), row.text
-    elif row.messages is not None:
-        ids, target = encode_conversation(tokenizer, row.messages)
-        group = json.dumps(list(takewhile(lambda m: m["role"] != "assistant", row.messages)))
-    else:
-        prompt = encode_prompt(tokenizer, row.prompt)
-        response = encode_response(tokenizer, row.prompt, row.response)
-        ids, target = prompt + response, [False] * len(prompt) + [True] * len(response)
-        group = json.dumps(row.prompt)
-    return Example(ids, [False, *target[1:]], group)
 
 
 def _fitted(example: Example, config: SFTConfig, counts: Counts) -> Example | None:

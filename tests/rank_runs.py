@@ -25,6 +25,13 @@ FORMS = {
     "shared_trunk": {"critic": "shared_trunk", "old_log_probs": "rollout", "kl_controller": "adaptive"},
     "lora": {"lora": 4, "critic": "shared_trunk"},
     "tokens": {"bootstrap_truncated": True, "best_of_n": 2},
+    "extras": {
+        "ptx_coef": 0.5,
+        "ema_decay": 0.9,
+        "ref_refresh_every": 2,
+        "critic_warmup_steps": 2,
+        "critic_pretrain_epochs": 2,
+    },
     "rloo": {"advantage": "rloo", "kl_in": "loss", "loss_aggregation": "sequence_mean"},
 }
 SUPERVISED = {"total_steps": 5, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 5, "micro_batch_tokens": 40}
@@ -54,6 +61,8 @@ def build(form: str):
         return RewardTrainer(config, model=tiny.llama(), tokenizer=tokenizer, data=PAIRS + RANKED, eval_data=PAIRS[:3])
     config = PPOConfig(**{**PPO, **FORMS[form]})
     held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:4]}
+    if form == "extras":
+        held["ptx_data"] = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
     scored = {"reward": token_reward, "judge": judge} if form == "tokens" else {"reward": reward}
     return PPOTrainer(config, policy=tiny.llama(), tokenizer=tokenizer, **held, **scored)
 

@@ -168,6 +168,7 @@ MISTAKES = {
     "wrong type": (["ppo", "ppo.yaml", "seed=x"], "command line: seed = 'x': expected a whole number"),
     "contradiction": (["ppo", "ppo.yaml", "--overwrite", "resume=true"], "contradicts overwrite = true"),
     "no base to quantise": (["ppo", "ppo.yaml", "quantize=nf4"], "quantize = nf4: quantised weights cannot be trained"),
+    "ptx without data": (["ppo", "ppo.yaml", "ptx_coef=1"], "ptx_data: ptx_coef = 1 needs rows to learn from"),
     "missing model": (["ppo", "ppo.yaml", "policy=./bse"], "policy: ./bse does not exist; did you mean base?"),
     "missing data": (["sft", "sft.yaml", "data=sftt.jsonl"], "sftt.jsonl does not exist; did you mean sft.jsonl?"),
     "missing reward file": (["ppo", "ppo.yaml", "reward=rule.py:f"], "rule.py does not exist; did you mean rules.py?"),

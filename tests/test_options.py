@@ -181,7 +181,7 @@ def test_contradictions_are_sentences(fields, message):
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_recipe_runs_shortened(name, tmp_path):
     """With the sizes cut down, and nothing else."""
-    inputs = ["policy=a/b", "reward=a/b", "prompts=p.jsonl", f"output_dir={tmp_path / 'run'}"]
+    inputs = ["policy=a/b", "reward=a/b", "prompts=p.jsonl", "ptx_data=t.jsonl", f"output_dir={tmp_path / 'run'}"]
     _, full = load_recipe("ppo", name, inputs)
     written = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     assert all(name in PPOConfig.model_fields for name in written)
@@ -192,15 +192,20 @@ def test_a_recipe_runs_shortened(name, tmp_path):
         short["overlong_penalty"] = 2
     policy = tiny.llama()
     before = policy.lm_head.weight.detach().clone()
-    t = PPOTrainer(full.replace(**short), policy=policy, tokenizer=tiny.tokenizer(), reward=reward, prompts=PROMPTS)
+    ptx = [{"text": text} for text in tiny.TEXTS] if full.ptx_coef else None
+    t = PPOTrainer(full.replace(**short), policy=policy, tokenizer=tiny.tokenizer(), reward=reward, prompts=PROMPTS,
+                   ptx_data=ptx)  # fmt: skip
     steps = [step.metrics for step in t]
     assert len(steps) == 2 and steps[1]["update/skipped"] == 0
+    assert ("ptx/loss" in steps[1]) == (name in ("ppo-max", "instructgpt"))
+    assert ("value/pretrain_loss" in steps[0]) == (name == "ppo-max")
+    assert (t.learner.average is not None) == (name == "instructgpt")
     assert not torch.equal(before, policy.lm_head.weight)
 
 
 STEERING = """total_steps rollout_batch_size samples_per_prompt ppo_epochs mini_batch_size micro_batch_tokens seed
 max_prompt_tokens max_new_tokens gradient_checkpointing dtype attention chat_template skip_bad_rows save_every
-eval_every output_dir overwrite resume quantize ema_decay ptx_coef"""
+eval_every output_dir overwrite resume quantize"""
 
 
 def test_every_option_that_changes_the_numbers_has_a_line():

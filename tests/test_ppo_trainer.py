@@ -34,6 +34,25 @@ def test_the_critic_starts_as_the_reward_model_and_a_step_runs(reward_folder):
     assert same(frozen, weights(t.scorer.model)) and not same(frozen, weights(t.value_model))
 
 
+def test_without_a_reward_model_the_critic_starts_as_the_policy():
+    t = trainer()
+    assert t.value_model is not t.policy
+    assert same(weights(t.value_model.base_model), weights(t.policy.base_model))
+    assert float(t.value_model.score.weight.detach().abs().sum()) == 0.0
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_critic_starts_as_the_value_model_that_is_given(reward_folder, tmp_path, loaded):
+    """A folder or a loaded model, whatever the reward is."""
+    given = m.scalar_model(tiny.llama(seed=3), tiny.tokenizer(), seed=3)
+    start = weights(given)
+    m.write_model(tmp_path / "critic", given, tiny.tokenizer(), [1])
+    t = trainer(reward=str(reward_folder), value_model=given if loaded else str(tmp_path / "critic"))
+    assert same(weights(t.value_model), start) and (t.value_model is given) == loaded
+    t.train()
+    assert not same(weights(t.value_model), start)
+
+
 def test_a_reward_model_scores_the_same_ids_it_was_trained_on(reward_folder):
     from fastrlhf.rewards import score_texts
 

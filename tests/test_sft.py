@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from fastrlhf import SFTTrainer, UserError
-from fastrlhf.sft import Batch, Example
+from fastrlhf.examples import Batch, Example
 from tests import tiny
 from tests.sft_runs import (
     DATA,

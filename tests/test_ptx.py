@@ -1,0 +1,141 @@
+"""PPO-ptx: the gradient of the sum of both losses, in one optimizer step, from rows drawn in a fixed order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastrlhf import UserError
+from tests import tiny
+from tests.ppo_runs import PTX, TEXTS, copies, resumed_equals_whole, same, trainer
+
+LONG = {"text": "the moon " * 60}
+
+
+def language_model_loss(t, rows: list) -> torch.Tensor:
+    """Mean over target tokens of full-logits cross-entropy, row by row in plain torch."""
+    total, count = torch.zeros(()), 0
+    for example in rows:
+        ids, target = torch.tensor(example.ids), torch.tensor(example.target)
+        logits = t.policy(ids[None]).logits[0, :-1]
+        losses = F.cross_entropy(logits, ids[1:], reduction="none")[target[1:]]
+        total, count = total + losses.sum(), count + len(losses)
+    return total / count
+
+
+def policy_gradients(t) -> list[torch.Tensor]:
+    """Of the first policy update of a step, in place of it."""
+    kept = []
+
+    def keep(learning_rate):
+        kept.extend(p.grad.clone() for p in t.learner.policy_optimizer.params)
+        raise InterruptedError
+
+    t.learner.policy_optimizer.step = keep
+    with pytest.raises(InterruptedError):
+        t.run_step()
+    t.policy.zero_grad()
+    return kept
+
+
+@pytest.mark.parametrize("micro", [1, 10_000])
+@pytest.mark.parametrize("form", [{}, {"critic": "shared_trunk", "temperature": 0.5}])
+def test_the_gradient_is_that_of_ppo_plus_ptx_coef_times_the_language_model_loss(form, micro):
+    """Text, prompt and response, messages; only their targets count, at temperature 1 whatever PPO samples at."""
+    fields = {**form, "micro_batch_tokens": micro, "mini_batch_size": 6, "rollout_batch_size": 6, "max_grad_norm": 1e9}
+    without = policy_gradients(trainer(**fields))
+    t = trainer(**fields, ptx_coef=0.7, ptx_data=PTX)
+    got = policy_gradients(t)
+    assert len(t.learner.ptx.examples) == 6  # all of them in one mini-batch
+    (0.7 * language_model_loss(t, t.learner.ptx.examples)).backward()
+    for a, b, p in zip(got, without, t.learner.policy_optimizer.params, strict=True):
+        torch.testing.assert_close(a, b + p.grad, rtol=1e-4, atol=1e-5 * float(a.abs().max()) + 1e-7)
+    assert max(float(p.grad.abs().max()) for p in t.policy.parameters()) > 1e-3
+
+
+def test_targets_are_what_sft_learns():
+    """The reply of a conversation, every token but the first of a text."""
+    t = trainer(ptx_coef=1.0, ptx_data=PTX)
+    text, pair = t.learner.ptx.examples[0], t.learner.ptx.examples[4]
+    assert text.target == [False] + [True] * (len(text.ids) - 1) and text.ids[-1] == t.tokenizer.eos_token_id
+    learnt = [token for token, wanted in zip(pair.ids, pair.target) if wanted]
+    assert t.tokenizer.decode(learnt) == " sat on the mat<|end|>"
+
+
+def test_one_optimizer_step_for_both_losses_and_the_metric():
+    t = trainer(ptx_coef=1.0, ptx_data=TEXTS, ppo_epochs=2)
+    drawn, backward = [], t.learner.ptx.backward
+    t.learner.ptx.backward = lambda model: drawn.append(backward(model)) or drawn[-1]
+    steps = [step.metrics for step in t]
+    counts = {int(s["step"]) for s in t.learner.policy_optimizer.inner.state.values()}
+    assert counts == {2 * 2 * 2} and len(drawn) == 8 and t.learner.policy_updates == 8
+    assert [m["ptx/loss"] for m in steps] == pytest.approx([sum(drawn[:4]) / 4, sum(drawn[4:]) / 4])
+    assert t.learner.ptx.sampler.state_dict() == {"n": 4, "seed": 0, "epoch": 7, "cursor": 4}  # 8 draws of 4 rows
+
+
+def test_the_metric_is_the_mean_loss_a_target_token():
+    t = trainer(ptx_coef=3.0, ptx_data=TEXTS, total_steps=1, rollout_batch_size=4)
+    want = float(language_model_loss(t, t.learner.ptx.examples).detach())
+    assert next(iter(t)).metrics["ptx/loss"] == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", [{}, {"lora": 4}, {"critic": "shared_trunk"}, {"lora": 4, "critic": "shared_trunk"}])
+def test_the_mix_keeps_a_policy_at_its_texts(form):
+    """The same run with a mix that weighs much knows the texts better."""
+    losses = []
+    for coef in (1e-9, 10.0):
+        t = trainer(**form, ptx_coef=coef, ptx_data=TEXTS, total_steps=6)
+        losses.append([step.metrics["ptx/loss"] for step in t])
+    assert losses[1][-1] < losses[1][0] - 0.3 and losses[1][-1] < losses[0][-1] - 0.3
+
+
+def test_a_warm_up_of_the_critic_draws_no_rows():
+    t = trainer(ptx_coef=1.0, ptx_data=TEXTS, critic_warmup_steps=1)
+    before, steps = copies(t.policy.parameters()), iter(t)
+    assert "ptx/loss" not in next(steps).metrics and same(before, copies(t.policy.parameters()))
+    assert t.learner.ptx.sampler.cursor == 0
+    assert "ptx/loss" in next(steps).metrics
+
+
+@pytest.mark.parametrize("form", [{}, {"lora": 2}])
+def test_a_resumed_run_draws_the_same_rows(tmp_path, form):
+    resumed_equals_whole(tmp_path, 1, **form, ptx_coef=1.0, ptx_data=PTX, total_steps=3)
+
+
+def test_rows_out_of_memory_are_drawn_again():
+    t = trainer(ptx_coef=1.0, ptx_data=TEXTS)
+    mix, before = t.learner.ptx, t.learner.ptx.sampler.state_dict()
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = t.policy.base_model.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        mix.backward(t.policy)
+    handle.remove()
+    assert mix.sampler.state_dict() == before
+
+
+def test_long_rows_are_dropped_and_counted(tmp_path):
+    fields = {"max_prompt_tokens": 60, "ptx_coef": 1.0, "output_dir": str(tmp_path / "run")}
+    t = trainer(**fields, ptx_data=[*TEXTS, LONG])
+    assert len(t.learner.ptx.examples) == 4
+    said = "ptx_data: 5 rows read, 4 used, dropped: 1 longer than max_prompt_tokens + max_new_tokens = 70"
+    assert said in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ptx_coef": 2.0}, "ptx_data: ptx_coef = 2 needs rows"),
+        ({"ptx_data": TEXTS}, "ptx_coef = 0: ptx_data would never be used"),
+        ({"ptx_data": [LONG], "ptx_coef": 1.0, "max_prompt_tokens": 30}, "ptx_data: nothing left to train on"),
+        ({"ptx_data": [{"promt": "a"}], "ptx_coef": 1.0}, "prompt"),
+        ({"ptx_data": [LONG], "ptx_coef": 1.0}, r"max_prompt_tokens \+ max_new_tokens = 522: the longest row has"),
+        ({"ptx_data": TEXTS, "ptx_coef": 1.0, "policy": tiny.llama(vocab_size=90)}, "tokenizer: it writes token"),
+    ],
+)
+def test_mistakes_are_sentences(fields, message):
+    with pytest.raises(UserError, match=message):
+        trainer(**fields)
