@@ -2,7 +2,8 @@
 
 The losses of the micro-batches of a mini-batch are sums divided by one token count, so they just add up: how a
 mini-batch is split changes the memory, never the result. A critic on a trunk of its own steps before the policy, so the
-gradients of only one of them exist at a time; on the policy's trunk both come from one forward and one backward.
+gradients of only one of them exist at a time; on the policy's trunk both come from one forward and one backward. Where
+memory runs out, the gradients of the mini-batch are made again from smaller micro-batches.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from fastrlhf import models
 from fastrlhf.adapters import POLICY, Adapters
+from fastrlhf.backoff import Backoff
 from fastrlhf.batch import Experience, Rollout, TokenBatch
 from fastrlhf.config import PPOConfig
 from fastrlhf.critic import Critic
@@ -63,6 +65,7 @@ class Learner:
         self.guard = UpdateGuard()
         self.report: Callable[..., None] = lambda kind, message, **fields: None
         self.device = policy.device
+        self.backoff = Backoff(config, self.device)
         self.policy_updates = self.critic_updates = 0
         common = optimizer_options(config)
         self.adapters = adapters
@@ -77,14 +80,15 @@ class Learner:
     def update(self, rollout: Rollout, experience: Experience, plan: list, step: int) -> dict[str, float]:
         """ppo_epochs passes over the rollout -> mean metrics of the updates.
 
-        plan: row numbers as [epoch][mini-batch][micro-batch][row]; step: number of the PPO step, from 0.
+        plan: row numbers as [epoch][mini-batch][micro-batch][row], split anew where the budget is no longer the plan's;
+        step: number of the PPO step, from 0.
         """
         config, stats = self.config, Stats()
         warming_up = step < config.critic_warmup_steps
         joint = self.critic is not None and self.critic.shares_trunk and not warming_up
         decoded = config.old_log_probs == "rollout"  # then the first forward of the policy shows the mismatch
         mismatch = mismatch_metrics(*torch.zeros(2, 0)) if decoded else {}
-        seen: list[Tensor] = []
+        seen: list[tuple[list[int], Tensor]] = []
         for mini in (mini for epoch in plan for mini in epoch):
             if self.critic is not None and not joint:
                 self._update(rollout, experience, mini, stats, critic=True)
@@ -93,11 +97,11 @@ class Learner:
             first = decoded and not seen
             seen = self._update(rollout, experience, mini, stats, policy=True, critic=joint)
             if first:
-                takes = [experience.take(rows) for rows in mini]
+                takes = [experience.take(rows) for rows, _ in seen]
                 old, own = (
                     torch.cat([take(t) for take in takes]) for t in (experience.old_log_probs, experience.response_mask)
                 )
-                mismatch = mismatch_metrics(torch.cat(seen)[own], old[own])
+                mismatch = mismatch_metrics(torch.cat([log_probs for _, log_probs in seen])[own], old[own])
             if config.target_kl is not None and stats.last("kl/approx") > 1.5 * config.target_kl:
                 stats.add("update/stopped_early", 1.0)
                 break
@@ -112,10 +116,26 @@ class Learner:
         *,
         policy: bool = False,
         critic: bool = False,
-    ) -> list[Tensor]:
+    ) -> list[tuple[list[int], Tensor]]:
         """One optimizer step of the policy, of the critic, or (shared trunk) of both from one forward and backward.
 
-        -> the log-probs [N] of each micro-batch's response tokens before the step (0 where a row does not count).
+        -> each micro-batch's rows and the log-probs [N] of their response tokens before the step (0 where a row does
+        not count).
+        """
+        work = partial(self.accumulate, rollout, experience, mini, policy=policy, critic=critic)
+        totals, log_probs = self.backoff.attempt(work, undo=self.drop_gradients)
+        if policy:
+            self._step_policy(totals["policy"].tolist(), stats)
+        if critic:
+            self._step_critic(totals["critic"].tolist(), stats)
+        return log_probs
+
+    def accumulate(
+        self, rollout: Rollout, experience: Experience, mini: list[list[int]], *, policy: bool, critic: bool
+    ) -> tuple[dict[str, Tensor], list[tuple[list[int], Tensor]]]:
+        """Add the gradients of a mini-batch, micro-batch by micro-batch, to those that are there.
+
+        -> sums of loss and statistics by role, and what `_update` gives.
         """
         normalizer = self._normalizer(experience.response_mask, mini)
         totals = {
@@ -124,7 +144,7 @@ class Learner:
         }
         weights = self._policy_weights(experience, mini) if policy else None
         log_probs = []
-        for rows in mini:
+        for rows in rollout.micro_batches([row for group in mini for row in group], self.backoff.tokens):
             batch, take = rollout.tokens(rows, self.device), experience.take(rows)
             with nullcontext() if policy else self.critic.active():
                 hidden = self._hidden(batch, policy)
@@ -132,18 +152,19 @@ class Learner:
                 if policy:
                     loss, info = self._policy_loss(hidden, batch, experience, rows, weights, normalizer)
                     losses.append(loss)
-                    log_probs.append(info["log_probs"])
+                    log_probs.append((rows, info["log_probs"]))
                     totals["policy"] += torch.stack([loss.detach(), *(info[n] for n in POLICY_STATS)])
                 if critic:
                     loss, info = self._value_loss(hidden, experience, take, normalizer)
                     losses.append(self.config.vf_coef * loss)
                     totals["critic"] += torch.stack([loss.detach(), *(info[n].to(loss) for n in VALUE_STATS)])
                 sum(losses).backward()
-        if policy:
-            self._step_policy(totals["policy"].tolist(), stats)
-        if critic:
-            self._step_critic(totals["critic"].tolist(), stats)
-        return log_probs
+        return totals, log_probs
+
+    def drop_gradients(self) -> None:
+        """Of every role, without a step."""
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
 
     def _hidden(self, batch: TokenBatch, policy: bool) -> Tensor:
         """[N, H] that predict the response tokens: of the policy, else of the critic."""
@@ -252,6 +273,9 @@ class Learner:
         if sentence is not None:
             self.report("non_finite_update", sentence, update=self.policy_updates + self.critic_updates)
 
+    def optimizers(self) -> list[Optimizer]:
+        return [self.policy_optimizer] + ([] if self.critic is None else [self.value_optimizer])
+
     def trained(self) -> dict[str, Trained]:
         """The roles being trained, the policy first."""
         found = {"policy": Trained(self.policy, self.policy_optimizer)}
@@ -264,8 +288,10 @@ class Learner:
         return found
 
     def state(self) -> dict[str, Any]:
-        return {"guard": self.guard.state(), "updates": [self.policy_updates, self.critic_updates]}
+        updates = [self.policy_updates, self.critic_updates]
+        return {"guard": self.guard.state(), "updates": updates, "backoff": self.backoff.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.guard.load_state(state["guard"])
         self.policy_updates, self.critic_updates = state["updates"]
+        self.backoff.load_state(state["backoff"])

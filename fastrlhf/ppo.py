@@ -25,8 +25,10 @@ from fastrlhf.feedback import Prompt
 from fastrlhf.folders import replace_folder
 from fastrlhf.kl_control import KLController
 from fastrlhf.learner import Learner, response_log_probs
-from fastrlhf.optim import Trained, micro_batches, token_budget
-from fastrlhf.rewards import Scorable, make_scorer
+from fastrlhf.optim import Trained
+from fastrlhf.packing import resolve_packing
+from fastrlhf.probe import run_probe, wanted
+from fastrlhf.rewards import RewardModelScorer, Scorable, make_scorer
 from fastrlhf.roles import load_roles
 from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
 from fastrlhf.run import Run, run_stage
@@ -85,8 +87,11 @@ class PPOTrainer:
         self.moments = advantages.RunningMoments()
         self.kl_controller = KLController(config)
         self.learner = Learner(config, self.policy, self.critic, self.roles.adapters)
+        self.backoff = self.learner.backoff
+        if isinstance(self.scorer, RewardModelScorer):
+            self.scorer.backoff = self.backoff
         self.run = Run(self)
-        self.learner.report = self.run.tracker.event
+        self.learner.report = self.backoff.report = self.run.tracker.event
         for text in notes:
             self.run.tracker.note(text)
 
@@ -107,7 +112,11 @@ class PPOTrainer:
         self.stop_ids = stop_token_ids(self.tokenizer, self.policy.generation_config)
         shared = self.critic is not None and self.critic.shares_trunk
         self.engine = RolloutEngine(self.policy, self.tokenizer, value_head=self.critic.head if shared else None)
-        self.budget = token_budget(config.micro_batch_tokens, self.device)
+        readers = [self.policy, self.ref_policy, self.value_model]
+        self.packed = resolve_packing(config.packing, [model for model in readers if model is not None])
+        if config.offload:
+            for model in filter(None, (self.ref_policy, self.scorer.model)):
+                roles.offload.park(model)
 
     def _load_prompts(self, source: Any, role: str) -> tuple[list[tuple[Prompt, list[int]]], str]:
         prompts, counts = load_prompts(source, skip_bad_rows=self.config.skip_bad_rows)
@@ -131,6 +140,8 @@ class PPOTrainer:
     # ------------------------------------------------------------------------------------------------- the user's end
 
     def __iter__(self) -> Iterator[PPOStep]:
+        if wanted(self.config, self.device) and self.run.step < self.total_steps:
+            run_probe(self.learner, self.engine, packed=self.packed, note=self.run.tracker.note)
         return self.run.steps()
 
     def train(self) -> dict[str, float]:
@@ -162,9 +173,8 @@ class PPOTrainer:
             self.engine.release()  # the update needs the memory
         with phase("score"):
             rollout.scores = self._score(rollout)
-        with phase("advantages"):
-            plan = self._plan(rollout)
-            experience, metrics = self._experience(rollout, plan[0])
+        with phase("advantages"), self.roles.offload.here(self.ref_policy):  # moved once, not for each micro-batch
+            plan, experience, metrics = self._prepare(rollout)
         with phase("update"):
             metrics |= self.learner.update(rollout, experience, plan, self.run.step)
         self._after_kl(metrics["kl/ref"])
@@ -212,24 +222,36 @@ class PPOTrainer:
             log_probs=out.log_probs,
             policy_log_probs=out.policy_log_probs,
             values=out.values,
+            packed=self.packed,
         )
         return rollout, out.stats
 
     def _score(self, rollout: Rollout) -> list[float | None]:
         names = ("prompts", "responses", "raw_prompts", "prompt_ids", "response_ids", "columns")
-        return self.scorer(Scorable(**{name: getattr(rollout, name) for name in names}))
+        batch = Scorable(**{name: getattr(rollout, name) for name in names})
+        with self.roles.offload.here(self.scorer.model):
+            return self.scorer(batch)
 
     def _plan(self, rollout: Rollout) -> list[list[list[list[int]]]]:
         """Row numbers as [epoch][mini-batch][micro-batch][row]; depends on seed, step and lengths only."""
-        config, count = self.config, len(rollout.response_ids)
-        lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
+        config, count, budget = self.config, len(rollout.response_ids), self.backoff.tokens
         plan = []
         for epoch in range(config.ppo_epochs):
             draw = torch.Generator().manual_seed(derive_seed(config.seed, "order", self.run.step, epoch))
             order = torch.randperm(count, generator=draw).tolist()
             cut = minibatches(count, config.mini_batch_size, order)
-            plan.append([[[m[i] for i in g] for g in micro_batches([lengths[r] for r in m], self.budget)] for m in cut])
+            plan.append([rollout.micro_batches(rows, budget) for rows in cut])
         return plan
+
+    def _prepare(self, rollout: Rollout) -> tuple[list, Experience, dict[str, float]]:
+        """-> plan, experience, metrics; where memory runs out, all again with smaller micro-batches."""
+        before = self.moments.state()
+
+        def work() -> tuple[list, Experience, dict[str, float]]:
+            plan = self._plan(rollout)
+            return plan, *self._experience(rollout, plan[0])
+
+        return self.backoff.attempt(work, undo=lambda: self.moments.load_state(before))
 
     # ----------------------------------------------------------------------------------------------------- experience
 

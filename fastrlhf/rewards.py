@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.backoff import Backoff
 from fastrlhf.config import UserError
 from fastrlhf.models import load_reward_model, load_tokenizer, sequence_scores
 from fastrlhf.optim import micro_batches, token_budget
@@ -55,6 +56,7 @@ class RewardModelScorer:
         self.tokenizer = tokenizer
         self.same_tokenizer = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
         self.budget = token_budget(micro_batch_tokens, model.device)
+        self.backoff: Backoff | None = None  # of the run that it scores for
 
     def __call__(self, batch: Scorable) -> list[float | None]:
         if self.same_tokenizer:
@@ -62,20 +64,26 @@ class RewardModelScorer:
         else:
             pairs = zip(batch.raw_prompts, batch.responses, strict=True)
             rows = [encode_prompt(self.tokenizer, p) + encode_response(self.tokenizer, p, r) for p, r in pairs]
-        return score_rows(self.model, rows, self.budget).tolist()
+        backoff = self.backoff
+        if backoff is None:
+            return score_rows(self.model, rows, self.budget).tolist()
+        return backoff.attempt(lambda: score_rows(self.model, rows, backoff.tokens)).tolist()
 
 
-@torch.no_grad()
 def score_rows(model: PreTrainedModel, rows: list[list[int]], budget: int) -> Tensor:
     """Scores [B] fp32 on the CPU, computed in micro-batches of at most `budget` padded tokens."""
     scores = torch.empty(len(rows), dtype=torch.float32)
     for group in micro_batches([len(row) for row in rows], budget):
-        scores[group] = sequence_scores(model, [rows[i] for i in group]).cpu()
+        with torch.inference_mode():
+            found = sequence_scores(model, [rows[i] for i in group])
+        scores[group] = found.cpu()
     return scores
 
 
 class FunctionScorer:
     """A weighted sum of reward functions. A response one of them cannot judge (None) is judged by none."""
+
+    model: PreTrainedModel | None = None  # it has none
 
     def __init__(self, functions: Sequence[tuple[str, float, RewardFunction]]) -> None:
         self.functions = [(name, weight, fn, _accepted(fn)) for name, weight, fn in functions]

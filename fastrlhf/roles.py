@@ -7,15 +7,18 @@ lora                            one frozen base: policy (and separate critic) ar
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import models
 from fastrlhf.adapters import POLICY, VALUE, Adapters
 from fastrlhf.config import PPOConfig, UserError
 from fastrlhf.critic import Critic
+from fastrlhf.offload import Offload
 from fastrlhf.rewards import FunctionScorer, RewardModelScorer
 from fastrlhf.rollout import derive_seed
 
@@ -30,10 +33,14 @@ class Roles:
     ref_policy: PreTrainedModel | None
     critic: Critic | None
     adapters: Adapters | None
+    offload: Offload
 
-    def reference(self) -> AbstractContextManager[PreTrainedModel]:
-        """Inside, the model it gives is the reference policy."""
-        return self.adapters.using(None) if self.ref_policy is None else nullcontext(self.ref_policy)
+    @contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """Inside, the model it gives is the reference policy, on the device."""
+        way = self.adapters.using(None) if self.ref_policy is None else self.offload.here(self.ref_policy)
+        with way as model, torch.inference_mode():
+            yield model
 
 
 def load_roles(
@@ -56,7 +63,8 @@ def load_roles(
         reference = models.freeze(models.load_policy(ref_policy, *how))
     else:
         reference = models.frozen_copy(trained) if adapters is None else None
-    return Roles(trained, reference, _make_critic(config, tokenizer, scorer, trained, value_model, adapters), adapters)
+    critic = _make_critic(config, tokenizer, scorer, trained, value_model, adapters)
+    return Roles(trained, reference, critic, adapters, Offload(trained.device))
 
 
 def _check_value_model(config: PPOConfig, value_model: Source) -> None:

@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import models
+from fastrlhf.backoff import Backoff
 from fastrlhf.config import SFTConfig, UserError
 from fastrlhf.data import Counts, Sampler, encode_rows, load_conversations, pack, split_heldout
 from fastrlhf.feedback import Conversation
 from fastrlhf.guards import UpdateGuard, check_rows
-from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, optimizer_options, token_budget
+from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, optimizer_options
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import throughput
 from fastrlhf.templates import encode_conversation, encode_prompt, encode_response, resolve_chat_template
@@ -81,11 +82,12 @@ class SFTTrainer:
             new = getattr(self.model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
             (new or self.model.gradient_checkpointing_enable)()
         self.device = self.model.device
-        self.budget = token_budget(config.micro_batch_tokens, self.device)
+        self.backoff = Backoff(config, self.device)
         self.optimizer = Optimizer(self.model, learning_rate=config.learning_rate, **optimizer_options(config))
         self.total_steps = config.total_steps or math.ceil(config.epochs * len(self.examples) / config.mini_batch_size)
         self.sampler, self.guard = Sampler(len(self.examples), config.seed), UpdateGuard()
         self.run = Run(self)
+        self.backoff.report = self.run.tracker.event
         for text in notes:
             self.run.tracker.note(text)
 
@@ -126,14 +128,9 @@ class SFTTrainer:
     def run_step(self) -> SFTStep:
         config = self.config
         examples = [self.examples[i] for i in self.sampler.take(config.mini_batch_size)]
-        targets = sum(sum(e.target) for e in examples)
         self.model.train()  # transformers checkpoints activations in this mode only; dropout is off in both
         with self.run.tracker.phase("update"):
-            total = torch.zeros((), device=self.device)
-            for batch in self._batches(examples):
-                loss = -self._log_probs(batch).sum() / targets
-                loss.backward()
-                total += loss.detach()
+            total = self.backoff.attempt(partial(self._accumulate, examples), undo=self.optimizer.zero_grad)
             rate = lr_at(
                 self.run.step, base=config.learning_rate, schedule=config.lr_schedule,
                 warmup_steps=config.warmup_steps, total_steps=self.total_steps,
@@ -150,12 +147,21 @@ class SFTTrainer:
         }
         return SFTStep(metrics, throughput("perf/tokens", sum(len(e.ids) for e in examples), self.device))
 
+    def _accumulate(self, examples: Sequence[Example]) -> Tensor:
+        """Gradients of an optimizer step, micro-batch by micro-batch -> its loss."""
+        total, targets = torch.zeros((), device=self.device), sum(sum(e.target) for e in examples)
+        for batch in self._batches(examples):
+            loss = -self._log_probs(batch).sum() / targets
+            loss.backward()
+            total += loss.detach()
+        return total
+
     def _batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """Rows of one example each, or of several where packing is on, grouped under the token budget."""
         lengths = [len(e.ids) for e in examples]
         rows = pack(lengths, self.config.max_tokens) if self.config.packing else [[i] for i in range(len(lengths))]
         sizes = [sum(lengths[i] for i in row) for row in rows]
-        for group in micro_batches(sizes, self.budget):
+        for group in micro_batches(sizes, self.backoff.tokens):
             filled = [[examples[i] for i in rows[r]] for r in group]
             if self.config.packing and "flash" in str(self.model.config._attn_implementation):
                 filled = [[example for row in filled for example in row]]  # it keeps examples apart in one row only
@@ -174,7 +180,8 @@ class SFTTrainer:
         if not self.eval_examples:
             return {}
         self.model.eval()
-        total = sum(float(-self._log_probs(batch).sum()) for batch in self._batches(self.eval_examples))
+        batches, nll = partial(self._batches, self.eval_examples), lambda batch: float(-self._log_probs(batch).sum())
+        total = self.backoff.attempt(lambda: sum(map(nll, batches())))
         loss = total / sum(sum(e.target) for e in self.eval_examples)
         return {"loss/eval": loss, "perplexity/eval": math.exp(min(loss, 700.0))}
 
@@ -182,7 +189,8 @@ class SFTTrainer:
         return {"model": Trained(self.model, self.optimizer)}
 
     def state(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict(), "guard": self.guard.state()}
+        parts = {"guard": self.guard, "backoff": self.backoff}
+        return {"sampler": self.sampler.state_dict(), **{name: part.state() for name, part in parts.items()}}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {}
@@ -190,6 +198,7 @@ class SFTTrainer:
     def load_state(self, state: dict[str, Any], tensors: Callable[[str], dict[str, Tensor]]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.guard.load_state(state["guard"])
+        self.backoff.load_state(state["backoff"])
 
 
 @dataclass(frozen=True)
