@@ -97,13 +97,13 @@ class TokenBatch:
         rows = [p + r for p, r in zip(prompts, responses, strict=True)]
         if packed:
             input_ids, position_ids = joined(rows, device)
-            starts = [0, *accumulate(map(len, rows))]
+            starts = accumulate(map(len, rows[:-1]), initial=0)
         else:
             input_ids, position_ids = right_padded(rows, 0, device)[0], None
             starts = range(0, input_ids.numel(), input_ids.shape[1])
         spans = [
             torch.arange(len(p) - 1, len(p) - 1 + len(r)) + start
-            for start, p, r in zip(starts, prompts, responses, strict=False)
+            for start, p, r in zip(starts, prompts, responses, strict=True)
         ]
         labels = torch.tensor([token for response in responses for token in response], dtype=torch.int64)
         return cls(input_ids, torch.cat(spans).to(device), labels.to(device), position_ids)
