@@ -149,7 +149,9 @@ def test_lengths_stay_within_the_models_positions():
 
 def test_auto_is_on_a_gpu_only():
     assert wanted(PPOConfig(), torch.device("cuda")) and not wanted(PPOConfig(), torch.device("cpu"))
-    assert wanted(PPOConfig(probe=True), torch.device("cpu")) and not wanted(PPOConfig(probe=False), torch.device("cuda"))
+    assert wanted(PPOConfig(probe=True), torch.device("cpu")) and not wanted(
+        PPOConfig(probe=False), torch.device("cuda")
+    )
 
 
 def test_a_finished_run_is_not_probed_again(tmp_path):
