@@ -197,13 +197,13 @@ def test_a_recipe_runs_shortened(name, tmp_path):
     assert not torch.equal(before, policy.lm_head.weight)
 
 
-STEERING = """total_steps rollout_batch_size samples_per_prompt ppo_epochs mini_batch_size micro_batch_tokens seed
-max_prompt_tokens max_new_tokens gradient_checkpointing dtype attention chat_template skip_bad_rows save_every
+STEERING = """total_steps rollout_batch_size samples_per_prompt ppo_epochs mini_batch_size seed
+max_prompt_tokens max_new_tokens chat_template skip_bad_rows save_every
 eval_every output_dir overwrite resume quantize ema_decay ptx_coef"""
 
 
 def test_every_option_that_changes_the_numbers_has_a_line():
-    """docs/options.md: formula and source of each; not of what steers a run, or where and how fast it computes."""
+    """docs/options.md: formula and source of each; not of what steers a run."""
     text = (Path(__file__).parents[1] / "docs" / "options.md").read_text(encoding="utf-8")
     cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
