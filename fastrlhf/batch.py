@@ -1,15 +1,15 @@
 """What one PPO step passes on: the rollout, the experience, and rows of prompt + response as tensors.
 
-Rows are padded once, on the right. The value and the log-prob of the token at t are both read at position t - 1 of the
-trunk's output: one index, made here, serves both (an off-by-one between them is the classic PPO bug).
+Rows are padded once, on the right, or joined in one row without padding. The value and the log-prob of the token at t
+are both read at the position before it in the trunk's output: one index, made here, serves both (an off-by-one between
+them is the classic PPO bug).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from fastrlhf import distributed
 from fastrlhf.models import hidden_states, right_padded
 from fastrlhf.optim import micro_batches
+from fastrlhf.packing import joined
 
 
 @dataclass
@@ -37,10 +38,20 @@ class Rollout:
     values: list[Tensor] | None = None  # of a critic on the policy's trunk
     scores: list[float | None] = field(default_factory=list)
     token_rewards: list[Tensor] | None = None  # of per-token reward functions; they sum to the scores
+    packed: bool = False  # how `tokens` puts rows together
 
     def tokens(self, rows: list[int], device: torch.device) -> TokenBatch:
         """These rows as tensors."""
-        return TokenBatch.build([self.prompt_ids[i] for i in rows], [self.response_ids[i] for i in rows], device)
+        prompts, responses = ([ids[i] for i in rows] for ids in (self.prompt_ids, self.response_ids))
+        return TokenBatch.build(prompts, responses, device, packed=self.packed)
+
+    def micro_batches(self, rows: Sequence[int], budget: int) -> list[list[int]]:
+        """This rank's share of these rows in groups of at most `budget` tokens. Depends on which they are, not on their
+        order."""
+        lengths = {row: len(self.prompt_ids[row]) + len(self.response_ids[row]) for row in sorted(rows)}
+        mine = [list(lengths)[i] for i in distributed.own(list(lengths.values()))]
+        groups = micro_batches([lengths[row] for row in mine], budget, packed=self.packed)
+        return [[mine[i] for i in group] for group in groups]
 
 
 @dataclass
@@ -66,43 +77,45 @@ class Experience:
         return lambda tensor: tensor[rows][own]
 
 
-class MiniBatch(NamedTuple):
-    """The rows of one optimizer step: those of all ranks, and this rank's own as micro-batches."""
-
-    rows: list[int]
-    groups: list[list[int]]
-
-    @classmethod
-    def build(cls, rows: Sequence[int], lengths: Sequence[int], budget: int) -> MiniBatch:
-        """rows: of all ranks; lengths: tokens of every row of the rollout; budget: tokens of a micro-batch."""
-        mine = [rows[i] for i in distributed.own([lengths[row] for row in rows])]
-        groups = micro_batches([lengths[row] for row in mine], budget)
-        return cls(list(rows), [[mine[i] for i in group] for group in groups])
-
-
 @dataclass(frozen=True)
 class TokenBatch:
-    """input_ids [B, L] int64, right padded; index [N] into B*L: what predicts each response token; labels [N]."""
+    """input_ids [B, L] int64, right padded; index [N] into B*L: what predicts each response token; labels [N].
+
+    Packed: B = 1 and position_ids [1, L] restart with every sequence; else None.
+    """
 
     input_ids: Tensor
     index: Tensor
     labels: Tensor
+    position_ids: Tensor | None = None
 
     @classmethod
-    def build(cls, prompts: Sequence[list[int]], responses: Sequence[list[int]], device: torch.device) -> TokenBatch:
+    def build(
+        cls,
+        prompts: Sequence[list[int]],
+        responses: Sequence[list[int]],
+        device: torch.device,
+        *,
+        packed: bool = False,
+    ) -> TokenBatch:
         """N runs over the response tokens of all rows in order, so it flattens [B, T] tensors under their mask."""
-        input_ids, _ = right_padded([p + r for p, r in zip(prompts, responses, strict=True)], 0, device)
-        width = input_ids.shape[1]
+        rows = [p + r for p, r in zip(prompts, responses, strict=True)]
+        if packed:
+            input_ids, position_ids = joined(rows, device)
+            starts = accumulate(map(len, rows[:-1]), initial=0)
+        else:
+            input_ids, position_ids = right_padded(rows, 0, device)[0], None
+            starts = range(0, input_ids.numel(), input_ids.shape[1])
         spans = [
-            torch.arange(len(p) - 1, len(p) - 1 + len(r)) + row * width
-            for row, (p, r) in enumerate(zip(prompts, responses, strict=True))
+            torch.arange(len(p) - 1, len(p) - 1 + len(r)) + start
+            for start, p, r in zip(starts, prompts, responses, strict=True)
         ]
         labels = torch.tensor([token for response in responses for token in response], dtype=torch.int64)
-        return cls(input_ids, torch.cat(spans).to(device), labels.to(device))
+        return cls(input_ids, torch.cat(spans).to(device), labels.to(device), position_ids)
 
     def hidden(self, model: PreTrainedModel) -> Tensor:
         """[N, H]: the states that predict the response tokens; nothing else reaches a head."""
-        return hidden_states(model, self.input_ids).flatten(0, 1)[self.index]
+        return hidden_states(model, self.input_ids, self.position_ids).flatten(0, 1)[self.index]
 
 
 def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:

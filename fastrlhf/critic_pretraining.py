@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastrlhf import distributed
-from fastrlhf.batch import Experience, MiniBatch, Rollout, length_mask, minibatches, scatter
+from fastrlhf.batch import Experience, Rollout, length_mask, minibatches, scatter
 from fastrlhf.config import PPOConfig
 from fastrlhf.learner import Learner
-from fastrlhf.optim import token_budget
 from fastrlhf.rollout import derive_seed
 from fastrlhf_kernels import gae
 
@@ -79,17 +78,13 @@ class CriticPretraining:
             draw = torch.Generator().manual_seed(derive_seed(config.seed, "critic_pretraining", epoch))
             order = torch.randperm(count, generator=draw).tolist()
             cut = minibatches(count, config.mini_batch_size, order)
-            passes.append(self.learner.update_critic(rollout, experience, [self._mini(rollout, rows) for rows in cut]))
+            passes.append(self.learner.update_critic(rollout, experience, cut))
         self.parts = []
         return {
             "value/pretrain_loss_first": passes[0]["value/loss"],
             "value/pretrain_loss": passes[-1]["value/loss"],
             "value/pretrain_explained_var": passes[-1]["value/explained_var"],
         }
-
-    def _mini(self, rollout: Rollout, rows: Sequence[int]) -> MiniBatch:
-        lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
-        return MiniBatch.build(rows, lengths, token_budget(self.config.micro_batch_tokens, self.learner.device))
 
     def _whole(self) -> tuple[Rollout, Tensor, Tensor, Tensor]:
         """Everything stored: the ids as one rollout; rewards, token_mask and response_mask [B, T]."""
@@ -107,7 +102,7 @@ class CriticPretraining:
     def _valued(self, rollout: Rollout, rewards: Tensor, token_mask: Tensor, counted: Tensor) -> Experience:
         """Values of the critic as it is, and the returns that GAE makes of the rewards and these values."""
         config, values = self.config, torch.zeros_like(rewards)
-        for rows in self._mini(rollout, range(len(rollout.response_ids))).groups:
+        for rows in rollout.micro_batches(range(len(rollout.response_ids)), self.learner.backoff.tokens):
             batch = rollout.tokens(rows, self.learner.device)
             values[rows] = scatter(self.learner.critic.values(batch), token_mask[rows])
         distributed.add_up(values)

@@ -2,7 +2,8 @@
 
 The losses of the micro-batches of a mini-batch are sums divided by one token count, so they just add up: how a
 mini-batch is split changes the memory, never the result. A critic on a trunk of its own steps before the policy, so the
-gradients of only one of them exist at a time; on the policy's trunk both come from one forward and one backward.
+gradients of only one of them exist at a time; on the policy's trunk both come from one forward and one backward. Where
+memory runs out, the gradients of the mini-batch are made again from smaller micro-batches.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from transformers import PreTrainedModel
 
 from fastrlhf import distributed, models
 from fastrlhf.adapters import POLICY, Adapters
-from fastrlhf.batch import Experience, MiniBatch, Rollout, TokenBatch
+from fastrlhf.backoff import Backoff
+from fastrlhf.batch import Experience, Rollout, TokenBatch
 from fastrlhf.config import PPOConfig
 from fastrlhf.critic import Critic
 from fastrlhf.ema import WeightAverage
@@ -67,6 +69,7 @@ class Learner:
         self.guard = UpdateGuard()
         self.report: Callable[..., None] = lambda kind, message, **fields: None
         self.device = policy.device
+        self.backoff = Backoff(config, self.device)
         self.policy_updates = self.critic_updates = 0
         self.ptx: PretrainingMix | None = None  # both set by `Extras`
         self.average: WeightAverage | None = None
@@ -82,18 +85,18 @@ class Learner:
             self.value_optimizer = Optimizer(critic.parameters(), learning_rate=config.critic_learning_rate, **common)
 
     def update(
-        self, rollout: Rollout, experience: Experience, plan: list[list[MiniBatch]], step: int
+        self, rollout: Rollout, experience: Experience, plan: list[list[list[int]]], step: int
     ) -> dict[str, float]:
         """ppo_epochs passes over the rollout -> mean metrics of the updates.
 
-        plan: the mini-batches of each epoch; step: number of the PPO step, from 0.
+        plan: the rows (of all ranks) of each mini-batch of each epoch; step: number of the PPO step, from 0.
         """
         config, stats = self.config, Stats()
         warming_up = step < config.critic_warmup_steps
         joint = self.critic is not None and self.critic.shares_trunk and not warming_up
         decoded = config.old_log_probs == "rollout"  # then the first forward of the policy shows the mismatch
         mismatch = mismatch_metrics(*torch.zeros(2, 0)) if decoded else {}
-        seen: list[Tensor] | None = None
+        seen: list[tuple[list[int], Tensor]] | None = None
         for mini in (mini for epoch in plan for mini in epoch):
             if self.critic is not None and not joint:
                 self._update(rollout, experience, mini, stats, critic=True)
@@ -102,13 +105,13 @@ class Learner:
             first = decoded and seen is None
             seen = self._update(rollout, experience, mini, stats, policy=True, critic=joint)
             if first:
-                mismatch = self._mismatch(experience, mini, seen)
+                mismatch = self._mismatch(experience, seen)
             if config.target_kl is not None and stats.last("kl/approx") > 1.5 * config.target_kl:
                 stats.add("update/stopped_early", 1.0)
                 break
         return stats.means() | mismatch
 
-    def update_critic(self, rollout: Rollout, experience: Experience, plan: list[MiniBatch]) -> dict[str, float]:
+    def update_critic(self, rollout: Rollout, experience: Experience, plan: list[list[int]]) -> dict[str, float]:
         """One critic update for each mini-batch of plan -> their mean metrics."""
         stats = Stats()
         for mini in plan:
@@ -119,24 +122,43 @@ class Learner:
         self,
         rollout: Rollout,
         experience: Experience,
-        mini: MiniBatch,
+        mini: list[int],
         stats: Stats,
         *,
         policy: bool = False,
         critic: bool = False,
-    ) -> list[Tensor]:
+    ) -> list[tuple[list[int], Tensor]]:
         """One optimizer step of the policy, of the critic, or (shared trunk) of both from one forward and backward.
 
-        -> the log-probs [N] of each micro-batch's response tokens before the step (0 where a row does not count).
+        mini: its rows, of all ranks -> the rows of each of this rank's micro-batches, and the log-probs [N] of their
+        response tokens before the step (0 where a row does not count).
         """
-        normalizer = self._normalizer(experience.response_mask, mini.rows)
+        work = partial(self.accumulate, rollout, experience, mini, policy=policy, critic=critic)
+        totals, log_probs = self.backoff.attempt(work, undo=self.drop_gradients)
+        distributed.add_up(*totals.values())
+        if policy:
+            self._step_policy(totals["policy"].tolist(), stats)
+        if "ptx" in totals:
+            stats.add("ptx/loss", float(totals["ptx"]))
+        if critic:
+            self._step_critic(totals["critic"].tolist(), stats)
+        return log_probs
+
+    def accumulate(
+        self, rollout: Rollout, experience: Experience, mini: list[int], *, policy: bool, critic: bool
+    ) -> tuple[dict[str, Tensor], list[tuple[list[int], Tensor]]]:
+        """Add the gradients of a mini-batch, micro-batch by micro-batch, to those that are there.
+
+        -> sums of loss and statistics by role, and what `_update` gives.
+        """
+        normalizer = self._normalizer(experience.response_mask, mini)
         totals = {
             "policy": torch.zeros(len(POLICY_STATS) + 1, device=self.device),
             "critic": torch.zeros(len(VALUE_STATS) + 1, device=self.device),
         }
-        weights = self._policy_weights(experience, mini.rows) if policy else None
+        weights = self._policy_weights(experience, mini) if policy else None
         log_probs = []
-        for rows in mini.groups:
+        for rows in rollout.micro_batches(mini, self.backoff.tokens):
             batch, take = rollout.tokens(rows, self.device), experience.take(rows)
             with nullcontext() if policy else self.critic.active():
                 hidden = self._hidden(batch, policy)
@@ -144,29 +166,29 @@ class Learner:
                 if policy:
                     loss, info = self._policy_loss(hidden, batch, experience, rows, weights, normalizer)
                     losses.append(loss)
-                    log_probs.append(info["log_probs"])
+                    log_probs.append((rows, info["log_probs"]))
                     totals["policy"] += torch.stack([loss.detach(), *(info[n] for n in POLICY_STATS)])
                 if critic:
                     loss, info = self._value_loss(hidden, experience, take, normalizer)
                     losses.append(self.config.vf_coef * loss)
                     totals["critic"] += torch.stack([loss.detach(), *(info[n].to(loss) for n in VALUE_STATS)])
                 sum(losses).backward()
-        distributed.add_up(*totals.values())
-        if policy:
-            if self.ptx is not None:
-                stats.add("ptx/loss", self.ptx.backward(self.policy))
-            self._step_policy(totals["policy"].tolist(), stats)
-        if critic:
-            self._step_critic(totals["critic"].tolist(), stats)
-        return log_probs
+        if policy and self.ptx is not None:
+            totals["ptx"] = self.ptx.backward(self.policy, self.backoff.tokens)
+        return totals, log_probs
 
-    def _mismatch(self, experience: Experience, mini: MiniBatch, seen: list[Tensor]) -> dict[str, float]:
+    def drop_gradients(self) -> None:
+        """Of every role, without a step."""
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+
+    def _mismatch(self, experience: Experience, seen: list[tuple[list[int], Tensor]]) -> dict[str, float]:
         """Of the log-probs that the first update saw of a rollout's tokens, over all ranks."""
-        takes = [experience.take(rows) for rows in mini.groups]
+        takes = [experience.take(rows) for rows, _ in seen]
         none = torch.zeros(0, device=self.device)
         old = torch.cat([none, *(take(experience.old_log_probs) for take in takes)])
         counted = torch.cat([none.bool(), *(take(experience.response_mask) for take in takes)])
-        new = torch.cat([none, *seen])
+        new = torch.cat([none, *(log_probs for _, log_probs in seen)])
         return mismatch_metrics(distributed.gather(new[counted]), distributed.gather(old[counted]))
 
     def _hidden(self, batch: TokenBatch, policy: bool) -> Tensor:
@@ -262,6 +284,9 @@ class Learner:
         if sentence is not None:
             self.report("non_finite_update", sentence, update=self.policy_updates + self.critic_updates)
 
+    def optimizers(self) -> list[Optimizer]:
+        return [self.policy_optimizer] + ([] if self.critic is None else [self.value_optimizer])
+
     def trained(self) -> dict[str, Trained]:
         """The roles being trained, the policy first."""
         found = {"policy": Trained(self.policy, self.policy_optimizer)}
@@ -274,8 +299,10 @@ class Learner:
         return found
 
     def state(self) -> dict[str, Any]:
-        return {"guard": self.guard.state(), "updates": [self.policy_updates, self.critic_updates]}
+        updates = [self.policy_updates, self.critic_updates]
+        return {"guard": self.guard.state(), "updates": updates, "backoff": self.backoff.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.guard.load_state(state["guard"])
         self.policy_updates, self.critic_updates = state["updates"]
+        self.backoff.load_state(state["backoff"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastrlhf import distributed
 from fastrlhf.config import StageConfig, UserError
+from fastrlhf.data import pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,20 +20,53 @@ if TYPE_CHECKING:
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 16384}
 
 
-def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Split rows 0..n-1 into groups whose padded size (rows x longest) stays within `budget` tokens.
+def micro_batches(lengths: Sequence[int], budget: int, *, packed: bool = False) -> list[list[int]]:
+    """Split rows 0..n-1 into as few groups as `budget` tokens each allow, of about equal size; the largest rows first.
 
-    Longest first, so rows of like length share a group and a batch too large for the memory fails at once. Depends on
-    the lengths only. A row longer than the budget gets a group of its own: memory may suffer, the result never does.
+    The size of a group is rows x longest, as it is padded: rows of like length share one. packed: the sum of lengths.
+    A batch too large for the memory fails at once, in the first group. Depends on the lengths only. A row longer than
+    the budget gets a group of its own: memory may suffer, the result never does.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    groups: list[list[int]] = []
-    for row in order:
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+    return _packed_groups(order, lengths, budget) if packed else _padded_groups(order, lengths, budget)
+
+
+def _padded_groups(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Neighbours in the order of length. Filling each group is the least number; then each takes its share of the
+    tokens left, as far as the rest still fits in the groups left."""
+    count = len(order)
+    least = [0] * (count + 1)  # groups that rows i.. need
+    for i in range(count - 1, -1, -1):
+        least[i] = 1 + least[min(count, i + max(1, budget // lengths[order[i]]))]
+    groups, start, left = [], 0, sum(lengths)
+    while start < count:
+        longest = lengths[order[start]]
+        share = -(-left // (least[0] - len(groups)))
+        end = min(count, start + max(1, min(budget // longest, -(-share // longest))))
+        while least[end] > least[0] - len(groups) - 1:
+            end += 1
+        groups.append(order[start:end])
+        left -= sum(lengths[row] for row in order[start:end])
+        start = end
     return groups
+
+
+def _packed_groups(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Each row to the emptiest of k groups (Graham 1969), with the least k for which all fit; at most as many groups as
+    first-fit decreasing takes, and its groups where the emptiest are no better."""
+    alone = [[row] for row in order if lengths[row] >= budget]
+    order = order[len(alone) :]
+    found = [[order[i] for i in group] for group in pack([lengths[row] for row in order], budget)]
+    for count in range(-(-sum(lengths[row] for row in order) // budget), len(found) + 1):
+        groups, sizes = [[] for _ in range(count)], [0] * count
+        for row in order:
+            place = sizes.index(min(sizes))
+            groups[place].append(row)
+            sizes[place] += lengths[row]
+        if max(sizes, default=0) <= budget:
+            found = groups
+            break
+    return alone + sorted(found, key=lambda group: -sum(lengths[row] for row in group))
 
 
 def token_budget(configured: int | None, device: torch.device) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import advantages, distributed, gathering, models
 from fastrlhf.adapters import POLICY
-from fastrlhf.batch import Experience, MiniBatch, Rollout, length_mask, minibatches, scatter
+from fastrlhf.batch import Experience, Rollout, length_mask, minibatches, scatter
 from fastrlhf.config import PPOConfig, UserError
 from fastrlhf.data import Sampler
 from fastrlhf.evaluation import Evaluation, eval_temperature
@@ -27,10 +28,12 @@ from fastrlhf.feedback import Prompt
 from fastrlhf.folders import replace_folder
 from fastrlhf.kl_control import KLController
 from fastrlhf.learner import Learner, response_log_probs
-from fastrlhf.optim import Trained, token_budget
+from fastrlhf.optim import Trained
+from fastrlhf.packing import resolve_packing
+from fastrlhf.probe import run_probe, wanted
 from fastrlhf.prompts import load_encoded_prompts
 from fastrlhf.ptx import load_ptx
-from fastrlhf.rewards import Scorable, make_scorer, split_rewards
+from fastrlhf.rewards import RewardModelScorer, Scorable, make_scorer, split_rewards
 from fastrlhf.roles import load_roles
 from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
 from fastrlhf.run import Run, run_stage
@@ -89,10 +92,13 @@ class PPOTrainer:
         self.moments = advantages.RunningMoments()
         self.kl_controller = KLController(config)
         self.learner = Learner(config, self.policy, self.critic, self.roles.adapters)
+        self.backoff = self.learner.backoff
+        if isinstance(self.scorer, RewardModelScorer):
+            self.scorer.backoff = self.backoff
         self.extras = Extras(config, self.roles, self.learner, ptx_examples)
         self.run = Run(self)
         self.run.averaged = self.extras.averaged
-        self.learner.report = self.run.tracker.event
+        self.learner.report = self.backoff.report = self.run.tracker.event
         for text in notes:
             self.run.tracker.note(text)
 
@@ -113,11 +119,17 @@ class PPOTrainer:
         self.stop_ids = stop_token_ids(self.tokenizer, self.policy.generation_config)
         shared = self.critic is not None and self.critic.shares_trunk
         self.engine = RolloutEngine(self.policy, self.tokenizer, value_head=self.critic.head if shared else None)
-        self.budget = token_budget(config.micro_batch_tokens, self.device)
+        readers = [self.policy, self.ref_policy, self.value_model]
+        self.packed = resolve_packing(config.packing, [model for model in readers if model is not None])
+        if config.offload:
+            for model in filter(None, (self.ref_policy, self.scorer.model)):
+                roles.offload.park(model)
 
     # ------------------------------------------------------------------------------------------------- the user's end
 
     def __iter__(self) -> Iterator[PPOStep]:
+        if wanted(self.config, self.device) and self.run.step < self.total_steps:
+            run_probe(self.learner, self.engine, packed=self.packed, note=self.run.tracker.note)
         return self.run.steps()
 
     def train(self) -> dict[str, float]:
@@ -150,7 +162,7 @@ class PPOTrainer:
             self.engine.release()  # the update needs the memory
         with phase("score"):
             rollout.scores = self._score(rollout)
-        with phase("advantages"):
+        with phase("advantages"), self.roles.offload.here(self.ref_policy):  # moved once, not for each micro-batch
             plan = self._plan(rollout)
             experience, metrics = self._experience(rollout, plan[0])
         with phase("update"):
@@ -208,6 +220,7 @@ class PPOTrainer:
             log_probs=out.log_probs,
             policy_log_probs=out.policy_log_probs,
             values=out.values,
+            packed=self.packed,
         )
         return rollout, out.stats
 
@@ -215,43 +228,37 @@ class PPOTrainer:
         """-> scores; rewards of single tokens, where a function gives them, go to rollout.token_rewards."""
         names = ("prompts", "responses", "raw_prompts", "prompt_ids", "response_ids", "columns")
         batch = Scorable(**{name: getattr(rollout, name) for name in names})
-        rewards = gathering.score(self.scorer, batch, rollout.samples_per_prompt)
+        with self.roles.offload.here(self.scorer.model):
+            rewards = gathering.score(self.scorer, batch, rollout.samples_per_prompt)
         scores, tokens = split_rewards(rewards, rollout.response_ids)
         rollout.token_rewards = tokens if self.scorer.per_token else None
         return scores
 
-    def _plan(self, rollout: Rollout) -> list[list[MiniBatch]]:
-        """The mini-batches of each epoch; depends on seed, step, lengths and number of ranks only."""
+    def _plan(self, rollout: Rollout) -> list[list[list[int]]]:
+        """The rows of each mini-batch of each epoch, of all ranks; depends on seed, step and their number only."""
         config, count = self.config, len(rollout.response_ids)
-        lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
         plan = []
         for epoch in range(config.ppo_epochs):
             draw = torch.Generator().manual_seed(derive_seed(config.seed, "order", self.run.step, epoch))
             order = torch.randperm(count, generator=draw).tolist()
-            cut = minibatches(count, config.mini_batch_size, order)
-            plan.append([MiniBatch.build(rows, lengths, self.budget) for rows in cut])
+            plan.append(minibatches(count, config.mini_batch_size, order))
         return plan
 
     # ----------------------------------------------------------------------------------------------------- experience
 
     @torch.no_grad()
-    def _experience(self, rollout: Rollout, epoch: list[MiniBatch]) -> tuple[Experience, dict[str, float]]:
-        """Old and reference log-probs, values, advantages.
+    def _forwards(self, rollout: Rollout, epoch: list[list[int]], mask: Tensor) -> list[Tensor | None]:
+        """Old and reference log-probs, values [B, T], values of the state behind each response [B]; None: not needed.
 
-        Computed over the very micro-batches of the first epoch, so that its ratio is exactly 1, not 1 + rounding. Each
-        rank computes its own rows; the sum over ranks puts them together.
+        Computed over the very micro-batches of the first epoch, so that its ratio is exactly 1, not 1 + rounding. Only
+        this rank's rows, zero elsewhere.
         """
-        config = self.config
-        mask = length_mask([len(r) for r in rollout.response_ids], self.device)
-        rollout_log_probs = scatter(torch.cat(rollout.policy_log_probs).to(self.device), mask)
-        old, ref = torch.zeros_like(rollout_log_probs), torch.zeros_like(rollout_log_probs)
-        critic, fresh = self.critic, config.old_log_probs == "recompute"
-        values = None if critic is None else torch.zeros_like(old)
-        ends = torch.zeros(len(mask), device=self.device) if config.bootstrap_truncated else None
+        config, critic, fresh = self.config, self.critic, self.config.old_log_probs == "recompute"
+        old, ref = torch.zeros(2, *mask.shape, device=self.device)
         decoded = critic is not None and critic.shares_trunk and not fresh
-        if decoded:  # of all ranks' rows
-            values = scatter(torch.cat(rollout.values).to(self.device), mask)
-        for rows in (rows for mini in epoch for rows in mini.groups):
+        values = None if critic is None or decoded else torch.zeros_like(old)
+        ends = torch.zeros(len(mask), device=self.device) if config.bootstrap_truncated else None
+        for rows in (rows for mini in epoch for rows in rollout.micro_batches(mini, self.backoff.tokens)):
             batch, own = rollout.tokens(rows, self.device), mask[rows]
             if fresh:
                 hidden = batch.hidden(self.policy)
@@ -264,7 +271,19 @@ class PPOTrainer:
                 ends[rows] = critic.end_values(rollout, rows)
             with self.roles.reference() as model:
                 ref[rows] = scatter(response_log_probs(model, batch, config.temperature), own)
-        distributed.add_up(old, ref, *(t for t in (None if decoded else values, ends) if t is not None))
+        return [old, ref, values, ends]
+
+    @torch.no_grad()
+    def _experience(self, rollout: Rollout, epoch: list[list[int]]) -> tuple[Experience, dict[str, float]]:
+        """What the update needs. epoch: the mini-batches of the first pass, as rows of all ranks."""
+        config, fresh = self.config, self.config.old_log_probs == "recompute"
+        mask = length_mask([len(r) for r in rollout.response_ids], self.device)
+        rollout_log_probs = scatter(torch.cat(rollout.policy_log_probs).to(self.device), mask)
+        computed = self.backoff.attempt(partial(self._forwards, rollout, epoch, mask))
+        distributed.add_up(*(tensor for tensor in computed if tensor is not None))
+        old, ref, values, ends = computed
+        if values is None and self.critic is not None:  # decoding computed them
+            values = scatter(torch.cat(rollout.values).to(self.device), mask)
         weights, mismatch = None, {}
         if not fresh:  # the ratio is against the sampler itself; the learner measures
             old = rollout_log_probs

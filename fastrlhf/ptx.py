@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import distributed
@@ -13,7 +14,7 @@ from fastrlhf.config import PPOConfig, UserError
 from fastrlhf.data import Sampler, encode_rows, load_conversations
 from fastrlhf.examples import Batch, Example, encode_example, target_count, target_log_probs
 from fastrlhf.guards import check_rows
-from fastrlhf.optim import micro_batches, token_budget
+from fastrlhf.optim import micro_batches
 
 
 class PretrainingMix:
@@ -28,31 +29,30 @@ class PretrainingMix:
         """UserError for rows with tokens or positions that the model has not."""
         check_rows(model, [e.ids for e in examples], _limit(config), field="max_prompt_tokens + max_new_tokens")
         self.examples, self.coef, self.rows = examples, config.ptx_coef, config.mini_batch_size
-        self.budget = token_budget(config.micro_batch_tokens, model.device)
         self.sampler = Sampler(len(examples), config.seed)
 
-    def backward(self, model: PreTrainedModel) -> float:
-        """Add the next rows' share to the gradients -> their mean loss, nats a target token, without ptx_coef.
+    def backward(self, model: PreTrainedModel, budget: int) -> Tensor:
+        """Add the next rows' share to the gradients -> their mean loss, nats a target token, without ptx_coef; of this
+        rank's rows, so that the ranks' sum is the whole. budget: tokens of a micro-batch.
 
         Where the memory runs out the same rows are drawn again at the next call.
         """
         before = self.sampler.state_dict()
         try:
-            return self._backward(model, [self.examples[i] for i in self.sampler.take(self.rows)])
-        except torch.OutOfMemoryError:
+            return self._backward(model, budget, [self.examples[i] for i in self.sampler.take(self.rows)])
+        except RuntimeError:  # of which running out of memory is one
             self.sampler.load_state_dict(before)
             raise
 
-    def _backward(self, model: PreTrainedModel, examples: list[Example]) -> float:
+    def _backward(self, model: PreTrainedModel, budget: int, examples: list[Example]) -> Tensor:
         targets, total = target_count(examples), torch.zeros((), device=model.device)
         mine = [examples[i] for i in distributed.own([len(e.ids) for e in examples])]
-        for group in micro_batches([len(e.ids) for e in mine], self.budget):
+        for group in micro_batches([len(e.ids) for e in mine], budget):
             batch = Batch.build([[mine[i]] for i in group], model.device)
             loss = -target_log_probs(model, batch).sum() / targets
             (self.coef * loss).backward()
             total += loss.detach()
-        distributed.add_up(total)
-        return float(total)
+        return total
 
     def state(self) -> dict[str, Any]:
         return self.sampler.state_dict()

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import distributed, models
+from fastrlhf.backoff import Backoff
 from fastrlhf.config import RewardConfig, UserError
 from fastrlhf.data import Counts, Sampler, encode_rows, load_feedback, split_heldout
 from fastrlhf.feedback import Feedback
 from fastrlhf.guards import UpdateGuard, check_rows
-from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, optimizer_options, token_budget
+from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, optimizer_options
 from fastrlhf.rewards import score_rows
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import throughput
@@ -140,11 +142,12 @@ class RewardTrainer:
         ordered = any(ordered_pairs(r.feedback) for r in self.eval_records)
         self.best_metric = ("accuracy/eval", True) if ordered else ("loss/eval", False)
         self.device = self.model.device
-        self.budget = token_budget(config.micro_batch_tokens, self.device)
+        self.backoff = Backoff(config, self.device)
         self.optimizer = Optimizer(self.model, learning_rate=config.learning_rate, **optimizer_options(config))
         self.total_steps = config.total_steps or math.ceil(config.epochs * len(self.records) / config.mini_batch_size)
         self.sampler, self.guard = Sampler(len(self.records), config.seed), UpdateGuard()
         self.run = Run(self)
+        self.backoff.report = self.run.tracker.event
         for text in notes:
             self.run.tracker.note(text)
 
@@ -206,20 +209,9 @@ class RewardTrainer:
     def run_step(self) -> RewardStep:
         config = self.config
         records = [self.records[i] for i in self.sampler.take(config.mini_batch_size)]
-        counts = torch.zeros(2)  # ordered pairs, and those scored in the right order
         self.model.train()  # transformers checkpoints activations in this mode only; dropout is off in both
         with self.run.tracker.phase("update"):
-            total = torch.zeros((), device=self.device)
-            for group in self._groups(records):
-                scores = models.sequence_scores(self.model, [row for record in group for row in record.rows])
-                parts = scores.split([len(record.rows) for record in group])
-                losses = [record_loss(s, r.feedback) for s, r in zip(parts, group, strict=True)]
-                loss = torch.stack(losses).sum() / len(records)
-                loss.backward()
-                total += loss.detach()
-                for s, record in zip(parts, group, strict=True):
-                    values, ordered = s.tolist(), ordered_pairs(record.feedback)
-                    counts += torch.tensor([len(ordered), sum(values[i] > values[j] for i, j in ordered)])
+            total, counts = self.backoff.attempt(partial(self._accumulate, records), undo=self.optimizer.zero_grad)
             distributed.add_up(total, counts)
             rate = lr_at(
                 self.run.step, base=config.learning_rate, schedule=config.lr_schedule,
@@ -240,11 +232,27 @@ class RewardTrainer:
         tokens = sum(len(row) for record in records for row in record.rows)
         return RewardStep(metrics, throughput("perf/tokens", tokens, self.device))
 
+    def _accumulate(self, records: list[Record]) -> tuple[Tensor, Tensor]:
+        """This rank's gradients of an optimizer step, micro-batch by micro-batch -> their loss; how many ordered pairs,
+        and how many of them in the right order."""
+        total, counts = torch.zeros((), device=self.device), torch.zeros(2)
+        for group in self._groups(records):
+            scores = models.sequence_scores(self.model, [row for record in group for row in record.rows])
+            parts = scores.split([len(record.rows) for record in group])
+            losses = [record_loss(s, r.feedback) for s, r in zip(parts, group, strict=True)]
+            loss = torch.stack(losses).sum() / len(records)
+            loss.backward()
+            total += loss.detach()
+            for s, record in zip(parts, group, strict=True):
+                values, ordered = s.tolist(), ordered_pairs(record.feedback)
+                counts += torch.tensor([len(ordered), sum(values[i] > values[j] for i, j in ordered)])
+        return total, counts
+
     def _groups(self, records: list[Record]) -> Iterator[list[Record]]:
         """This rank's records under the token budget; the responses of one stay together, its loss needs them all."""
         sizes = [len(r.rows) * max(map(len, r.rows)) for r in records]
         mine = distributed.own(sizes)
-        for group in micro_batches([sizes[i] for i in mine], self.budget):
+        for group in micro_batches([sizes[i] for i in mine], self.backoff.tokens):
             yield [records[mine[i]] for i in group]
 
     # ------------------------------------------------------------------------------------- evaluation and checkpoints
@@ -258,8 +266,8 @@ class RewardTrainer:
         rows = [row for r in self.eval_records for row in r.rows]
         scores = torch.zeros(len(rows))
         mine = distributed.own([len(row) for row in rows])
-        if mine:
-            scores[mine] = score_rows(self.model, [rows[i] for i in mine], self.budget)
+        own = [rows[i] for i in mine]
+        scores[mine] = self.backoff.attempt(lambda: score_rows(self.model, own, self.backoff.tokens))
         distributed.add_up(scores)
         parts = scores.split([len(r.rows) for r in self.eval_records])
         both = list(zip(parts, (r.feedback for r in self.eval_records), strict=True))
@@ -280,7 +288,8 @@ class RewardTrainer:
         return {"model": Trained(self.model, self.optimizer)}
 
     def state(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict(), "guard": self.guard.state()}
+        parts = {"guard": self.guard, "backoff": self.backoff}
+        return {"sampler": self.sampler.state_dict(), **{name: part.state() for name, part in parts.items()}}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {}
@@ -288,6 +297,7 @@ class RewardTrainer:
     def load_state(self, state: dict[str, Any], tensors: Callable[[str], dict[str, Tensor]]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.guard.load_state(state["guard"])
+        self.backoff.load_state(state["backoff"])
 
 
 def margin_histogram(margins: Sequence[float]) -> dict[str, int]:

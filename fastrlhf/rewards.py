@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.backoff import Backoff
 from fastrlhf.callables import UserFunction, is_function_reference, load_function, name_of
 from fastrlhf.config import UserError
 from fastrlhf.models import load_reward_model, load_tokenizer, sequence_scores
@@ -55,6 +56,7 @@ class RewardModelScorer:
         self.tokenizer = tokenizer
         self.same_tokenizer = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
         self.budget = token_budget(micro_batch_tokens, model.device)
+        self.backoff: Backoff | None = None  # of the run that it scores for
 
     def __call__(self, batch: Scorable) -> list[float | None]:
         if self.same_tokenizer:
@@ -62,15 +64,19 @@ class RewardModelScorer:
         else:
             pairs = zip(batch.raw_prompts, batch.responses, strict=True)
             rows = [encode_prompt(self.tokenizer, p) + encode_response(self.tokenizer, p, r) for p, r in pairs]
-        return score_rows(self.model, rows, self.budget).tolist()
+        backoff = self.backoff
+        if backoff is None:
+            return score_rows(self.model, rows, self.budget).tolist()
+        return backoff.attempt(lambda: score_rows(self.model, rows, backoff.tokens)).tolist()
 
 
-@torch.no_grad()
 def score_rows(model: PreTrainedModel, rows: list[list[int]], budget: int) -> Tensor:
     """Scores [B] fp32 on the CPU, computed in micro-batches of at most `budget` padded tokens."""
     scores = torch.empty(len(rows), dtype=torch.float32)
     for group in micro_batches([len(row) for row in rows], budget):
-        scores[group] = sequence_scores(model, [rows[i] for i in group]).cpu()
+        with torch.inference_mode():
+            found = sequence_scores(model, [rows[i] for i in group])
+        scores[group] = found.cpu()
     return scores
 
 
@@ -79,6 +85,8 @@ class FunctionScorer:
 
     per_token: one of them takes `response_ids`; the rewards are then lists, a number for each token.
     """
+
+    model: PreTrainedModel | None = None  # it has none
 
     def __init__(self, functions: Sequence[tuple[str, float, RewardFunction]]) -> None:
         self.functions = [(UserFunction(f"reward function {name}", fn, 2), weight) for name, weight, fn in functions]

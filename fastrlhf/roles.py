@@ -8,15 +8,18 @@ ref_refresh_every               with lora the reference is an adapter too (refer
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import models
 from fastrlhf.adapters import POLICY, REFERENCE, VALUE, Adapters
 from fastrlhf.config import PPOConfig, UserError
 from fastrlhf.critic import Critic
+from fastrlhf.offload import Offload
 from fastrlhf.rewards import FunctionScorer, RewardModelScorer
 from fastrlhf.rollout import derive_seed
 
@@ -31,12 +34,17 @@ class Roles:
     ref_policy: PreTrainedModel | None
     critic: Critic | None
     adapters: Adapters | None
+    offload: Offload
 
-    def reference(self) -> AbstractContextManager[PreTrainedModel]:
-        """Inside, the model it gives is the reference policy."""
+    @contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """Inside, the model it gives is the reference policy, on the device; no gradient can be taken."""
         if self.ref_policy is not None:
-            return nullcontext(self.ref_policy)
-        return self.adapters.using(REFERENCE if REFERENCE in self.adapters.roles else None)
+            way = self.offload.here(self.ref_policy)
+        else:
+            way = self.adapters.using(REFERENCE if REFERENCE in self.adapters.roles else None)
+        with way as model, torch.inference_mode():
+            yield model
 
 
 def load_roles(
@@ -60,7 +68,8 @@ def load_roles(
         reference = models.freeze(models.load_policy(ref_policy, *how))
     else:
         reference = models.frozen_copy(trained) if adapters is None else None
-    return Roles(trained, reference, _make_critic(config, tokenizer, scorer, trained, value_model, adapters), adapters)
+    critic = _make_critic(config, tokenizer, scorer, trained, value_model, adapters)
+    return Roles(trained, reference, critic, adapters, Offload(trained.device))
 
 
 def _check_value_model(config: PPOConfig, value_model: Source) -> None:

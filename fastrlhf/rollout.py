@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.cached_attention import attending, uses_interface
 from fastrlhf.decoding import Decoder, Row, Sampling
@@ -225,11 +225,7 @@ class RolloutEngine:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"stop_token_ids: {token} is outside the vocabulary of {vocabulary} tokens")
         embeddings = self.model.get_input_embeddings().weight.shape[0]
-        positions = getattr(config, "max_position_embeddings", None) or math.inf
-        rope = getattr(config, "rope_parameters", None) or {}
-        changing = rope.get("rope_type") in ("longrope", "dynamic")  # frequencies that depend on the longest sequence
-        switch = rope.get("original_max_position_embeddings") if changing else None
-        switch = math.inf if switch is None else switch
+        positions, switch = _position_limits(config)
         for index, prompt in enumerate(prompt_ids):
             if len(prompt) == 0:
                 raise ValueError(f"prompt {index} is empty; a reply needs at least one token to start from")
@@ -247,8 +243,8 @@ class RolloutEngine:
             if need > switch:
                 raise ValueError(
                     f"prompt {index} needs {need} positions: from {switch} on {type(self.model).__name__} turns all "
-                    f"positions another way (rope_type {rope['rope_type']!r}), which cached keys cannot follow; use "
-                    "shorter prompts or a smaller max_new_tokens"
+                    f"positions another way (rope_type {config.rope_parameters['rope_type']!r}), which cached keys "
+                    "cannot follow; use shorter prompts or a smaller max_new_tokens"
                 )
             if self.max_batch_tokens is not None and need > self.max_batch_tokens:
                 gib = need * cache_bytes_per_token(self.model)
@@ -256,6 +252,20 @@ class RolloutEngine:
                     f"max_batch_tokens={self.max_batch_tokens} is too small for prompt {index}: one sequence needs "
                     f"{need} tokens of cache ({gib} bytes)"
                 )
+
+
+def position_limits(model: PreTrainedModel) -> float:
+    """Tokens of the longest sequence that can be generated; inf where the model sets no end."""
+    return min(_position_limits(model.config.get_text_config()))
+
+
+def _position_limits(config: PreTrainedConfig) -> tuple[float, float]:
+    """The model's positions, and from how many on it turns them all another way."""
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    changing = rope.get("rope_type") in ("longrope", "dynamic")  # frequencies that depend on the longest sequence
+    switch = rope.get("original_max_position_embeddings") if changing else None
+    return positions, math.inf if switch is None else switch
 
 
 def derive_seed(*parts: object) -> int:

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import distributed, models
+from fastrlhf.backoff import Backoff
 from fastrlhf.config import SFTConfig, UserError
 from fastrlhf.data import Counts, Sampler, encode_rows, load_conversations, pack, split_heldout
 from fastrlhf.examples import Batch, Example, encode_example, target_count, target_log_probs
 from fastrlhf.guards import UpdateGuard, check_rows
-from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, optimizer_options, token_budget
+from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, optimizer_options
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import throughput
 from fastrlhf.templates import resolve_chat_template
@@ -69,11 +70,12 @@ class SFTTrainer:
             new = getattr(self.model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
             (new or self.model.gradient_checkpointing_enable)()
         self.device = self.model.device
-        self.budget = token_budget(config.micro_batch_tokens, self.device)
+        self.backoff = Backoff(config, self.device)
         self.optimizer = Optimizer(self.model, learning_rate=config.learning_rate, **optimizer_options(config))
         self.total_steps = config.total_steps or math.ceil(config.epochs * len(self.examples) / config.mini_batch_size)
         self.sampler, self.guard = Sampler(len(self.examples), config.seed), UpdateGuard()
         self.run = Run(self)
+        self.backoff.report = self.run.tracker.event
         for text in notes:
             self.run.tracker.note(text)
 
@@ -114,14 +116,9 @@ class SFTTrainer:
     def run_step(self) -> SFTStep:
         config = self.config
         examples = [self.examples[i] for i in self.sampler.take(config.mini_batch_size)]
-        targets = target_count(examples)
         self.model.train()  # transformers checkpoints activations in this mode only; dropout is off in both
         with self.run.tracker.phase("update"):
-            total = torch.zeros((), device=self.device)
-            for batch in self._batches(examples):
-                loss = -self._log_probs(batch).sum() / targets
-                loss.backward()
-                total += loss.detach()
+            total = self.backoff.attempt(partial(self._accumulate, examples), undo=self.optimizer.zero_grad)
             distributed.add_up(total)
             rate = lr_at(
                 self.run.step, base=config.learning_rate, schedule=config.lr_schedule,
@@ -139,13 +136,22 @@ class SFTTrainer:
         }
         return SFTStep(metrics, throughput("perf/tokens", sum(len(e.ids) for e in examples), self.device))
 
+    def _accumulate(self, examples: Sequence[Example]) -> Tensor:
+        """This rank's gradients of an optimizer step, micro-batch by micro-batch -> their loss."""
+        total, targets = torch.zeros((), device=self.device), target_count(examples)
+        for batch in self._batches(examples):
+            loss = -self._log_probs(batch).sum() / targets
+            loss.backward()
+            total += loss.detach()
+        return total
+
     def _batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """This rank's rows of one example each, or of several where packing is on, grouped under the token budget."""
         examples = [examples[i] for i in distributed.own([len(e.ids) for e in examples])]
         lengths = [len(e.ids) for e in examples]
         rows = pack(lengths, self.config.max_tokens) if self.config.packing else [[i] for i in range(len(lengths))]
         sizes = [sum(lengths[i] for i in row) for row in rows]
-        for group in micro_batches(sizes, self.budget):
+        for group in micro_batches(sizes, self.backoff.tokens):
             filled = [[examples[i] for i in rows[r]] for r in group]
             if self.config.packing and "flash" in str(self.model.config._attn_implementation):
                 filled = [[example for row in filled for example in row]]  # it keeps examples apart in one row only
@@ -162,8 +168,8 @@ class SFTTrainer:
         if not self.eval_examples:
             return {}
         self.model.eval()
-        sums = [float(-self._log_probs(batch).sum()) for batch in self._batches(self.eval_examples)]
-        total = torch.tensor(sum(sums), dtype=torch.float64)
+        batches, nll = partial(self._batches, self.eval_examples), lambda batch: float(-self._log_probs(batch).sum())
+        total = torch.tensor(self.backoff.attempt(lambda: float(sum(map(nll, batches())))), dtype=torch.float64)
         distributed.add_up(total)
         loss = float(total) / target_count(self.eval_examples)
         return {"loss/eval": loss, "perplexity/eval": math.exp(min(loss, 700.0))}
@@ -172,7 +178,8 @@ class SFTTrainer:
         return {"model": Trained(self.model, self.optimizer)}
 
     def state(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict(), "guard": self.guard.state()}
+        parts = {"guard": self.guard, "backoff": self.backoff}
+        return {"sampler": self.sampler.state_dict(), **{name: part.state() for name, part in parts.items()}}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {}
@@ -180,6 +187,7 @@ class SFTTrainer:
     def load_state(self, state: dict[str, Any], tensors: Callable[[str], dict[str, Tensor]]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.guard.load_state(state["guard"])
+        self.backoff.load_state(state["backoff"])
 
 
 def _fitted(example: Example, config: SFTConfig, counts: Counts) -> Example | None:

@@ -52,7 +52,7 @@ def test_each_pass_is_valued_anew_and_trained_in_shuffled_mini_batches(form):
 
     def watching(rollout, experience, plan):
         now = torch.cat([t.critic.values(rollout.tokens([i], t.device)).detach() for i in range(24)])
-        seen.append((rollout, experience, [sorted(mini.rows) for mini in plan], now, copies_of(t)))
+        seen.append((rollout, experience, [sorted(mini) for mini in plan], now, copies_of(t)))
         return update(rollout, experience, plan)
 
     def copies_of(t):

@@ -11,7 +11,6 @@ import yaml
 
 from fastrlhf import PPOConfig, PPOTrainer, UserError
 from fastrlhf.advantages import RunningMoments, shape_scores
-from fastrlhf.batch import MiniBatch
 from fastrlhf.kl_control import KLController
 from fastrlhf.learner import response_log_probs
 from fastrlhf.optim import Optimizer
@@ -66,7 +65,7 @@ def test_the_adaptive_coefficient_is_what_the_rewards_use():
     assert coefs[0] == 0.05 and coefs[1] == pytest.approx(0.05 * 0.8) and coefs[3] > coefs[2]
     rollout, _ = t._rollout([t.prompts[0]] * 4, 1, purpose="rollout")
     rollout.scores = [0.0] * 4
-    plan = [MiniBatch(list(range(4)), [list(range(4))])]
+    plan = [list(range(4))]
     t.kl_controller.coef = 0.0
     without = t._experience(rollout, plan)[0].advantages
     t.kl_controller.coef = 5.0
@@ -203,13 +202,13 @@ def test_a_recipe_runs_shortened(name, tmp_path):
     assert not torch.equal(before, policy.lm_head.weight)
 
 
-STEERING = """total_steps rollout_batch_size samples_per_prompt ppo_epochs mini_batch_size micro_batch_tokens seed
-max_prompt_tokens max_new_tokens gradient_checkpointing dtype attention chat_template skip_bad_rows save_every
+STEERING = """total_steps rollout_batch_size samples_per_prompt ppo_epochs mini_batch_size seed
+max_prompt_tokens max_new_tokens chat_template skip_bad_rows save_every
 eval_every output_dir overwrite resume quantize"""
 
 
 def test_every_option_that_changes_the_numbers_has_a_line():
-    """docs/options.md: formula and source of each; not of what steers a run, or where and how fast it computes."""
+    """docs/options.md: formula and source of each; not of what steers a run."""
     text = (Path(__file__).parents[1] / "docs" / "options.md").read_text(encoding="utf-8")
     cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}

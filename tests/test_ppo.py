@@ -128,9 +128,9 @@ def test_sampled_ids_reach_the_loss_unchanged(monkeypatch):
     seen = []
     build = TokenBatch.build.__func__
 
-    def watch(cls, prompts, responses, device):
+    def watch(cls, prompts, responses, device, **how):
         seen.extend(tuple(p + r) for p, r in zip(prompts, responses, strict=True))
-        return build(cls, prompts, responses, device)
+        return build(cls, prompts, responses, device, **how)
 
     monkeypatch.setattr(TokenBatch, "build", classmethod(watch))
     step = next(iter(t))

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fastrlhf import PPOConfig, PPOTrainer, UserError, advantages
-from fastrlhf.batch import MiniBatch
 from fastrlhf.rewards import FunctionScorer, Scorable, split_rewards
 from tests import tiny
 
@@ -132,7 +131,7 @@ def test_a_run_optimises_what_is_still_to_come():
     rollout.scores = t._score(rollout)
     assert seen == [rollout.response_ids]
     assert rollout.scores == pytest.approx([sum(ids) / 100 for ids in rollout.response_ids])
-    experience, metrics = t._experience(rollout, [MiniBatch(list(range(6)), [list(range(6))])])
+    experience, metrics = t._experience(rollout, [list(range(6))])
     scale = torch.tensor(rollout.scores, dtype=torch.float64).std()
     assert metrics["reward/mean"] == pytest.approx(sum(rollout.scores) / 6, rel=1e-6)
     for row, ids in enumerate(rollout.response_ids):
