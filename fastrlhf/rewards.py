@@ -12,13 +12,16 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.adapter_folder import AdapterFolder
+from fastrlhf.adapters import REWARD, Adapters
 from fastrlhf.config import UserError
 from fastrlhf.models import load_reward_model, load_tokenizer, sequence_scores
 from fastrlhf.optim import micro_batches, token_budget
@@ -40,21 +43,34 @@ class Scorable:
 
 
 class RewardModelScorer:
-    """Scores with a sequence classifier: the policy's own token ids if the tokenizers agree, else re-encoded text."""
+    """Scores with a sequence classifier: the policy's own token ids if the tokenizers agree, else re-encoded text.
+
+    model None: `over` gives it later, the reward model is an adapter on the policy's base.
+    """
 
     name = "reward model"
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         policy_tokenizer: PreTrainedTokenizerBase,
         micro_batch_tokens: int | None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = None if model is None else model.eval().requires_grad_(False)
+        self.adapters: Adapters | None = None
+        self.head: nn.Linear | None = None
+        self.micro_batch_tokens = micro_batch_tokens
         self.tokenizer = tokenizer
         self.same_tokenizer = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-        self.budget = token_budget(micro_batch_tokens, model.device)
+
+    def over(self, adapters: Adapters, folder: AdapterFolder) -> None:
+        """Score with the reward adapter of a folder, over the base that `adapters` are on."""
+        adapters.add(REWARD, folder)
+        self.adapters = adapters
+        self.head = nn.Linear(folder.head["weight"].shape[1], 1, bias="bias" in folder.head).requires_grad_(False)
+        self.head.load_state_dict(folder.head)
+        self.head.to(adapters.model.device)
 
     def __call__(self, batch: Scorable) -> list[float | None]:
         if self.same_tokenizer:
@@ -62,15 +78,16 @@ class RewardModelScorer:
         else:
             pairs = zip(batch.raw_prompts, batch.responses, strict=True)
             rows = [encode_prompt(self.tokenizer, p) + encode_response(self.tokenizer, p, r) for p, r in pairs]
-        return score_rows(self.model, rows, self.budget).tolist()
+        with nullcontext(self.model) if self.adapters is None else self.adapters.using(REWARD) as model:
+            return score_rows(model, rows, token_budget(self.micro_batch_tokens, model.device), self.head).tolist()
 
 
 @torch.no_grad()
-def score_rows(model: PreTrainedModel, rows: list[list[int]], budget: int) -> Tensor:
-    """Scores [B] fp32 on the CPU, computed in micro-batches of at most `budget` padded tokens."""
+def score_rows(model: PreTrainedModel, rows: list[list[int]], budget: int, head: nn.Linear | None = None) -> Tensor:
+    """Scores [B] fp32 on the CPU, computed in micro-batches of at most `budget` padded tokens; head None: `score`."""
     scores = torch.empty(len(rows), dtype=torch.float32)
     for group in micro_batches([len(row) for row in rows], budget):
-        scores[group] = sequence_scores(model, [rows[i] for i in group]).cpu()
+        scores[group] = sequence_scores(model, [rows[i] for i in group], head).cpu()
     return scores
 
 
@@ -195,15 +212,19 @@ def make_scorer(
     dtype: str = "auto",
     attention: str = "auto",
     micro_batch_tokens: int | None = None,
+    on_base: bool = False,
 ) -> RewardModelScorer | FunctionScorer:
-    """Whatever PPOTrainer accepts as `reward` -> a scorer. UserError says what is accepted."""
+    """Whatever PPOTrainer accepts as `reward` -> a scorer. UserError says what is accepted.
+
+    on_base: it is an adapter on the policy's base, which `RewardModelScorer.over` gives it.
+    """
     if is_function_reference(reward):
         reward = load_function(reward)  # type: ignore[arg-type]
     if isinstance(reward, (str, Path)):
         tokenizer = load_tokenizer(str(reward))
         if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
             resolve_chat_template(tokenizer, None)
-        model = load_reward_model(str(reward), dtype, attention)
+        model = None if on_base else load_reward_model(str(reward), dtype, attention)
         return RewardModelScorer(model, tokenizer, policy_tokenizer, micro_batch_tokens)
     if isinstance(reward, PreTrainedModel):
         model = load_reward_model(reward)
