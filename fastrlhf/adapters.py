@@ -148,6 +148,11 @@ class Adapters:
         finally:
             self._activate(self.roles[0])
 
+    def layers_active(self) -> tuple[str, ...]:
+        """The adapters that compute now."""
+        first = next(iter(self.layers.values()))
+        return () if first.disable_adapters else tuple(first.active_adapters)
+
     def active(self, role: str | None) -> tuple[str, ...]:
         """The adapters that make the model of `role`, in the order they are added."""
         return self.fixed.get(role) or self.under + (() if role is None else (role,))
@@ -218,10 +223,9 @@ class Adapters:
             if quantized:
                 lost += float((merged[f"{name}.weight"].float() - exact).square().sum())
                 total += float(exact.square().sum())
+        done = {name.rpartition(".")[0] for name in merged}
         for name, tensor in self.model.state_dict().items():
-            owner = name.rpartition(".")[0]
-            held = f"{owner}.weight" in merged
-            if not held and ".base_layer." not in name and ".lora_" not in name:
+            if name.rpartition(".")[0] not in done and ".base_layer." not in name and ".lora_" not in name:
                 merged[name] = tensor
         if total:
             self.report(self._loss(math.sqrt(lost / total)))
