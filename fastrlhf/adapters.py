@@ -236,7 +236,7 @@ class Adapters:
         return (
             f"merged into the dequantised base: rounding to {dtype} changes these weights by {rounding:.2g} of their "
             f"Frobenius norm; the base they were trained on differs from the one given by "
-            f"{self.model.quantization_error:.2%}, which stays in them"
+            f"{self.model.base_model.quantization_error:.2%}, which stays in them"
         )
 
     def write(self, folder: str | Path, role: str, head: Mapping[str, Tensor] | None = None) -> None:

@@ -52,8 +52,9 @@ class QuantizedLinear(nn.Linear):
         functions = bitsandbytes(f"quantize: {self.kind!r}", "use quantize=none").functional
         if self.kind == "int8":
             return functions.int8_vectorwise_dequant(self.weight, self.scale).to(dtype)
-        out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
-        return functions.dequantize_4bit(self.weight, absmax=self.scale, out=out, blocksize=BLOCK, quant_type="nf4")
+        shape = torch.Size((self.out_features, self.in_features))
+        how = {"shape": shape, "dtype": dtype, "blocksize": BLOCK, "quant_type": "nf4"}
+        return functions.dequantize_4bit(self.weight, functions.QuantState(self.scale, **how))
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self)
@@ -78,7 +79,7 @@ class _Product(torch.autograd.Function):
 @torch.no_grad()
 def quantize_trunk(model: PreTrainedModel, kind: str, device: torch.device) -> None:
     """Replace the linear layers of the trunk, in place, one after the other on `device`; heads, embeddings and norms
-    stay. Notes `quantization_error` on the model: |W_q - W| / |W| over all of them (Frobenius norms).
+    stay. Notes `quantization_error` on the trunk: |W_q - W| / |W| over all of them (Frobenius norms).
 
     Raises UserError where bitsandbytes is missing or the model has no linear layer in its trunk.
     """
@@ -102,7 +103,7 @@ def quantize_trunk(model: PreTrainedModel, kind: str, device: torch.device) -> N
         parent, _, last = name.rpartition(".")
         setattr(trunk.get_submodule(parent), last, new)
     if total:
-        model.quantization_error = math.sqrt(off / total)
+        trunk.quantization_error = math.sqrt(off / total)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -116,5 +117,5 @@ def quantization_note(model: PreTrainedModel) -> str:
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     return (
         f"quantize: {len(layers)} linear layers in {next(iter(layers)).kind}, {held / weights:.3g} bytes a weight; "
-        f"they differ from the given ones by {model.quantization_error:.2%} (Frobenius norm)"
+        f"they differ from the given ones by {model.base_model.quantization_error:.2%} (Frobenius norm)"
     )
