@@ -148,5 +148,6 @@ def merge_into(model: PreTrainedModel, folder: AdapterFolder) -> PreTrainedModel
 
 def take_generation_config(model: PreTrainedModel, folder: Path) -> None:
     """Stop tokens and the like from beside the adapter, where they are."""
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        model.generation_config = GenerationConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))

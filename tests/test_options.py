@@ -199,7 +199,7 @@ def test_a_recipe_runs_shortened(name, tmp_path):
 
 STEERING = """total_steps rollout_batch_size samples_per_prompt ppo_epochs mini_batch_size micro_batch_tokens seed
 max_prompt_tokens max_new_tokens gradient_checkpointing dtype attention chat_template skip_bad_rows save_every
-eval_every output_dir overwrite resume quantize ema_decay ptx_coef"""
+eval_every output_dir overwrite resume ema_decay ptx_coef"""
 
 
 def test_every_option_that_changes_the_numbers_has_a_line():
