@@ -82,13 +82,19 @@ def estimate(
     response_mask: Tensor,
     config: PPOConfig,
     kl_coef: float | None = None,
+    *,
+    token_rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns [B, T] fp32 from shaped scores [B] (NaN rows must be masked out already).
 
     gae: Schulman et al. 2016 over per-token rewards (values [B, T]). reinforce++: reward-to-go, no critic (Hu 2025).
     grpo: (R - group mean) / (group deviation + 1e-4) (Shao et al. 2024); dr_grpo: without the division (Liu et al.
     2025); rloo: minus the mean of the group's others (Ahmadian et al. 2024). R is the score less the summed KL penalty.
-    kl_coef: of the step; None: the configured one.
+    Positions inside a row that response_mask leaves out are skipped: no reward, no discount, no advantage.
+    kl_coef: of the step; None: the configured one. token_rewards [B, T], in the scale of the scores: gae and
+    reinforce++ get them where they fall, and the last token what is left of the score, so that a row's rewards still
+    sum to its score. bootstrap_values [B]: gae's value of the state after each row (0: the response ended there).
     """
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
     kl_coef = kl_coef if config.kl_in == "reward" else 0.0
@@ -99,18 +105,30 @@ def estimate(
         advantages = advantages[:, None].expand_as(log_probs).where(response_mask, 0.0)
         returns = torch.zeros_like(advantages)
     else:
-        rewards = shape_rewards(
-            scores, log_probs, ref_log_probs, response_mask, kl_coef=kl_coef, estimator=config.kl_estimator
-        )
+        early = torch.zeros_like(log_probs) if token_rewards is None else _before_last(token_rewards, response_mask)
+        rewards = early + shape_rewards(
+            scores - early.sum(1), log_probs, ref_log_probs, response_mask,
+            kl_coef=kl_coef, estimator=config.kl_estimator,
+        )  # fmt: skip
         use_critic = config.advantage == "gae"
         base = values if use_critic else torch.zeros_like(log_probs)
         gae_lambda = config.gae_lambda if use_critic else 1.0
-        advantages, returns = gae(rewards, base, response_mask, gamma=config.gamma, gae_lambda=gae_lambda)
+        advantages, returns = gae(
+            rewards, base, response_mask, gamma=config.gamma, gae_lambda=gae_lambda, bootstrap_values=bootstrap_values
+        )
         if config.whiten_advantages:
-            advantages = masked_whiten(advantages, response_mask)
+            size = config.samples_per_prompt if config.whiten_advantages == "group" else len(advantages)
+            parts = zip(advantages.split(size), response_mask.split(size), strict=True)
+            advantages = torch.cat([masked_whiten(part, mask) for part, mask in parts])
     if config.advantage_clip is not None:
         advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
     return advantages, returns
+
+
+def _before_last(token_rewards: Tensor, response_mask: Tensor) -> Tensor:
+    """[B, T]: the rewards of every token of the mask but the last of its row."""
+    left = response_mask.flip(1).cumsum(1).flip(1)  # tokens of the row from here on
+    return token_rewards.where(response_mask & (left > 1), 0.0)
 
 
 def _group_advantages(rewards: Tensor, scorable: Tensor, config: PPOConfig) -> Tensor:

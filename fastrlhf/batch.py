@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Rollout:
 
     prompts: list[str]
     raw_prompts: list[str | list[dict]]
+    samples_per_prompt: int
     columns: dict[str, list]
     prompt_ids: list[list[int]]
     response_ids: list[list[int]]
@@ -32,6 +34,7 @@ class Rollout:
     policy_log_probs: list[Tensor]
     values: list[Tensor] | None = None  # of a critic on the policy's trunk
     scores: list[float | None] = field(default_factory=list)
+    token_rewards: list[Tensor] | None = None  # of per-token reward functions; they sum to the scores
 
     def tokens(self, rows: list[int], device: torch.device) -> TokenBatch:
         """These rows as tensors."""
@@ -59,6 +62,13 @@ class Experience:
         """-> a function from [B, T] to the [N] response tokens of these rows, in the order of TokenBatch."""
         own = self.token_mask[rows]
         return lambda tensor: tensor[rows][own]
+
+
+class MiniBatch(NamedTuple):
+    """The rows of one optimizer step: those of all ranks, and this rank's own as micro-batches."""
+
+    rows: list[int]
+    groups: list[list[int]]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The command line: parse, call, print. torch is imported inside a verb, after the first line is on the screen.
 
-Exit codes: 0 done, 1 a bug or a verdict not met, 2 the user's mistake, 75 interrupted and resumable.
+Exit codes: 0 done, 1 a bug, a lost rank or a verdict not met, 2 the user's mistake, 75 interrupted and resumable.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from fastrlhf import __version__
+from fastrlhf import __version__, launch
+from fastrlhf.launch import RankLost
 
-EXIT_DONE, EXIT_USER_ERROR, EXIT_KILLED = 0, 2, 130
+EXIT_DONE, EXIT_BUG, EXIT_USER_ERROR, EXIT_KILLED = 0, 1, 2, 130
 MESSAGE_LINES = 4
 STAGES = {"sft": "sft", "reward": "reward_model", "ppo": "ppo"}  # verb -> module
 VERBS = {
@@ -53,8 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if "--debug" in arguments:
             traceback.print_exc()
-        _print_error(str(error))
+        if _speaks():
+            _print_error(str(error))
         return EXIT_USER_ERROR
+    except RankLost as error:
+        if _speaks():
+            _print_error(f"{error}; go on with: fastrlhf resume RUN_DIR")
+        return EXIT_BUG
 
 
 def _run(arguments: list[str]) -> int:
@@ -251,8 +257,15 @@ def _check_model(argument: str, source: str) -> None:
         _user_error(f"{argument}: {problem}")
 
 
+def _speaks() -> bool:
+    """Whether this process prints an error that others of the run have too: the first to ask does."""
+    distributed = sys.modules.get("fastrlhf.distributed")
+    return launch.local_rank() == 0 if distributed is None else distributed.first_to_say()
+
+
 def _first_line(verb: str, what: str) -> None:
-    print(f"fastrlhf {__version__} {verb}: {what}", flush=True)
+    if launch.rank() == 0:
+        print(f"fastrlhf {__version__} {verb}: {what}", flush=True)
 
 
 def _shown(text: str) -> str:

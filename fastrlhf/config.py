@@ -216,6 +216,8 @@ class PPOConfig(StageConfig):
             wrong.append(f"overlong_penalty = {self.overlong_penalty}: above max_new_tokens = {self.max_new_tokens}")
         if self.whiten_advantages == "group" and per_prompt < 2:
             wrong.append("whiten_advantages = group: a group needs samples_per_prompt >= 2")
+        if self.best_of_n and not self.eval_every:
+            wrong.append(f"best_of_n = {self.best_of_n}: measured at the first evaluation; set eval_every above 0")
         return wrong + self._critic_contradictions()
 
     def _critic_contradictions(self) -> list[str]:

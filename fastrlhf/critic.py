@@ -6,7 +6,7 @@ Every form is read the same way: hidden states of the trunk that predict the res
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastrlhf.adapters import VALUE, Adapters
-from fastrlhf.batch import TokenBatch
-from fastrlhf.models import scalar_outputs
+from fastrlhf.batch import Rollout, TokenBatch
+from fastrlhf.models import last_hidden, scalar_outputs
 
 
 class Critic:
@@ -60,6 +60,17 @@ class Critic:
         """V(s_t) [N] fp32 of the response tokens of a batch."""
         with self.active():
             return self.read(batch.hidden(self.trunk))
+
+    def end_values(self, rollout: Rollout, rows: Sequence[int]) -> Tensor:
+        """V of the state after the last token [len(rows)] fp32 of the rollout's responses `rows`; 0 where a stop token
+        ended it, for nothing follows."""
+        values = torch.zeros(len(rows), device=self.trunk.device)
+        cut = [place for place, row in enumerate(rows) if not rollout.finished[row]]
+        if cut:
+            whole = [rollout.prompt_ids[rows[place]] + rollout.response_ids[rows[place]] for place in cut]
+            with self.active():
+                values[cut] = self.read(last_hidden(self.trunk, whole))
+        return values
 
     def parameters(self) -> dict[str, Tensor]:
         """What the critic's optimizer trains, by name. With a shared trunk that is the head: the policy's optimizer

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastrlhf.config import INPUTS, StageConfig
+from fastrlhf.callables import is_function_reference, load_function
+from fastrlhf.config import INPUTS, PPOConfig, StageConfig
 from fastrlhf.data import Counts, load_conversations, load_feedback, load_prompts
+from fastrlhf.evaluation import Evaluation
 from fastrlhf.models import check_source
-from fastrlhf.rewards import is_function_reference, load_function
 
 
 def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> list[str]:
@@ -20,10 +21,12 @@ def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> 
             continue
         if spec.kind == "data":
             lines.append(f"{name}: {_rows(name, value, config).line()}")
-        elif spec.kind in ("reward", "function"):
+        elif spec.kind == "reward":
             _check_reward(value)
-        else:
+        elif spec.kind == "model":
             check_source(value, name)
+    if isinstance(config, PPOConfig):
+        Evaluation(config, inputs.get("judge"), prompts="eval_prompts" in inputs)
     return lines
 
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf import models
+from fastrlhf import distributed, models
 from fastrlhf.adapters import POLICY, Adapters
-from fastrlhf.batch import Experience, Rollout, TokenBatch
+from fastrlhf.batch import Experience, MiniBatch, Rollout, TokenBatch
 from fastrlhf.config import PPOConfig
 from fastrlhf.critic import Critic
 from fastrlhf.guards import UpdateGuard
+from fastrlhf.kl_loss import fused_kl, separate_kl, with_value
 from fastrlhf.optim import Optimizer, Trained, lr_at, optimizer_options
 from fastrlhf.sequence_ratio import sequence_ratio_loss
 from fastrlhf.stats import Stats, mismatch_metrics
@@ -73,30 +74,28 @@ class Learner:
                 models.make_trainable(critic.trunk, config.gradient_checkpointing)
             self.value_optimizer = Optimizer(critic.parameters(), learning_rate=config.critic_learning_rate, **common)
 
-    def update(self, rollout: Rollout, experience: Experience, plan: list, step: int) -> dict[str, float]:
+    def update(
+        self, rollout: Rollout, experience: Experience, plan: list[list[MiniBatch]], step: int
+    ) -> dict[str, float]:
         """ppo_epochs passes over the rollout -> mean metrics of the updates.
 
-        plan: row numbers as [epoch][mini-batch][micro-batch][row]; step: number of the PPO step, from 0.
+        plan: the mini-batches of each epoch; step: number of the PPO step, from 0.
         """
         config, stats = self.config, Stats()
         warming_up = step < config.critic_warmup_steps
         joint = self.critic is not None and self.critic.shares_trunk and not warming_up
         decoded = config.old_log_probs == "rollout"  # then the first forward of the policy shows the mismatch
         mismatch = mismatch_metrics(*torch.zeros(2, 0)) if decoded else {}
-        seen: list[Tensor] = []
+        seen: list[Tensor] | None = None
         for mini in (mini for epoch in plan for mini in epoch):
             if self.critic is not None and not joint:
                 self._update(rollout, experience, mini, stats, critic=True)
             if warming_up:
                 continue
-            first = decoded and not seen
+            first = decoded and seen is None
             seen = self._update(rollout, experience, mini, stats, policy=True, critic=joint)
             if first:
-                takes = [experience.take(rows) for rows in mini]
-                old, own = (
-                    torch.cat([take(t) for take in takes]) for t in (experience.old_log_probs, experience.response_mask)
-                )
-                mismatch = mismatch_metrics(torch.cat(seen)[own], old[own])
+                mismatch = self._mismatch(experience, mini, seen)
             if config.target_kl is not None and stats.last("kl/approx") > 1.5 * config.target_kl:
                 stats.add("update/stopped_early", 1.0)
                 break
@@ -106,7 +105,7 @@ class Learner:
         self,
         rollout: Rollout,
         experience: Experience,
-        mini: list[list[int]],
+        mini: MiniBatch,
         stats: Stats,
         *,
         policy: bool = False,
@@ -116,14 +115,14 @@ class Learner:
 
         -> the log-probs [N] of each micro-batch's response tokens before the step (0 where a row does not count).
         """
-        normalizer = self._normalizer(experience.response_mask, mini)
+        normalizer = self._normalizer(experience.response_mask, mini.rows)
         totals = {
             "policy": torch.zeros(len(POLICY_STATS) + 1, device=self.device),
             "critic": torch.zeros(len(VALUE_STATS) + 1, device=self.device),
         }
-        weights = self._policy_weights(experience, mini) if policy else None
+        weights = self._policy_weights(experience, mini.rows) if policy else None
         log_probs = []
-        for rows in mini:
+        for rows in mini.groups:
             batch, take = rollout.tokens(rows, self.device), experience.take(rows)
             with nullcontext() if policy else self.critic.active():
                 hidden = self._hidden(batch, policy)
@@ -138,11 +137,21 @@ class Learner:
                     losses.append(self.config.vf_coef * loss)
                     totals["critic"] += torch.stack([loss.detach(), *(info[n].to(loss) for n in VALUE_STATS)])
                 sum(losses).backward()
+        distributed.add_up(*totals.values())
         if policy:
             self._step_policy(totals["policy"].tolist(), stats)
         if critic:
             self._step_critic(totals["critic"].tolist(), stats)
         return log_probs
+
+    def _mismatch(self, experience: Experience, mini: MiniBatch, seen: list[Tensor]) -> dict[str, float]:
+        """Of the log-probs that the first update saw of a rollout's tokens, over all ranks."""
+        takes = [experience.take(rows) for rows in mini.groups]
+        none = torch.zeros(0, device=self.device)
+        old = torch.cat([none, *(take(experience.old_log_probs) for take in takes)])
+        counted = torch.cat([none.bool(), *(take(experience.response_mask) for take in takes)])
+        new = torch.cat([none, *seen])
+        return mismatch_metrics(distributed.gather(new[counted]), distributed.gather(old[counted]))
 
     def _hidden(self, batch: TokenBatch, policy: bool) -> Tensor:
         """[N, H] that predict the response tokens: of the policy, else of the critic."""
@@ -157,24 +166,24 @@ class Learner:
     ) -> PPOLoss:  # fmt: skip
         config, head, take = self.config, models.lm_head(self.policy), experience.take(rows)
         weights = None if weights is None else take(weights)
-        if config.ratio_level == "sequence":
+        ref, counted = take(experience.ref_log_probs), take(experience.response_mask)
+        if config.ratio_level == "sequence" or separate_kl(config):
             log_probs, entropy = linear_log_probs(
                 hidden, head.weight, batch.labels, temperature=config.temperature, return_entropy=True, **head.kwargs()
             )
+            alone = torch.ones_like(counted)[:, None]
             return sequence_ratio_loss(
-                log_probs, entropy, take(experience.old_log_probs), take(experience.ref_log_probs),
-                take(experience.advantages), take(experience.response_mask), experience.token_mask[rows], config,
-                weights=weights,
+                log_probs, entropy, take(experience.old_log_probs), ref, take(experience.advantages), counted,
+                experience.token_mask[rows] if config.ratio_level == "sequence" else alone, config, weights=weights,
                 normalizer=normalizer,
             )  # fmt: skip
-        return linear_ppo_loss(
-            hidden, head.weight, batch.labels,
-            take(experience.old_log_probs), take(experience.advantages), take(experience.response_mask),
+        result = linear_ppo_loss(
+            hidden, head.weight, batch.labels, take(experience.old_log_probs), take(experience.advantages), counted,
             temperature=config.temperature, clip_range=config.clip_range, clip_range_high=config.clip_range_high,
-            dual_clip=config.dual_clip, entropy_coef=config.entropy_coef, normalizer=normalizer,
-            weights=weights,
-            **self._kl_in_loss(take(experience.ref_log_probs)), **head.kwargs(),
+            dual_clip=config.dual_clip, entropy_coef=config.entropy_coef, normalizer=normalizer, weights=weights,
+            **fused_kl(config, ref), **head.kwargs(),
         )  # fmt: skip
+        return with_value(result, ref, counted, config, normalizer)
 
     def _value_loss(self, hidden: Tensor, experience: Experience, take: Take, normalizer: Tensor | float) -> PPOLoss:
         config = self.config
@@ -203,30 +212,18 @@ class Learner:
         stats.add("value/grad_norm", result.grad_norm)
         self._guard(result.applied, "critic")
 
-    def _kl_in_loss(self, ref_log_probs: Tensor) -> dict[str, Any]:
-        config = self.config
-        if config.kl_in == "reward":
-            return {}
-        return {
-            "ref_log_probs": ref_log_probs,
-            "kl_coef": config.kl_coef,
-            "kl_estimator": config.kl_estimator,
-        }
-
-    def _normalizer(self, mask: Tensor, mini: list[list[int]]) -> Tensor | float:
+    def _normalizer(self, mask: Tensor, rows: list[int]) -> Tensor | float:
         """What a mini-batch's summed loss is divided by: its response tokens (dr_grpo: the constant longest length)."""
-        rows = [row for group in mini for row in group]
         if self.config.advantage == "dr_grpo":
             return float(len(rows) * self.config.max_new_tokens)
         return mask[rows].sum().clamp(min=1).float()
 
-    def _policy_weights(self, experience: Experience, mini: list[list[int]]) -> Tensor | None:
+    def _policy_weights(self, experience: Experience, rows: list[int]) -> Tensor | None:
         """[B, T] of the tokens in the policy loss: importance weights, times what makes of a mean over the mini-batch's
         tokens the mean over responses of their means, or the sum over max_new_tokens (Liu et al. 2025)."""
         kind, mask = self.config.loss_aggregation, experience.response_mask
         if kind == "token_mean":
             return experience.weights
-        rows = [row for group in mini for row in group]
         tokens = mask[rows].sum()
         if kind == "constant":
             factor = (tokens / (len(rows) * self.config.max_new_tokens)).expand_as(experience.advantages)

@@ -390,13 +390,15 @@ def scalar_outputs(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def sequence_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]], head: nn.Linear | None = None) -> Tensor:
-    """Score [B] fp32 of each token row, read at its last token (found by length, never by looking for padding).
+    """Score [B] fp32 of each token row, read at its last token. head: None for the model's own, `score`."""
+    return scalar_outputs(head or model.score, last_hidden(model, rows))
 
-    head: None for the model's own, `score`."""
+
+def last_hidden(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Final hidden state [B, H] at the last token of each row (found by length, never by looking for padding)."""
     input_ids, lengths = right_padded(rows, model.config.pad_token_id or 0, model.device)
     hidden = hidden_states(model, input_ids)
-    last = hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
-    return scalar_outputs(head or model.score, last)
+    return hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
 
 
 # -------------------------------------------------------------------------------------------------------- saving

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastrlhf import distributed
 from fastrlhf.config import StageConfig
 from fastrlhf.hardware import bitsandbytes
 
@@ -114,7 +115,9 @@ class Optimizer:
                 param._to_master = param.register_post_accumulate_grad_hook(_to_master(master))
 
     def step(self, learning_rate: float) -> StepResult:
-        """Clip to max_grad_norm (0: no clipping), then update, unless the gradient norm is not finite."""
+        """Add up the ranks' gradients, clip to max_grad_norm (0: no clipping), then update, unless the gradient norm is
+        not finite."""
+        distributed.add_up_gradients(self.masters)
         norm = float(self._clip())
         finite = math.isfinite(norm)
         if finite:

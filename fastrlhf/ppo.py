@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf import advantages, models
+from fastrlhf import advantages, distributed, gathering, models
 from fastrlhf.backbone import same_base
-from fastrlhf.batch import Experience, Rollout, length_mask, minibatches, scatter
+from fastrlhf.batch import Experience, MiniBatch, Rollout, length_mask, minibatches, scatter
 from fastrlhf.config import PPOConfig, UserError
 from fastrlhf.data import Sampler, encode_rows, load_prompts
+from fastrlhf.evaluation import Evaluation, eval_temperature
 from fastrlhf.feedback import Prompt
 from fastrlhf.kl_control import KLController
 from fastrlhf.learner import Learner, response_log_probs
 from fastrlhf.optim import Trained, micro_batches, token_budget
-from fastrlhf.rewards import Scorable, make_scorer
+from fastrlhf.rewards import Scorable, make_scorer, split_rewards
 from fastrlhf.roles import load_roles
 from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
 from fastrlhf.run import Run, run_stage
@@ -71,6 +72,7 @@ class PPOTrainer:
             "judge": judge,
         }  # fmt: skip
         self.best_metric = ("reward/eval", True)
+        self.evaluation = Evaluation(config, judge, prompts=eval_prompts is not None)
         self.tokenizer = models.tokenizer_for(tokenizer, policy)
         template = resolve_chat_template(self.tokenizer, config.chat_template)
         notes = [f"chat template: {template}"]
@@ -181,25 +183,32 @@ class PPOTrainer:
             self.run.tracker.event("kl_budget", sentence)
 
     def _rollout(
-        self, chosen: list[tuple[Prompt, list[int]]], samples: int, *, purpose: str
+        self,
+        chosen: list[tuple[Prompt, list[int]]],
+        samples: int,
+        *,
+        purpose: str,
+        engine: RolloutEngine | None = None,
+        temperature: float | None = None,
     ) -> tuple[Rollout, dict[str, float]]:
-        """Sample `samples` responses to each prompt with the current weights."""
+        """Sample `samples` responses to each prompt with the current weights (engine: of another model)."""
         config = self.config
         params = SamplingParams(
             max_new_tokens=config.max_new_tokens,
             n=samples,
-            temperature=config.temperature,
+            temperature=config.temperature if temperature is None else temperature,
             top_p=config.top_p,
             top_k=config.top_k,
             stop_token_ids=self.stop_ids,
             seed=derive_seed(config.seed, purpose, self.run.step if purpose == "rollout" else 0),
         )
-        out = self.engine.generate([ids for _, ids in chosen], params)
+        out = gathering.generate(engine or self.engine, [ids for _, ids in chosen], params)
         rows = [pair for pair in chosen for _ in range(samples)]
         columns = {name: [p.columns.get(name) for p, _ in rows] for name in sorted(chosen[0][0].columns)}
         rollout = Rollout(
             prompts=[render_prompt(self.tokenizer, p.prompt) for p, _ in rows],
             raw_prompts=[p.prompt for p, _ in rows],
+            samples_per_prompt=samples,
             columns=columns,
             prompt_ids=[ids for _, ids in rows],
             response_ids=out.response_ids,
@@ -212,28 +221,38 @@ class PPOTrainer:
         return rollout, out.stats
 
     def _score(self, rollout: Rollout) -> list[float | None]:
+        """-> scores; rewards of single tokens, where a function gives them, go to rollout.token_rewards."""
         names = ("prompts", "responses", "raw_prompts", "prompt_ids", "response_ids", "columns")
-        return self.scorer(Scorable(**{name: getattr(rollout, name) for name in names}))
+        batch = Scorable(**{name: getattr(rollout, name) for name in names})
+        rewards = gathering.score(self.scorer, batch, rollout.samples_per_prompt)
+        scores, tokens = split_rewards(rewards, rollout.response_ids)
+        rollout.token_rewards = tokens if self.scorer.per_token else None
+        return scores
 
-    def _plan(self, rollout: Rollout) -> list[list[list[list[int]]]]:
-        """Row numbers as [epoch][mini-batch][micro-batch][row]; depends on seed, step and lengths only."""
+    def _plan(self, rollout: Rollout) -> list[list[MiniBatch]]:
+        """The mini-batches of each epoch; depends on seed, step, lengths and number of ranks only."""
         config, count = self.config, len(rollout.response_ids)
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
         plan = []
         for epoch in range(config.ppo_epochs):
             draw = torch.Generator().manual_seed(derive_seed(config.seed, "order", self.run.step, epoch))
             order = torch.randperm(count, generator=draw).tolist()
-            cut = minibatches(count, config.mini_batch_size, order)
-            plan.append([[[m[i] for i in g] for g in micro_batches([lengths[r] for r in m], self.budget)] for m in cut])
+            plan.append([self._split(rows, lengths) for rows in minibatches(count, config.mini_batch_size, order)])
         return plan
+
+    def _split(self, rows: list[int], lengths: list[int]) -> MiniBatch:
+        mine = [rows[i] for i in distributed.own([lengths[row] for row in rows])]
+        groups = micro_batches([lengths[row] for row in mine], self.budget)
+        return MiniBatch(rows, [[mine[i] for i in group] for group in groups])
 
     # ----------------------------------------------------------------------------------------------------- experience
 
     @torch.no_grad()
-    def _experience(self, rollout: Rollout, epoch: list[list[list[int]]]) -> tuple[Experience, dict[str, float]]:
+    def _experience(self, rollout: Rollout, epoch: list[MiniBatch]) -> tuple[Experience, dict[str, float]]:
         """Old and reference log-probs, values, advantages.
 
-        Computed over the very micro-batches of the first epoch, so that its ratio is exactly 1, not 1 + rounding.
+        Computed over the very micro-batches of the first epoch, so that its ratio is exactly 1, not 1 + rounding. Each
+        rank computes its own rows; the sum over ranks puts them together.
         """
         config = self.config
         mask = length_mask([len(r) for r in rollout.response_ids], self.device)
@@ -241,9 +260,11 @@ class PPOTrainer:
         old, ref = torch.zeros_like(rollout_log_probs), torch.zeros_like(rollout_log_probs)
         critic, fresh = self.critic, config.old_log_probs == "recompute"
         values = None if critic is None else torch.zeros_like(old)
-        if critic is not None and critic.shares_trunk and not fresh:  # decoding computed them
+        ends = torch.zeros(len(mask), device=self.device) if config.bootstrap_truncated else None
+        decoded = critic is not None and critic.shares_trunk and not fresh
+        if decoded:  # of all ranks' rows
             values = scatter(torch.cat(rollout.values).to(self.device), mask)
-        for rows in (rows for mini in epoch for rows in mini):
+        for rows in (rows for mini in epoch for rows in mini.groups):
             batch, own = rollout.tokens(rows, self.device), mask[rows]
             if fresh:
                 hidden = batch.hidden(self.policy)
@@ -252,8 +273,11 @@ class PPOTrainer:
                     values[rows] = scatter(critic.read(hidden), own)
             if critic is not None and not critic.shares_trunk:
                 values[rows] = scatter(critic.values(batch), own)
+            if ends is not None:
+                ends[rows] = critic.end_values(rollout, rows)
             with self.roles.reference() as model:
                 ref[rows] = scatter(response_log_probs(model, batch, config.temperature), own)
+        distributed.add_up(old, ref, *(t for t in (None if decoded else values, ends) if t is not None))
         weights, mismatch = None, {}
         if not fresh:  # the ratio is against the sampler itself; the learner measures
             old = rollout_log_probs
@@ -266,7 +290,12 @@ class PPOTrainer:
         counted = mask & raw.isfinite()[:, None]
         finished = torch.tensor(rollout.finished, device=self.device)
         shaped = advantages.shape_scores(raw, finished, config, self.moments, mask.sum(1).float())
-        gains, returns = advantages.estimate(shaped, old, ref, values, counted, config, self.kl_controller.coef)
+        tokens = rollout.token_rewards  # in the scale of the scores
+        tokens = tokens and scatter(torch.cat(tokens).to(self.device) / self.moments.std, mask)
+        gains, returns = advantages.estimate(
+            shaped, old, ref, values, counted, config, self.kl_controller.coef,
+            token_rewards=tokens, bootstrap_values=ends,
+        )  # fmt: skip
         metrics["kl/coef"] = self.kl_controller.coef
         return Experience(mask, counted, old, ref, values, gains, returns, weights), metrics | mismatch
 
@@ -277,24 +306,33 @@ class PPOTrainer:
 
         Without eval_prompts the first training prompts are answered, for the table of samples only.
         """
-        rollout, _ = self._rollout(self.eval_prompts or self.prompts[:EVAL_PROMPTS_SHOWN], 1, purpose="eval")
-        scores = self._score(rollout)
-        shown = zip(rollout.prompts, rollout.responses, scores, strict=True)
+        chosen = self.eval_prompts or self.prompts[:EVAL_PROMPTS_SHOWN]
+        rollout, _ = self._rollout(chosen, 1, purpose="eval", temperature=eval_temperature(self.config))
+        rollout.scores = self._score(rollout)
+        shown = zip(rollout.prompts, rollout.responses, rollout.scores, strict=True)
         rows = [{"prompt": p, "response": r, "score": s} for p, r, s in shown]
         self.run.tracker.samples(self.run.step, rows[:EVAL_PROMPTS_SHOWN])
         if self.eval_prompts is None:
             return {}
-        return {
-            "reward/eval": mean([s for s in scores if s is not None]),
-            "length/eval": mean([float(len(r)) for r in rollout.response_ids]),
-            "length/finished_eval": mean([float(f) for f in rollout.finished]),
-        }
+        return self.evaluation.metrics(rollout, self._reference_replies, self.run.tracker.event)
+
+    def _reference_replies(self, samples: int, *, purpose: str, temperature: float) -> Rollout:
+        """Scored replies of the reference policy to the held-out prompts."""
+        self.engine.release()  # memory for the cache of another engine
+        with self.roles.reference() as model:
+            engine = RolloutEngine(model, self.tokenizer)
+            rollout, _ = self._rollout(
+                self.eval_prompts, samples, purpose=purpose, engine=engine, temperature=temperature
+            )
+        rollout.scores = self._score(rollout)
+        return rollout
 
     def trained(self) -> dict[str, Trained]:
         return self.learner.trained()
 
     def state(self) -> dict[str, Any]:
         parts = {"moments": self.moments, "kl": self.kl_controller, "learner": self.learner}
+        parts["evaluation"] = self.evaluation
         return {"sampler": self.sampler.state_dict(), **{name: part.state() for name, part in parts.items()}}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -305,6 +343,7 @@ class PPOTrainer:
         self.moments.load_state(state["moments"])
         self.kl_controller.load_state(state["kl"])
         self.learner.load_state(state["learner"])
+        self.evaluation.load_state(state["evaluation"])
 
 
 def main(inputs: dict[str, Any], config: PPOConfig) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf import models
+from fastrlhf import distributed, models
 from fastrlhf.adapters import REWARD
 from fastrlhf.backbone import load_scalar_backbone
 from fastrlhf.config import RewardConfig, UserError
@@ -209,7 +209,7 @@ class RewardTrainer:
     def run_step(self) -> RewardStep:
         config = self.config
         records = [self.records[i] for i in self.sampler.take(config.mini_batch_size)]
-        right, pairs = 0, 0
+        counts = torch.zeros(2)  # ordered pairs, and those scored in the right order
         self.model.train()  # transformers checkpoints activations in this mode only; dropout is off in both
         with self.run.tracker.phase("update"):
             total = torch.zeros((), device=self.device)
@@ -222,8 +222,8 @@ class RewardTrainer:
                 total += loss.detach()
                 for s, record in zip(parts, group, strict=True):
                     values, ordered = s.tolist(), ordered_pairs(record.feedback)
-                    right += sum(values[i] > values[j] for i, j in ordered)
-                    pairs += len(ordered)
+                    counts += torch.tensor([len(ordered), sum(values[i] > values[j] for i, j in ordered)])
+            distributed.add_up(total, counts)
             rate = lr_at(
                 self.run.step, base=config.learning_rate, schedule=config.lr_schedule,
                 warmup_steps=config.warmup_steps, total_steps=self.total_steps,
@@ -238,16 +238,17 @@ class RewardTrainer:
             "learning_rate": rate,
             "update/skipped": float(self.guard.skipped),
         }
-        if pairs:
-            metrics["accuracy/train"] = right / pairs
+        if counts[0]:
+            metrics["accuracy/train"] = float(counts[1]) / float(counts[0])
         tokens = sum(len(row) for record in records for row in record.rows)
         return RewardStep(metrics, throughput("perf/tokens", tokens, self.device))
 
     def _groups(self, records: list[Record]) -> Iterator[list[Record]]:
-        """Records under the token budget; the responses of one record stay together, its loss needs them all."""
+        """This rank's records under the token budget; the responses of one stay together, its loss needs them all."""
         sizes = [len(r.rows) * max(map(len, r.rows)) for r in records]
-        for group in micro_batches(sizes, self.budget):
-            yield [records[i] for i in group]
+        mine = distributed.own(sizes)
+        for group in micro_batches([sizes[i] for i in mine], self.budget):
+            yield [records[mine[i]] for i in group]
 
     # ------------------------------------------------------------------------------------- evaluation and checkpoints
 
@@ -257,7 +258,12 @@ class RewardTrainer:
         if not self.eval_records:
             return {}
         self.model.eval()
-        scores = score_rows(self.model, [row for r in self.eval_records for row in r.rows], self.budget)
+        rows = [row for r in self.eval_records for row in r.rows]
+        scores = torch.zeros(len(rows))
+        mine = distributed.own([len(row) for row in rows])
+        if mine:
+            scores[mine] = score_rows(self.model, [rows[i] for i in mine], self.budget)
+        distributed.add_up(scores)
         parts = scores.split([len(r.rows) for r in self.eval_records])
         both = list(zip(parts, (r.feedback for r in self.eval_records), strict=True))
         margins = [float(s[i] - s[j]) for s, f in both for i, j in ordered_pairs(f)]

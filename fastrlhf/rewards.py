@@ -2,15 +2,13 @@
 
 A reward function is `reward(prompts, responses, **columns) -> list[float | None]`: texts in (special tokens skipped),
 one number a response out, None for a response it cannot judge. Columns of the prompt data set are passed by name to
-functions that accept them.
+functions that accept them. One with a parameter `response_ids` gets the sampled token ids under that name, and may
+return for a response a list instead: a number for each of its tokens, the stop token included. A plain number is the
+reward of the last token.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,12 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.adapter_folder import AdapterFolder
 from fastrlhf.adapters import REWARD, Adapters
+from fastrlhf.callables import UserFunction, is_function_reference, load_function, name_of
 from fastrlhf.config import UserError
 from fastrlhf.models import load_reward_model, load_tokenizer, sequence_scores
 from fastrlhf.optim import micro_batches, token_budget
 from fastrlhf.templates import encode_prompt, encode_response, resolve_chat_template
 
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Sequence[float | None | Sequence[float]]]
+Reward = float | None | list[float]  # of a response: on its last token, none, or on each token
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RewardModelScorer:
     model None: `over` gives it later, the reward model is an adapter on the policy's base.
     """
 
-    name = "reward model"
+    name, per_token = "reward model", False
 
     def __init__(
         self,
@@ -92,117 +92,65 @@ def score_rows(model: PreTrainedModel, rows: list[list[int]], budget: int, head:
 
 
 class FunctionScorer:
-    """A weighted sum of reward functions. A response one of them cannot judge (None) is judged by none."""
+    """A weighted sum of reward functions. A response one of them cannot judge (None) is judged by none.
+
+    per_token: one of them takes `response_ids`; the rewards are then lists, a number for each token.
+    """
 
     def __init__(self, functions: Sequence[tuple[str, float, RewardFunction]]) -> None:
-        self.functions = [(name, weight, fn, _accepted(fn)) for name, weight, fn in functions]
-        self.name = " + ".join(name for name, *_ in self.functions)
+        self.functions = [(UserFunction(f"reward function {name}", fn, 2), weight) for name, weight, fn in functions]
+        self.name = " + ".join(name for name, *_ in functions)
+        self.per_token = any(function.takes("response_ids") for function, _ in self.functions)
 
-    def __call__(self, batch: Scorable) -> list[float | None]:
-        totals: list[float | None] = [0.0] * len(batch.responses)
-        for name, weight, function, accepted in self.functions:
-            columns = {k: v for k, v in batch.columns.items() if accepted is None or k in accepted}
-            scores = _call(name, function, batch, columns)
-            for i, score in enumerate(scores):
-                total = totals[i]
-                totals[i] = None if score is None or total is None else total + weight * score
-        return totals
-
-
-class _Caught:
-    """Keeps what a user's function raises (whatever it is), so that the error can be reported under its name."""
-
-    error: Exception | None = None
-
-    def __enter__(self) -> _Caught:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> bool:
-        if isinstance(error, Exception):
-            self.error = error
-        return self.error is error  # an interrupt passes through
+    def __call__(self, batch: Scorable) -> list[Reward]:
+        count = len(batch.responses)
+        totals, tokens = [0.0] * count, [[0.0] * len(ids) for ids in batch.response_ids]
+        judged = [True] * count
+        for function, weight in self.functions:
+            for i, reward in enumerate(_rewards(function, batch)):
+                if reward is None:
+                    judged[i] = False
+                elif isinstance(reward, list):
+                    tokens[i] = [sum_ + weight * part for sum_, part in zip(tokens[i], reward, strict=True)]
+                else:
+                    totals[i] += weight * reward
+        if self.per_token:
+            for own, total in zip(tokens, totals, strict=True):
+                own[-1] += total
+        rewards = tokens if self.per_token else totals
+        return [reward if known else None for reward, known in zip(rewards, judged, strict=True)]
 
 
-def _call(name: str, function: RewardFunction, batch: Scorable, columns: dict[str, list]) -> list[float | None]:
-    """One call, checked: the right count, numbers or None, no NaN. Errors name the function and the sample."""
-    with _Caught() as caught:
-        scores = list(function(batch.prompts, batch.responses, **columns))
-    if caught.error is not None:
-        sample = _blame(function, batch, columns)
-        where = f"sample {sample}" if sample is not None else f"a batch of {len(batch.responses)} samples"
-        kind = type(caught.error).__name__
-        raise UserError(f"reward function {name}, {where}: raised {kind}: {caught.error}") from caught.error
-    expected = len(batch.responses)
-    if len(scores) != expected:
-        first = min(len(scores), expected)
+def _rewards(function: UserFunction, batch: Scorable) -> list[Reward]:
+    """One call, checked: numbers, None, or (from a function that sees the tokens) lists of a number for each token."""
+    given = function.takes("response_ids")
+    columns = batch.columns | ({"response_ids": batch.response_ids} if given else {})
+    found = function(batch.prompts, batch.responses, **columns)
+    return [_checked(function, i, r, len(batch.response_ids[i]) if given else None) for i, r in enumerate(found)]
+
+
+def _checked(function: UserFunction, index: int, reward: object, tokens: int | None) -> Reward:
+    if reward is None:
+        return None
+    parts = reward.tolist() if hasattr(reward, "tolist") else reward
+    if tokens is None or not isinstance(parts, (list, tuple)):
+        return function.number(index, reward)
+    if len(parts) != tokens:
         raise UserError(
-            f"reward function {name}, sample {first}: returned {len(scores)} scores for {expected} responses; "
-            "return one number (or None) for each"
+            f"{function.what}, sample {index}: returned {len(parts)} token rewards for {tokens} response tokens; "
+            "return one for each, the stop token included"
         )
-    return [_number(name, i, score) for i, score in enumerate(scores)]
+    return [function.number(index, part, t) for t, part in enumerate(parts)]
 
 
-def _number(name: str, index: int, score: object) -> float | None:
-    if score is None:
-        return None
-    try:
-        value = float(score)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"reward function {name}, sample {index}: {score!r} is not a number") from error
-    if not math.isfinite(value):
-        raise UserError(f"reward function {name}, sample {index}: returned {value}; return None if unscorable")
-    return value
-
-
-def _blame(function: RewardFunction, batch: Scorable, columns: dict[str, list]) -> int | None:
-    """The first sample the function also fails on alone, so that the error can name it."""
-    for i in range(len(batch.responses)):
-        with _Caught() as caught:
-            function(
-                batch.prompts[i : i + 1],
-                batch.responses[i : i + 1],
-                **{k: v[i : i + 1] for k, v in columns.items()},
-            )
-        if caught.error is not None:
-            return i
-    return None
-
-
-def _accepted(function: RewardFunction) -> set[str] | None:
-    """Names of the data-set columns a function takes; None: all (it has **kwargs)."""
-    parameters = list(inspect.signature(function).parameters.values())
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name for p in parameters[2:]}
-
-
-# ----------------------------------------------------------------------------------------- from what the user names
-
-
-def load_function(reference: str) -> RewardFunction:
-    """`package.module:function` or `path/to/file.py:function`. UserError names what is missing."""
-    where, _, attribute = reference.rpartition(":")
-    if where.endswith(".py"):
-        path = Path(where)
-        if not path.is_file():
-            raise UserError(f"reward: the file {where!r} of {reference!r} does not exist")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise UserError(f"reward: cannot import {where!r} of {reference!r}: {error}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UserError(f"reward: {where!r} has no function {attribute!r}")
-    return function
-
-
-def is_function_reference(reward: object) -> bool:
-    """True for `module:function` and `file.py:function`, not for a folder, a hub id or `package://...`."""
-    return isinstance(reward, str) and "://" not in reward and ":" in reward and not Path(reward).exists()
+def split_rewards(rewards: list[Reward], response_ids: list[list[int]]) -> tuple[list[float | None], list[Tensor]]:
+    """-> scores (the sum over the tokens; None stays None), token rewards (1-d fp32 each; zeros where None)."""
+    scores = [sum(reward) if isinstance(reward, list) else reward for reward in rewards]
+    tokens = []
+    for reward, ids in zip(rewards, response_ids, strict=True):
+        own = reward if isinstance(reward, list) else [0.0] * (len(ids) - 1) + [reward or 0.0]
+        tokens.append(torch.tensor(own, dtype=torch.float32))
+    return scores, tokens
 
 
 def make_scorer(
@@ -230,7 +178,7 @@ def make_scorer(
         model = load_reward_model(reward)
         return RewardModelScorer(model, policy_tokenizer, policy_tokenizer, micro_batch_tokens)
     if callable(reward):
-        return FunctionScorer([(getattr(reward, "__name__", type(reward).__name__), 1.0, reward)])
+        return FunctionScorer([(name_of(reward), 1.0, reward)])
     if isinstance(reward, (list, tuple)) and reward and all(_is_triple(item) for item in reward):
         parts = [(name, float(weight), load_function(fn) if isinstance(fn, str) else fn) for name, weight, fn in reward]
         return FunctionScorer(parts)

@@ -99,8 +99,8 @@ class RolloutEngine:
         self.cache: SlotCache | None = None
         self._checked = False
 
-    def generate(self, prompt_ids: list[list[int]], params: SamplingParams) -> Generation:
-        """Sample params.n replies to each prompt.
+    def generate(self, prompt_ids: list[list[int]], params: SamplingParams, *, first: int = 0) -> Generation:
+        """Sample params.n replies to each prompt. first: number of the first prompt, where these are part of more.
 
         The tokens of sample j of prompt i depend on (weights, prompt, params, i, j) only: neither on the other
         prompts nor on how many decode together. Raises ValueError before any forward for an empty prompt, a prompt that
@@ -110,7 +110,9 @@ class RolloutEngine:
         """
         stops = self._stop_ids(params)
         self._check(prompt_ids, params, stops)
-        rows = [Row(tuple(prompt), i * params.n + j) for i, prompt in enumerate(prompt_ids) for j in range(params.n)]
+        rows = [
+            Row(tuple(prompt), i * params.n + j) for i, prompt in enumerate(prompt_ids, first) for j in range(params.n)
+        ]
         stats = dict.fromkeys(STATS, 0)
         if rows:
             self._decode(rows, params, stops, stats)

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fastrlhf
+from fastrlhf import distributed
 from fastrlhf.checkpoint import Checkpoint, CheckpointError, CheckpointStore, StopSignal, replace_folder
 from fastrlhf.config import StageConfig, UserError
 from fastrlhf.folders import settle
@@ -65,7 +66,10 @@ class Stage(Protocol):
 
 
 class Run:
-    """One stage's run folder (or none: output_dir None) with its tracker, checkpoints and position."""
+    """One stage's run folder (or none: output_dir None) with its tracker, checkpoints and position.
+
+    Of several ranks the lead alone writes and talks; all read the checkpoint they resume from.
+    """
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.config = stage, stage.config
@@ -74,24 +78,30 @@ class Run:
         self.dir = Path(self.config.output_dir) if self.config.output_dir else None
         self.store: CheckpointStore | None = None
         seed_rng(self.config.seed)  # for user reward functions too; a resumed run gets its own state back below
-        checkpoint = self._open()
+        lead = distributed.is_lead()
+        with distributed.lead_first():
+            checkpoint = self._open()
         resumed = None if not self.config.resume else checkpoint.state["bytes"] if checkpoint else {}
-        self.tracker = Tracker(self.dir, self.config.stage, stage.total_steps, resume_bytes=resumed)
+        folder = self.dir if lead else None
+        self.tracker = Tracker(folder, self.config.stage, stage.total_steps, console=lead, resume_bytes=resumed)
         for note in self.store.notes if self.store else []:
             self.tracker.note(note)
         if checkpoint is not None:
             self._restore(checkpoint)
-            self._write_recipe(self.dir)  # it may go further than it was first told to
+            if lead:
+                self._write_recipe(self.dir)  # it may go further than it was first told to
 
     # ------------------------------------------------------------------------------------------------- the folder
 
     def _open(self) -> Checkpoint | None:
         if self.dir is None:
             return None
-        prepare_folder(self.dir, overwrite=self.config.overwrite, resume=self.config.resume, verb=self.config.stage)
+        lead = distributed.is_lead()
+        if lead:
+            prepare_folder(self.dir, overwrite=self.config.overwrite, resume=self.config.resume, verb=self.config.stage)
         self.store = CheckpointStore(self.dir)
         checkpoint = self.store.latest() if self.config.resume else None
-        if checkpoint is None or not (self.dir / "run.json").exists():
+        if lead and (checkpoint is None or not (self.dir / "run.json").exists()):
             self._describe()
         return checkpoint
 
@@ -139,13 +149,15 @@ class Run:
                 if self.config.eval_every and (self.step % self.config.eval_every == 0 or self.step == total):
                     result.metrics.update(self._evaluate())
                 self.tracker.log(self.step, result.metrics, result.timings)
+                stopping = distributed.any_of(stop.requested)
                 due = self.config.save_every and self.step % self.config.save_every == 0
-                if due or stop.requested or self.step == total:
+                if due or stopping or self.step == total:
                     self._save()
                 yield result
-                if stop.requested and self.step < total:
+                if stopping and self.step < total:
                     where = f"; go on with: fastrlhf resume {self.dir}" if self.dir else ""
-                    raise Interrupted(f"stopped by {stop.name} after step {self.step} of {total}{where}")
+                    by = stop.name or "a signal to another rank"
+                    raise Interrupted(f"stopped by {by} after step {self.step} of {total}{where}")
 
     def _evaluate(self) -> dict[str, float]:
         with self.tracker.phase("evaluate"):
@@ -167,11 +179,14 @@ class Run:
 
     def export(self, folder: str | Path, *, adapter: bool = False) -> None:
         """The first trained model as a folder that stock transformers runs, replaced as a whole; adapter: its adapter
-        alone, with tokenizer and generation config, as peft loads it. UserError where there is none."""
+        alone, with tokenizer and generation config, as peft loads it. The lead writes. UserError where there is none.
+        """
         first = next(iter(self.stage.trained().values()))
-        model, tokenizer = first.model, self.stage.tokenizer
         if adapter and first.adapter is None:
             raise UserError("save: adapter=True needs a run with lora; this one trains all weights")
+        if not distributed.is_lead():
+            return
+        model, tokenizer = first.model, self.stage.tokenizer
         stops = stop_token_ids(tokenizer, getattr(model, "generation_config", None))
         weights = first.merged() if first.merged and not adapter else None
         write = first.adapter if adapter else None
@@ -184,8 +199,11 @@ class Run:
     def _save(self) -> None:
         if self.store is None:
             return
+        random = _rng_of_every_rank()
+        if not distributed.is_lead():
+            return
         trained = self.stage.trained()
-        tensors, optimizers = {"rng": rng_tensors(), **self.stage.tensors()}, {}
+        tensors, optimizers = {**random, **self.stage.tensors()}, {}
         for name, (_, optimizer, parts, *_) in trained.items():
             saved, optimizers[name] = optimizer_tensors(optimizer.inner, name)
             tensors[f"optimizer_{name}"] = {**saved, **optimizer.master_tensors()}
@@ -226,11 +244,25 @@ class Run:
             optimizer.load_masters(tensors)
             inner = {key: value for key, value in tensors.items() if not key.startswith("master.")}
             load_optimizer_tensors(optimizer.inner, inner, checkpoint.state["optimizers"][name])
-        restore_rng(checkpoint.tensors("rng"))
+        own = _rng_name(distributed.rank())  # a run may go on with more ranks than it had
+        restore_rng(checkpoint.tensors(own if f"{own}.safetensors" in checkpoint.files else "rng"))
         self.step, self.best = checkpoint.state["step"], checkpoint.state["best"]
         self.stage.load_state(checkpoint.state["stage"], checkpoint.tensors)
-        self.store.rotate(checkpoint.path)
+        if distributed.is_lead():
+            self.store.rotate(checkpoint.path)
         self.tracker.note(f"resumed from {checkpoint.path} at step {self.step} of {self.stage.total_steps}")
+
+
+def _rng_name(rank: int) -> str:
+    return f"rng_{rank}" if rank else "rng"
+
+
+def _rng_of_every_rank() -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {_rng_name(rank): {} for rank in range(distributed.size())}
+    for name, tensor in rng_tensors().items():
+        for group, part in zip(found.values(), distributed.gather_each(tensor), strict=True):
+            group[name] = part
+    return found
 
 
 def prepare_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | None = None) -> None:
@@ -340,9 +372,10 @@ def run_stage(trainer: type, inputs: dict[str, Any], config: StageConfig) -> int
     tracker = stage.run.tracker
     try:
         stage.train()
-        stage.run.export_default(stage.run.dir / "final")
-        if config.lora is not None and config.quantize is None:
-            stage.run.export(stage.run.dir / "adapter", adapter=True)
+        with distributed.lead_first():  # nobody leaves before it is written
+            stage.run.export_default(stage.run.dir / "final")
+            if config.lora is not None and config.quantize is None:
+                stage.run.export(stage.run.dir / "adapter", adapter=True)
         tracker.note(f"done: {stage.run.dir / 'final'}")
     except Interrupted as stopped:
         tracker.note(str(stopped))

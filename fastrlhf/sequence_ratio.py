@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastrlhf.config import PPOConfig
-from fastrlhf_kernels import PPOLoss, kl_estimate, ppo_policy_loss
+from fastrlhf.kl_loss import kl_term
+from fastrlhf_kernels import PPOLoss, ppo_policy_loss
 
 
 def sequence_ratio_loss(
@@ -22,7 +23,8 @@ def sequence_ratio_loss(
     weights: Tensor | None,
     normalizer: Tensor | float,
 ) -> PPOLoss:
-    """All [N] over the response tokens of whole responses; counted [N] bool; rows [B, T] bool: which tokens are whose.
+    """All [N] over the response tokens of whole responses; counted [N] bool; rows [B, T] bool: which tokens are whose
+    (rows of one token each: the ratio of each token, as in PPO).
 
     Every token of a response carries s = exp(mean_t(log_probs - old_log_probs)), eq. 4 and 5 of the paper; with
     loss_aggregation = sequence_mean the loss is theirs. Entropy bonus and KL in the loss are per token, as elsewhere.
@@ -38,6 +40,5 @@ def sequence_ratio_loss(
     bonus = entropy.sum() / normalizer
     loss = loss - config.entropy_coef * bonus
     if config.kl_in == "loss":
-        kl = kl_estimate(log_probs, ref_log_probs, config.kl_estimator).where(counted, 0.0)
-        loss = loss + config.kl_coef * kl.sum() / normalizer
+        loss = loss + kl_term(log_probs, ref_log_probs, counted, config, normalizer)
     return PPOLoss(loss, {**stats, "entropy": bonus.detach(), "log_probs": log_probs.detach()})

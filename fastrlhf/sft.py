@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf import models
+from fastrlhf import distributed, models
 from fastrlhf.adapters import POLICY
 from fastrlhf.backbone import load_backbone
 from fastrlhf.config import SFTConfig, UserError
@@ -138,6 +138,7 @@ class SFTTrainer:
                 loss = -self._log_probs(batch).sum() / targets
                 loss.backward()
                 total += loss.detach()
+            distributed.add_up(total)
             rate = lr_at(
                 self.run.step, base=config.learning_rate, schedule=config.lr_schedule,
                 warmup_steps=config.warmup_steps, total_steps=self.total_steps,
@@ -155,7 +156,8 @@ class SFTTrainer:
         return SFTStep(metrics, throughput("perf/tokens", sum(len(e.ids) for e in examples), self.device))
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
-        """Rows of one example each, or of several where packing is on, grouped under the token budget."""
+        """This rank's rows of one example each, or of several where packing is on, grouped under the token budget."""
+        examples = [examples[i] for i in distributed.own([len(e.ids) for e in examples])]
         lengths = [len(e.ids) for e in examples]
         rows = pack(lengths, self.config.max_tokens) if self.config.packing else [[i] for i in range(len(lengths))]
         sizes = [sum(lengths[i] for i in row) for row in rows]
@@ -178,8 +180,10 @@ class SFTTrainer:
         if not self.eval_examples:
             return {}
         self.model.eval()
-        total = sum(float(-self._log_probs(batch).sum()) for batch in self._batches(self.eval_examples))
-        loss = total / sum(sum(e.target) for e in self.eval_examples)
+        sums = [float(-self._log_probs(batch).sum()) for batch in self._batches(self.eval_examples)]
+        total = torch.tensor(sum(sums), dtype=torch.float64)
+        distributed.add_up(total)
+        loss = float(total) / sum(sum(e.target) for e in self.eval_examples)
         return {"loss/eval": loss, "perplexity/eval": math.exp(min(loss, 700.0))}
 
     def trained(self) -> dict[str, Trained]:

@@ -136,3 +136,45 @@ def test_kl_in_loss_leaves_the_rewards_alone(batch):
     a, _ = advantages.estimate(scores, log_probs, ref, values, mask, config(kl_in="loss", kl_coef=5.0))
     b, _ = advantages.estimate(scores, log_probs, ref, values, mask, config(kl_coef=0.0))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "reinforce++"])
+def test_whitening_by_group(batch, advantage):
+    """Each prompt's two rows have mean 0 and biased variance 1 over their own tokens; a group of one token gives 0."""
+    scores, log_probs, ref, values, mask = (x.double() if x.is_floating_point() else x for x in batch)
+    mask = mask.clone()
+    fields = {"samples_per_prompt": 2, "advantage": advantage, "kl_coef": 0.2}
+    plain, _ = advantages.estimate(scores, log_probs, ref, values, mask, config(whiten_advantages=False, **fields))
+    cfg = config(whiten_advantages="group", **fields)
+    got, _ = advantages.estimate(scores, log_probs, ref, values, mask, cfg)
+    for a in (0, 2):
+        own = plain[a : a + 2][mask[a : a + 2]]
+        want = (own - own.mean()) / (own.square().mean() - own.mean() ** 2 + 1e-8).sqrt()
+        torch.testing.assert_close(got[a : a + 2][mask[a : a + 2]], want, rtol=1e-9, atol=1e-9)
+    mask[3] = False
+    alone, _ = advantages.estimate(scores, log_probs, ref, values, mask, cfg)
+    assert alone[2:].abs().sum() == 0 and torch.equal(alone[:2], got[:2])
+
+
+@pytest.mark.parametrize("advantage", ["gae", "reinforce++", "rloo"])
+@pytest.mark.parametrize("whiten", [True, "group", False])
+def test_holes_change_no_advantage(batch, advantage, whiten):
+    """Masked tokens put between those of a response, as a tool's would be: every other token keeps its advantage."""
+    scores, log_probs, ref, values, mask = batch
+    cfg = config(advantage=advantage, whiten_advantages=whiten, samples_per_prompt=2, gamma=0.9, gae_lambda=0.8)
+    places = torch.tensor([0, 3, 4])  # of the three columns, among five
+    draw = torch.Generator().manual_seed(9)
+
+    def spread(tensor):
+        wide = torch.randn(4, 5, generator=draw) if tensor.is_floating_point() else torch.zeros(4, 5).bool()
+        wide[:, places] = tensor
+        return wide
+
+    tokens = torch.randn(4, 3, generator=draw)
+    near = advantages.estimate(scores, log_probs, ref, values, mask, cfg, token_rewards=tokens)
+    far = advantages.estimate(
+        scores, *(spread(x) for x in (log_probs, ref, values, mask)), cfg, token_rewards=spread(tokens)
+    )
+    for a, b in zip(near, far, strict=True):
+        torch.testing.assert_close(b[:, places], a, rtol=1e-6, atol=1e-6)
+        assert b[:, 1:3].abs().sum() == 0

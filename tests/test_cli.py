@@ -167,7 +167,7 @@ MISTAKES = {
     "recipe of another stage": (["sft", "ppo.yaml"], "ppo.yaml:1: policy: belongs to fastrlhf ppo, not to sft"),
     "wrong type": (["ppo", "ppo.yaml", "seed=x"], "command line: seed = 'x': expected a whole number"),
     "contradiction": (["ppo", "ppo.yaml", "--overwrite", "resume=true"], "contradicts overwrite = true"),
-    "not yet": (["ppo", "ppo.yaml", "ema_decay=0.9"], "ema_decay = 0.9: not available in this version"),
+    "no base to quantise": (["ppo", "ppo.yaml", "quantize=nf4"], "quantize = nf4: quantised weights cannot be trained"),
     "missing model": (["ppo", "ppo.yaml", "policy=./bse"], "policy: ./bse does not exist; did you mean base?"),
     "missing data": (["sft", "sft.yaml", "data=sftt.jsonl"], "sftt.jsonl does not exist; did you mean sft.jsonl?"),
     "missing reward file": (["ppo", "ppo.yaml", "reward=rule.py:f"], "rule.py does not exist; did you mean rules.py?"),

@@ -25,6 +25,7 @@ USERS_OF_KERNELS = {
     "models",
     "sft",
     "advantages",
+    "kl_loss",
     "sequence_ratio",
 }
 REPORT_NEEDS = {"fastrlhf", "matplotlib"}

@@ -45,6 +45,7 @@ def written(tmp_path_factory) -> dict[str, set[str]]:
     PPOTrainer(
         ppo, policy=tiny.llama(), tokenizer=tiny.tokenizer(), prompts=PROMPTS, eval_prompts=PROMPTS[:1],
         reward=lambda prompts, responses: [float(len(r)) for r in responses],
+        judge=lambda prompts, responses, baselines: [0.5] * len(responses),
     ).train()  # fmt: skip
     names: dict[str, set[str]] = {}
     for stage in ("sft", "reward", "ppo"):

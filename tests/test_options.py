@@ -11,6 +11,7 @@ import yaml
 
 from fastrlhf import PPOConfig, PPOTrainer, UserError
 from fastrlhf.advantages import RunningMoments, shape_scores
+from fastrlhf.batch import MiniBatch
 from fastrlhf.kl_control import KLController
 from fastrlhf.learner import response_log_probs
 from fastrlhf.optim import Optimizer
@@ -65,7 +66,7 @@ def test_the_adaptive_coefficient_is_what_the_rewards_use():
     assert coefs[0] == 0.05 and coefs[1] == pytest.approx(0.05 * 0.8) and coefs[3] > coefs[2]
     rollout, _ = t._rollout([t.prompts[0]] * 4, 1, purpose="rollout")
     rollout.scores = [0.0] * 4
-    plan = [[list(range(4))]]
+    plan = [MiniBatch(list(range(4)), [list(range(4))])]
     t.kl_controller.coef = 0.0
     without = t._experience(rollout, plan)[0].advantages
     t.kl_controller.coef = 5.0
@@ -136,7 +137,7 @@ def test_the_policy_loss_is_what_the_papers_write(level, aggregation, micro):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6 + 1e-5 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
 def test_the_kl_in_a_loss_of_sequence_ratios_is_that_of_token_ratios(estimator):
     """At ratio 1 both clips give the same gradient, so the KL's and the entropy's must agree too."""
     grads = []
@@ -150,7 +151,7 @@ def test_the_kl_in_a_loss_of_sequence_ratios_is_that_of_token_ratios(estimator):
         experience.ref_log_probs -= 0.5 * experience.token_mask
         grads.append(gradient(t, rollout, experience, plan))
     for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
 def test_the_optimizer_gets_its_settings():

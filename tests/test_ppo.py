@@ -369,8 +369,8 @@ def test_what_decoding_and_training_differ_by_is_measured_and_weighted(monkeypat
     t = trainer(cfg, reward=lambda prompts, responses: [None, *(float(len(r)) for r in responses[1:])])
     generate = t.engine.generate
 
-    def wrong(prompt_ids, params):
-        out = generate(prompt_ids, params)
+    def wrong(prompt_ids, params, **options):
+        out = generate(prompt_ids, params, **options)
         shifts = [1.5 if i % 2 else 0.0 for i in range(len(out.response_ids))]
         shifts[2] = -1.0
         out.policy_log_probs[:] = [lp + shift for lp, shift in zip(out.policy_log_probs, shifts, strict=True)]

@@ -9,6 +9,7 @@ import pytest
 
 from fastrlhf import RewardConfig, RewardTrainer, UserError
 from fastrlhf import models as m
+from fastrlhf.batch import MiniBatch
 from tests import tiny
 from tests.test_ppo import PROMPTS, config, same, trainer, weights
 
@@ -52,7 +53,7 @@ def test_without_a_reward_model_values_start_at_zero():
     t = trainer()
     rollout, _ = t._rollout(t.prompts[:2], 1, purpose="rollout")
     rollout.scores = [0.0, 0.0]
-    experience, _ = t._experience(rollout, [[[0, 1]]])
+    experience, _ = t._experience(rollout, [MiniBatch([0, 1], [[0, 1]])])
     assert experience.values.abs().sum() == 0
 
 

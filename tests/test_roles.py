@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from fastrlhf import PPOConfig, PPOTrainer, RolloutEngine, SamplingParams, UserError
 from fastrlhf import models as m
 from fastrlhf.adapters import Adapters
+from fastrlhf.batch import MiniBatch
 from fastrlhf.lora_options import lora_options
 from tests import tiny
 
@@ -94,8 +95,8 @@ def test_one_forward_and_one_backward_give_both_gradients():
     plan = t._plan(rollout)
     experience, _ = t._experience(rollout, plan[0])
     learner, mini = t.learner, plan[0][0]
-    normalizer = learner._normalizer(experience.response_mask, mini)
-    for rows in mini:
+    normalizer = learner._normalizer(experience.response_mask, mini.rows)
+    for rows in mini.groups:
         batch, take = rollout.tokens(rows, t.device), experience.take(rows)
         learner._policy_loss(batch.hidden(t.policy), batch, experience, rows, experience.weights, normalizer)[
             0
@@ -115,7 +116,7 @@ def test_one_forward_and_one_backward_give_both_gradients():
     learner.policy_optimizer.step = keep
     with pytest.raises(InterruptedError):
         learner.update(rollout, experience, plan, 0)
-    assert len(forwards) == len(mini)
+    assert len(forwards) == len(mini.groups)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
@@ -141,7 +142,7 @@ def test_decoding_hands_over_the_values_a_training_forward_gives(form):
     rollout.scores = t._score(rollout)
     forwards = []
     t.policy.base_model.register_forward_hook(lambda *_: forwards.append(1))
-    t._experience(rollout, [[list(range(12))]])
+    t._experience(rollout, [MiniBatch(list(range(12)), [list(range(12))])])
     assert len(forwards) == ("lora" in FORMS[form])  # the reference alone, where it is the policy's base
 
 

@@ -28,7 +28,7 @@ SOURCES = SHIPPED + [
 ENVIRONMENT = {
     "kernels/fastrlhf_kernels/autotune.py": {"FASTRLHF_AUTOTUNE", "XDG_CACHE_HOME"},
     "fastrlhf/console.py": {"NO_COLOR", "TERM"},
-    "fastrlhf/distributed.py": {"WORLD_SIZE", "RANK", "LOCAL_RANK"},
+    "fastrlhf/launch.py": {"WORLD_SIZE", "RANK", "LOCAL_RANK"},
     "kernels/fastrlhf_kernels/backend.py": {"FASTRLHF_BACKEND", "TRITON_INTERPRET"},
 }
 

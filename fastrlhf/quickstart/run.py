@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from fastrlhf import distributed
+from fastrlhf.config import UserError
 from fastrlhf.console import clean, duration
 from fastrlhf.folders import replace_folder
 from fastrlhf.ppo import PPOTrainer
@@ -31,6 +33,8 @@ SHOWN = 4
 def run(overrides: list[str], started: float) -> int:
     """Everything `fastrlhf quickstart` does -> 0 passed, 1 not passed, 75 interrupted. started: time.monotonic()."""
     settings = load_settings(overrides)
+    if distributed.size() > 1:
+        raise UserError("quickstart: runs in one process; start it without torchrun")
     out = settings.output_dir
     with _few_threads():
         _open(settings)

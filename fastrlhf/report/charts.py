@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastrlhf.report.figures import Panel, Series, bars, curves, path_plot
-from fastrlhf.report.folder import TITLES, StageRun, is_histogram
+from fastrlhf.report.folder import TITLES, StageRun, best_of_n, is_histogram
 from fastrlhf.report.page import figure, missing
 
 OTHERS_SHOWN = 24
@@ -36,24 +36,12 @@ def _chart(stage: StageRun, figure_id: str, title: str, hint: str, *panels: tupl
 
 
 def _ppo_figures(stage: StageRun) -> list[str]:
-    reward, kl = dict(stage.points("reward/mean")), dict(stage.points("kl/ref"))
-    both = [(kl[step], reward[step]) for step in sorted(kl.keys() & reward.keys())]
-    title = "Reward against KL"
-    x_label, y_label = "KL to the reference (nats per response)", "mean score"
-    over = (
-        figure(
-            "fig-reward-kl", title, path_plot("fig-reward-kl", title, both, x_label, y_label),
-            "What each nat of drift buys. Bending down: the reward model is being exploited.",
-        )
-        if both
-        else missing("fig-reward-kl", title, "no step recorded both reward/mean and kl/ref.")
-    )  # fmt: skip
     required = [
         _chart(stage, "fig-reward", "Reward", "Should rise, on held-out prompts too.",
                ("mean score", "reward/mean", "reward/eval")),
         _chart(stage, "fig-kl", "KL to the reference", "0 at first; grows as the policy moves. Never far below 0.",
                ("nats per response", "kl/ref", "")),
-        over,
+        _reward_against_kl(stage),
         _chart(stage, "fig-length", "Response length", "Growth without need means the reward likes length.",
                ("tokens", "length/mean", "length/eval")),
         _chart(stage, "fig-loss", "Losses", "Noisy by nature; look for jumps. The value loss should settle.",
@@ -69,12 +57,35 @@ def _ppo_figures(stage: StageRun) -> list[str]:
         ("value/explained_var", "fig-explained-var", "Critic: explained variance", "1 is perfect; below 0 is no help.",
          "share of variance"),
     ]  # fmt: skip
-    more = [
+    more = _win_rates(stage) + [
         _chart(stage, figure_id, title, hint, (unit, name, ""))
         for name, figure_id, title, hint, unit in optional
         if stage.points(name)
     ]
     return required + more
+
+
+def _reward_against_kl(stage: StageRun) -> str:
+    figure_id, title = "fig-reward-kl", "Reward against KL"
+    reward, kl = dict(stage.points("reward/mean")), dict(stage.points("kl/ref"))
+    both = [(kl[step], reward[step]) for step in sorted(kl.keys() & reward.keys())]
+    if not both:
+        return missing(figure_id, title, "no step recorded both reward/mean and kl/ref.")
+    best = best_of_n(stage)
+    svg = path_plot(figure_id, title, both, "KL to the reference (nats per response)", "mean score", best)
+    hint = "What each nat of drift buys. Bending down: the reward model is being exploited."
+    legend = [("PPO", False), ("best of 1, 2, 4, ... samples of the reference, held-out prompts", True)]
+    return figure(figure_id, title, svg, hint, legend if best else ())
+
+
+def _win_rates(stage: StageRun) -> list[str]:
+    panels = [
+        (f"share of prompts, by the {judge}", "", name)
+        for judge, name in (("reward", "win_rate/reward"), ("judge", "win_rate/judge"))
+        if stage.points(name)
+    ]
+    title, hint = "Win rate against the SFT model", "On held-out prompts; 0.5 is the SFT model itself, a tie is half."
+    return [_chart(stage, "fig-win-rate", title, hint, *panels)] if panels else []
 
 
 def _sft_figures(stage: StageRun) -> list[str]:

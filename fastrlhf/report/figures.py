@@ -88,8 +88,12 @@ def curves(figure_id: str, title: str, panels: Sequence[Panel], x_label: str) ->
         return _svg(figure, figure_id, title)
 
 
-def path_plot(figure_id: str, title: str, points: Sequence[tuple[float, float]], x_label: str, unit: str) -> str:
-    """y against x in the order of the steps: pale at the start, full at the end, both ends named."""
+def path_plot(
+    figure_id: str, title: str, points: Sequence[tuple[float, float]], x_label: str, unit: str,
+    beside: Sequence[tuple[float, float]] = (),
+) -> str:  # fmt: skip
+    """y against x in the order of the steps: pale at the start, full at the end, both ends named; `beside`: a dashed
+    curve to compare with."""
     import matplotlib
 
     shown = _thin(points, 150)
@@ -100,6 +104,10 @@ def path_plot(figure_id: str, title: str, points: Sequence[tuple[float, float]],
         alphas = [0.15 + 0.85 * i / max(1, len(xs) - 1) for i in range(len(xs))]
         axis.scatter(xs, ys, s=16, color=FIRST, alpha=alphas, linewidths=0, gid="series-0-1")
         axis.scatter([xs[-1]], [ys[-1]], s=60, color=FIRST, edgecolors=CARD, linewidths=1.5, zorder=4)
+        if beside:
+            xs_beside, ys_beside = zip(*beside, strict=True)
+            axis.plot(xs_beside, ys_beside, color=SECOND, linewidth=1.4, linestyle=(0, (4, 3)), marker="o",
+                      markersize=3.5, markeredgewidth=0, gid="series-1-0")  # fmt: skip
         axis.margins(x=0.1, y=0.14)
         ends = [("start", 0), ("end", -1)] if len(xs) > 1 else [("end", -1)]
         for name, i in ends:

@@ -183,5 +183,12 @@ def is_histogram(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(count, int) for count in value.values())
 
 
+def best_of_n(stage: StageRun) -> Points:
+    """(KL in nats, mean score) of the best of 1, 2, 4, ... samples of the reference; [] where it was not measured."""
+    curve = next((e.get("curve") for e in stage.events if e.get("kind") == "best_of_n"), None)
+    rows = [row for row in curve if isinstance(row, dict)] if isinstance(curve, list) else []
+    return [(row["kl"], row["reward"]) for row in rows if _number(row.get("kl")) and _number(row.get("reward"))]
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

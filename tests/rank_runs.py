@@ -1,0 +1,120 @@
+"""What every rank of tests/test_ranks.py runs: `torchrun ... -m tests.rank_runs OUT`. The lead writes what happened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, distributed
+from tests import tiny
+
+PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
+PAIRS = [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in PROMPTS]
+RANKED = [{"prompt": p, "responses": ["yes", "no", "thank you"], "ranking": [2, [0, 1]]} for p in PROMPTS]
+PPO = {"total_steps": 5, "rollout_batch_size": 10, "samples_per_prompt": 2, "mini_batch_size": 5, "max_new_tokens": 10,
+       "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "eval_every": 3, "micro_batch_tokens": 60,
+       "reward_scaling": "running_norm", "gae_lambda": 1.0, "lr_schedule": "cosine"}  # fmt: skip
+FORMS = {
+    "separate": {},
+    "shared_trunk": {"critic": "shared_trunk", "old_log_probs": "rollout", "kl_controller": "adaptive"},
+    "lora": {"lora": 4, "critic": "shared_trunk"},
+    "tokens": {"bootstrap_truncated": True, "best_of_n": 2},
+    "rloo": {"advantage": "rloo", "kl_in": "loss", "loss_aggregation": "sequence_mean"},
+}
+SUPERVISED = {"total_steps": 5, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 5, "micro_batch_tokens": 40}
+
+
+def reward(prompts: list[str], responses: list[str]) -> list[float | None]:
+    return [None if len(r) == 7 else r.count("e") - 0.1 * len(r) for r in responses]
+
+
+def token_reward(prompts: list[str], responses: list[str], response_ids: list[list[int]]) -> list:
+    return [None if len(ids) == 7 else [0.01 * token for token in ids] for ids in response_ids]
+
+
+def judge(prompts: list[str], responses: list[str], baselines: list[str]) -> list[float]:
+    return [float(len(r) > len(b)) for r, b in zip(responses, baselines, strict=True)]
+
+
+def build(form: str):
+    tokenizer = tiny.tokenizer()
+    if form == "sft":
+        rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
+        return SFTTrainer(
+            SFTConfig(**SUPERVISED), model=tiny.llama(), tokenizer=tokenizer, data=rows, eval_data=rows[:3]
+        )
+    if form == "reward":
+        config = RewardConfig(**SUPERVISED)
+        return RewardTrainer(config, model=tiny.llama(), tokenizer=tokenizer, data=PAIRS + RANKED, eval_data=PAIRS[:3])
+    config = PPOConfig(**{**PPO, **FORMS[form]})
+    held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:4]}
+    scored = {"reward": token_reward, "judge": judge} if form == "tokens" else {"reward": reward}
+    return PPOTrainer(config, policy=tiny.llama(), tokenizer=tokenizer, **held, **scored)
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    """Everything that was trained."""
+    return {
+        f"{role}.{name}": tensor.detach().clone()
+        for role, part in trainer.trained().items()
+        for name, tensor in (part.parts or part.model.state_dict()).items()
+    }
+
+
+def fingerprint(tensors: dict[str, torch.Tensor]) -> int:
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors.values())).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def noisy(prompts: list[str], responses: list[str]) -> list[float]:
+    """Draws random numbers, as a user's function may: each rank has its own state of the generator."""
+    return [len(r) + random.random() for r in responses]
+
+
+def noisy_run(folder: Path, **fields: object) -> PPOTrainer:
+    config = PPOConfig(
+        **{**PPO, "total_steps": 4, "eval_every": 0, "save_every": 2, "output_dir": str(folder), **fields}
+    )
+    return PPOTrainer(config, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=noisy, prompts=PROMPTS)
+
+
+def check_resume(out: Path) -> None:
+    """A run left after step 2 and resumed ends with the bytes of one that ran through, in every rank."""
+    through = noisy_run(out / "through")
+    through.train()
+    first = iter(noisy_run(out / "resumed"))
+    next(first), next(first)
+    first.close()
+    random.seed(99)
+    again = noisy_run(out / "resumed", resume=True)
+    again.train()
+    assert fingerprint(weights(through)) == fingerprint(weights(again))
+    distributed.wait_for_all()
+    assert (out / "through" / "metrics.jsonl").read_bytes() == (out / "resumed" / "metrics.jsonl").read_bytes()
+
+
+def main(out: Path) -> None:
+    check_resume(out)
+    for form in (*FORMS, "sft", "reward"):
+        trainer = build(form)
+        before = weights(trainer)
+        steps = []
+        for step in trainer:
+            ids = step.rollout.response_ids if form in FORMS else None
+            steps.append({"ids": ids, "metrics": step.metrics})
+        after = weights(trainer)
+        prints = distributed.gather(torch.tensor([fingerprint(after)])).tolist()
+        assert len(set(prints)) == 1, f"{form}: the ranks' weights differ"
+        if distributed.is_lead():
+            (out / f"{form}.json").write_text(json.dumps(steps))
+            save_file({n: after[n] - before[n] for n in after}, out / f"{form}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
