@@ -80,6 +80,8 @@ class RewardConfig(_SupervisedConfig):
         wrong = super()._contradictions()
         if low >= high:
             wrong.append(f"score_range = {low:g},{high:g}: the lowest score must be below the highest")
+        if self.head_only and self.lora is not None:
+            wrong.append("head_only = true: trains no adapter; leave lora out")
         return wrong
 
 

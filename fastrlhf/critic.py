@@ -5,18 +5,18 @@ Every form is read the same way: hidden states of the trunk that predict the res
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fastrlhf.adapters import VALUE, Adapters
 from fastrlhf.batch import Rollout, TokenBatch
-from fastrlhf.models import last_hidden
+from fastrlhf.models import last_hidden, scalar_outputs
 
 
 class Critic:
@@ -38,9 +38,10 @@ class Critic:
         return cls(policy, zero_head(policy), shares_trunk=True)
 
     @classmethod
-    def adapter(cls, adapters: Adapters) -> Critic:
-        """A zero head on the base with the critic's own adapter."""
-        return cls(adapters.model, zero_head(adapters.model), adapters=adapters)
+    def adapter(cls, adapters: Adapters, head: nn.Linear | None = None) -> Critic:
+        """The base with the critic's own adapter, and a copy of a head (None: a zero head)."""
+        own = zero_head(adapters.model) if head is None else copy.deepcopy(head).float().requires_grad_(True)
+        return cls(adapters.model, own, adapters=adapters)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -53,8 +54,7 @@ class Critic:
 
     def read(self, hidden: Tensor) -> Tensor:
         """hidden [..., H] -> values [...] fp32."""
-        bias = self.head.bias
-        return F.linear(hidden.float(), self.head.weight.float(), None if bias is None else bias.float()).squeeze(-1)
+        return scalar_outputs(self.head, hidden)
 
     def values(self, batch: TokenBatch) -> Tensor:
         """V(s_t) [N] fp32 of the response tokens of a batch."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import logging
+import sys
+from types import ModuleType
 
 import torch
 
@@ -33,6 +37,23 @@ def installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the parent package of a dotted name is missing
         return False
+
+
+def bitsandbytes(field: str, remedy: str) -> ModuleType:
+    """The package, imported without the network: on CPUs with AVX512-BF16 its import asks Hugging Face's `kernels` to
+    download one, so that package is out of its sight meanwhile. UserError: how to install it, or the remedy."""
+    if not installed("bitsandbytes"):
+        raise UserError(f"{field} needs `pip install bitsandbytes` (extra '8bit'), or {remedy}")
+    if "bitsandbytes" not in sys.modules:
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its warning that it found none
+        hidden = {"kernels": sys.modules["kernels"]} if "kernels" in sys.modules else {}
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+        try:
+            importlib.import_module("bitsandbytes")
+        finally:
+            del sys.modules["kernels"]
+            sys.modules.update(hidden)
+    return sys.modules["bitsandbytes"]
 
 
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:

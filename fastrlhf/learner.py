@@ -291,8 +291,7 @@ class Learner:
         """The roles being trained, the policy first."""
         found = {"policy": Trained(self.policy, self.policy_optimizer)}
         if self.adapters is not None:
-            parts, merged = self.adapters.parameters(POLICY), partial(self.adapters.merged, POLICY)
-            found["policy"] = Trained(self.policy, self.policy_optimizer, parts, merged)
+            found["policy"] = self.adapters.trained(POLICY, self.policy_optimizer)
         if self.critic is not None:
             parts = self.critic.parameters() if self.critic.trunk is self.policy else None
             found["value"] = Trained(self.critic.trunk, self.value_optimizer, parts)

@@ -8,16 +8,13 @@ no logits tensor [tokens, vocabulary] is ever made in training.
 from __future__ import annotations
 
 import copy
-import io
 import re
-import sys
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -31,10 +28,12 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from fastrlhf import adapter_folder
 from fastrlhf.config import UserError
 from fastrlhf.distributed import device as local_device
-from fastrlhf.hardware import installed, resolve_attention, resolve_dtype
-from fastrlhf.sources import is_packaged, packaged_file
+from fastrlhf.hardware import resolve_attention, resolve_dtype
+from fastrlhf.model_sources import load_pretrained, locate, reason
+from fastrlhf.quantization import quantize_trunk
 
 TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|sentencepiece|.*\.(model|tiktoken)$")
 
@@ -52,76 +51,34 @@ class Head(NamedTuple):
         return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
 
 
-# ------------------------------------------------------------------------------------------------------- sources
-
-
-def _locate(source: str, role: str) -> tuple[str, dict]:
-    """-> (what from_pretrained takes, extra arguments). Folders, hub ids, GGUF files, `package://NAME/FILE`."""
-    text = str(source)
-    if is_packaged(text):
-        text = str(packaged_file(text, role))
-    path = Path(text)
-    if text.endswith(".gguf"):
-        if not path.is_file():
-            raise UserError(f"{role}: the GGUF file {text!r} does not exist")
-        if not (installed("gguf") and installed("accelerate")):
-            raise UserError(f"{role}: {text!r} is a GGUF file and needs `pip install gguf accelerate`")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
-        if not (path / "config.json").exists() and ggufs:
-            return _locate(str(ggufs[0]), role)
-        if not (path / "config.json").exists():
-            raise UserError(f"{role}: the folder {text!r} holds no config.json, so it is no model folder")
-    elif text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise UserError(f"{role}: the folder {text!r} does not exist")
-    return text, {}
-
-
-def _load(auto: type, source: str, role: str, **kwargs: object) -> PreTrainedModel:
-    where, extra = _locate(source, role)
-    options = {"output_loading_info": True, **extra, **kwargs}
-    if not extra:  # a folder or hub id: safetensors only, a pickle can run code
-        options["use_safetensors"] = True
-    try:
-        with redirect_stderr(io.StringIO()) if extra and not sys.stderr.isatty() else nullcontext():  # its progress bar
-            model, info = auto.from_pretrained(where, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{role}: cannot load {str(source)!r}: {_reason(error)}") from error
-    if info["missing_keys"]:  # transformers would fill them with random numbers
-        missing = sorted(info["missing_keys"])[0]
-        raise UserError(f"{role}: {str(source)!r} has no weights for {missing!r}; it is no {type(model).__name__}")
-    return model
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+# ------------------------------------------------------------------------------------------------------- loading
 
 
 def check_source(source: object, role: str) -> None:
-    """UserError when a folder, GGUF file or cached hub model cannot be there; loads the configuration, no weights."""
+    """UserError when a folder, GGUF file or cached hub model (an adapter's own) cannot be there; loads no weights."""
     if isinstance(source, str):
-        where, extra = _locate(source, role)
+        if adapter_folder.is_adapter(source):
+            return check_source(adapter_folder.base_of(source, role), role)
+        where, extra = locate(source, role)
         if not extra:
             try:
                 AutoConfig.from_pretrained(where, trust_remote_code=False)
             except (OSError, ValueError) as error:
-                raise UserError(f"{role}: cannot load {source!r}: {_reason(error)}") from error
-
-
-# ------------------------------------------------------------------------------------------------------- loading
+                raise UserError(f"{role}: cannot load {source!r}: {reason(error)}") from error
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, hub id or GGUF file. UserError when it is missing or has no end-of-sequence token."""
-    where, extra = _locate(source, "tokenizer")
+    if adapter_folder.is_adapter(source) and not any(TOKENIZER_FILE.match(f.name) for f in Path(source).glob("*")):
+        return load_tokenizer(adapter_folder.base_of(source, "tokenizer"))
+    where, extra = locate(source, "tokenizer")
     files = [file.name for file in Path(where).glob("*")]
     if files and not extra and not any(TOKENIZER_FILE.match(name) for name in files):
         raise UserError(f"tokenizer: {str(source)!r} holds no tokenizer files; pass tokenizer=FOLDER")
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer: cannot load one from {str(source)!r}: {_reason(error)}") from error
+        raise UserError(f"tokenizer: cannot load one from {str(source)!r}: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {str(source)!r} has no eos_token; set one, replies could never end")
     return tokenizer
@@ -140,27 +97,45 @@ def tokenizer_for(
     return load_tokenizer(tokenizer or model)
 
 
-def load_policy(source: str | PreTrainedModel, dtype: str = "auto", attention: str = "auto") -> PreTrainedModel:
+def load_policy(
+    source: str | PreTrainedModel, dtype: str = "auto", attention: str = "auto", quantize: str | None = None
+) -> PreTrainedModel:
     """A causal LM on this process's device, dropout off. A loaded model is used as it is (its dtype and attention too).
 
+    An adapter folder is merged into its model. quantize: nf4 or int8; on a GPU only the quantised layers arrive.
     Raises UserError when the source is missing or is no causal LM with an output head.
     """
+    if adapter_folder.is_adapter(source):
+        return _with_adapter(load_policy(adapter_folder.base_of(source, "policy"), dtype, attention), source)
+    device = source.device if isinstance(source, PreTrainedModel) else local_device()
     if isinstance(source, PreTrainedModel):
         model = source
     else:
-        device = local_device()
         torch_dtype = resolve_dtype(dtype, device)
         kwargs = {
             "dtype": torch_dtype,
             "attn_implementation": resolve_attention(attention, device, torch_dtype),
         }
-        model = _load(AutoModelForCausalLM, source, "policy", **kwargs)
+        model = load_pretrained(AutoModelForCausalLM, source, "policy", **kwargs)
         if str(source).endswith(".gguf") or "gguf" in str(getattr(model.config, "quantization_config", "")):
             model = _fresh_copy(model)
+        model.config._name_or_path = str(source)  # what an adapter of it names as its base
+    if quantize is not None:
+        quantize_trunk(model, quantize, device)
+    if model is not source:
         model = model.to(device)
     prepare(model)
     _check_head(model)
     return model
+
+
+def _with_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
+    """The adapter of a policy merged in; what the folder says of generation goes along."""
+    folder = adapter_folder.read_adapter(source, "policy")
+    if folder.head:
+        raise UserError(f"policy: {str(source)!r} is the adapter of a reward model; name the one of a causal LM")
+    adapter_folder.take_generation_config(model, folder.path)
+    return adapter_folder.merge_into(model, folder)
 
 
 def _fresh_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -182,7 +157,9 @@ def is_scalar_model(source: str | PreTrainedModel) -> bool:
     """True for a sequence classifier (a reward or value model), false for a causal LM; reads the config only."""
     if isinstance(source, PreTrainedModel):
         return isinstance(getattr(source, "score", None), nn.Linear)
-    where, extra = _locate(source, "model")
+    if adapter_folder.is_adapter(source):
+        return adapter_folder.is_reward_adapter(source, "model")
+    where, extra = locate(source, "model")
     if extra:
         return False
     check_source(source, "model")
@@ -191,13 +168,20 @@ def is_scalar_model(source: str | PreTrainedModel) -> bool:
 
 
 def load_reward_model(
-    source: str | PreTrainedModel, dtype: str = "auto", attention: str = "auto", role: str = "reward"
-) -> PreTrainedModel:
-    """A one-label sequence classifier (reward or value model). UserError when it has more labels or none."""
+    source: str | PreTrainedModel, dtype: str = "auto", attention: str = "auto", role: str = "reward",
+    quantize: str | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """A one-label sequence classifier (reward or value model). UserError when it has more labels or none.
+
+    An adapter folder is merged into its model. quantize: as `load_policy` has it.
+    """
+    if adapter_folder.is_adapter(source):
+        model = scalar_base(source, dtype, attention, role)
+        return adapter_folder.merge_into(model, adapter_folder.read_adapter(source, role))
+    device = source.device if isinstance(source, PreTrainedModel) else local_device()
     if isinstance(source, PreTrainedModel):
         model = source
     else:
-        device = local_device()
         torch_dtype = resolve_dtype(dtype, device)
         kwargs = {
             "dtype": torch_dtype,
@@ -205,15 +189,36 @@ def load_reward_model(
         }
         if not is_scalar_model(source):
             raise UserError(f"{role}: {str(source)!r} is no sequence classifier; train one with `fastrlhf reward`")
-        model = _load(AutoModelForSequenceClassification, source, role, **kwargs).to(device)
+        model = load_pretrained(AutoModelForSequenceClassification, source, role, **kwargs)
+        model.config._name_or_path = str(source)
     if getattr(model.config, "num_labels", None) != 1 or not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{role}: {type(model).__name__} must have a scalar head `score` (num_labels=1)")
+    if quantize is not None:
+        quantize_trunk(model, quantize, device)
+    if model is not source:
+        model = model.to(device)
     prepare(model)
     return model
 
 
-def scalar_model(trunk_of: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int | None) -> PreTrainedModel:
-    """A new scalar-head model on a copy of another model's trunk.
+def scalar_base(source: str, dtype: str, attention: str, role: str, quantize: str | None = None) -> PreTrainedModel:
+    """The model under the adapter of a reward model, with the adapter's head and without its low-rank matrices."""
+    if not adapter_folder.is_reward_adapter(source, role):
+        raise UserError(f"{role}: {source!r} is no adapter of a reward model; train one with `fastrlhf reward`")
+    base, head = adapter_folder.base_of(source, role), adapter_folder.read_adapter(source, role).head
+    if is_scalar_model(base):
+        model = load_reward_model(base, dtype, attention, role, quantize)
+    else:
+        trunk = load_policy(base, dtype, attention, quantize)
+        model = scalar_model(trunk, load_tokenizer(source), seed=None, share=True)
+    model.score.load_state_dict(head)
+    return model
+
+
+def scalar_model(
+    trunk_of: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int | None, *, share: bool = False
+) -> PreTrainedModel:
+    """A new scalar-head model on a copy of another model's trunk (share: on that trunk itself).
 
     The head starts at N(0, 1/(H+1)) drawn from `seed` (Stiennon et al. 2020, as summarize_from_feedback does), or at
     zero where seed is None (a value model that predicts 0 before it has seen a return).
@@ -224,13 +229,18 @@ def scalar_model(trunk_of: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     padding = padding_id(tokenizer)
     config.pad_token_id = None if padding == tokenizer.eos_token_id else padding
     try:
-        model = AutoModelForSequenceClassification.from_config(
-            config, dtype=trunk_of.dtype, attn_implementation=trunk_of.config._attn_implementation
-        )
+        with torch.device("meta") if share else nullcontext():
+            model = AutoModelForSequenceClassification.from_config(
+                config, dtype=trunk_of.dtype, attn_implementation=trunk_of.config._attn_implementation
+            )
     except ValueError as error:
         raise UserError(f"{type(trunk_of).__name__} has no sequence-classification form in transformers; use "
                         "another base model for the reward and value model") from error  # fmt: skip
-    model.base_model.load_state_dict(trunk_of.base_model.state_dict())
+    if share:
+        setattr(model, model.base_model_prefix, trunk_of.base_model)
+        model.score.to_empty(device="cpu")
+    else:
+        model.base_model.load_state_dict(trunk_of.base_model.state_dict())
     hidden = model.score.weight.shape[1]
     with torch.no_grad():
         if seed is None:
@@ -373,15 +383,15 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
     return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
 
-def scalar_outputs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The scalar head in fp32: hidden [..., H] -> [...]."""
-    weight, bias = model.score.weight.float(), model.score.bias
+def scalar_outputs(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """A scalar head in fp32: hidden [..., H] -> [...]."""
+    weight, bias = head.weight.float(), head.bias
     return F.linear(hidden.float(), weight, None if bias is None else bias.float()).squeeze(-1)
 
 
-def sequence_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Score [B] fp32 of each token row, read at its last token."""
-    return scalar_outputs(model, last_hidden(model, rows))
+def sequence_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]], head: nn.Linear | None = None) -> Tensor:
+    """Score [B] fp32 of each token row, read at its last token. head: None for the model's own, `score`."""
+    return scalar_outputs(head or model.score, last_hidden(model, rows))
 
 
 def last_hidden(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -400,12 +410,13 @@ def write_model(
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
     weights: dict[str, Tensor] | None = None,
+    adapter: Callable[[Path], None] | None = None,
 ) -> None:
     """Write what stock transformers runs: safetensors, tokenizer with its chat template, generation config.
 
     stop_ids become the generation config's eos_token_id, so that `pipeline()` ends replies where training did. The
     tokenizer of a reward model pads with the id that the stock classifier looks for. weights: a state dict to write
-    in place of the model's own.
+    in place of the model's own. adapter: writes an adapter's files in place of weights and config.
     """
     generation = getattr(model, "generation_config", None)
     if generation is not None and model.can_generate():
@@ -421,5 +432,10 @@ def write_model(
     elif model.config.pad_token_id not in (None, tokenizer.pad_token_id):
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
-    model.save_pretrained(folder, state_dict=weights)
+    if adapter is None:
+        model.save_pretrained(folder, state_dict=weights)
+    else:
+        adapter(Path(folder))
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastrlhf import distributed
-from fastrlhf.config import StageConfig, UserError
+from fastrlhf.config import StageConfig
 from fastrlhf.data import pack
+from fastrlhf.hardware import bitsandbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,11 +95,8 @@ def lr_at(step: int, *, base: float, schedule: str, warmup_steps: int, total_ste
 def _build(name: str, params: list[nn.Parameter], **options: object) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(params, fused=True, **options)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"optimizer: {name!r} needs `pip install bitsandbytes` (extra '8bit'), or use 'adamw'")
-    import bitsandbytes
-
-    kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    kinds = bitsandbytes(f"optimizer: {name!r}", "use 'adamw'").optim
+    kinds = {"adamw8bit": kinds.AdamW8bit, "paged_adamw8bit": kinds.PagedAdamW8bit}
     return kinds[name](params, **options)
 
 
@@ -200,13 +198,14 @@ class Trained(NamedTuple):
     """A role that is trained: its model, its optimizer, and what is saved of it.
 
     parts: the tensors a checkpoint holds, by name (an adapter, a head); None: the whole model. merged: the weights of
-    the model as it is exported; None: its own.
+    the model as it is exported; None: its own. adapter: writes the adapter alone into a folder; None: there is none.
     """
 
     model: PreTrainedModel
     optimizer: Optimizer
     parts: dict[str, Tensor] | None = None
     merged: Callable[[], dict[str, Tensor]] | None = None
+    adapter: Callable[[Path], None] | None = None
 
 
 def _to_master(master: nn.Parameter):  # noqa: ANN202

@@ -18,14 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import advantages, distributed, gathering, models
-from fastrlhf.adapters import POLICY
+from fastrlhf.backbone import same_base
 from fastrlhf.batch import Experience, Rollout, length_mask, minibatches, scatter
-from fastrlhf.config import PPOConfig, UserError
+from fastrlhf.config import PPOConfig
 from fastrlhf.data import Sampler
 from fastrlhf.evaluation import Evaluation, eval_temperature
 from fastrlhf.extras import Extras
 from fastrlhf.feedback import Prompt
-from fastrlhf.folders import replace_folder
 from fastrlhf.kl_control import KLController
 from fastrlhf.learner import Learner, response_log_probs
 from fastrlhf.optim import Trained
@@ -99,20 +98,23 @@ class PPOTrainer:
         self.run = Run(self)
         self.run.averaged = self.extras.averaged
         self.learner.report = self.backoff.report = self.run.tracker.event
+        if self.roles.adapters is not None:
+            notes += self.roles.adapters.notes(self.run.tracker.note)
         for text in notes:
             self.run.tracker.note(text)
 
     def _load_models(self, policy: Any, reward: Any, ref_policy: Any, value_model: Any) -> None:
         config = self.config
-        how = (config.dtype, config.attention)
+        on_base = reward if config.lora is not None and same_base(policy, reward) else None
         self.scorer = make_scorer(
             reward,
             self.tokenizer,
-            dtype=how[0],
-            attention=how[1],
+            dtype=config.dtype,
+            attention=config.attention,
             micro_batch_tokens=config.micro_batch_tokens,
+            on_base=on_base is not None,
         )
-        roles = self.roles = load_roles(config, self.tokenizer, self.scorer, policy, ref_policy, value_model)
+        roles = self.roles = load_roles(config, self.tokenizer, self.scorer, policy, ref_policy, value_model, on_base)
         self.policy, self.ref_policy, self.critic = roles.policy, roles.ref_policy, roles.critic
         self.value_model = None if self.critic is None else self.critic.trunk
         self.device = self.policy.device
@@ -142,14 +144,7 @@ class PPOTrainer:
     def save(self, folder: str | Path, *, adapter: bool = False) -> None:
         """Weights (an adapter merged into them), tokenizer, chat template and generation config, as stock transformers
         loads them. adapter: the LoRA adapter alone, as peft loads it; UserError without `lora`."""
-        if not adapter:
-            self.run.export(folder)
-        elif self.roles.adapters is None:
-            raise UserError("save: adapter=True needs a run with lora; this one trains all weights")
-        elif distributed.is_lead():
-            base = self.policy.config._name_or_path
-            with self.extras.averaged():
-                replace_folder(lambda target: self.roles.adapters.write(target, POLICY, base), Path(folder))
+        self.run.export(folder, adapter=adapter)
 
     # ------------------------------------------------------------------------------------------------------- one step
 

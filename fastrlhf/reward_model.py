@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import distributed, models
+from fastrlhf.adapters import REWARD
+from fastrlhf.backbone import load_scalar_backbone
 from fastrlhf.backoff import Backoff
 from fastrlhf.config import RewardConfig, UserError
 from fastrlhf.data import Counts, Sampler, encode_rows, load_feedback, split_heldout
@@ -135,7 +137,12 @@ class RewardTrainer:
             self.records, self.eval_records = split_heldout(
                 self.records, config.eval_fraction, config.seed, key=lambda r: json.dumps(r.feedback.prompt)
             )  # judgements of the same prompt stay together
-        self.model = self._scalar_model(model)
+        self.model, self.adapters = load_scalar_backbone(model, config, self.tokenizer)
+        frozen = config.head_only or self.adapters is not None  # head_only: a linear model on frozen features
+        models.make_trainable(self.model, config.gradient_checkpointing, frozen=frozen)
+        self.model.score.requires_grad_(True)
+        if config.head_only:
+            self.model.base_model.requires_grad_(False)
         check_rows(self.model, [row for r in self.records + self.eval_records for row in r.rows], config.max_tokens)
         self.tokenizer = padding_tokenizer(self.tokenizer)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -143,26 +150,21 @@ class RewardTrainer:
         self.best_metric = ("accuracy/eval", True) if ordered else ("loss/eval", False)
         self.device = self.model.device
         self.backoff = Backoff(config, self.device)
-        self.optimizer = Optimizer(self.model, learning_rate=config.learning_rate, **optimizer_options(config))
+        trained = self.model if self.adapters is None else self._trained_parts()
+        self.optimizer = Optimizer(trained, learning_rate=config.learning_rate, **optimizer_options(config))
         self.total_steps = config.total_steps or math.ceil(config.epochs * len(self.records) / config.mini_batch_size)
         self.sampler, self.guard = Sampler(len(self.records), config.seed), UpdateGuard()
         self.run = Run(self)
         self.backoff.report = self.run.tracker.event
+        if self.adapters is not None:
+            notes += self.adapters.notes(self.run.tracker.note)
         for text in notes:
             self.run.tracker.note(text)
 
-    def _scalar_model(self, source: str | PreTrainedModel) -> PreTrainedModel:
-        how = (self.config.dtype, self.config.attention)
-        if models.is_scalar_model(source):
-            model = models.load_reward_model(source, *how, role="model")
-        else:
-            model = models.scalar_model(models.load_policy(source, *how), self.tokenizer, seed=self.config.seed)
-        model.requires_grad_(not self.config.head_only)
-        model.score.requires_grad_(True)  # head_only: a linear model on frozen features
-        if self.config.gradient_checkpointing:
-            new = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
-            (new or model.gradient_checkpointing_enable)()
-        return model
+    def _trained_parts(self) -> dict[str, Tensor]:
+        """With lora: the adapter and the head."""
+        head = {f"score.{name}": p for name, p in self.model.score.named_parameters()}
+        return {**self.adapters.parameters(REWARD), **head}
 
     def _load(self, source: Any, role: str) -> tuple[list[Record], str]:
         config = self.config
@@ -200,9 +202,10 @@ class RewardTrainer:
             summary = step.metrics
         return summary
 
-    def save(self, folder: str | Path) -> None:
-        """An AutoModelForSequenceClassification folder (num_labels 1) with its tokenizer."""
-        self.run.export(folder)
+    def save(self, folder: str | Path, *, adapter: bool = False) -> None:
+        """An AutoModelForSequenceClassification folder (num_labels 1) with its tokenizer. adapter: the LoRA adapter and
+        the head alone, as peft loads them; UserError without `lora`."""
+        self.run.export(folder, adapter=adapter)
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -285,7 +288,10 @@ class RewardTrainer:
         return metrics
 
     def trained(self) -> dict[str, Trained]:
-        return {"model": Trained(self.model, self.optimizer)}
+        if self.adapters is None:
+            return {"model": Trained(self.model, self.optimizer)}
+        head = dict(self.model.score.named_parameters())
+        return {"model": self.adapters.trained(REWARD, self.optimizer, self._trained_parts(), head)}
 
     def state(self) -> dict[str, Any]:
         parts = {"guard": self.guard, "backoff": self.backoff}

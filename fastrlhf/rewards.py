@@ -10,13 +10,16 @@ reward of the last token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.adapter_folder import AdapterFolder
+from fastrlhf.adapters import REWARD, Adapters
 from fastrlhf.backoff import Backoff
 from fastrlhf.callables import UserFunction, is_function_reference, load_function, name_of
 from fastrlhf.config import UserError
@@ -41,22 +44,35 @@ class Scorable:
 
 
 class RewardModelScorer:
-    """Scores with a sequence classifier: the policy's own token ids if the tokenizers agree, else re-encoded text."""
+    """Scores with a sequence classifier: the policy's own token ids if the tokenizers agree, else re-encoded text.
+
+    model None: `over` gives it later, the reward model is an adapter on the policy's base.
+    """
 
     name, per_token = "reward model", False
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         policy_tokenizer: PreTrainedTokenizerBase,
         micro_batch_tokens: int | None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = None if model is None else model.eval().requires_grad_(False)
+        self.adapters: Adapters | None = None
+        self.head: nn.Linear | None = None
+        self.micro_batch_tokens = micro_batch_tokens
         self.tokenizer = tokenizer
         self.same_tokenizer = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-        self.budget = token_budget(micro_batch_tokens, model.device)
         self.backoff: Backoff | None = None  # of the run that it scores for
+
+    def over(self, adapters: Adapters, folder: AdapterFolder) -> None:
+        """Score with the reward adapter of a folder, over the base that `adapters` are on."""
+        adapters.add(REWARD, folder)
+        self.adapters = adapters
+        self.head = nn.Linear(folder.head["weight"].shape[1], 1, bias="bias" in folder.head).requires_grad_(False)
+        self.head.load_state_dict(folder.head)
+        self.head.to(adapters.model.device)
 
     def __call__(self, batch: Scorable) -> list[float | None]:
         if self.same_tokenizer:
@@ -65,17 +81,19 @@ class RewardModelScorer:
             pairs = zip(batch.raw_prompts, batch.responses, strict=True)
             rows = [encode_prompt(self.tokenizer, p) + encode_response(self.tokenizer, p, r) for p, r in pairs]
         backoff = self.backoff
-        if backoff is None:
-            return score_rows(self.model, rows, self.budget).tolist()
-        return backoff.attempt(lambda: score_rows(self.model, rows, backoff.tokens)).tolist()
+        with nullcontext(self.model) if self.adapters is None else self.adapters.using(REWARD) as model:
+            if backoff is None:
+                budget = token_budget(self.micro_batch_tokens, model.device)
+                return score_rows(model, rows, budget, self.head).tolist()
+            return backoff.attempt(lambda: score_rows(model, rows, backoff.tokens, self.head)).tolist()
 
 
-def score_rows(model: PreTrainedModel, rows: list[list[int]], budget: int) -> Tensor:
-    """Scores [B] fp32 on the CPU, computed in micro-batches of at most `budget` padded tokens."""
+def score_rows(model: PreTrainedModel, rows: list[list[int]], budget: int, head: nn.Linear | None = None) -> Tensor:
+    """Scores [B] fp32 on the CPU, computed in micro-batches of at most `budget` padded tokens; head None: `score`."""
     scores = torch.empty(len(rows), dtype=torch.float32)
     for group in micro_batches([len(row) for row in rows], budget):
         with torch.inference_mode():
-            found = sequence_scores(model, [rows[i] for i in group])
+            found = sequence_scores(model, [rows[i] for i in group], head)
         scores[group] = found.cpu()
     return scores
 
@@ -151,15 +169,19 @@ def make_scorer(
     dtype: str = "auto",
     attention: str = "auto",
     micro_batch_tokens: int | None = None,
+    on_base: bool = False,
 ) -> RewardModelScorer | FunctionScorer:
-    """Whatever PPOTrainer accepts as `reward` -> a scorer. UserError says what is accepted."""
+    """Whatever PPOTrainer accepts as `reward` -> a scorer. UserError says what is accepted.
+
+    on_base: it is an adapter on the policy's base, which `RewardModelScorer.over` gives it.
+    """
     if is_function_reference(reward):
         reward = load_function(reward)  # type: ignore[arg-type]
     if isinstance(reward, (str, Path)):
         tokenizer = load_tokenizer(str(reward))
         if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
             resolve_chat_template(tokenizer, None)
-        model = load_reward_model(str(reward), dtype, attention)
+        model = None if on_base else load_reward_model(str(reward), dtype, attention)
         return RewardModelScorer(model, tokenizer, policy_tokenizer, micro_batch_tokens)
     if isinstance(reward, PreTrainedModel):
         model = load_reward_model(reward)

@@ -2,7 +2,8 @@
 
 critic = separate               policy, reference and critic are three models
 critic = shared_trunk           the critic is a head on the policy's trunk
-lora                            one frozen base: policy (and separate critic) are adapters, reference is the base
+lora                            one frozen base: policy (and separate critic) are adapters, reference is the base, or
+                                the adapter the run started from; so is a reward model that is an adapter of that base
 ref_refresh_every               with lora the reference is an adapter too (reference.py)
 """
 
@@ -16,19 +17,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import models
-from fastrlhf.adapters import POLICY, REFERENCE, VALUE, Adapters
+from fastrlhf.adapter_folder import read_adapter
+from fastrlhf.adapters import POLICY, REFERENCE, REWARD, VALUE, Adapters
+from fastrlhf.backbone import load_backbone
 from fastrlhf.config import PPOConfig, UserError
 from fastrlhf.critic import Critic
 from fastrlhf.offload import Offload
 from fastrlhf.rewards import FunctionScorer, RewardModelScorer
-from fastrlhf.rollout import derive_seed
 
 Source = str | PreTrainedModel | None
 
 
 @dataclass
 class Roles:
-    """ref_policy None: the policy's base without its adapter. critic None: an estimator without values."""
+    """ref_policy None: what the policy started from, its own adapter off. critic None: an estimator without values."""
 
     policy: PreTrainedModel
     ref_policy: PreTrainedModel | None
@@ -54,16 +56,19 @@ def load_roles(
     policy: str | PreTrainedModel,
     ref_policy: Source,
     value_model: Source,
+    on_base: str | None = None,
 ) -> Roles:
-    """Load what is named, make the rest. UserError for a model that cannot take its role, before any training."""
+    """Load what is named, make the rest. UserError for a model that cannot take its role, before any training.
+
+    on_base: the folder of the reward model where that is an adapter on the policy's base.
+    """
     how = (config.dtype, config.attention)
     _check_value_model(config, value_model)
-    trained = models.load_policy(policy, *how)
-    adapters = None
-    if config.lora is not None:
-        roles = [POLICY, VALUE] if config.advantage == "gae" and config.critic == "separate" else [POLICY]
-        roles += [REFERENCE] if config.ref_refresh_every else []  # B = 0: the base, until the first refresh
-        adapters = Adapters(trained, config.lora, roles, derive_seed(config.seed, "lora"))
+    names = [POLICY, VALUE] if config.advantage == "gae" and config.critic == "separate" else [POLICY]
+    names += [REFERENCE] if config.ref_refresh_every else []  # B = 0: the base, until the first refresh
+    trained, adapters = load_backbone(policy, config, names)
+    if on_base is not None:
+        scorer.over(adapters, read_adapter(on_base, "reward"))
     if ref_policy is not None:
         reference = models.freeze(models.load_policy(ref_policy, *how))
     else:
@@ -90,13 +95,15 @@ def _make_critic(
     adapters: Adapters | None,
 ) -> Critic | None:
     """A model of its own is the one given, else a copy of a reward model that reads the same tokens, else the policy's
-    trunk with a zero head."""
+    trunk with a zero head. An adapter starts from the reward model's where that is one of the same layers and ranks."""
     if config.advantage != "gae":
         return None
     if config.critic == "shared_trunk":
         return Critic.shared_trunk(policy)
     if adapters is not None:
-        return Critic.adapter(adapters)
+        shared = isinstance(scorer, RewardModelScorer) and scorer.same_tokenizer and scorer.adapters is adapters
+        started = shared and adapters.start_from(VALUE, REWARD)
+        return Critic.adapter(adapters, scorer.head if started else None)
     if value_model is not None:
         model = models.load_reward_model(value_model, config.dtype, config.attention, role="value_model")
     elif isinstance(scorer, RewardModelScorer) and scorer.same_tokenizer:

@@ -172,23 +172,32 @@ class Run:
             self.best = value
             if self.dir is not None:
                 try:
-                    self.export(self.dir / "best")
+                    self.export_default(self.dir / "best")
                 except CheckpointError as error:  # the older best model is still there
                     self.tracker.event("checkpoint", str(error))
         return metrics
 
     # ----------------------------------------------------------------------------------------- saving and resuming
 
-    def export(self, folder: str | Path) -> None:
-        """The first trained model as a folder that stock transformers runs, replaced as a whole. The lead writes it."""
+    def export(self, folder: str | Path, *, adapter: bool = False) -> None:
+        """The first trained model as a folder that stock transformers runs, replaced as a whole; adapter: its adapter
+        alone, with tokenizer and generation config, as peft loads it. The lead writes. UserError where there is none.
+        """
+        first = next(iter(self.stage.trained().values()))
+        if adapter and first.adapter is None:
+            raise UserError("save: adapter=True needs a run with lora; this one trains all weights")
         if not distributed.is_lead():
             return
-        first = next(iter(self.stage.trained().values()))
         model, tokenizer = first.model, self.stage.tokenizer
         stops = stop_token_ids(tokenizer, getattr(model, "generation_config", None))
         with self.averaged():
-            weights = first.merged() if first.merged else None
-            replace_folder(lambda target: write_model(target, model, tokenizer, stops, weights), Path(folder))
+            weights = first.merged() if first.merged and not adapter else None
+            write = first.adapter if adapter else None
+            replace_folder(lambda target: write_model(target, model, tokenizer, stops, weights, write), Path(folder))
+
+    def export_default(self, folder: Path) -> None:
+        """`export`, but a quantised base is not merged unless it is asked for."""
+        self.export(folder, adapter=self.config.quantize is not None)
 
     def _save(self) -> None:
         if self.store is None:
@@ -198,7 +207,7 @@ class Run:
             return
         trained = self.stage.trained()
         tensors, optimizers = {**random, **self.stage.tensors()}, {}
-        for name, (_, optimizer, parts, _) in trained.items():
+        for name, (_, optimizer, parts, *_) in trained.items():
             saved, optimizers[name] = optimizer_tensors(optimizer.inner, name)
             tensors[f"optimizer_{name}"] = {**saved, **optimizer.master_tensors()}
             if parts is not None:
@@ -229,7 +238,7 @@ class Run:
                 f"{name}: this run was started with {saved.get(name)!r} and would resume with {now.get(name)!r}; "
                 "resume with the same value, or start a new output_dir"
             )
-        for name, (model, optimizer, parts, _) in self.stage.trained().items():
+        for name, (model, optimizer, parts, *_) in self.stage.trained().items():
             if parts is None:
                 checkpoint.load_model(name, model)
             else:
@@ -358,7 +367,8 @@ def _described(value: Any) -> Any:
 
 
 def run_stage(trainer: type, inputs: dict[str, Any], config: StageConfig) -> int:
-    """A whole stage for the command line: train, write output_dir/final -> exit code 0, or 75 when interrupted."""
+    """A whole stage for the command line: train, write output_dir/final (with lora and a base that is not quantised
+    output_dir/adapter too; else final is the adapter) -> exit code 0, or 75 when interrupted."""
     if config.output_dir is None:
         raise UserError("output_dir: name the run folder, for example output_dir=runs/first")
     stage = trainer(config, **inputs)
@@ -366,7 +376,9 @@ def run_stage(trainer: type, inputs: dict[str, Any], config: StageConfig) -> int
     try:
         stage.train()
         with distributed.lead_first():  # nobody leaves before it is written
-            stage.save(stage.run.dir / "final")
+            stage.run.export_default(stage.run.dir / "final")
+            if config.lora is not None and config.quantize is None:
+                stage.run.export(stage.run.dir / "adapter", adapter=True)
         tracker.note(f"done: {stage.run.dir / 'final'}")
     except Interrupted as stopped:
         tracker.note(str(stopped))

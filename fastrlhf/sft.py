@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import distributed, models
+from fastrlhf.adapters import POLICY
+from fastrlhf.backbone import load_backbone
 from fastrlhf.backoff import Backoff
 from fastrlhf.config import SFTConfig, UserError
 from fastrlhf.data import Counts, Sampler, encode_rows, load_conversations, pack, split_heldout
@@ -64,18 +66,19 @@ class SFTTrainer:
             notes.append(note)
         elif config.eval_fraction:
             self.examples, self.eval_examples = _split(self.examples, config)
-        self.model = models.load_policy(model, config.dtype, config.attention).requires_grad_(True)
+        self.model, self.adapters = load_backbone(model, config, [POLICY])
         check_rows(self.model, [e.ids for e in self.examples + self.eval_examples], config.max_tokens)
-        if config.gradient_checkpointing:
-            new = getattr(self.model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
-            (new or self.model.gradient_checkpointing_enable)()
+        models.make_trainable(self.model, config.gradient_checkpointing, frozen=self.adapters is not None)
         self.device = self.model.device
         self.backoff = Backoff(config, self.device)
-        self.optimizer = Optimizer(self.model, learning_rate=config.learning_rate, **optimizer_options(config))
+        trained = self.model if self.adapters is None else self.adapters.parameters(POLICY)
+        self.optimizer = Optimizer(trained, learning_rate=config.learning_rate, **optimizer_options(config))
         self.total_steps = config.total_steps or math.ceil(config.epochs * len(self.examples) / config.mini_batch_size)
         self.sampler, self.guard = Sampler(len(self.examples), config.seed), UpdateGuard()
         self.run = Run(self)
         self.backoff.report = self.run.tracker.event
+        if self.adapters is not None:
+            notes += self.adapters.notes(self.run.tracker.note)
         for text in notes:
             self.run.tracker.note(text)
 
@@ -107,9 +110,10 @@ class SFTTrainer:
             summary = step.metrics
         return summary
 
-    def save(self, folder: str | Path) -> None:
-        """Weights, tokenizer, chat template and generation config, as stock transformers loads them."""
-        self.run.export(folder)
+    def save(self, folder: str | Path, *, adapter: bool = False) -> None:
+        """Weights (an adapter merged into them), tokenizer, chat template and generation config, as stock transformers
+        loads them. adapter: the LoRA adapter alone, as peft loads it; UserError without `lora`."""
+        self.run.export(folder, adapter=adapter)
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -175,7 +179,9 @@ class SFTTrainer:
         return {"loss/eval": loss, "perplexity/eval": math.exp(min(loss, 700.0))}
 
     def trained(self) -> dict[str, Trained]:
-        return {"model": Trained(self.model, self.optimizer)}
+        if self.adapters is None:
+            return {"model": Trained(self.model, self.optimizer)}
+        return {"model": self.adapters.trained(POLICY, self.optimizer)}
 
     def state(self) -> dict[str, Any]:
         parts = {"guard": self.guard, "backoff": self.backoff}

@@ -211,7 +211,7 @@ def test_the_head_starts_at_the_published_size():
 def test_scalar_outputs_are_fp32():
     model = models.scalar_model(tiny.llama().bfloat16(), tiny.tokenizer(), seed=0)
     hidden = torch.randn(3, 5, 32).bfloat16()
-    out = models.scalar_outputs(model, hidden)
+    out = models.scalar_outputs(model.score, hidden)
     torch.testing.assert_close(out, hidden.float() @ model.score.weight.float()[0])
     assert out.shape == (3, 5) and out.dtype == torch.float32
 

@@ -104,7 +104,7 @@ def test_padding_does_not_reach_any_result():
         def run(pairs, t=t, model=model, critic=critic):
             batch = TokenBatch.build([p for p, _ in pairs], [r for _, r in pairs], t.device)
             with torch.no_grad():
-                return response_log_probs(model, batch, 1.0), m.scalar_outputs(critic, batch.hidden(critic))
+                return response_log_probs(model, batch, 1.0), m.scalar_outputs(critic.score, batch.hidden(critic))
 
         for alone, padded in zip(run(rows[:1]), run(rows), strict=True):
             assert torch.allclose(alone, padded[:3], atol=1e-5)
