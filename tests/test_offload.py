@@ -104,8 +104,9 @@ def test_a_run_has_the_same_bytes_and_moves_each_model_once_a_phase(tmp_path, fo
         ours.train()
     assert places["score"] == {False} and places["update"] == {True}  # at work on the device, at home in the update
     assert places["reference"] == (set() if "lora" in form else {False})
-    evaluations, steps = 3, 2
-    moves = len(homes[0]) * (steps + evaluations) + (0 if "lora" in form else len(homes[1]) * steps)
+    evaluations, steps, baseline = 3, 2, 1  # the SFT model's replies to the held-out prompts, before step 1
+    moves = len(homes[0]) * (steps + evaluations + baseline)
+    moves += 0 if "lora" in form else len(homes[1]) * (steps + baseline)
     assert len(device.copies) == moves
     assert differing(plain, ours) == [] and [addresses(model) for model in frozen] == homes
     assert read(tmp_path / "plain" / "metrics.jsonl") == read(tmp_path / "ours" / "metrics.jsonl")
