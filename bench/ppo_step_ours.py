@@ -1,4 +1,4 @@
-"""fastrlhf's side of `bench.ppo_step`: one process, one form, a few PPO steps. Prints a JSON object as its last line."""
+"""fastrlhf's side of `bench.ppo_step`: one process, one form, a few PPO steps. Its last line of output is JSON."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fastrlhf import PPOConfig, PPOTrainer
 
 FORMS = {  # fields of PPOConfig, the dtype of every model
     "separate": ({"critic": "separate"}, torch.float32),
+    "separate_rollout": ({"critic": "separate", "old_log_probs": "rollout"}, torch.float32),
     "shared_trunk": ({"critic": "shared_trunk", "old_log_probs": "rollout"}, torch.float32),
     "shared_trunk_bf16": ({"critic": "shared_trunk", "old_log_probs": "rollout"}, torch.bfloat16),
     "shared_trunk_lora": ({"critic": "shared_trunk", "old_log_probs": "rollout", "lora": 16}, torch.float32),
 }
-GPU_FORMS = {"separate": torch.bfloat16, "shared_trunk": torch.bfloat16, "shared_trunk_lora": torch.bfloat16}
 PHASES = {"rollout": "rollout", "score": "experience", "advantages": "experience", "update": "update"}
 
 
 def trainer_of(spec: dict) -> PPOTrainer:
     device = torch.device(spec["device"])
     fields, dtype = FORMS[spec["side"]]
-    dtype = GPU_FORMS.get(spec["side"], dtype) if device.type == "cuda" else dtype
+    dtype = torch.bfloat16 if device.type == "cuda" else dtype  # the masters are fp32
     policy = policy_of(spec["model"], device, dtype)
     vocabulary = policy.config.vocab_size
     batch = spec["batch"]
@@ -56,14 +56,14 @@ def timed_phases(
 
 
 def main(spec: dict) -> None:
+    clock = Clock(torch.device(spec["device"]))
     trainer = trainer_of(spec)
-    clock = Clock(trainer.device)
     trainer.run.tracker.phase = timed_phases(trainer.run.tracker.phase, clock)
     clock.start()
     for step in trainer:
         clock.step()
         assert {len(reply) for reply in step.rollout.response_ids} == {spec["new"]}
-    report(clock, what={"reward": "model", "metrics": step.metrics})
+    report(clock, what={"reward": type(trainer.scorer.model).__name__, "metrics": step.metrics})
 
 
 if __name__ == "__main__":

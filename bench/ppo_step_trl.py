@@ -1,8 +1,9 @@
-"""TRL 1.12's side of `bench.ppo_step`: its PPOTrainer as released, timed from outside. Runs in `bench/.venvs/trl-1.12.0`.
+"""TRL 1.12's side of `bench.ppo_step`: its PPOTrainer as released, timed from outside.
 
-Where its defaults differ from what both sides do: temperature 1 (0.7), no sample generations (10), no bf16 and
-use_cpu on a CPU, the epochs, and no report to other tools. Replies have one length on both sides: its default is no
-stop token, and the padding id is beyond what the model can draw, so no reply seems cut. Prints JSON as its last line.
+It runs in the environment `bench/.venvs/trl-1.12.0`. Where its defaults differ from what both sides do: temperature 1
+(0.7), no sample generations (10), no bf16 and use_cpu on a CPU, the epochs, and no report to other tools. Replies have
+one length on both sides: its default is no stop token, and the padding id is beyond what the model can draw, so no
+reply seems cut. Its last line of output is JSON.
 """
 
 from __future__ import annotations
