@@ -10,8 +10,8 @@ one size, AdamW, one mini-batch of the whole batch. Every run is a process of it
 turns, in the opposite order every second round. The clock is the process's CPU time (a GPU: wall time), the first step
 is dropped, a process counts with the median of its steps. A ratio is TRL / ours in one round; the median of the rounds
 is held against the bars. Memory is each process's peak (a GPU: allocated). Python, torch and the libraries are in it,
-0.41 GiB of ours and 0.54 GiB of TRL's: with the tiny model ours are 0.36x of all that TRL takes before a model is
-loaded, so `memory_above_imports` is printed too, and the bar of LoRA's memory is held on smollm2 only.
+0.41 GiB of ours and 0.54 GiB of TRL's. With the tiny model ours alone are 0.36x of TRL's whole peak, so
+`memory_above_imports` is printed too, and the bar of LoRA's memory is held on smollm2 only.
 
 Forms of fastrlhf: `separate` does what TRL does and one thing more, old log-probs by a training forward (its default);
 `separate_rollout` exactly the same work; `shared_trunk` has the critic on the policy's trunk and takes log-probs and
