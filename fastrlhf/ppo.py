@@ -30,7 +30,7 @@ from fastrlhf.rewards import Scorable, make_scorer
 from fastrlhf.roles import load_roles
 from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
 from fastrlhf.run import Run, run_stage
-from fastrlhf.stats import mean, mismatch_metrics, rollout_metrics, throughput
+from fastrlhf.stats import distinct_2, mean, mismatch_metrics, rollout_metrics, throughput
 from fastrlhf.templates import encode_prompt, render_prompt, resolve_chat_template, stop_token_ids
 
 EVAL_PROMPTS_SHOWN = 4
@@ -292,6 +292,7 @@ class PPOTrainer:
             "reward/eval": mean([s for s in scores if s is not None]),
             "length/eval": mean([float(len(r)) for r in rollout.response_ids]),
             "length/finished_eval": mean([float(f) for f in rollout.finished]),
+            "distinct2/eval": distinct_2(rollout.responses),
         }
 
     def trained(self) -> dict[str, Trained]:

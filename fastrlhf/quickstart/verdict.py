@@ -10,15 +10,17 @@ from random import Random
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.batch import TokenBatch
 from fastrlhf.config import PPOConfig
 from fastrlhf.learner import response_log_probs
 from fastrlhf.models import load_policy, load_reward_model, load_tokenizer
-from fastrlhf.quickstart.judge import about_what_was_asked, distinct_2, rule
+from fastrlhf.quickstart.generate import DATA_DIR
+from fastrlhf.quickstart.judge import about_what_was_asked, rule
 from fastrlhf.rewards import score_texts
 from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
+from fastrlhf.stats import distinct_2
 from fastrlhf.templates import encode_prompt, stop_token_ids
 
 CUT = " …"  # marks a reply that never ended; the rule demands a proper end
@@ -50,9 +52,18 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def held_out() -> list[dict]:
+    """The prompts that every verdict is about."""
+    return read_jsonl(DATA_DIR / "heldout_prompts.jsonl")
+
+
 def reply(folder: Path, rows: list[dict], config: PPOConfig) -> Replies:
     """Answer each prompt once with the model in folder."""
-    tokenizer, model = load_tokenizer(str(folder)), load_policy(str(folder))
+    return answer(load_policy(str(folder)), load_tokenizer(str(folder)), rows, config)
+
+
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], config: PPOConfig) -> Replies:
+    """Answer each prompt once."""
     ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     params = SamplingParams(
         max_new_tokens=config.max_new_tokens,
@@ -90,6 +101,22 @@ def pair_accuracy(folder: Path, rows: list[dict]) -> dict[str, float]:
         right[row["fault"]].append(a > b)
         right["all"].append(a > b)
     return {fault: sum(hits) / len(hits) for fault, hits in sorted(right.items())}
+
+
+def compare(models: Path, ppo: Path, config: PPOConfig) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Measure the model in ppo against base, sft/final and reward/final in models, which it was trained from.
+
+    -> (the figures of `measure`, prompt and replies a held-out prompt). config: how to sample, and the seed.
+    """
+    rows = held_out()
+    base, sft, after = (reply(folder, rows, config) for folder in (models / "base", models / "sft/final", ppo))
+    kl = sequence_kl(after, models / "sft/final", config)
+    accuracy = pair_accuracy(models / "reward/final", read_jsonl(DATA_DIR / "heldout_pairs.jsonl"))
+    answers = [
+        {"prompt": p, "response_sft": a, "response_ppo": b}
+        for p, a, b in zip(sft.prompts, sft.texts, after.texts, strict=True)
+    ]
+    return measure(base, sft, after, kl, accuracy, config.seed), answers
 
 
 def measure(
