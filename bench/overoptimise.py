@@ -22,6 +22,7 @@ from typing import Any
 from bench.verdict import make_models, settings_of
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.quickstart import verdict
+from fastrlhf.quickstart.generate import DATA_DIR
 from fastrlhf.quickstart.judge import rule
 from fastrlhf.quickstart.run import few_threads
 from fastrlhf.quickstart.settings import Settings
@@ -47,7 +48,7 @@ def train(name: str, models: Settings, folder: Path, steps: int, every: int) -> 
     changes = RUNS[name] | {"total_steps": steps, "eval_every": every}
     named, config = settings_of("ppo-max", models, folder, changes)
     trainer = PPOTrainer(config, **named)
-    rows, seen = verdict.held_out(), {}
+    rows, seen = verdict.read_jsonl(DATA_DIR / "heldout_prompts.jsonl"), {}
 
     def look(step: int) -> None:
         replies = verdict.answer(trainer.policy, trainer.tokenizer, rows, config)

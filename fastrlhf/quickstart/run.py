@@ -99,7 +99,7 @@ def _stage(stage: str, settings: Settings) -> int:
 def _verdict(settings: Settings, started: float) -> int:
     """Measure, write verdict.json, heldout.jsonl and report.html, print -> exit code."""
     out, config = settings.output_dir, settings.stages["ppo"]
-    figures, answers = verdict.compare(out, out / "final", config)
+    figures, answers = verdict.compare(verdict.Before.of(out, config), out / "final", config)
     bars = verdict.judge(figures)
     passed = all(met for *_, met in bars)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)

@@ -52,11 +52,6 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def held_out() -> list[dict]:
-    """The prompts that every verdict is about."""
-    return read_jsonl(DATA_DIR / "heldout_prompts.jsonl")
-
-
 def reply(folder: Path, rows: list[dict], config: PPOConfig) -> Replies:
     """Answer each prompt once with the model in folder."""
     return answer(load_policy(str(folder)), load_tokenizer(str(folder)), rows, config)
@@ -103,20 +98,33 @@ def pair_accuracy(folder: Path, rows: list[dict]) -> dict[str, float]:
     return {fault: sum(hits) / len(hits) for fault, hits in sorted(right.items())}
 
 
-def compare(models: Path, ppo: Path, config: PPOConfig) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Measure the model in ppo against base, sft/final and reward/final in models, which it was trained from.
+@dataclass(frozen=True)
+class Before:
+    """What PPO starts from: a folder with base, sft/final and reward/final, and what they are worth."""
 
-    -> (the figures of `measure`, prompt and replies a held-out prompt). config: how to sample, and the seed.
-    """
-    rows = held_out()
-    base, sft, after = (reply(folder, rows, config) for folder in (models / "base", models / "sft/final", ppo))
-    kl = sequence_kl(after, models / "sft/final", config)
-    accuracy = pair_accuracy(models / "reward/final", read_jsonl(DATA_DIR / "heldout_pairs.jsonl"))
+    folder: Path
+    rows: list[dict]
+    base: Replies
+    sft: Replies
+    accuracy: dict[str, float]
+
+    @classmethod
+    def of(cls, folder: Path, config: PPOConfig) -> Before:
+        """config: how to sample, and the seed."""
+        rows, pairs = (read_jsonl(DATA_DIR / f"heldout_{name}.jsonl") for name in ("prompts", "pairs"))
+        base, sft = (reply(folder / name, rows, config) for name in ("base", "sft/final"))
+        return cls(folder, rows, base, sft, pair_accuracy(folder / "reward/final", pairs))
+
+
+def compare(before: Before, ppo: Path, config: PPOConfig) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """-> (the figures of `measure`, prompt and replies a held-out prompt) of the model in ppo."""
+    after = reply(ppo, before.rows, config)
+    kl = sequence_kl(after, before.folder / "sft/final", config)
     answers = [
         {"prompt": p, "response_sft": a, "response_ppo": b}
-        for p, a, b in zip(sft.prompts, sft.texts, after.texts, strict=True)
+        for p, a, b in zip(before.sft.prompts, before.sft.texts, after.texts, strict=True)
     ]
-    return measure(base, sft, after, kl, accuracy, config.seed), answers
+    return measure(before.base, before.sft, after, kl, before.accuracy, config.seed), answers
 
 
 def measure(

@@ -83,8 +83,8 @@ def _over_optimised(stage: StageRun) -> str:
     if _change(low, high) != "rose from" or after >= DIVERSITY_KEPT * before:
         return ""
     return (
-        f" Over-optimisation: the reward rose while distinct-2 of the held-out replies fell from {figure_of(before)} to "
-        f"{figure_of(after)}."
+        " Over-optimisation: the reward rose while distinct-2 of the held-out replies fell from "
+        f"{figure_of(before)} to {figure_of(after)}."
     )
 
 
