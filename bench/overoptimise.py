@@ -40,7 +40,8 @@ RUNS: dict[str, dict[str, Any]] = {"vanilla": VANILLA, "ppo-max": {}}
 TITLES = {"vanilla": "Vanilla PPO, no KL", "ppo-max": "PPO-max"}
 FIGURE = Path("docs/overoptimisation.svg")
 RECORDED = {"reward": "reward/eval", "distinct2": "distinct2/eval", "length": "length/eval"}
-COLLAPSED = 0.8  # of its best rule rate, or of the distinct-2 at the start: below is over-optimised
+DIVERSITY_KEPT = 0.6  # of distinct-2 at the start: the bar of the quickstart and of the report
+RULE_LOST = 0.1  # of the rule rate, from its best: about 3 standard errors in 288 replies
 
 
 def train(name: str, models: Settings, folder: Path, steps: int, every: int) -> list[dict[str, float]]:
@@ -70,9 +71,9 @@ def train(name: str, models: Settings, folder: Path, steps: int, every: int) -> 
 
 
 def over_optimised(rows: list[dict[str, float]]) -> bool:
-    """The reward ends above its start, and the rule rate below its best or distinct-2 below its start, clearly."""
+    """The reward ends above its start, and distinct-2 far below its start or the rule rate below its best."""
     first, last, best = rows[0], rows[-1], max(row["rule"] for row in rows)
-    worse = last["rule"] < COLLAPSED * best or last["distinct2"] < COLLAPSED * first["distinct2"]
+    worse = last["distinct2"] < DIVERSITY_KEPT * first["distinct2"] or last["rule"] < best - RULE_LOST
     return last["reward"] > first["reward"] and worse
 
 

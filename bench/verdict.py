@@ -72,8 +72,8 @@ def make_models(folder: Path, seed: int, *, short: bool = False) -> Settings:
 def settings_of(recipe: str, models: Settings, folder: Path, changes: dict[str, Any]) -> tuple[dict, PPOConfig]:
     """(inputs, config) of a packaged recipe on the quickstart's task."""
     task = models.stages["ppo"]
-    fields = {name: getattr(task, name) for name in TASK} | SIZES[recipe] | changes
-    fields |= {"seed": models.seed, "output_dir": folder, "overwrite": True, "save_every": 0, "eval_every": 0}
+    fields = {name: getattr(task, name) for name in TASK} | SIZES[recipe] | {"save_every": 0, "eval_every": 0} | changes
+    fields |= {"seed": models.seed, "output_dir": folder, "overwrite": True}
     given = [f"{name}={value}" for name, value in (inputs("ppo", models.output_dir) | fields).items()]
     named, config = load_recipe("ppo", recipe, given)
     if config.ptx_coef > 0:
