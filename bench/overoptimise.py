@@ -85,7 +85,7 @@ def draw(figures: dict[str, list[dict[str, float]]], path: Path) -> None:
 
     lines = [
         ("reward-model score", (("reward", "reward-model score", "#2a6fd0"),)),
-        ("share", (("rule", "replies that keep the rule", "#17764a"), ("distinct2", "distinct-2", "#d9601f"))),
+        ("share", (("rule", "replies that keep the rule", "#17764a"), ("kept", "distinct-2 against SFT's", "#d9601f"))),
         ("nats a reply", (("kl", "KL to the SFT model", "#7a4fb5"),)),
         ("tokens", (("length", "reply length", "#6c707a"),)),
     ]
@@ -95,7 +95,8 @@ def draw(figures: dict[str, list[dict[str, float]]], path: Path) -> None:
         page = Figure(figsize=(8.4, 8.6), layout="constrained", facecolor="white")
         FigureCanvasSVG(page)
         axes = page.subplots(len(lines), len(figures), sharex=True, sharey="row", squeeze=False)
-        for column, (name, rows) in enumerate(figures.items()):
+        for column, (name, run) in enumerate(figures.items()):
+            rows = [row | {"kept": row["distinct2"] / run[0]["distinct2"]} for row in run]
             axes[0][column].set_title(TITLES[name], fontweight="bold")
             axes[-1][column].set_xlabel("PPO step")
             for axis, (unit, curves) in zip(axes[:, column], lines, strict=True):
@@ -104,6 +105,7 @@ def draw(figures: dict[str, list[dict[str, float]]], path: Path) -> None:
                     axis.plot(xs, ys, color=colour, label=label, marker="o", markersize=3, linewidth=1.8)
                 if column == 0:
                     axis.set_ylabel(unit)
+                    axis.set_ylim(bottom=0 if unit == "share" else None)
                     axis.legend(loc="best", frameon=False, fontsize=9)
         page.savefig(path, metadata={"Date": None})
 

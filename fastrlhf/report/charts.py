@@ -75,9 +75,7 @@ def _ppo_figures(stage: StageRun) -> list[str]:
         if stage.points(name)
     ]
     if stage.points("distinct2/eval"):
-        hint = (
-            "Reward up while distinct-2 falls and falls: the policy found what the reward model likes, and repeats it."
-        )
+        hint = "Reward up, distinct-2 down without end: the policy repeats what the reward model likes."
         more.insert(0, _chart(stage, "fig-diversity", "Reward and diversity", hint,
                               ("mean score, held out", "", "reward/eval"),
                               ("distinct-2, held out", "", "distinct2/eval")))  # fmt: skip
