@@ -1,6 +1,6 @@
 """Reward-model over-optimisation at small scale: vanilla PPO without KL beside PPO-max, from the same models.
 
-    python -m bench.overoptimise [--seed 0] [--steps 80] [--every 5] [--json bench/results/overoptimisation_cpu.json]
+    python -m bench.overoptimise [--seed 0] [--steps 50] [--every 5] [--json bench/results/overoptimisation_cpu.json]
     python -m bench.overoptimise --draw FILE.json      # only the figure, from figures measured before
 
 Figures 4 and 9 of Zheng et al. 2023 (arXiv:2307.04964) on the quickstart's task. Both runs have the sizes of
@@ -123,7 +123,7 @@ def table(figures: dict[str, list[dict[str, float]]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.overoptimise", description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--every", type=int, default=5, help="steps between evaluations")
     parser.add_argument("--work", type=Path, default=Path("runs/verdict"), help="where models are made and kept")
     parser.add_argument("--json", type=Path, help="also write the figures there")
