@@ -18,7 +18,7 @@ from fastrlhf import distributed
 from fastrlhf.batch import Rollout
 from fastrlhf.callables import UserFunction, is_function_reference, load_function, name_of
 from fastrlhf.config import PPOConfig, UserError
-from fastrlhf.stats import mean
+from fastrlhf.stats import distinct_2, mean
 
 QUANTILES = {"reward/eval_p10": 0.1, "reward/eval_p50": 0.5, "reward/eval_p90": 0.9}
 Sample = Callable[..., Rollout]  # (samples of a prompt, *, purpose, temperature): scored replies of the reference
@@ -60,6 +60,7 @@ class Evaluation:
         found |= {
             "length/eval": mean([float(len(r)) for r in rollout.response_ids]),
             "length/finished_eval": mean([float(f) for f in rollout.finished]),
+            "distinct2/eval": distinct_2(rollout.responses),
             "win_rate/reward": win_rate(rollout.scores, self.baseline.scores),
         }
         if self.judge is not None:

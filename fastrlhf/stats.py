@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+_UNITS = re.compile(r"[A-Za-z0-9']+|[^\sA-Za-z0-9']")  # words of Latin script, single characters of anything else
 
 
 def mean(values: Sequence[float]) -> float:
     """NaN for nothing: a metric that could not be measured is not 0."""
     return sum(values) / len(values) if values else math.nan
+
+
+def distinct_2(responses: Iterable[str]) -> float:
+    """Distinct bigrams / all bigrams over all responses (Li et al. 2016, arXiv:1510.03055); 0.0 when there are none.
+
+    Units are words in Latin script and single characters otherwise, so that the figure does not depend on a tokenizer.
+    More text repeats more: compare only over the same prompts.
+    """
+    bigrams: list[tuple[str, str]] = []
+    for response in responses:
+        units = _UNITS.findall(response.lower())
+        bigrams += list(zip(units, units[1:]))
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
 class Stats:

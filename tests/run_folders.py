@@ -112,7 +112,11 @@ METRICS = {
     },
 }
 EVALS = {
-    "ppo": lambda t, draw: {"reward/eval": -0.8 + 2 * (1 - math.exp(-3 * t)), "length/eval": 25 + 6 * t},
+    "ppo": lambda t, draw: {
+        "reward/eval": -0.8 + 2 * (1 - math.exp(-3 * t)),
+        "length/eval": 25 + 6 * t,
+        "distinct2/eval": 0.4 - 0.1 * t,
+    },
     "sft": lambda t, draw: {
         "loss/eval": 0.7 + 3 * math.exp(-6 * t),
         "perplexity/eval": math.exp(0.7 + 3 * math.exp(-6 * t)),

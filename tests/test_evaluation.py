@@ -169,13 +169,16 @@ def test_mistakes_are_found_before_training(inputs, message):
 def test_the_dry_run_finds_them_too(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS))
-    inputs = {"prompts": str(prompts), "judge": "no_such_module_x:f"}
+    for part in (tiny.llama(), tiny.tokenizer()):
+        part.save_pretrained(tmp_path / "model")
+    named = {"policy": str(tmp_path / "model"), "reward": f"{__name__}:reward"}
+    inputs = {"prompts": str(prompts), "judge": "no_such_module_x:f", **named}
     with pytest.raises(UserError, match="judge: measured on held-out prompts; give eval_prompts"):
         check_inputs("ppo", inputs, PPOConfig())
     inputs["eval_prompts"] = str(prompts)
     with pytest.raises(UserError, match="judge: cannot import 'no_such_module_x'"):
         check_inputs("ppo", inputs, PPOConfig())
-    assert len(check_inputs("ppo", inputs | {"judge": None}, PPOConfig(best_of_n=2))) == 2
+    assert len(check_inputs("ppo", inputs | {"judge": None}, PPOConfig(best_of_n=2))) > 2
 
 
 def test_a_judge_by_reference(tmp_path):

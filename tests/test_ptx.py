@@ -66,11 +66,11 @@ def test_targets_are_what_sft_learns():
 def test_one_optimizer_step_for_both_losses_and_the_metric():
     t = trainer(ptx_coef=1.0, ptx_data=TEXTS, ppo_epochs=2)
     drawn, backward = [], t.learner.ptx.backward
-    t.learner.ptx.backward = lambda model: drawn.append(backward(model)) or drawn[-1]
+    t.learner.ptx.backward = lambda model, budget: drawn.append(backward(model, budget)) or drawn[-1]
     steps = [step.metrics for step in t]
     counts = {int(s["step"]) for s in t.learner.policy_optimizer.inner.state.values()}
     assert counts == {2 * 2 * 2} and len(drawn) == 8 and t.learner.policy_updates == 8
-    assert [m["ptx/loss"] for m in steps] == pytest.approx([sum(drawn[:4]) / 4, sum(drawn[4:]) / 4])
+    assert [m["ptx/loss"] for m in steps] == pytest.approx([float(sum(part)) / 4 for part in (drawn[:4], drawn[4:])])
     assert t.learner.ptx.sampler.state_dict() == {"n": 4, "seed": 0, "epoch": 7, "cursor": 4}  # 8 draws of 4 rows
 
 
@@ -112,7 +112,7 @@ def test_rows_out_of_memory_are_drawn_again():
 
     handle = t.policy.base_model.register_forward_pre_hook(full)
     with pytest.raises(torch.OutOfMemoryError):
-        mix.backward(t.policy)
+        mix.backward(t.policy, 8192)
     handle.remove()
     assert mix.sampler.state_dict() == before
 

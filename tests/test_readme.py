@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "kernels/README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["README.md", "kernels/README.md", "docs/api.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "kernels/README.md", "docs/api.md", "docs/overoptimisation.md", "CHANGELOG.md"]
+)
 def test_links_lead_to_files(name):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / name).read_text(encoding="utf-8"))
     assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []

@@ -92,7 +92,7 @@ def figures(path):
 def test_every_figure_of_a_ppo_run_is_drawn(finished):
     drawn = figures(finished)
     assert list(drawn)[:5] == PPO_FIGURES
-    assert "fig-entropy" in drawn and "fig-explained-var" in drawn
+    assert "fig-diversity" in drawn and "fig-entropy" in drawn and "fig-explained-var" in drawn
     for name, markup in drawn.items():
         assert 'class="missing"' not in markup and "<svg" in markup, name
         assert re.search(r'id="[^"]*series-0-0"', markup), name
@@ -165,6 +165,27 @@ def test_one_small_inert_file(request, name):
     assert anchors <= set(page.ids())
     style = re.search(r"<style>(.*?)</style>", report.read_text(), flags=re.DOTALL)[1]
     assert "url(" not in style and "@import" not in style
+
+
+@pytest.mark.parametrize(
+    ("rewards", "diversity", "expected"),
+    [
+        ((0.0, 2.0, 3.0), (0.4, 0.3, 0.1), True),
+        ((0.0, 2.0, 3.0), (0.4, 0.3, 0.3), False),  # fewer distinct replies, but not copies
+        ((3.0, 2.0, 1.0), (0.4, 0.3, 0.1), False),  # a collapse that no reward pays for is another illness
+        ((0.0,), (0.4,), False),
+    ],
+)
+def test_reward_up_and_diversity_down_is_called_over_optimisation(tmp_path, rewards, diversity, expected):
+    with Tracker(tmp_path, "ppo", 20, console=False) as tracker:
+        for i, (reward, distinct) in enumerate(zip(rewards, diversity, strict=True)):
+            tracker.log(10 * i, {"reward/mean": reward, "reward/eval": reward, "distinct2/eval": distinct})
+    report = build_report(tmp_path)
+    said = "Over-optimisation: the reward rose while distinct-2 of the held-out replies fell from 0.40 to 0.10."
+    assert (said in read(report).text) == expected
+    assert ('class="tile bad"><div class="name">Distinct-2' in report.read_text()) == expected
+    drawn = figures(report)["fig-diversity"]
+    assert "series-0-0" in drawn and "series-1-0" in drawn and "distinct-2, held out" in drawn
 
 
 def test_hostile_texts_are_shown_as_texts(hostile):

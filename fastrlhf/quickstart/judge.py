@@ -8,7 +8,6 @@ no reward, no length. The simulated annotators of `generate.py` judge by noisy t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from fastrlhf.quickstart.content import FACET_WORDS, FACETS, LANGUAGES, TOPICS
@@ -16,7 +15,6 @@ from fastrlhf.quickstart.content import FACET_WORDS, FACETS, LANGUAGES, TOPICS
 _CJK = re.compile(r"[\u3400-\u9fff]")
 _LATIN = re.compile(r"[A-Za-z]")
 _END = re.compile(r"[.!?。！？]$")
-_UNITS = re.compile(r"[A-Za-z0-9']+|[^\sA-Za-z0-9']")  # words of Latin script, single characters of anything else
 
 _COURTEOUS = {
     "en": re.compile(
@@ -105,15 +103,3 @@ def considerate(response: str) -> bool:
 def rule(prompt: str, response: str) -> bool:
     """The quickstart's yardstick: the reply is about what was asked and considerate. Pure text, no torch."""
     return about_what_was_asked(prompt, response) and considerate(response)
-
-
-def distinct_2(responses: Iterable[str]) -> float:
-    """Distinct bigrams / all bigrams over all responses (Li et al. 2016, arXiv:1510.03055); 0.0 when there are none.
-
-    Units are words in Latin script and single characters otherwise, so that the figure does not depend on a tokenizer.
-    """
-    bigrams: list[tuple[str, str]] = []
-    for response in responses:
-        units = _UNITS.findall(response.lower())
-        bigrams += list(zip(units, units[1:]))
-    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0

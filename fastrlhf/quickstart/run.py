@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,21 +36,27 @@ def run(overrides: list[str], started: float) -> int:
     if distributed.size() > 1:
         raise UserError("quickstart: runs in one process; start it without torchrun")
     out = settings.output_dir
-    with _few_threads():
-        _open(settings)
-        texts = [m["content"] for row in verdict.read_jsonl(DATA_DIR / "sft.jsonl") for m in row["messages"]]
-        if not (out / "base").is_dir():
-            replace_folder(lambda folder: make_base(folder, texts, seed=settings.seed), out / "base")
-        for stage in TRAINERS:
-            code = _stage(stage, settings)
-            if code:
-                return code
+    with few_threads():
+        code = make(settings, TRAINERS)
+        if code:
+            return code
         replace_folder(lambda folder: shutil.copytree(out / "ppo/final", folder, dirs_exist_ok=True), out / "final")
         return _verdict(settings, started)
 
 
+def make(settings: Settings, stages: Iterable[str]) -> int:
+    """The base model, then these stages in order; what is there is kept -> 0, or 75 when one was interrupted."""
+    out = settings.output_dir
+    _open(settings)
+    texts = [m["content"] for row in verdict.read_jsonl(DATA_DIR / "sft.jsonl") for m in row["messages"]]
+    if not (out / "base").is_dir():
+        replace_folder(lambda folder: make_base(folder, texts, seed=settings.seed), out / "base")
+    return next((code for code in (_stage(stage, settings) for stage in stages) if code), 0)
+
+
 @contextmanager
-def _few_threads() -> Iterator[None]:
+def few_threads() -> Iterator[None]:
+    """No more threads than matrices this small can use."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, THREADS))
     try:
@@ -68,7 +74,7 @@ def _open(settings: Settings) -> None:
         (out / "config.yaml").write_text(settings.yaml(), encoding="utf-8")
 
 
-def _inputs(stage: str, out: Path) -> dict[str, str]:
+def inputs(stage: str, out: Path) -> dict[str, str]:
     """The arguments of a stage's trainer: the data of the package, the models of the stages before."""
     data = {name: str(DATA_DIR / f"{name}.jsonl") for name in ("sft", "feedback", "ppo_prompts", "heldout_prompts")}
     return {
@@ -91,23 +97,15 @@ def _stage(stage: str, settings: Settings) -> int:
         return 0
     print(f"--- {stage} -> {folder}", flush=True)
     config = settings.stages[stage].replace(resume=(folder / "run.json").exists(), overwrite=False)
-    return run_stage(TRAINERS[stage], _inputs(stage, settings.output_dir), config)
+    return run_stage(TRAINERS[stage], inputs(stage, settings.output_dir), config)
 
 
 def _verdict(settings: Settings, started: float) -> int:
     """Measure, write verdict.json, heldout.jsonl and report.html, print -> exit code."""
     out, config = settings.output_dir, settings.stages["ppo"]
-    rows = verdict.read_jsonl(DATA_DIR / "heldout_prompts.jsonl")
-    base, sft, ppo = (verdict.reply(out / name, rows, config) for name in ("base", "sft/final", "final"))
-    kl = verdict.sequence_kl(ppo, out / "sft/final", config)
-    accuracy = verdict.pair_accuracy(out / "reward/final", verdict.read_jsonl(DATA_DIR / "heldout_pairs.jsonl"))
-    figures = verdict.measure(base, sft, ppo, kl, accuracy, settings.seed)
+    figures, answers = verdict.compare(verdict.Before.of(out, config), out / "final", config)
     bars = verdict.judge(figures)
     passed = all(met for *_, met in bars)
-    answers = [
-        {"prompt": p, "response_sft": a, "response_ppo": b}
-        for p, a, b in zip(sft.prompts, sft.texts, ppo.texts, strict=True)
-    ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
     (out / "heldout.jsonl").write_text(lines, encoding="utf-8")
     figures |= {"seconds": round(time.monotonic() - started, 1), "passed": passed}

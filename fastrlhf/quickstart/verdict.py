@@ -10,15 +10,17 @@ from random import Random
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.batch import TokenBatch
 from fastrlhf.config import PPOConfig
 from fastrlhf.learner import response_log_probs
 from fastrlhf.models import load_policy, load_reward_model, load_tokenizer
-from fastrlhf.quickstart.judge import about_what_was_asked, distinct_2, rule
+from fastrlhf.quickstart.generate import DATA_DIR
+from fastrlhf.quickstart.judge import about_what_was_asked, rule
 from fastrlhf.rewards import score_texts
 from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
+from fastrlhf.stats import distinct_2
 from fastrlhf.templates import encode_prompt, stop_token_ids
 
 CUT = " …"  # marks a reply that never ended; the rule demands a proper end
@@ -52,7 +54,11 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def reply(folder: Path, rows: list[dict], config: PPOConfig) -> Replies:
     """Answer each prompt once with the model in folder."""
-    tokenizer, model = load_tokenizer(str(folder)), load_policy(str(folder))
+    return answer(load_policy(str(folder)), load_tokenizer(str(folder)), rows, config)
+
+
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], config: PPOConfig) -> Replies:
+    """Answer each prompt once."""
     ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     params = SamplingParams(
         max_new_tokens=config.max_new_tokens,
@@ -90,6 +96,35 @@ def pair_accuracy(folder: Path, rows: list[dict]) -> dict[str, float]:
         right[row["fault"]].append(a > b)
         right["all"].append(a > b)
     return {fault: sum(hits) / len(hits) for fault, hits in sorted(right.items())}
+
+
+@dataclass(frozen=True)
+class Before:
+    """What PPO starts from: a folder with base, sft/final and reward/final, and what they are worth."""
+
+    folder: Path
+    rows: list[dict]
+    base: Replies
+    sft: Replies
+    accuracy: dict[str, float]
+
+    @classmethod
+    def of(cls, folder: Path, config: PPOConfig) -> Before:
+        """config: how to sample, and the seed."""
+        rows, pairs = (read_jsonl(DATA_DIR / f"heldout_{name}.jsonl") for name in ("prompts", "pairs"))
+        base, sft = (reply(folder / name, rows, config) for name in ("base", "sft/final"))
+        return cls(folder, rows, base, sft, pair_accuracy(folder / "reward/final", pairs))
+
+
+def compare(before: Before, ppo: Path, config: PPOConfig) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """-> (the figures of `measure`, prompt and replies a held-out prompt) of the model in ppo."""
+    after = reply(ppo, before.rows, config)
+    kl = sequence_kl(after, before.folder / "sft/final", config)
+    answers = [
+        {"prompt": p, "response_sft": a, "response_ppo": b}
+        for p, a, b in zip(before.sft.prompts, before.sft.texts, after.texts, strict=True)
+    ]
+    return measure(before.base, before.sft, after, kl, before.accuracy, config.seed), answers
 
 
 def measure(

@@ -62,6 +62,11 @@ def _ppo_figures(stage: StageRun) -> list[str]:
         for name, figure_id, title, hint, unit in optional
         if stage.points(name)
     ]
+    if stage.points("distinct2/eval"):
+        hint = "Reward up, distinct-2 down without end: the policy repeats what the reward model likes."
+        more.insert(0, _chart(stage, "fig-diversity", "Reward and diversity", hint,
+                              ("mean score, held out", "", "reward/eval"),
+                              ("distinct-2, held out", "", "distinct2/eval")))  # fmt: skip
     return required + more
 
 

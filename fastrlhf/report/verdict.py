@@ -10,6 +10,8 @@ from fastrlhf.console import duration
 from fastrlhf.report.folder import TITLES, StageRun, ends, peak_gib, phase_seconds
 from fastrlhf.report.page import badge, esc, figure_of, tile
 
+DIVERSITY_KEPT = 0.6  # of distinct-2 before training; the quickstart's bar too
+
 
 def head(run_dir: Path, stages: list[StageRun], verdict: dict[str, Any]) -> str:
     last = stages[0]
@@ -69,7 +71,21 @@ def _ppo_sentence(stage: StageRun, steps: str) -> str:
         said += f", {figure_of(ends(kl)[1])} nats of KL from the reference policy"
     if length:
         said += f"; {_from_to('response length', *ends(length)[:2])} tokens"
-    return f"{said}."
+    return f"{said}.{_over_optimised(stage)}"
+
+
+def _over_optimised(stage: StageRun) -> str:
+    """What Goodhart's law looks like: held-out reward rose while the replies became each other's copies; else ""."""
+    reward, diversity = stage.points("reward/eval"), stage.points("distinct2/eval")
+    if len(reward) < 2 or len(diversity) < 2:
+        return ""
+    (low, high, _), (before, after, _) = ends(reward), ends(diversity)
+    if _change(low, high) != "rose from" or after >= DIVERSITY_KEPT * before:
+        return ""
+    return (
+        " Over-optimisation: the reward rose while distinct-2 of the held-out replies fell from "
+        f"{figure_of(before)} to {figure_of(after)}."
+    )
 
 
 def _sft_sentence(stage: StageRun, steps: str) -> str:
@@ -95,6 +111,7 @@ def _tiles(stage: StageRun) -> list[str]:
             ("reward/mean", "Reward, training", "score"),
             ("kl/ref", "KL to the reference", "nats per response"),
             ("length/mean", "Response length", "tokens"),
+            ("distinct2/eval", "Distinct-2, held out", "share of bigrams"),
         ),
         "sft": (
             ("loss/train", "Training loss", "nats per token"),
@@ -114,7 +131,9 @@ def _tiles(stage: StageRun) -> list[str]:
         if len(points) > 1:
             before, after, k = ends(points)
             how = f"first {k} → last {k} of {len(points)}" if k > 1 else "first → last"
-            tiles.append(tile(title, f"{figure_of(before)} → {figure_of(after)}", f"{unit}, {how}".lstrip(", ")))
+            bad = name == "distinct2/eval" and bool(_over_optimised(stage))
+            changed = f"{figure_of(before)} → {figure_of(after)}"
+            tiles.append(tile(title, changed, f"{unit}, {how}".lstrip(", "), bad=bad))
         elif points:
             tiles.append(tile(title, figure_of(points[0][1]), f"{unit}, at step {points[0][0]}".lstrip(", ")))
     seconds, peak = sum(phase_seconds(stage).values()), peak_gib(stage)
@@ -148,7 +167,7 @@ def _quickstart_tiles(verdict: dict[str, Any]) -> list[str]:
         ("SFT replies on topic", get("on_topic_sft"), 0.95, high, _percent, " of held-out replies"),
         ("Reward-model accuracy", worst, 0.85, high, _percent, ", for every kind of fault"),
         ("KL per response", get("kl_sequence_mean"), -high, 10.0, figure_of, " nats from the SFT model"),
-        ("Distinct-2, PPO / SFT", diversity, 0.6, high, figure_of, ": replies stay varied"),
+        ("Distinct-2, PPO / SFT", diversity, DIVERSITY_KEPT, high, figure_of, ": replies stay varied"),
         ("Length, PPO / SFT", length, 1 / 1.3, 1.3, figure_of, ", and not below its inverse"),
     ]
     tiles = []

@@ -1,0 +1,152 @@
+"""Reward-model over-optimisation at small scale: vanilla PPO without KL beside PPO-max, from the same models.
+
+    python -m bench.overoptimise [--seed 0] [--steps 50] [--every 5] [--json bench/results/overoptimisation_cpu.json]
+    python -m bench.overoptimise --draw FILE.json      # only the figure, from figures measured before
+
+Figures 4 and 9 of Zheng et al. 2023 (arXiv:2307.04964) on the quickstart's task. Both runs have the sizes of
+bench.verdict; "vanilla" is the ppo-max recipe with VANILLA below: everything that holds PPO-max back is off. At every
+evaluation the held-out prompts are answered: reward-model score, distinct-2 and length as the run records them in
+metrics.jsonl, and what the run cannot know, the share of replies that keep the hidden rule and the KL to the SFT model.
+Writes the figure docs/overoptimisation.svg and, in each run's folder, its report. Exit code 1 when the vanilla run does
+not over-optimise, or PPO-max does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.verdict import make_models, settings_of
+from fastrlhf.ppo import PPOTrainer
+from fastrlhf.quickstart import verdict
+from fastrlhf.quickstart.generate import DATA_DIR
+from fastrlhf.quickstart.judge import rule
+from fastrlhf.quickstart.run import few_threads
+from fastrlhf.quickstart.settings import Settings
+from fastrlhf.report import build_report
+
+VANILLA = {
+    "kl_coef": 0,
+    "reward_scaling": "none",
+    "reward_clip": "none",
+    "critic_warmup_steps": 0,
+    "critic_pretrain_epochs": 0,
+    "ptx_coef": 0,
+    "clip_range_value": "none",
+    "whiten_advantages": False,
+}
+RUNS: dict[str, dict[str, Any]] = {"vanilla": VANILLA, "ppo-max": {}}
+TITLES = {"vanilla": "Vanilla PPO, no KL", "ppo-max": "PPO-max"}
+FIGURE = Path("docs/overoptimisation.svg")
+RECORDED = {"reward": "reward/eval", "distinct2": "distinct2/eval", "length": "length/eval"}
+DIVERSITY_KEPT = 0.6  # of distinct-2 at the start: the bar of the quickstart and of the report
+RULE_LOST = 0.1  # of the rule rate, from its best: about 3 standard errors in 288 replies
+
+
+def train(name: str, models: Settings, folder: Path, steps: int, every: int) -> list[dict[str, float]]:
+    """One run -> a row an evaluation: step, reward, rule, distinct2, length, kl. Its report is written too."""
+    changes = RUNS[name] | {"total_steps": steps, "eval_every": every}
+    named, config = settings_of("ppo-max", models, folder, changes)
+    trainer = PPOTrainer(config, **named)
+    rows, seen = verdict.read_jsonl(DATA_DIR / "heldout_prompts.jsonl"), {}
+
+    def look(step: int) -> None:
+        replies = verdict.answer(trainer.policy, trainer.tokenizer, rows, config)
+        kl = verdict.sequence_kl(replies, models.output_dir / "sft/final", config)
+        seen[step] = {"rule": replies.share(rule), "kl": kl}
+        print(json.dumps({"run": name, "step": step, **seen[step]}), flush=True)
+
+    look(0)
+    for _ in trainer:
+        if trainer.run.step % every == 0 or trainer.run.step == steps:
+            look(trainer.run.step)
+    trainer.run.tracker.close()
+    print(build_report(folder))
+    recorded = {row["step"]: row for row in verdict.read_jsonl(folder / "metrics.jsonl") if "reward/eval" in row}
+    return [
+        {"step": step, **{short: recorded[step][long] for short, long in RECORDED.items()}, **figures}
+        for step, figures in seen.items()
+    ]
+
+
+def over_optimised(rows: list[dict[str, float]]) -> bool:
+    """The reward ends above its start, and distinct-2 far below its start or the rule rate below its best."""
+    first, last, best = rows[0], rows[-1], max(row["rule"] for row in rows)
+    worse = last["distinct2"] < DIVERSITY_KEPT * first["distinct2"] or last["rule"] < best - RULE_LOST
+    return last["reward"] > first["reward"] and worse
+
+
+def draw(figures: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Reward, rule rate with distinct-2, and KL with length against steps: a column a run, the same axes in a row."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    lines = [
+        ("reward-model score", (("reward", "reward-model score", "#2a6fd0"),)),
+        ("share", (("rule", "replies that keep the rule", "#17764a"), ("kept", "distinct-2 against SFT's", "#d9601f"))),
+        ("nats a reply", (("kl", "KL to the SFT model", "#7a4fb5"),)),
+        ("tokens", (("length", "reply length", "#6c707a"),)),
+    ]
+    style = {"svg.fonttype": "none", "svg.hashsalt": "fastrlhf", "font.size": 10, "axes.grid": True,
+             "grid.color": "#e3e3df", "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+    with matplotlib.rc_context(style):
+        page = Figure(figsize=(8.4, 8.6), layout="constrained", facecolor="white")
+        FigureCanvasSVG(page)
+        axes = page.subplots(len(lines), len(figures), sharex=True, sharey="row", squeeze=False)
+        for column, (name, run) in enumerate(figures.items()):
+            rows = [row | {"kept": row["distinct2"] / run[0]["distinct2"]} for row in run]
+            axes[0][column].set_title(TITLES[name], fontweight="bold")
+            axes[-1][column].set_xlabel("PPO step")
+            for axis, (unit, curves) in zip(axes[:, column], lines, strict=True):
+                for key, label, colour in curves:
+                    xs, ys = [row["step"] for row in rows], [row[key] for row in rows]
+                    axis.plot(xs, ys, color=colour, label=label, marker="o", markersize=3, linewidth=1.8)
+                if column == 0:
+                    axis.set_ylabel(unit)
+                    axis.set_ylim(bottom=0 if unit == "share" else None)
+                    axis.legend(loc="best", frameon=False, fontsize=9)
+        page.savefig(path, metadata={"Date": None})
+
+
+def table(figures: dict[str, list[dict[str, float]]]) -> str:
+    """A Markdown table: both runs at the start, at the best rule rate and at the end."""
+    names = ("reward", "rule", "distinct2", "length", "kl")
+    lines = ["| run | step | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for name, rows in figures.items():
+        for row in (rows[0], max(rows[:-1], key=lambda row: row["rule"]), rows[-1]):
+            lines.append(f"| {name} | {row['step']} | " + " | ".join(f"{row[n]:.3g}" for n in names) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.overoptimise", description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--every", type=int, default=5, help="steps between evaluations")
+    parser.add_argument("--work", type=Path, default=Path("runs/verdict"), help="where models are made and kept")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--draw", type=Path, help="draw the figure of such a file, and train nothing")
+    options = parser.parse_args()
+    if options.draw:
+        figures = json.loads(options.draw.read_text())["runs"]
+    else:
+        with few_threads():
+            place = options.work / f"seed-{options.seed}"
+            models = make_models(place, options.seed)
+            figures = {name: train(name, models, place / f"over-{name}", options.steps, options.every) for name in RUNS}
+    if options.json:
+        about = {"seed": options.seed, "steps": options.steps, "vanilla": VANILLA}
+        options.json.write_text(json.dumps(about | {"runs": figures}, indent=1) + "\n")
+    draw(figures, FIGURE)
+    print(table(figures))
+    found = {name: over_optimised(rows) for name, rows in figures.items()}
+    print(f"over-optimised: {found}")
+    return 0 if found == {"vanilla": True, "ppo-max": False} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
