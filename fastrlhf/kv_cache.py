@@ -69,6 +69,8 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.cache.positions
 
+    get_max_cache_shape = get_max_length  # its older name, abstract in transformers 5.11
+
 
 class SlotCache(Cache):
     """The cache of all layers, and what their attention must know of the forward that runs.

@@ -171,7 +171,7 @@ def test_the_dry_run_finds_them_too(tmp_path):
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS))
     for part in (tiny.llama(), tiny.tokenizer()):
         part.save_pretrained(tmp_path / "model")
-    named = {"policy": str(tmp_path / "model"), "reward": f"{__name__}:reward"}
+    named = {"policy": str(tmp_path / "model"), "reward": "fastrlhf.recipes.rewards:one_short_sentence"}
     inputs = {"prompts": str(prompts), "judge": "no_such_module_x:f", **named}
     with pytest.raises(UserError, match="judge: measured on held-out prompts; give eval_prompts"):
         check_inputs("ppo", inputs, PPOConfig())
