@@ -26,7 +26,7 @@ from fastrlhf.quickstart.settings import Settings, load_settings
 from fastrlhf.recipe import load_recipe
 from fastrlhf.run import run_stage
 
-# The one table of what a run changes in a packaged recipe, and why nothing else: the recipes are written for models
+# The one table of what a run changes in a packaged recipe, sizes and the weight of ptx, and why nothing else: the recipes are written for models
 # of 1B parameters and more, batches of 128 to 1024 and 1000 steps; this model has 1M parameters and seconds.
 # Learning rates grow as they do from a 7B model to a 1M one. Steps of a warm-up shrink with the run.
 SIZES: dict[str, dict[str, Any]] = {
@@ -38,6 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "critic_learning_rate": 1e-3,
         "warmup_steps": 12,
         "critic_warmup_steps": 3,
+        "ptx_coef": 0.02,  # these SFT replies are faulty on purpose, 6 in 10: a policy held to them cannot pass
     },
     "grpo": {
         "total_steps": 30,
