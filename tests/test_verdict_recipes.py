@@ -41,10 +41,11 @@ def test_the_command_passes_when_all_bars_are_met(short_runs):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_sizes_change_no_algorithm(recipe, tmp_path):
-    """What stands in a packaged recipe stays, but for the fields that are a size or a rate."""
+    """What stands in a packaged recipe stays, but for the fields that are a size, a rate or the weight of ptx."""
     sizes = {
         "total_steps", "rollout_batch_size", "mini_batch_size", "samples_per_prompt", "learning_rate", "warmup_steps",
         "critic_learning_rate", "critic_warmup_steps", "max_prompt_tokens", "max_new_tokens", "temperature", "dtype",
+        "ptx_coef",
     }  # fmt: skip
     models = load_settings([f"output_dir={tmp_path}", "seed=5"])
     _, config = verdict.settings_of(recipe, models, tmp_path / recipe, {})
