@@ -27,7 +27,7 @@ from fastrlhf.recipe import load_recipe
 from fastrlhf.run import run_stage
 
 # The one table of what a run changes in a packaged recipe, and why nothing else: the recipes are written for models of
-# 1B parameters and more, batches of 128 to 1024 and 1000 steps; this model has 1M parameters and seconds. Learning rates
+# 1B parameters and more, batches of 128 to 1024 and 1000 steps; this one has 1M and seconds. Learning rates
 # grow as they do from a 7B model to a 1M one. Steps of a warm-up shrink with the run. The weight of ptx is another.
 SIZES: dict[str, dict[str, Any]] = {
     "ppo-max": {
