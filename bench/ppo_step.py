@@ -19,7 +19,7 @@ values from the rollout; `shared_trunk_bf16` is that with every model in bf16 an
 `shared_trunk_lora` trains adapters of rank 16 instead, the reference is their base. All have the reward model.
 
 Prints a line of JSON a process, then the ratios. Exit code: 0, 1 where a bar is missed, 3 where TRL cannot be
-installed or the GPU is missing.
+installed or the GPU is missing, 4 where a side fails.
 """
 
 from __future__ import annotations
@@ -194,7 +194,11 @@ def main(arguments: Sequence[str] | None = None, packages: Sequence[str] = PEER_
         return 3
     names = ("model", "device", "batch", "prompt", "new", "epochs", "steps", "peer_micro")
     spec = {name: getattr(options, name) for name in names}
-    return compare(options, spec, child(pythons, spec))
+    try:
+        return compare(options, spec, child(pythons, spec))
+    except ChildFailed as error:
+        print(error, file=sys.stderr)
+        return 4
 
 
 def compare(options: argparse.Namespace, spec: dict[str, Any], run: Run) -> int:

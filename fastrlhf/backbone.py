@@ -8,9 +8,16 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf import models
-from fastrlhf.adapter_folder import AdapterFolder, base_of, is_adapter, read_adapter, take_generation_config
+from fastrlhf.adapter_folder import (
+    AdapterFolder,
+    base_of,
+    is_adapter,
+    is_reward_adapter,
+    read_adapter,
+    take_generation_config,
+)
 from fastrlhf.adapters import REWARD, Adapters
-from fastrlhf.config import StageConfig
+from fastrlhf.config import StageConfig, UserError
 from fastrlhf.quantization import quantize_trunk
 from fastrlhf.rollout import derive_seed
 
@@ -24,6 +31,8 @@ def load_backbone(source: Source, config: StageConfig, roles: Sequence[str]) -> 
     if config.lora is None:
         return models.load_policy(source, *how), None
     under = _under(source, "policy")
+    if under is not None and under.head:
+        raise UserError(f"policy: {str(source)!r} is the adapter of a reward model, not of a causal LM")
     model = models.load_policy(source if under is None else under.base, *how, config.quantize)
     if under is not None:
         take_generation_config(model, under.path)
@@ -61,7 +70,7 @@ def _adapters(
 
 def same_base(policy: Source, reward: object) -> bool:
     """Whether `reward` is the adapter of a reward model on the very model that the policy is, or is an adapter of."""
-    if not (isinstance(policy, str) and is_adapter(reward)):
+    if not (isinstance(policy, str) and is_adapter(reward) and is_reward_adapter(reward, "reward")):
         return False
     ours = base_of(policy, "policy") if is_adapter(policy) else policy
     theirs = base_of(reward, "reward")

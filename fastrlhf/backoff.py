@@ -6,15 +6,18 @@ is a sum divided by the mini-batch's own count. Nothing is sampled anew and no o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
+from fastrlhf import distributed
 from fastrlhf.config import StageConfig, UserError
 from fastrlhf.optim import token_budget
 from fastrlhf.state import restore_rng, rng_tensors
 
+LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 MOST_HALVINGS = 5  # of a run: 1/32 of the first budget
 # What other allocators than torch's own for CUDA say; they raise a plain RuntimeError.
@@ -28,7 +31,7 @@ SAID = (
 class Backoff:
     """The tokens of a micro-batch, halved when memory runs out; at most `MOST_HALVINGS` times a run.
 
-    report(kind, message, **fields) is told of every halving.
+    report(kind, message, **fields) is told of every halving. Each rank halves its own; a checkpoint holds the lead's.
     """
 
     def __init__(self, config: StageConfig, device: torch.device) -> None:
@@ -72,6 +75,8 @@ class Backoff:
             )
         self.halvings += 1
         sentence = f"memory ran out with micro-batches of {before} tokens: again with {self.tokens} ({said})"
+        if not distributed.is_lead():  # whose events nobody would see
+            LOG.warning("rank %d: %s", distributed.rank(), sentence)
         self.report("out_of_memory", sentence, before=before, after=self.tokens)
 
     def state(self) -> dict[str, int]:
@@ -96,4 +101,5 @@ def remedies(config: StageConfig) -> list[str]:
     found = [f"{name}={value}" for name, value in wanted.items() if getattr(config, name, None) == unused[name]]
     found = [text.replace("True", "true") for text in found]
     length = "max_new_tokens" if "max_new_tokens" in fields else "max_tokens"
-    return [*found, f"a smaller {length}", "optimizer=paged_adamw8bit", "a smaller model"]
+    paged = [] if config.optimizer == "paged_adamw8bit" else ["optimizer=paged_adamw8bit"]
+    return [*found, f"a smaller {length}", *paged, "a smaller mini_batch_size", "a smaller model"]

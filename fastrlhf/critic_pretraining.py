@@ -57,9 +57,10 @@ class CriticPretraining:
     def __init__(self, config: PPOConfig, learner: Learner) -> None:
         self.config, self.learner = config, learner
         self.parts: list[Stored] = []
+        self.packed = False
 
     def keep(self, rollout: Rollout, experience: Experience) -> None:
-        mask = experience.token_mask
+        mask, self.packed = experience.token_mask, rollout.packed
         ids = [torch.tensor(p + r, dtype=torch.int32) for p, r in zip(rollout.prompt_ids, rollout.response_ids)]
         self.parts.append(
             Stored(
@@ -93,7 +94,7 @@ class CriticPretraining:
         sizes = [n for pair in zip(prompt_lengths, response_lengths, strict=True) for n in pair]
         pieces = [piece.tolist() for piece in stored.ids.split(sizes)]
         texts = [""] * len(prompt_lengths)  # the critic reads ids
-        rollout = Rollout(texts, texts, 1, {}, pieces[::2], pieces[1::2], texts, [], [], [])
+        rollout = Rollout(texts, texts, 1, {}, pieces[::2], pieces[1::2], texts, [], [], [], packed=self.packed)
         mask = length_mask(response_lengths, device)
         rewards, counted = (scatter(x.to(device), mask) for x in (stored.rewards, stored.counted))
         return rollout, rewards, mask, counted.bool()
@@ -101,10 +102,14 @@ class CriticPretraining:
     @torch.no_grad()
     def _valued(self, rollout: Rollout, rewards: Tensor, token_mask: Tensor, counted: Tensor) -> Experience:
         """Values of the critic as it is, and the returns that GAE makes of the rewards and these values."""
-        config, values = self.config, torch.zeros_like(rewards)
-        for rows in rollout.micro_batches(range(len(rollout.response_ids)), self.learner.backoff.tokens):
-            batch = rollout.tokens(rows, self.learner.device)
-            values[rows] = scatter(self.learner.critic.values(batch), token_mask[rows])
+        config, learner, values = self.config, self.learner, torch.zeros_like(rewards)
+
+        def read() -> None:
+            for rows in rollout.micro_batches(range(len(rollout.response_ids)), learner.backoff.tokens):
+                batch = rollout.tokens(rows, learner.device)
+                values[rows] = scatter(learner.critic.values(batch), token_mask[rows])
+
+        learner.backoff.attempt(read)
         distributed.add_up(values)
         gains, returns = gae(rewards, values, counted, gamma=config.gamma, gae_lambda=config.gae_lambda)
         unused = torch.zeros_like(rewards)  # log-probs are of no use to the critic

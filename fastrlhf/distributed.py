@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch import Tensor
 from fastrlhf import launch
 from fastrlhf.launch import RankLost
 
+PATIENCE = timedelta(hours=6)  # the others wait while the lead saves or asks a judge; torchrun ends dead ranks
 BUCKET_ELEMENTS = 1 << 23  # of the buffers that gradients travel in
 _stores: list[dist.Store] = []  # of the process group, once there is one
 
@@ -91,7 +93,7 @@ def _together() -> Iterator[None]:
         if not _stores:
             store, number, count = next(dist.rendezvous("env://"))
             backend = "nccl" if device().type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=number, world_size=count)
+            dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
             _stores.append(store)
         yield
     except RuntimeError as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastrlhf.adapter_folder import is_adapter
+from fastrlhf.backbone import same_base
 from fastrlhf.callables import is_function_reference, load_function
-from fastrlhf.config import INPUTS, PPOConfig, StageConfig
+from fastrlhf.config import INPUTS, PPOConfig, StageConfig, UserError
 from fastrlhf.data import Counts, load_conversations, load_feedback, load_prompts
 from fastrlhf.evaluation import Evaluation
-from fastrlhf.models import check_source, load_tokenizer
+from fastrlhf.models import check_source, is_scalar_model, load_tokenizer
 from fastrlhf.ptx import check_ptx
 from fastrlhf.update_counts import critic_updates, policy_updates, pretraining_updates, updates_per_step
 
@@ -53,6 +55,8 @@ def _check_reward(reward: Any) -> None:
             load_function(part)
         else:
             check_source(part, "reward")
+            if not is_scalar_model(part):
+                raise UserError(f"reward: {part!r} is no sequence classifier; train one with `fastrlhf reward`")
 
 
 def outline(inputs: Mapping[str, Any], config: PPOConfig) -> list[str]:
@@ -62,7 +66,7 @@ def outline(inputs: Mapping[str, Any], config: PPOConfig) -> list[str]:
         f"policy: {inputs['policy']}, {_trained(config)}",
         f"reference: {_reference(inputs, config)}",
         f"critic: {_critic(inputs, config) if has_critic else f'none ({config.advantage} does without)'}",
-        f"reward: {_reward(inputs['reward'])}",
+        f"reward: {_reward(inputs['reward'])}{_shares(inputs, config)}",
         *_sizes(config),
         f"advantages: {_advantages(config)}",
         f"KL to the reference: {_kl(config)}",
@@ -85,6 +89,8 @@ def _trained(config: PPOConfig) -> str:
 
 def _reference(inputs: Mapping[str, Any], config: PPOConfig) -> str:
     start = "a frozen copy of the policy" if config.lora is None else "the policy's weights without adapters"
+    if config.lora is not None and is_adapter(inputs["policy"]):
+        start = "the policy's base with the adapter it starts from"
     text = str(inputs.get("ref_policy") or start)
     if config.ref_refresh_every:
         text += f"; after every {config.ref_refresh_every} steps the policy of then takes its place"
@@ -96,7 +102,8 @@ def _critic(inputs: Mapping[str, Any], config: PPOConfig) -> str:
     if config.critic == "shared_trunk":
         return f"on the policy's trunk, {head}"
     if config.lora is not None:
-        return f"an adapter of its own on the policy's weights, {head}"
+        shared = " (or the reward model's, where layers and ranks agree)" if same_base(policy, reward) else ""
+        return f"an adapter of its own on the policy's weights, {head}{shared}"
     if inputs.get("value_model") is not None:
         return f"a model of its own, initialised from value_model {inputs['value_model']}"
     if not isinstance(reward, str) or is_function_reference(reward):
@@ -111,6 +118,11 @@ def _reward(reward: Any) -> str:
     if isinstance(reward, str):
         return f"function {reward}" if is_function_reference(reward) else f"model {reward}"
     return " + ".join(f"{float(weight):g} * {name}" for name, weight, _ in reward)
+
+
+def _shares(inputs: Mapping[str, Any], config: PPOConfig) -> str:
+    shares = config.lora is not None and same_base(inputs["policy"], inputs["reward"])
+    return ", an adapter on the policy's base" if shares else ""
 
 
 def _sizes(config: PPOConfig) -> list[str]:

@@ -254,16 +254,17 @@ class Learner:
         stats.add("value/grad_norm", result.grad_norm)
         self._guard(result.applied, "critic")
 
-    def _normalizer(self, mask: Tensor, rows: list[int]) -> Tensor | float:
-        """What a mini-batch's summed loss is divided by: its response tokens (dr_grpo: the constant longest length)."""
-        if self.config.advantage == "dr_grpo":
-            return float(len(rows) * self.config.max_new_tokens)
+    @staticmethod
+    def _normalizer(mask: Tensor, rows: list[int]) -> Tensor:
+        """What a mini-batch's summed loss is divided by: its response tokens."""
         return mask[rows].sum().clamp(min=1).float()
 
     def _policy_weights(self, experience: Experience, rows: list[int]) -> Tensor | None:
         """[B, T] of the tokens in the policy loss: importance weights, times what makes of a mean over the mini-batch's
-        tokens the mean over responses of their means, or the sum over max_new_tokens (Liu et al. 2025)."""
+        tokens the mean over responses of their means, or the sum over max_new_tokens (Liu et al. 2025, dr_grpo)."""
         kind, mask = self.config.loss_aggregation, experience.response_mask
+        if self.config.advantage == "dr_grpo" and kind == "token_mean":  # the paper's estimator comes with its own sum
+            kind = "constant"
         if kind == "token_mean":
             return experience.weights
         tokens = mask[rows].sum()

@@ -29,6 +29,10 @@ class Offload:
             tensor.data = home.pin_memory() if self.device.type == "cuda" else home
         self._parked.append(model)
 
+    def forget(self, model: PreTrainedModel | None) -> None:
+        """It is not needed any more."""
+        self._parked = [parked for parked in self._parked if parked is not model]
+
     @contextmanager
     def here(self, model: PreTrainedModel | None) -> Iterator[PreTrainedModel | None]:
         """Inside, the model is on the device. One that is not parked, or is here already, stays as it is."""

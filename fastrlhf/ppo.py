@@ -107,15 +107,11 @@ class PPOTrainer:
         config = self.config
         on_base = reward if config.lora is not None and same_base(policy, reward) else None
         self.scorer = make_scorer(
-            reward,
-            self.tokenizer,
-            dtype=config.dtype,
-            attention=config.attention,
-            micro_batch_tokens=config.micro_batch_tokens,
-            on_base=on_base is not None,
-        )
+            reward, self.tokenizer, dtype=config.dtype, attention=config.attention,
+            micro_batch_tokens=config.micro_batch_tokens, on_base=on_base is not None,
+        )  # fmt: skip
         roles = self.roles = load_roles(config, self.tokenizer, self.scorer, policy, ref_policy, value_model, on_base)
-        self.policy, self.ref_policy, self.critic = roles.policy, roles.ref_policy, roles.critic
+        self.policy, self.critic = roles.policy, roles.critic
         self.value_model = None if self.critic is None else self.critic.trunk
         self.device = self.policy.device
         self.stop_ids = stop_token_ids(self.tokenizer, self.policy.generation_config)
@@ -126,6 +122,11 @@ class PPOTrainer:
         if config.offload:
             for model in filter(None, (self.ref_policy, self.scorer.model)):
                 roles.offload.park(model)
+
+    @property
+    def ref_policy(self) -> PreTrainedModel | None:
+        """None: the policy's base, or an adapter on it."""
+        return self.roles.ref_policy
 
     # ------------------------------------------------------------------------------------------------- the user's end
 
@@ -310,6 +311,7 @@ class PPOTrainer:
         chosen = self.eval_prompts or self.prompts[:EVAL_PROMPTS_SHOWN]
         with self.extras.averaged():
             rollout, _ = self._rollout(chosen, 1, purpose="eval", temperature=eval_temperature(self.config))
+        self.engine.release()  # a reward model may need the memory
         rollout.scores = self._score(rollout)
         shown = zip(rollout.prompts, rollout.responses, rollout.scores, strict=True)
         rows = [{"prompt": p, "response": r, "score": s} for p, r, s in shown]
@@ -320,12 +322,12 @@ class PPOTrainer:
 
     def _reference_replies(self, samples: int, *, purpose: str, temperature: float) -> Rollout:
         """Scored replies of the reference policy to the held-out prompts."""
-        self.engine.release()  # memory for the cache of another engine
         with self.roles.reference() as model:
             engine = RolloutEngine(model, self.tokenizer)
             rollout, _ = self._rollout(
                 self.eval_prompts, samples, purpose=purpose, engine=engine, temperature=temperature
             )
+            engine.release()
         rollout.scores = self._score(rollout)
         return rollout
 
@@ -335,13 +337,17 @@ class PPOTrainer:
     def state(self) -> dict[str, Any]:
         parts = {"moments": self.moments, "kl": self.kl_controller, "learner": self.learner, "extras": self.extras}
         parts["evaluation"] = self.evaluation
-        return {"sampler": self.sampler.state_dict(), **{name: part.state() for name, part in parts.items()}}
+        last = self.total_steps if self.total_steps != self.config.total_steps else None  # of a spent kl_budget
+        return {
+            "sampler": self.sampler.state_dict(), "last": last, **{name: part.state() for name, part in parts.items()}
+        }  # fmt: skip
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return self.extras.tensors()
 
     def load_state(self, state: dict[str, Any], tensors: Callable[[str], dict[str, Tensor]]) -> None:
         self.sampler.load_state_dict(state["sampler"])
+        self.total_steps = state["last"] or self.total_steps
         self.moments.load_state(state["moments"])
         self.kl_controller.load_state(state["kl"])
         self.learner.load_state(state["learner"])

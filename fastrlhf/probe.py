@@ -36,7 +36,10 @@ def run_probe(learner: Learner, engine: RolloutEngine, *, packed: bool, note: Ca
         torch.cuda.reset_peak_memory_stats(device)
     prompt, response = longest(config, engine)
     _generate(config, engine, prompt, response)
+    drawn = None if learner.ptx is None else learner.ptx.state()
     rows = learner.backoff.attempt(lambda: _update(learner, prompt, response, packed), undo=learner.drop_gradients)
+    if drawn is not None:  # the rows of the pretraining mix that it trained on are still to come
+        learner.ptx.load_state(drawn)
     peak = f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
     note(
         f"probe: an update on {rows} sequences of {prompt + response} tokens fits{peak} "

@@ -46,6 +46,7 @@ class ReferenceRefresh:
         """From here on the reference is the copy: with lora, a model that was given takes no part any more."""
         self.replaced = True
         if self.roles.adapters is not None:
+            self.roles.offload.forget(self.roles.ref_policy)
             self.roles.ref_policy = None
 
     def _weights(self, role: str) -> dict[str, Tensor]:

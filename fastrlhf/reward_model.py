@@ -29,7 +29,7 @@ from fastrlhf.config import RewardConfig, UserError
 from fastrlhf.data import Counts, Sampler, encode_rows, load_feedback, split_heldout
 from fastrlhf.feedback import Feedback
 from fastrlhf.guards import UpdateGuard, check_rows
-from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, optimizer_options
+from fastrlhf.optim import Optimizer, Trained, lr_at, optimizer_options
 from fastrlhf.rewards import score_rows
 from fastrlhf.run import Run, run_stage
 from fastrlhf.stats import throughput
@@ -252,11 +252,21 @@ class RewardTrainer:
         return total, counts
 
     def _groups(self, records: list[Record]) -> Iterator[list[Record]]:
-        """This rank's records under the token budget; the responses of one stay together, its loss needs them all."""
-        sizes = [len(r.rows) * max(map(len, r.rows)) for r in records]
-        mine = distributed.own(sizes)
-        for group in micro_batches([sizes[i] for i in mine], self.backoff.tokens):
-            yield [records[mine[i]] for i in group]
+        """This rank's records, in groups whose rows, padded to the longest of all, stay within the token budget.
+
+        The responses of a record stay together, its loss needs them all. Longest first, as `micro_batches` has it.
+        """
+        mine = distributed.own([len(r.rows) * max(map(len, r.rows)) for r in records])
+        order = sorted((records[i] for i in mine), key=lambda r: -max(map(len, r.rows)))
+        group: list[Record] = []
+        for record in order:
+            rows = sum(len(r.rows) for r in group) + len(record.rows)
+            if group and rows * max(map(len, group[0].rows)) > self.backoff.tokens:
+                yield group
+                group = []
+            group.append(record)
+        if group:
+            yield group
 
     # ------------------------------------------------------------------------------------- evaluation and checkpoints
 

@@ -81,6 +81,8 @@ def _check_value_model(config: PPOConfig, value_model: Source) -> None:
     """Its weights need a trunk of their own."""
     if value_model is None:
         return
+    if config.advantage != "gae":
+        raise UserError(f"value_model: advantage = {config.advantage} has no critic; leave value_model out")
     if config.critic == "shared_trunk" or config.lora is not None:
         which = "critic = shared_trunk" if config.critic == "shared_trunk" else "lora"
         raise UserError(f"value_model: with {which} the critic reads the policy's base; leave value_model out")

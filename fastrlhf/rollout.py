@@ -146,13 +146,14 @@ class RolloutEngine:
             self._check_attention()
             try:
                 self._run(ordered, head, sampling, slots, positions, stats)
+                return
             except torch.OutOfMemoryError:
-                left = [row for row in ordered if not row.done]
                 if slots == 1:
                     raise
-                LOG.warning("generation ran out of memory with %d sequences: again with %d", slots, slots // 2)
-                self.release()
-                self._run(left, head, sampling, slots // 2, positions, stats)
+            # Only out here, where the exception and the frames that it keeps alive are gone, can the cache come free.
+            LOG.warning("generation ran out of memory with %d sequences: again with %d", slots, slots // 2)
+            self.release()
+            self._run([row for row in ordered if not row.done], head, sampling, slots // 2, positions, stats)
 
     def _run(self, rows, head, sampling: Sampling, slots: int, positions: int, stats) -> None:
         slots = min(slots, len(rows))

@@ -38,8 +38,10 @@ from fastrlhf.tracking import Tracker
 EXIT_INTERRUPTED = 75
 INLINE_ITEMS = 100  # a longer list is data handed over in Python, not part of a recipe
 transformers.utils.logging.disable_progress_bar()  # one line a weight file would drown the console
-# Fields a resumed run may change: they steer the run, not its numbers (a longer run goes on from where it was).
+# Fields a resumed run may change: they steer the run, not its numbers (a longer run goes on from where it was), or save
+# memory and change no more than rounding.
 MAY_CHANGE = {"output_dir", "resume", "overwrite", "save_every", "total_steps", "epochs"}
+MAY_CHANGE |= {"probe", "offload", "gradient_checkpointing", "micro_batch_tokens"}
 
 
 class Step(Protocol):

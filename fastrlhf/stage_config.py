@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_orig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastrlhf.inputs import INPUTS
-from fastrlhf.lora_options import lora_options
+from fastrlhf.lora_options import EXPECTED, lora_options
 
 
 class UserError(ValueError):
@@ -224,7 +224,8 @@ def _problems(cls: type[StageConfig], error: ValidationError, given: dict[str, A
         elif problem["type"] == "extra_forbidden":
             found.append((name, unknown_field(cls, name)))
         elif name not in [known for known, _ in found]:
-            found.append((name, f"{name} = {shown(given[name])}: expected {accepts(cls, name)}"))
+            expected = EXPECTED if name == "lora" else accepts(cls, name)
+            found.append((name, f"{name} = {shown(given[name])}: expected {expected}"))
     return found
 
 

@@ -78,6 +78,15 @@ def test_the_kl_budget_ends_the_run():
     assert 1 < len(seen) < 50 and seen[-1] > 0.5 and max(seen[:-1]) <= 0.5
 
 
+def test_a_run_that_its_kl_budget_ended_stays_ended(tmp_path):
+    fields = {"kl_budget": 0.5, "total_steps": 50, "learning_rate": 3e-2, "kl_coef": 0.0, "ppo_epochs": 4}
+    fields |= {"output_dir": str(tmp_path / "run"), "save_every": 1}
+    first = trainer(**fields)
+    first.train()
+    again = trainer(**fields, resume=True)
+    assert again.run.step == again.total_steps == first.run.step < 50 and list(again) == []
+
+
 def gradient(t: PPOTrainer, rollout, experience, plan) -> list[torch.Tensor]:
     kept = []
 
@@ -90,6 +99,24 @@ def gradient(t: PPOTrainer, rollout, experience, plan) -> list[torch.Tensor]:
         t.learner.update(rollout, experience, plan, 0)
     t.policy.zero_grad()
     return kept
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+def test_dr_grpo_is_summed_over_the_longest_length_and_measured_as_every_estimator(aggregation):
+    """Liu et al. 2025: its own sum in place of the token mean, divided by its constant once; ratio: a token mean."""
+    grads = {}
+    for advantage, asked in (("dr_grpo", aggregation), ("rloo", aggregation), ("rloo", "constant")):
+        t = trainer(advantage=advantage, samples_per_prompt=4, loss_aggregation=asked, max_grad_norm=1e9)
+        rollout, _ = t._rollout(t.prompts[:2], 4, purpose="rollout")
+        rollout.scores = [float(i) for i in range(8)]
+        plan = t._plan(rollout)
+        experience, _ = t._experience(rollout, plan[0])
+        experience.advantages = experience.token_mask.float()
+        stats = t.learner.accumulate(rollout, experience, plan[0][0], policy=True, critic=False)[0]["policy"]
+        assert float(stats[4]) == pytest.approx(1.0)
+        grads[advantage, asked] = torch.cat([p.grad.flatten() for p in t.policy.parameters()])
+    want = grads["rloo", "constant" if aggregation == "token_mean" else aggregation]
+    torch.testing.assert_close(grads["dr_grpo", aggregation], want)
 
 
 @pytest.mark.parametrize("micro", [1, 10_000])

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.overoptimise import draw, over_optimised, table
+from bench.overoptimise import VANILLA, draw, over_optimised, table
+from bench.verdict import SIZES
 
 ROOT = Path(__file__).parents[1]
-MEASURED = json.loads((ROOT / "bench/results/overoptimisation_cpu.json").read_text())["runs"]
+RECORDED = json.loads((ROOT / "bench/results/overoptimisation_cpu.json").read_text())
+MEASURED = RECORDED["runs"]
 
 
 def rows(rewards, rules, diversity):
@@ -38,6 +40,12 @@ def test_what_was_measured_shows_it_and_stands_in_the_docs():
     assert over_optimised(MEASURED["vanilla"]) and not over_optimised(MEASURED["ppo-max"])
     page = (ROOT / "docs/overoptimisation.md").read_text(encoding="utf-8")
     assert table(MEASURED) in page
+
+
+def test_the_figures_are_of_the_settings_that_are_shipped():
+    assert RECORDED["vanilla"] == VANILLA
+    verdicts = json.loads((ROOT / "bench/results/verdict_cpu.json").read_text())
+    assert verdicts["sizes"] == SIZES and all(run["passed"] for run in verdicts["runs"])
 
 
 def test_the_figure_draws_every_curve_of_both_runs(tmp_path):

@@ -21,6 +21,7 @@ FORMS = {
     "shared trunk": {"critic": "shared_trunk"},
     "lora": {"lora": 4},
     "no critic": {"advantage": "rloo", "samples_per_prompt": 2},
+    "ptx": {"ptx_coef": 0.5},
     "sequence ratio": {"ratio_level": "sequence", "loss_aggregation": "sequence_mean", "kl_in": "loss"},
 }
 
@@ -35,7 +36,9 @@ def trainer(policy=None, **fields: object) -> PPOTrainer:
             "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "max_prompt_tokens": 30, "probe": True,
             "dtype": "fp32"}  # fmt: skip
     cfg = PPOConfig(**{**base, **fields})
-    return PPOTrainer(cfg, policy=policy or tiny.llama(), tokenizer=tiny.tokenizer(), reward=noisy, prompts=PROMPTS)
+    texts = [{"text": text} for text in ("the cat", "thank you", "the moon", "yes", "no")] if cfg.ptx_coef else None
+    held = {"tokenizer": tiny.tokenizer(), "reward": noisy, "prompts": PROMPTS, "ptx_data": texts}
+    return PPOTrainer(cfg, policy=policy or tiny.llama(), **held)
 
 
 @pytest.mark.parametrize("form", FORMS)

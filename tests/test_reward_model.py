@@ -290,3 +290,15 @@ def test_judgements_of_one_prompt_are_held_out_together():
     prompts = [{json.dumps(r.feedback.prompt) for r in part} for part in (t.records, t.eval_records)]
     assert len(t.records) == 32 and len(t.eval_records) == 8 and t.sampler.n == 32
     assert not prompts[0] & prompts[1]
+
+
+def test_groups_stay_within_the_budget_padding_included():
+    """A pair of long replies beside rankings of many short ones: all rows of a group are as long as its longest."""
+    pairs = [{"prompt": p, "chosen": "the answer is yes " * 6, "rejected": "no"} for p in tiny.PROMPTS]
+    many = [{"prompt": p, "responses": ["yes", "no", "cat", "moon", "thank you"], "ranking": [0, 1, 2, 3, 4]}
+            for p in tiny.PROMPTS]  # fmt: skip
+    t = trainer(config(micro_batch_tokens=400), data=pairs + many)
+    groups = list(t._groups(t.records))
+    rows = [[row for record in group for row in record.rows] for group in groups]
+    assert sum(map(len, groups)) == len(t.records) and len(groups) > 2 and max(map(len, groups)) > 1
+    assert all(len(group) == 1 or len(r) * max(map(len, r)) <= 400 for group, r in zip(groups, rows, strict=True))

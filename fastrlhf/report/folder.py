@@ -49,6 +49,8 @@ class StageRun:
     @property
     def finished(self) -> bool | None:
         """None: cannot be told."""
+        if any(event.get("kind") == "kl_budget" for event in self.events):  # which ends a run before its last step
+            return True
         if self.total_steps is not None:
             return self.last_step >= self.total_steps
         return True if (self.dir / "final").is_dir() else None
