@@ -152,11 +152,6 @@ class Adapters:
         finally:
             self._activate(self.roles[0])
 
-    def layers_active(self) -> tuple[str, ...]:
-        """The adapters that compute now."""
-        first = next(iter(self.layers.values()))
-        return () if first.disable_adapters else tuple(first.active_adapters)
-
     def active(self, role: str | None) -> tuple[str, ...]:
         """The adapters that make the model of `role`, in the order they are added."""
         return self.fixed.get(role) or self.under + (() if role is None else (role,))

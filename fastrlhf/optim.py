@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -215,7 +215,3 @@ def _to_master(master: nn.Parameter):  # noqa: ANN202
         param.grad = None
 
     return move
-
-
-def count_parameters(params: Iterable[Tensor]) -> int:
-    return sum(p.numel() for p in params)

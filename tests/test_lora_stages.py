@@ -319,6 +319,11 @@ def test_reference_and_policy_go_through_one_call_path(folders):
     rollout, _ = t._rollout(t.prompts, 1, purpose="rollout")
     rollout.scores = t._score(rollout)
     seen = []
-    t.policy.base_model.register_forward_hook(lambda *_: seen.append(t.roles.adapters.layers_active()))
+    layer = next(iter(t.roles.adapters.layers.values()))
+
+    def note(*_: object) -> None:
+        seen.append(() if layer.disable_adapters else tuple(layer.active_adapters))
+
+    t.policy.base_model.register_forward_hook(note)
     t._experience(rollout, t._plan(rollout)[0])
     assert len(seen) > 2 and seen == [("sft", "policy"), ("sft",)] * (len(seen) // 2)

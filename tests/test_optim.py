@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastrlhf.config import UserError
-from fastrlhf.optim import Optimizer, count_parameters, lr_at, micro_batches, token_budget
+from fastrlhf.optim import Optimizer, lr_at, micro_batches, token_budget
 from tests import tiny
 
 # ------------------------------------------------------------------------------------------------------ micro-batches
@@ -305,7 +305,3 @@ def test_eight_bit_without_its_package_names_the_extra(name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     with pytest.raises(UserError, match=f"optimizer: '{name}' needs .*bitsandbytes.*extra '8bit'.* use 'adamw'"):
         optimizer(net(), name=name)
-
-
-def test_count_parameters():
-    assert count_parameters(net().parameters()) == 8 * 16 + 16 + 16 * 3 + 3
