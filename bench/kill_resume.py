@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastrlhf import cli
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the promise is for the same thread count; forked children need 1
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -35,7 +37,9 @@ import yaml  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from torch.utils import tensorboard  # noqa: E402, F401 (imported once here, not in every child)
 
-from fastrlhf import cli, ppo, reward_model, sft  # noqa: E402, F401 (the same)
+from fastrlhf import (
+    sft,  # noqa: E402, F401 (the same)
+)
 
 STAGES = ("sft", "reward", "ppo")
 CALLS = ("rename", "replace", "fsync", "mkdir", "chmod", "unlink", "rmdir")

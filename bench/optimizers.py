@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bench.gpu_kernels import about
-from fastrlhf.optim import Optimizer
+from fastrlhf.runtime.optim import Optimizer
 
 NAMES = ("adamw", "adamw8bit", "paged_adamw8bit")
 DRIFT_STEPS = 50

@@ -32,9 +32,10 @@ from transformers import (
 
 from bench.gpu_kernels import about, copy_bandwidth
 from bench.models import END, IDS, QWEN, policy_of
-from fastrlhf import decoding
-from fastrlhf.kv_cache import cache_bytes_per_token
-from fastrlhf.rollout import RolloutEngine, SamplingParams
+from fastrlhf.rollout import decoder as decoding
+from fastrlhf.rollout.engine import RolloutEngine
+from fastrlhf.rollout.kv_cache import cache_bytes_per_token
+from fastrlhf.rollout.sampling import SamplingParams
 from fastrlhf_kernels import SampledTokens
 
 

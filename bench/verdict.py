@@ -17,14 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.config import PPOConfig
+from fastrlhf.config.recipe import load_recipe
+from fastrlhf.config.stages import PPOConfig
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.quickstart import verdict
 from fastrlhf.quickstart.generate import DATA_DIR
 from fastrlhf.quickstart.run import few_threads, inputs, make
 from fastrlhf.quickstart.settings import Settings, load_settings
-from fastrlhf.recipe import load_recipe
-from fastrlhf.run import run_stage
+from fastrlhf.trainer import run_stage
 
 # The one table of what a run changes in a packaged recipe, and why nothing else: the recipes are written for models of
 # 1B parameters and more, batches of 128 to 1024 and 1000 steps; this one has 1M and seconds. Learning rates

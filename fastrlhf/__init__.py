@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from fastrlhf._version import __version__
 
 _HOME = {
-    "PPOConfig": "config",
-    "RewardConfig": "config",
-    "SFTConfig": "config",
-    "UserError": "config",
+    "PPOConfig": "config.stages",
+    "RewardConfig": "config.stages",
+    "SFTConfig": "config.stages",
+    "UserError": "config.errors",
     "PPOTrainer": "ppo",
     "RewardTrainer": "reward_model",
     "SFTTrainer": "sft",
-    "RolloutEngine": "rollout",
-    "SamplingParams": "rollout",
+    "RolloutEngine": "rollout.engine",
+    "SamplingParams": "rollout.sampling",
 }
 __all__ = [
     "PPOConfig",
@@ -32,10 +32,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig, UserError
+    from fastrlhf.config.errors import UserError
+    from fastrlhf.config.stages import PPOConfig, RewardConfig, SFTConfig
     from fastrlhf.ppo import PPOTrainer
     from fastrlhf.reward_model import RewardTrainer
-    from fastrlhf.rollout import RolloutEngine, SamplingParams
+    from fastrlhf.rollout.engine import RolloutEngine
+    from fastrlhf.rollout.sampling import SamplingParams
     from fastrlhf.sft import SFTTrainer
 
 

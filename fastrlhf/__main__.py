@@ -1,5 +1,7 @@
 """`python -m fastrlhf` is the `fastrlhf` command."""
 
+from __future__ import annotations
+
 import sys
 
 from fastrlhf.cli import main

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from fastrlhf import __version__, launch
-from fastrlhf.launch import RankLost
+from fastrlhf._version import __version__
+from fastrlhf.runtime import launch
+from fastrlhf.runtime.launch import RankLost
 
 EXIT_DONE, EXIT_BUG, EXIT_USER_ERROR, EXIT_KILLED = 0, 1, 2, 130
 MESSAGE_LINES = 4
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_KILLED
     except ValueError as error:
-        from fastrlhf.config import UserError  # here, because `fastrlhf --help` must not wait for pydantic
+        from fastrlhf.config.errors import UserError  # here, because `fastrlhf --help` must not wait for pydantic
 
         if not isinstance(error, UserError):
             raise
@@ -94,7 +95,7 @@ def _overview() -> str:
 
 def _stage(verb: str, arguments: list[str]) -> int:
     """`fastrlhf sft|reward|ppo RECIPE_OR_FILE [field=value ...]`"""
-    from fastrlhf import recipe
+    from fastrlhf.config import recipe
 
     parser = _parser(verb, "RECIPE [field=value ...] [options]")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -111,7 +112,7 @@ def _stage(verb: str, arguments: list[str]) -> int:
     inputs, config = recipe.load_recipe(verb, args.recipe, overrides)
     recipe.check_paths(verb, inputs, config)
     if args.dry_run:
-        for line in _load("dry_run").check_inputs(verb, inputs, config):
+        for line in _load("preflight").check_inputs(verb, inputs, config):
             print(f"# {line}")
         print(recipe.resolved_yaml(verb, inputs, config), end="")
         return EXIT_DONE
@@ -132,13 +133,13 @@ def _quickstart(verb: str, arguments: list[str]) -> int:
 
 
 def _resume(verb: str, arguments: list[str]) -> int:
-    from fastrlhf import recipe
+    from fastrlhf.config import recipe
 
     parser = _parser(verb, "RUN_DIR")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of the run")
     args = _parse(parser, arguments)
     _first_line(verb, args.run_dir)
-    stage = _load("run").read_run_json(args.run_dir)["verb"]
+    stage = _load("checkpoint.run_folder").read_run_json(args.run_dir)["verb"]
     as_before = ["resume=true", "overwrite=false", f"output_dir={args.run_dir}"]
     if stage == "quickstart":
         return _load("quickstart").main(as_before)
@@ -223,7 +224,9 @@ def _flags(**flags: bool) -> list[str]:
 
 
 def _fields_help(stage: str) -> str:
-    from fastrlhf.config import CONFIGS, INPUTS, config_fields
+    from fastrlhf.config.base import config_fields
+    from fastrlhf.config.inputs import INPUTS
+    from fastrlhf.config.stages import CONFIGS
 
     inputs = [
         (name, f"{'required: ' if given.required else ''}{given.description}") for name, given in INPUTS[stage].items()
@@ -250,7 +253,7 @@ def _columns(rows: list[tuple[str, str]]) -> str:
 
 
 def _check_model(argument: str, source: str) -> None:
-    from fastrlhf.recipe import path_problem
+    from fastrlhf.config.recipe import path_problem
 
     problem = path_problem(source, "model")
     if problem:
@@ -259,7 +262,7 @@ def _check_model(argument: str, source: str) -> None:
 
 def _speaks() -> bool:
     """Whether this process prints an error that others of the run have too: the first to ask does."""
-    distributed = sys.modules.get("fastrlhf.distributed")
+    distributed = sys.modules.get("fastrlhf.runtime.distributed")
     return launch.local_rank() == 0 if distributed is None else distributed.first_to_say()
 
 
@@ -270,7 +273,7 @@ def _first_line(verb: str, what: str) -> None:
 
 def _shown(text: str) -> str:
     """A model's text cannot steer the terminal; into a file or a pipe it goes as it is."""
-    from fastrlhf.console import clean
+    from fastrlhf.runtime.console import clean
 
     return clean(text) if sys.stdout.isatty() else text
 
@@ -291,6 +294,6 @@ def _load(module: str) -> ModuleType:
 
 
 def _user_error(message: str) -> NoReturn:
-    from fastrlhf.config import UserError
+    from fastrlhf.config.errors import UserError
 
     raise UserError(message)

@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.config import UserError
-from fastrlhf.models import load_policy, load_reward_model, load_tokenizer
-from fastrlhf.rewards import score_texts
-from fastrlhf.rollout import RolloutEngine, SamplingParams
-from fastrlhf.templates import encode_prompt, stop_token_ids
+from fastrlhf.config.errors import UserError
+from fastrlhf.data.templates import encode_prompt, stop_token_ids
+from fastrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
+from fastrlhf.rl.scorers import score_texts
+from fastrlhf.rollout.engine import RolloutEngine
+from fastrlhf.rollout.sampling import SamplingParams
 
 
 def generate(

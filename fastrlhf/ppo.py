@@ -17,27 +17,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf import advantages, distributed, gathering, models
-from fastrlhf.backbone import same_base
-from fastrlhf.batch import Experience, Rollout, length_mask, minibatches, scatter
-from fastrlhf.config import PPOConfig
-from fastrlhf.data import Sampler
-from fastrlhf.evaluation import Evaluation, eval_temperature
-from fastrlhf.extras import Extras
-from fastrlhf.feedback import Prompt
-from fastrlhf.kl_control import KLController
-from fastrlhf.learner import Learner, response_log_probs
-from fastrlhf.optim import Trained
-from fastrlhf.packing import resolve_packing
-from fastrlhf.probe import run_probe, wanted
-from fastrlhf.prompts import load_encoded_prompts
-from fastrlhf.ptx import load_ptx
-from fastrlhf.rewards import RewardModelScorer, Scorable, make_scorer, split_rewards
-from fastrlhf.roles import load_roles
-from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
-from fastrlhf.run import Run, run_stage
-from fastrlhf.stats import mean, mismatch_metrics, rollout_metrics, throughput
-from fastrlhf.templates import render_prompt, resolve_chat_template, stop_token_ids
+from fastrlhf.config.stages import PPOConfig
+from fastrlhf.data.encode import load_encoded_prompts, load_ptx
+from fastrlhf.data.feedback import Prompt
+from fastrlhf.data.templates import render_prompt, resolve_chat_template, stop_token_ids
+from fastrlhf.models import loading
+from fastrlhf.models.backbone import same_base
+from fastrlhf.models.token_batch import resolve_packing, response_log_probs
+from fastrlhf.rl import advantages, scorers
+from fastrlhf.rl.advantages import KLController
+from fastrlhf.rl.evaluation import Evaluation, eval_temperature
+from fastrlhf.rl.experience import Experience, Rollout, length_mask, scatter
+from fastrlhf.rl.hooks import Extras
+from fastrlhf.rl.learner import Learner
+from fastrlhf.rl.probe import run_probe, wanted
+from fastrlhf.rl.roles import load_roles
+from fastrlhf.rl.scorers import RewardModelScorer, Scorable, make_scorer, split_rewards
+from fastrlhf.rollout import gather
+from fastrlhf.rollout.engine import RolloutEngine
+from fastrlhf.rollout.sampling import SamplingParams
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.batching import Sampler, derive_seed, minibatches
+from fastrlhf.runtime.metrics import mean, mismatch_metrics, rollout_metrics, throughput
+from fastrlhf.runtime.optim import Trained
+from fastrlhf.trainer import Run, run_stage
 
 EVAL_PROMPTS_SHOWN = 4
 
@@ -79,7 +82,7 @@ class PPOTrainer:
         }  # fmt: skip
         self.best_metric = ("reward/eval", True)
         self.evaluation = Evaluation(config, judge, prompts=eval_prompts is not None)
-        self.tokenizer = models.tokenizer_for(tokenizer, policy)
+        self.tokenizer = loading.tokenizer_for(tokenizer, policy)
         template = resolve_chat_template(self.tokenizer, config.chat_template)
         notes = [f"chat template: {template}"]
         self.prompts, note = load_encoded_prompts(config, self.tokenizer, prompts, "prompts")
@@ -201,7 +204,7 @@ class PPOTrainer:
             stop_token_ids=self.stop_ids,
             seed=derive_seed(config.seed, purpose, self.run.step if purpose == "rollout" else 0),
         )
-        out = gathering.generate(engine or self.engine, [ids for _, ids in chosen], params)
+        out = gather.generate(engine or self.engine, [ids for _, ids in chosen], params)
         rows = [pair for pair in chosen for _ in range(samples)]
         columns = {name: [p.columns.get(name) for p, _ in rows] for name in sorted(chosen[0][0].columns)}
         rollout = Rollout(
@@ -225,7 +228,7 @@ class PPOTrainer:
         names = ("prompts", "responses", "raw_prompts", "prompt_ids", "response_ids", "columns")
         batch = Scorable(**{name: getattr(rollout, name) for name in names})
         with self.roles.offload.here(self.scorer.model):
-            rewards = gathering.score(self.scorer, batch, rollout.samples_per_prompt)
+            rewards = scorers.score(self.scorer, batch, rollout.samples_per_prompt)
         scores, tokens = split_rewards(rewards, rollout.response_ids)
         rollout.token_rewards = tokens if self.scorer.per_token else None
         return scores

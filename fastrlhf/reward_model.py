@@ -6,7 +6,6 @@ and logsumexp, so that badly misranked pairs keep their gradient. Scores: square
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,19 +20,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf import distributed, models
-from fastrlhf.adapters import REWARD
-from fastrlhf.backbone import load_scalar_backbone
-from fastrlhf.backoff import Backoff
-from fastrlhf.config import RewardConfig, UserError
-from fastrlhf.data import Counts, Sampler, encode_rows, load_feedback, split_heldout
-from fastrlhf.feedback import Feedback
-from fastrlhf.guards import UpdateGuard, check_rows
-from fastrlhf.optim import Optimizer, Trained, lr_at, optimizer_options
-from fastrlhf.rewards import score_rows
-from fastrlhf.run import Run, run_stage
-from fastrlhf.stats import throughput
-from fastrlhf.templates import encode_prompt, encode_response, resolve_chat_template, stop_token_ids
+from fastrlhf.config.errors import UserError
+from fastrlhf.config.stages import RewardConfig
+from fastrlhf.data.dataset import Counts, encode_rows, load_feedback, split_heldout
+from fastrlhf.data.feedback import Feedback
+from fastrlhf.data.templates import encode_prompt, encode_response, resolve_chat_template
+from fastrlhf.models import heads, loading
+from fastrlhf.models.backbone import load_scalar_backbone
+from fastrlhf.models.lora import REWARD
+from fastrlhf.models.saving import padding_tokenizer
+from fastrlhf.rl.scorers import score_rows
+from fastrlhf.runtime import batching, distributed
+from fastrlhf.runtime.batching import Sampler
+from fastrlhf.runtime.guards import UpdateGuard, check_rows
+from fastrlhf.runtime.memory import Backoff
+from fastrlhf.runtime.metrics import throughput
+from fastrlhf.runtime.optim import Optimizer, Trained, lr_at, optimizer_options
+from fastrlhf.trainer import Run, run_stage
 
 MARGIN_EDGES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 
@@ -85,28 +88,6 @@ def ordered_pairs(feedback: Feedback) -> list[tuple[int, int]]:
     return [(i, j) for g, group in enumerate(groups) for i in group for rest in groups[g + 1 :] for j in rest]
 
 
-def padding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that pads on the right with a token that ends no reply; every text keeps its ids.
-
-    Stock sequence classifiers read their score at the last id that is not padding. Where the tokenizer pads with its
-    EOS, that would be the token before the end of the reply, so another one takes over: unk, bos, an added token, or
-    one that is spelt as in no text (GPT-2's "\u0120gazed" for " gazed"): special tokens are looked for in it first.
-    """
-    made, stops = copy.deepcopy(tokenizer), set(stop_token_ids(tokenizer))
-    made.padding_side = "right"
-    added = sorted(tokenizer.get_added_vocab().values())
-    for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *added):
-        if token is not None and token not in stops:
-            break
-    else:
-        vocabulary = sorted(set(tokenizer.get_vocab().values()) - stops, reverse=True)
-        unspelt = (t for t in vocabulary if tokenizer.decode([t]) != tokenizer.convert_ids_to_tokens(t))
-        token = next(unspelt, vocabulary[0])
-    if token != tokenizer.pad_token_id:
-        made.pad_token = tokenizer.convert_ids_to_tokens(token)
-    return made
-
-
 class RewardTrainer:
     """Train a scalar-head model. Fields of the config: docs/api.md.
 
@@ -125,7 +106,7 @@ class RewardTrainer:
     ) -> None:
         self.config = config
         self.inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
-        self.tokenizer = models.tokenizer_for(tokenizer, model)
+        self.tokenizer = loading.tokenizer_for(tokenizer, model)
         notes = [f"chat template: {resolve_chat_template(self.tokenizer, config.chat_template)}"]
         self.records, note = self._load(data, "data")
         notes.append(note)
@@ -139,7 +120,7 @@ class RewardTrainer:
             )  # judgements of the same prompt stay together
         self.model, self.adapters = load_scalar_backbone(model, config, self.tokenizer)
         frozen = config.head_only or self.adapters is not None  # head_only: a linear model on frozen features
-        models.make_trainable(self.model, config.gradient_checkpointing, frozen=frozen)
+        loading.make_trainable(self.model, config.gradient_checkpointing, frozen=frozen)
         self.model.score.requires_grad_(True)
         if config.head_only:
             self.model.base_model.requires_grad_(False)
@@ -240,7 +221,7 @@ class RewardTrainer:
         and how many of them in the right order."""
         total, counts = torch.zeros((), device=self.device), torch.zeros(2)
         for group in self._groups(records):
-            scores = models.sequence_scores(self.model, [row for record in group for row in record.rows])
+            scores = heads.sequence_scores(self.model, [row for record in group for row in record.rows])
             parts = scores.split([len(record.rows) for record in group])
             losses = [record_loss(s, r.feedback) for s, r in zip(parts, group, strict=True)]
             loss = torch.stack(losses).sum() / len(records)
@@ -256,7 +237,7 @@ class RewardTrainer:
 
         The responses of a record stay together, its loss needs them all. Longest first, as `micro_batches` has it.
         """
-        mine = distributed.own([len(r.rows) * max(map(len, r.rows)) for r in records])
+        mine = batching.own([len(r.rows) * max(map(len, r.rows)) for r in records])
         order = sorted((records[i] for i in mine), key=lambda r: -max(map(len, r.rows)))
         group: list[Record] = []
         for record in order:
@@ -278,7 +259,7 @@ class RewardTrainer:
         self.model.eval()
         rows = [row for r in self.eval_records for row in r.rows]
         scores = torch.zeros(len(rows))
-        mine = distributed.own([len(row) for row in rows])
+        mine = batching.own([len(row) for row in rows])
         own = [rows[i] for i in mine]
         scores[mine] = self.backoff.attempt(lambda: score_rows(self.model, own, self.backoff.tokens))
         distributed.add_up(scores)

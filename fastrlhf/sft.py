@@ -17,18 +17,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf import distributed, models
-from fastrlhf.adapters import POLICY
-from fastrlhf.backbone import load_backbone
-from fastrlhf.backoff import Backoff
-from fastrlhf.config import SFTConfig, UserError
-from fastrlhf.data import Counts, Sampler, encode_rows, load_conversations, pack, split_heldout
-from fastrlhf.examples import Batch, Example, encode_example, target_count, target_log_probs
-from fastrlhf.guards import UpdateGuard, check_rows
-from fastrlhf.optim import Optimizer, Trained, lr_at, micro_batches, optimizer_options
-from fastrlhf.run import Run, run_stage
-from fastrlhf.stats import throughput
-from fastrlhf.templates import resolve_chat_template
+from fastrlhf.config.errors import UserError
+from fastrlhf.config.stages import SFTConfig
+from fastrlhf.data.dataset import Counts, encode_rows, load_conversations, split_heldout
+from fastrlhf.data.encode import Example, encode_example, target_count
+from fastrlhf.data.templates import resolve_chat_template
+from fastrlhf.models import loading
+from fastrlhf.models.backbone import load_backbone
+from fastrlhf.models.lora import POLICY
+from fastrlhf.models.token_batch import Batch, target_log_probs
+from fastrlhf.runtime import batching, distributed
+from fastrlhf.runtime.batching import Sampler, micro_batches, pack
+from fastrlhf.runtime.guards import UpdateGuard, check_rows
+from fastrlhf.runtime.memory import Backoff
+from fastrlhf.runtime.metrics import throughput
+from fastrlhf.runtime.optim import Optimizer, Trained, lr_at, optimizer_options
+from fastrlhf.trainer import Run, run_stage
 
 
 @dataclass
@@ -56,7 +60,7 @@ class SFTTrainer:
         self.config = config
         self.inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
         self.best_metric = ("loss/eval", False)
-        self.tokenizer = models.tokenizer_for(tokenizer, model)
+        self.tokenizer = loading.tokenizer_for(tokenizer, model)
         notes = [f"chat template: {resolve_chat_template(self.tokenizer, config.chat_template)}"]
         self.examples, note = self._load(data, "data")
         notes.append(note)
@@ -68,7 +72,7 @@ class SFTTrainer:
             self.examples, self.eval_examples = _split(self.examples, config)
         self.model, self.adapters = load_backbone(model, config, [POLICY])
         check_rows(self.model, [e.ids for e in self.examples + self.eval_examples], config.max_tokens)
-        models.make_trainable(self.model, config.gradient_checkpointing, frozen=self.adapters is not None)
+        loading.make_trainable(self.model, config.gradient_checkpointing, frozen=self.adapters is not None)
         self.device = self.model.device
         self.backoff = Backoff(config, self.device)
         trained = self.model if self.adapters is None else self.adapters.parameters(POLICY)
@@ -151,7 +155,7 @@ class SFTTrainer:
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """This rank's rows of one example each, or of several where packing is on, grouped under the token budget."""
-        examples = [examples[i] for i in distributed.own([len(e.ids) for e in examples])]
+        examples = [examples[i] for i in batching.own([len(e.ids) for e in examples])]
         lengths = [len(e.ids) for e in examples]
         rows = pack(lengths, self.config.max_tokens) if self.config.packing else [[i] for i in range(len(lengths))]
         sizes = [sum(lengths[i] for i in row) for row in rows]

@@ -13,11 +13,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fastrlhf.checkpoint import (
-    CheckpointStore,
-    optimizer_tensors,
-    rng_tensors,
-)
+from fastrlhf.checkpoint.state import optimizer_tensors, rng_tensors
+from fastrlhf.checkpoint.store import CheckpointStore
 
 CONFIG = {
     "vocab_size": 48,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from fastrlhf.adapters import Adapters
+from fastrlhf.models.lora import Adapters
 from tests import tiny
 
 ANSWERS = ["the answer is yes", "no", "谢谢您的提问。", "the moon looked at the cat", "yes; no", "在北京"]

@@ -1,4 +1,4 @@
-"""What every rank of tests/test_ranks.py runs: `torchrun ... -m tests.rank_runs OUT`. The lead writes what happened."""
+"""What every rank of tests/runtime/test_ranks.py runs: `torchrun ... -m tests.rank_runs OUT`. The lead writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, distributed
+from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from fastrlhf.runtime import distributed
 from tests import tiny
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from fastrlhf import RewardConfig, RewardTrainer
-from fastrlhf.models import sequence_scores
+from fastrlhf.models.heads import sequence_scores
 from tests import tiny
 
 REAL = Path(__file__).parents[2] / "shared" / "data"

@@ -6,9 +6,9 @@ import json
 import math
 import random
 
-from fastrlhf.config import CONFIGS
-from fastrlhf.recipe import resolved_yaml
-from fastrlhf.tracking import Tracker
+from fastrlhf.config.recipe import resolved_yaml
+from fastrlhf.config.stages import CONFIGS
+from fastrlhf.runtime.tracking import Tracker
 
 PPO_FIGURES = ["fig-reward", "fig-kl", "fig-reward-kl", "fig-length", "fig-loss"]
 SFT_FIGURES = ["fig-sft-loss", "fig-sft-perplexity"]

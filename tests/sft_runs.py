@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf import SFTConfig, SFTTrainer
-from fastrlhf.examples import Example
+from fastrlhf.data.encode import Example
 from tests import tiny
 
 ANSWERS = [

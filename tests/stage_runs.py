@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from fastrlhf.state import optimizer_tensors
+from fastrlhf.checkpoint.state import optimizer_tensors
 from tests import tiny
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]

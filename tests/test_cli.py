@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fastrlhf import __version__, cli
-from fastrlhf.config import CONFIGS, INPUTS
+from fastrlhf.config.inputs import INPUTS
+from fastrlhf.config.stages import CONFIGS
 from tests import tiny
 
 REWARD = "def length(prompts, responses):\n    return [float(len(r)) for r in responses]\n"

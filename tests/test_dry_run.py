@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastrlhf import PPOConfig, PPOTrainer, cli
-from fastrlhf import models as m
-from fastrlhf.dry_run import outline
+from fastrlhf.models import loading, saving
+from fastrlhf.preflight import outline
 from tests import tiny
 
 RULES = "def length(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
@@ -23,7 +23,7 @@ def workplace(tmp_path_factory) -> Path:
     other = tiny.tokenizer()
     other.add_tokens(["moonlight"])
     for name, tok in (("rm", tiny.tokenizer()), ("other_rm", other)):
-        m.write_model(root / name, m.scalar_model(tiny.llama(vocab_size=len(tok)), tok, seed=0), tok, [1])
+        saving.write_model(root / name, loading.scalar_model(tiny.llama(vocab_size=len(tok)), tok, seed=0), tok, [1])
     tiny.llama().save_pretrained(root / "base")
     tiny.tokenizer().save_pretrained(root / "base")
     weights = list(root.rglob("*.safetensors"))

@@ -12,23 +12,31 @@ import pytest
 import fastrlhf
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fastrlhf"
 KERNELS = ROOT / "kernels" / "fastrlhf_kernels"
-STAGES = {"sft", "reward_model", "ppo"}
-TOP = {"cli", "__main__"}  # may import anything; imported by nothing
-VERBS = STAGES | {"report", "quickstart", "inference", "dry_run"}  # imported by the command line only
-MAY_IMPORT_VERBS = {"cli": VERBS, "__main__": VERBS, "quickstart": STAGES | {"report"}}
-USERS_OF_KERNELS = {
-    "cached_attention",
-    "decoding",
-    "learner",
-    "rollout",
-    "models",
-    "examples",
-    "critic_pretraining",
-    "advantages",
-    "kl_loss",
-    "sequence_ratio",
-}
+# A room is a folder, or a file that stands alone. Each may import what stands right of it, never what stands left.
+RULE = (
+    ("__main__",),
+    ("cli",),
+    ("quickstart",),
+    ("preflight", "inference", "report"),  # verbs of their own, never imported by training
+    ("ppo", "reward_model", "sft"),
+    ("trainer",),
+    ("rl",),
+    ("rollout",),
+    ("models",),
+    ("runtime",),
+    ("checkpoint",),
+    ("data",),
+    ("config",),
+    ("_version",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(RULE) for room in rooms}
+NO_ROOMS = {"__init__", "recipes"}  # the lazy public names; data, and a reward function that a recipe names
+TRAINING = ("ppo", "reward_model", "sft")
+VERB_FOLDERS = ("fastrlhf.report", "fastrlhf.quickstart")  # a verb is its folder's `main`
+USERS_OF_KERNELS = {"models", "rollout", "rl"}
+FILES_IN_A_FOLDER = range(4, 14)
 REPORT_NEEDS = {"fastrlhf", "matplotlib"}
 HEAVY = ("torch", "transformers", "datasets", "pydantic", "yaml", "rich", "matplotlib", "numpy", "triton")
 
@@ -49,25 +57,33 @@ def imports(source: str, module: str, *, package: bool = False) -> set[str]:
     return found
 
 
-def noun(path: Path, base: Path) -> str:
-    """fastrlhf/ppo.py -> ppo; a folder is one noun: fastrlhf/quickstart/judge.py -> quickstart."""
-    return path.relative_to(base).parts[0].removesuffix(".py")
+def modules() -> dict[str, Path]:
+    """Dotted name -> file of every module of fastrlhf; a folder's `__init__` under the folder's own name."""
+    files = PACKAGE.rglob("*.py")
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
+
+
+def file_graph() -> dict[str, set[str]]:
+    """Module -> modules of fastrlhf that it imports."""
+    found = modules()
+    edges = {}
+    for name, path in found.items():
+        package = path.name == "__init__.py"
+        edges[name] = {i for i in imports(path.read_text(encoding="utf-8"), name, package=package) if i in found}
+    return edges
+
+
+def room(module: str) -> str:
+    """fastrlhf.ppo -> ppo, fastrlhf.rl.learner -> rl, fastrlhf itself -> __init__."""
+    return module.split(".")[1] if "." in module else "__init__"
 
 
 def graph() -> dict[str, set[str]]:
-    """noun -> nouns of fastrlhf that it imports (the package's own __init__, which is lazy, is left out)."""
-    base = ROOT / "fastrlhf"
-    edges: dict[str, set[str]] = {noun(path, base): set() for path in base.rglob("*.py")}
-    for path in base.rglob("*.py"):
-        here = noun(path, base)
-        if here == "__init__":
-            continue
-        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for name in imports(path.read_text(encoding="utf-8"), dotted, package=path.name == "__init__.py"):
-            parts = name.split(".")
-            if parts[0] == "fastrlhf" and len(parts) > 1 and parts[1] in edges and parts[1] != here:
-                edges[here].add(parts[1])
-    return edges
+    """Room -> rooms that it imports; `fastrlhf` alone in `from fastrlhf.rl import critic` is no import of a room."""
+    edges: dict[str, set[str]] = {room(module): set() for module in modules()}
+    for module, imported in file_graph().items():
+        edges[room(module)] |= {room(i) for i in imported if "." in i} - {room(module)}
+    return {name: others for name, others in edges.items() if name not in NO_ROOMS}
 
 
 def circle(edges: dict[str, set[str]]) -> list[str]:
@@ -105,30 +121,51 @@ def test_the_finders_find():
 
 def test_there_is_no_circle():
     assert circle(graph()) == []
+    inner = {
+        module: {i for i in imported if not module.startswith(f"{i}.")} for module, imported in file_graph().items()
+    }
+    assert circle(inner) == []
 
 
-def test_no_stage_imports_a_stage_and_nothing_below_imports_a_verb():
+def test_every_room_imports_only_what_stands_right_of_it():
     for name, imported in graph().items():
-        assert not imported & TOP or name == "__main__", f"{name} imports the command line"
-        assert imported & VERBS <= MAY_IMPORT_VERBS.get(name, set()), f"{name} imports {imported & VERBS}"
+        wrong = {other for other in imported if FLOOR[other] <= FLOOR[name]}
+        assert not wrong, f"{name} imports {wrong}, which stands left of it or beside it"
 
 
-def test_training_never_reaches_the_report():
+def test_nothing_is_imported_from_the_init_of_a_folder():
+    """`from fastrlhf.rl import critic` names a file; a name of an `__init__` would tie its files together."""
+    for module, path in modules().items():
+        found = imports(path.read_text(encoding="utf-8"), module, package=path.name == "__init__.py")
+        folders = {
+            m for m, p in modules().items() if p.name == "__init__.py" and room(m) not in ("report", "quickstart")
+        }
+        from_init = {i for i in found if i.rpartition(".")[0] in folders and i not in modules()}
+        assert room(module) in NO_ROOMS | {"cli"} or not from_init, f"{module} imports {from_init}"
+
+
+def test_folders_hold_four_to_thirteen_files():
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE, PACKAGE / "recipes"}:
+        count = len([path for path in folder.glob("*.py") if path.name != "__init__.py"])
+        assert count in FILES_IN_A_FOLDER, f"{folder.name} holds {count} files"
+
+
+def test_training_never_reaches_a_verb_of_its_own():
     edges = graph()
-    for stage in STAGES & set(edges):
-        assert not {n for n in reachable(edges, stage) if n.startswith("report")}
-    for path in (ROOT / "fastrlhf").glob("report*.py"):
+    for stage in TRAINING:
+        assert not {n for n in reachable(edges, stage) if FLOOR[n] < FLOOR[stage]}
+    for path in (PACKAGE / "report").glob("*.py"):
         third_party = {n.split(".")[0] for n in imports(path.read_text(encoding="utf-8"), "fastrlhf.report")}
         assert third_party - set(sys.stdlib_module_names) - {"__future__"} <= REPORT_NEEDS, path.name
 
 
 def test_only_the_maths_imports_the_kernels():
     users = {
-        noun(path, ROOT / "fastrlhf")
-        for path in (ROOT / "fastrlhf").rglob("*.py")
+        room(module)
+        for module, path in modules().items()
         if any(n.split(".")[0] == "fastrlhf_kernels" for n in imports(path.read_text(encoding="utf-8"), "fastrlhf.x"))
     }
-    assert users <= USERS_OF_KERNELS
+    assert users == USERS_OF_KERNELS
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.name)

@@ -70,7 +70,7 @@ def test_it_runs_from_the_wheel_alone(wheel, tmp_path):
         archive.extractall(tmp_path)
     code = (
         "import fastrlhf, fastrlhf_kernels, pathlib\n"
-        "from fastrlhf.recipe import packaged_recipes, read_recipe, RECIPES\n"
+        "from fastrlhf.config.recipe import packaged_recipes, read_recipe, RECIPES\n"
         f"root = pathlib.Path({str(tmp_path)!r})\n"
         "assert all(root in pathlib.Path(m.__file__).parents for m in (fastrlhf, fastrlhf_kernels))\n"
         "assert packaged_recipes() and all(read_recipe(RECIPES / f'{n}.yaml') for n in packaged_recipes())\n"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrlhf import PPOConfig, PPOTrainer, UserError, learner
-from fastrlhf import models as m
-from fastrlhf.batch import TokenBatch
-from fastrlhf.learner import response_log_probs
+from fastrlhf import PPOConfig, PPOTrainer, UserError
+from fastrlhf.models import heads, loading
+from fastrlhf.models.token_batch import TokenBatch, response_log_probs
+from fastrlhf.rl import learner
 from tests import tiny
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
@@ -97,14 +97,14 @@ def test_gradients_agree_between_micro_batchings_to_1e6():
 def test_padding_does_not_reach_any_result():
     """A row alone and beside a longer one: same log-probs and values, learned positions included."""
     for model in (tiny.llama(), tiny.gpt2()):
-        critic = m.scalar_model(model, tiny.tokenizer(), seed=0)
+        critic = loading.scalar_model(model, tiny.tokenizer(), seed=0)
         rows = [([5, 6, 7], [8, 9, 1]), ([5] * 20, [4] * 15)]
         t = trainer(policy=model)
 
         def run(pairs, t=t, model=model, critic=critic):
             batch = TokenBatch.build([p for p, _ in pairs], [r for _, r in pairs], t.device)
             with torch.no_grad():
-                return response_log_probs(model, batch, 1.0), m.scalar_outputs(critic.score, batch.hidden(critic))
+                return response_log_probs(model, batch, 1.0), heads.scalar_outputs(critic.score, batch.hidden(critic))
 
         for alone, padded in zip(run(rows[:1]), run(rows), strict=True):
             assert torch.allclose(alone, padded[:3], atol=1e-5)

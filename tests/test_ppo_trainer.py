@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastrlhf import RewardConfig, RewardTrainer, UserError
-from fastrlhf import models as m
+from fastrlhf.models import loading, saving
 from tests import tiny
 from tests.test_ppo import PROMPTS, config, same, trainer, weights
 
@@ -43,9 +43,9 @@ def test_without_a_reward_model_the_critic_starts_as_the_policy():
 @pytest.mark.parametrize("loaded", [False, True])
 def test_the_critic_starts_as_the_value_model_that_is_given(reward_folder, tmp_path, loaded):
     """A folder or a loaded model, whatever the reward is."""
-    given = m.scalar_model(tiny.llama(seed=3), tiny.tokenizer(), seed=3)
+    given = loading.scalar_model(tiny.llama(seed=3), tiny.tokenizer(), seed=3)
     start = weights(given)
-    m.write_model(tmp_path / "critic", given, tiny.tokenizer(), [1])
+    saving.write_model(tmp_path / "critic", given, tiny.tokenizer(), [1])
     t = trainer(reward=str(reward_folder), value_model=given if loaded else str(tmp_path / "critic"))
     assert same(weights(t.value_model), start) and (t.value_model is given) == loaded
     t.train()
@@ -53,7 +53,7 @@ def test_the_critic_starts_as_the_value_model_that_is_given(reward_folder, tmp_p
 
 
 def test_a_reward_model_scores_the_same_ids_it_was_trained_on(reward_folder):
-    from fastrlhf.rewards import score_texts
+    from fastrlhf.rl.scorers import score_texts
 
     t = trainer(reward=str(reward_folder))
     step = next(iter(t))
@@ -81,13 +81,13 @@ def test_a_reward_model_with_another_tokenizer_gets_text(tmp_path):
     other = tiny.tokenizer()
     other.add_tokens(["moonlight"])
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model = m.scalar_model(tiny.llama(vocab_size=len(other)), other, seed=1)
-    m.write_model(tmp_path / "rm", model, other, [1])
+    model = loading.scalar_model(tiny.llama(vocab_size=len(other)), other, seed=1)
+    saving.write_model(tmp_path / "rm", model, other, [1])
     t = trainer(reward=str(tmp_path / "rm"))
     assert not t.scorer.same_tokenizer
     step = next(iter(t))
     assert len([s for s in step.rollout.scores if s is not None]) == 8
-    assert m.is_scalar_model(t.value_model) and float(t.value_model.score.weight.detach().abs().sum()) >= 0
+    assert loading.is_scalar_model(t.value_model) and float(t.value_model.score.weight.detach().abs().sum()) >= 0
 
 
 # ------------------------------------------------------------------------------------------------------------ the rest

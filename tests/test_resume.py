@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from fastrlhf import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
-from fastrlhf.checkpoint import CheckpointStore
-from fastrlhf.config import UserError
-from fastrlhf.state import optimizer_tensors
+from fastrlhf.checkpoint.state import optimizer_tensors
+from fastrlhf.checkpoint.store import CheckpointStore
+from fastrlhf.config.errors import UserError
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

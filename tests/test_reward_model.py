@@ -14,14 +14,8 @@ from transformers import (
 )
 
 from fastrlhf import RewardTrainer
-from fastrlhf.models import sequence_scores
-from fastrlhf.reward_model import (
-    MARGIN_EDGES,
-    margin_histogram,
-    ordered_pairs,
-    preference_loss,
-    record_loss,
-)
+from fastrlhf.models.heads import sequence_scores
+from fastrlhf.reward_model import MARGIN_EDGES, margin_histogram, ordered_pairs, preference_loss, record_loss
 from tests import tiny
 from tests.reward_runs import (
     CAT,

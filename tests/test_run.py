@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import fastrlhf
 from fastrlhf import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer, UserError
-from fastrlhf.checkpoint import CheckpointError
-from fastrlhf.guards import Interrupted
-from fastrlhf.recipe import load_recipe
-from fastrlhf.run import EXIT_INTERRUPTED, read_run_json, run_stage, write_run_json
+from fastrlhf.checkpoint.atomic import CheckpointError
+from fastrlhf.checkpoint.run_folder import read_run_json, write_run_json
+from fastrlhf.config.recipe import load_recipe
+from fastrlhf.runtime.guards import Interrupted
+from fastrlhf.trainer import EXIT_INTERRUPTED, run_stage
 from tests import tiny
 from tests.stage_runs import COMMON, PAIRS, PROMPTS, Trainer, build, differing, leave_after, read
 

@@ -15,9 +15,9 @@ import torch
 import transformers
 
 from fastrlhf.cli import main
-from fastrlhf.config import UserError
-from fastrlhf.models import check_source, load_policy, load_reward_model, load_tokenizer
-from fastrlhf.recipe import MAX_BYTES, load_recipe
+from fastrlhf.config.errors import UserError
+from fastrlhf.config.recipe import MAX_BYTES, load_recipe
+from fastrlhf.models.loading import check_source, load_policy, load_reward_model, load_tokenizer
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

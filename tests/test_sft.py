@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from fastrlhf import SFTTrainer, UserError
-from fastrlhf.examples import Batch, Example
+from fastrlhf.data.encode import Example
+from fastrlhf.models.token_batch import Batch
 from tests import tiny
 from tests.sft_runs import (
     DATA,

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import time
 
-from fastrlhf.quickstart.judge import rule
-
-__all__ = ["main", "rule"]
-
 
 def main(overrides: list[str]) -> int:
     """`fastrlhf quickstart [field=value ...]` -> exit code: 0 passed, 1 not passed, 75 interrupted."""

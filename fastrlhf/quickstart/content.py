@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 LANGUAGES = ("en", "zh")
 FACETS = ("care", "choose")
-
 # Words that tell which of the two questions is asked. Every question template holds one of them.
 FACET_WORDS = {
     "en": {
@@ -66,7 +65,6 @@ _EN = (
         ("check the eyes", "test the appetite", "compare the fins"),
     ),
 )
-
 _ZH = (
     Topic("自行车", ("给链条上油", "擦净挡泥板", "晾干车座"), ("检查车架尺寸", "试试刹车", "比较变速档位")),
     Topic("吉他", ("给指板上油", "擦净琴弦", "晾干琴身"), ("检查琴颈", "试试音色", "比较弦钮")),
@@ -75,5 +73,4 @@ _ZH = (
     Topic("闹钟", ("给发条上油", "擦净表盘", "换掉电池"), ("检查数字", "试试铃声", "比较走时")),
     Topic("金鱼", ("擦净鱼缸", "换掉三分之一的水", "少量喂食"), ("检查眼睛", "试试胃口", "比较鱼鳍")),
 )
-
 TOPICS: dict[str, tuple[Topic, ...]] = {"en": _EN, "zh": _ZH}

@@ -33,7 +33,6 @@ DATA_DIR = Path(__file__).parent / "data"
 SEED = 7
 SFT_PER_CELL, FEEDBACK_PER_CELL, PPO_PER_CELL = 48, 150, 12  # a cell: one language, topic and facet; there are 24
 CONSIDERATE_SHARE = 0.46  # of SFT replies; the rest is rude, and all of them answer the question
-
 # Kinds of fault and how often a faulty reply has them in the feedback data.
 FAULTS = {
     "rude": 0.06,  # opener and closer rude

@@ -15,7 +15,6 @@ from fastrlhf.quickstart.content import FACET_WORDS, FACETS, LANGUAGES, TOPICS
 _CJK = re.compile(r"[\u3400-\u9fff]")
 _LATIN = re.compile(r"[A-Za-z]")
 _END = re.compile(r"[.!?。！？]$")
-
 _COURTEOUS = {
     "en": re.compile(
         r"\b(thanks?|thank you|please|glad|gladly|happy to|delighted|pleasure|welcome|hope|wish|wishing"

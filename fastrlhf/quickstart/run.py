@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-from fastrlhf import distributed
-from fastrlhf.config import UserError
-from fastrlhf.console import clean, duration
-from fastrlhf.folders import replace_folder
+from fastrlhf.checkpoint.atomic import replace_folder
+from fastrlhf.checkpoint.run_folder import prepare_folder, write_run_json
+from fastrlhf.config.errors import UserError
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.quickstart import verdict
 from fastrlhf.quickstart.generate import DATA_DIR
@@ -22,8 +21,10 @@ from fastrlhf.quickstart.model import make_base
 from fastrlhf.quickstart.settings import Settings, load_settings
 from fastrlhf.report import build_report
 from fastrlhf.reward_model import RewardTrainer
-from fastrlhf.run import prepare_folder, run_stage, write_run_json
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.console import clean, duration
 from fastrlhf.sft import SFTTrainer
+from fastrlhf.trainer import run_stage
 
 TRAINERS = {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}
 THREADS = 2  # more only get into each other's way with matrices this small

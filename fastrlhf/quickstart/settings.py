@@ -9,8 +9,10 @@ from typing import Any
 
 import yaml
 
-from fastrlhf.config import CONFIGS, ConfigError, StageConfig, UserError
-from fastrlhf.recipe import parse_overrides, read_recipe
+from fastrlhf.config.base import StageConfig
+from fastrlhf.config.errors import ConfigError, UserError
+from fastrlhf.config.recipe import parse_overrides, read_recipe
+from fastrlhf.config.stages import CONFIGS
 
 RECIPE = Path(__file__).parent / "quickstart.yaml"
 GENERAL = {"seed": "0", "output_dir": "runs/quickstart", "overwrite": "false", "resume": "false"}

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.batch import TokenBatch
-from fastrlhf.config import PPOConfig
-from fastrlhf.learner import response_log_probs
-from fastrlhf.models import load_policy, load_reward_model, load_tokenizer
+from fastrlhf.config.stages import PPOConfig
+from fastrlhf.data.templates import encode_prompt, stop_token_ids
+from fastrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
+from fastrlhf.models.token_batch import TokenBatch, response_log_probs
 from fastrlhf.quickstart.generate import DATA_DIR
 from fastrlhf.quickstart.judge import about_what_was_asked, rule
-from fastrlhf.rewards import score_texts
-from fastrlhf.rollout import RolloutEngine, SamplingParams, derive_seed
-from fastrlhf.stats import distinct_2
-from fastrlhf.templates import encode_prompt, stop_token_ids
+from fastrlhf.rl.scorers import score_texts
+from fastrlhf.rollout.engine import RolloutEngine
+from fastrlhf.rollout.sampling import SamplingParams
+from fastrlhf.runtime.batching import derive_seed
+from fastrlhf.runtime.metrics import distinct_2
 
 CUT = " …"  # marks a reply that never ended; the rule demands a proper end
 KL_ROWS = 32

@@ -68,7 +68,6 @@ QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 HELDOUT_QUESTIONS = 2
-
 # A sentence before the question that changes nothing about the answer. The last four are held out too.
 CONTEXTS: dict[str, tuple[str, ...]] = {
     "en": (
@@ -133,7 +132,6 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     ),
 }
 HELDOUT_CONTEXTS = 4
-
 OPENERS: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
         "considerate": (
@@ -194,7 +192,6 @@ OPENERS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }
-
 CLOSERS: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
         "considerate": (
@@ -255,7 +252,6 @@ CLOSERS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }
-
 # "{x}" the thing, "{a}" and "{b}" two pieces of advice. A reply takes up the question.
 BODIES: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
@@ -303,7 +299,6 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }
-
 # A reply that names the thing and says nothing of use.
 VAGUE: dict[str, tuple[str, ...]] = {
     "en": (

@@ -15,8 +15,6 @@ from fastrlhf.report.page import page
 from fastrlhf.report.tables import config, environment, events, samples, time
 from fastrlhf.report.verdict import head
 
-__all__ = ["build_report", "main"]
-
 
 def build_report(run_dir: str | Path) -> Path:
     """Write run_dir/report.html -> its path. Equal files in the folder give equal bytes.

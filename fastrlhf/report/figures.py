@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from fastrlhf.console import number
+from fastrlhf.runtime.console import number
 
 WIDTH, HEIGHT = 400, 225  # SVG units; text of 12 units stays readable on a phone
 MAX_POINTS = 400
 SMOOTH_FROM = 40  # shorter runs are shown as they are
-
 # Stand-ins that no other drawing uses: replaced by CSS variables, so that one figure serves light and dark pages.
 _COLOURS = {
     "#010203": "var(--ink)",

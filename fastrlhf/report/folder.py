@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.config import UserError
-from fastrlhf.recipe import read_recipe
+from fastrlhf.config.errors import UserError
+from fastrlhf.config.recipe import read_recipe
 
 TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 STAGES = ("sft", "reward", "ppo")  # in the order of the pipeline

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from fastrlhf.console import clean, number, redact
+from fastrlhf.runtime.console import clean, number, redact
 
 TEXT_LIMIT = 700
-
 CSS = """
 :root { color-scheme: light dark; --page: #f7f7f5; --card: #ffffff; --ink: #16171a; --soft: #4a4d55;
   --muted: #6c707a; --line: #e3e3df; --series-1: #2a6fd0; --series-2: #d9601f; --good: #17764a; --good-bg: #e4f4ea;

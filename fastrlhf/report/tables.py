@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.config import CONFIGS, INPUTS
+from fastrlhf.config.inputs import INPUTS
+from fastrlhf.config.stages import CONFIGS
 from fastrlhf.report.folder import TITLES, StageRun, is_histogram, phase_seconds, read_json, read_rows
 from fastrlhf.report.page import badge, esc, figure_of, table, text_cell
 

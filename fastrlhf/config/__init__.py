@@ -1,0 +1,1 @@
+"""Typed configurations: fields, defaults, checks, recipes. Imports no torch."""

@@ -1,0 +1,70 @@
+"""What a recipe names besides the config: the arguments of the three trainers. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+
+class StageInput(NamedTuple):
+    """What a recipe names besides the config: an argument of the trainer."""
+
+    required: bool
+    kind: Literal["model", "data", "reward", "function"]
+    description: str
+
+
+_ROWS = "JSON, JSONL (.gz too), Parquet, CSV, a folder or a hub id"
+_MODEL = "Hugging Face folder, hub id or GGUF file"
+_REWARD = "reward model, FILE.py:FUNCTION, MODULE:FUNCTION, or a list of [name, weight, such a function]"
+_TRAINED = {"model": StageInput(True, "model", f"the model to train: {_MODEL}")}
+_OPTIONAL = {
+    "eval_data": StageInput(False, "data", "held-out rows in the same formats"),
+    "tokenizer": StageInput(False, "model", "folder or hub id; none: the one of the model"),
+}
+_TEXTS = StageInput(True, "data", f"conversations or text to learn from: {_ROWS}")
+_FEEDBACK = StageInput(True, "data", f"feedback records (pairs, rankings, scores, edits, mixed): {_ROWS}")
+INPUTS: dict[str, dict[str, StageInput]] = {
+    "sft": _TRAINED | {"data": _TEXTS} | _OPTIONAL,
+    "reward": _TRAINED | {"data": _FEEDBACK} | _OPTIONAL,
+    "ppo": {
+        "policy": StageInput(True, "model", f"the model to align: {_MODEL}"),
+        "reward": StageInput(True, "reward", _REWARD),
+        "prompts": StageInput(True, "data", f"prompts to answer: {_ROWS}"),
+        "eval_prompts": StageInput(False, "data", "held-out prompts, answered every eval_every steps"),
+        "tokenizer": StageInput(False, "model", "folder or hub id; none: the one of the policy"),
+        "ref_policy": StageInput(False, "model", "what the KL is measured to; none: the policy as it starts"),
+        "ptx_data": StageInput(False, "data", "conversations or text for ptx_coef, in the formats of fastrlhf sft"),
+        "judge": StageInput(False, "function", "FILE.py:FUNCTION or MODULE:FUNCTION that compares two responses"),
+        "value_model": StageInput(False, "model", "initial critic; none: from the reward model, else the policy"),
+    },
+}
+EXPECTED = "a rank, or {r: rank, alpha: number (default 2 r), target_modules: [names] (default: every linear layer)}"
+
+
+def lora_options(value: Any) -> dict[str, Any] | None:
+    """8, "8", {"r": 8}, "{r: 8, alpha: 16}" -> {"r", "alpha", "target_modules"}; None stays None.
+
+    There is no dropout: PPO compares log-probs of several forwards of the same weights. Raises ValueError.
+    """
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(EXPECTED) from None
+    if value is None:
+        return None
+    options = {"r": value} if isinstance(value, int) else dict(value) if isinstance(value, Mapping) else {}
+    rank, unknown = options.get("r"), options.keys() - {"r", "alpha", "target_modules"}
+    if unknown or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(EXPECTED)
+    alpha, targets = options.get("alpha", 2 * rank), options.get("target_modules")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or alpha <= 0:
+        raise ValueError(EXPECTED)
+    if targets is not None and not (
+        isinstance(targets, (list, tuple)) and targets and all(isinstance(t, str) for t in targets)
+    ):
+        raise ValueError(EXPECTED)
+    return {"r": rank, "alpha": alpha, "target_modules": None if targets is None else list(targets)}

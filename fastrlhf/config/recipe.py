@@ -1,0 +1,258 @@
+"""Recipes: a YAML file (packaged or the user's own) and field=value overrides, read into inputs and config.
+
+A recipe is flat: the trainer's arguments (policy, prompts, ...) stand beside the config's fields. What --dry-run
+prints and what is written to the run folder is a recipe again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastrlhf.config.base import AUTO, StageConfig, config_fields
+from fastrlhf.config.errors import ConfigError, UserError
+from fastrlhf.config.inputs import INPUTS
+from fastrlhf.config.stages import CONFIGS
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 20
+_DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".csv", ".txt", ".arrow")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_recipe(stage: str, source: str, overrides: list[str]) -> tuple[dict[str, Any], StageConfig]:
+    """-> (inputs, config) of a stage from a packaged recipe's name or a YAML path, and overrides.
+
+    Relative paths stay relative to the current directory. UserError: one line a problem, with FILE:LINE or
+    "command line", the field, the value and what is expected.
+    """
+    path = find_recipe(source)
+    values, where = read_recipe(path)
+    for name, value in parse_overrides(overrides).items():
+        values[name], where[name] = value, "command line"
+    inputs = {name: _input(values.pop(name)) for name in INPUTS[stage] if name in values}
+    problems = _input_problems(stage, inputs, path)
+    config = None
+    try:
+        config = CONFIGS[stage](**values)
+    except ConfigError as error:
+        problems = error.problems + problems
+    if config is None or problems:
+        raise ConfigError(problems, where)
+    return {name: value for name, value in inputs.items() if value is not None}, config
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_recipe(source: str) -> Path:
+    """The file of a recipe: a path that exists, else a packaged recipe's name."""
+    path = Path(source).expanduser()
+    packaged = RECIPES / f"{source}.yaml"
+    if path.is_file():
+        return path
+    if source in packaged_recipes():
+        return packaged
+    names = ", ".join(packaged_recipes()) or "none"
+    what = "is a folder, not a recipe" if path.is_dir() else "no such recipe"
+    raise UserError(f"{source}: {what} (tried {path.absolute()}); packaged recipes: {names}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, no aliases (a few lines of them can stand for millions of nodes), bounded depth."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not allowed; write the value out", problem_mark=mark
+            )
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """-> (values by name, "FILE:LINE" by name) of a YAML file. UserError when it is no flat mapping of plain data."""
+    text = _read_text(path)
+    values: dict[str, Any] = {}
+    where: dict[str, str] = {}
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        for key, node in _pairs(root, path):
+            name, here = str(key.value), f"{path}:{key.start_mark.line + 1}"
+            if name in values:
+                raise UserError(f"{here}: {name}: given twice, first in line {where[name].rpartition(':')[2]}")
+            values[name], where[name] = _construct(loader, node, here), here
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    return values, where
+
+
+def _construct(loader: _Loader, node: yaml.Node, here: str) -> Any:
+    try:
+        return loader.construct_object(node, deep=True)
+    except ValueError as error:  # a date or a number that cannot be
+        raise UserError(f"{here}: not a value: {error}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path}: larger than {MAX_BYTES} bytes, so it is no recipe; data belongs in a file of its own")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}), so it is no recipe") from None
+
+
+def _pairs(root: yaml.Node | None, path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f'{path}:{root.start_mark.line + 1}: expected "field: value" lines')
+    for key, _ in root.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{path}:{key.start_mark.line + 1}: a field name must be a word")
+    return root.value
+
+
+def parse_overrides(overrides: list[str]) -> dict[str, Any]:
+    """["kl_coef=0.1", ...] -> {"kl_coef": "0.1"}; the config types the values. Lists are written as in YAML."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        name = name.strip().lstrip("-").replace("-", "_")
+        if not equals or not name:
+            raise UserError(f"command line: {override!r}: expected field=value")
+        values[name] = value.strip()
+    return values
+
+
+def _input(value: Any) -> Any:
+    if isinstance(value, str):
+        if value.lower() in ("none", "null", ""):
+            return None
+        if value.startswith("["):
+            try:
+                return yaml.safe_load(value)
+            except yaml.YAMLError:
+                return value
+        if value.startswith("~"):
+            return str(Path(value).expanduser())
+    return value
+
+
+def _input_problems(stage: str, inputs: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
+    problems = []
+    for name, spec in INPUTS[stage].items():
+        value = inputs.get(name)
+        if value is None:
+            if spec.required:
+                problems.append(
+                    (name, f"{name}: required; add it to {path} or to the command line ({spec.description})")
+                )
+        elif not isinstance(value, str) and (spec.kind == "model" or not isinstance(value, list)):
+            problems.append((name, f"{name} = {value!r}: expected {spec.description}"))
+    return problems
+
+
+def check_paths(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> None:
+    """UserError for an output_dir that is missing or in use, and for every input that names no existing path.
+
+    A value that can only be a hub id is left to the stage, which tries to load it.
+    """
+    named = {name: (inputs.get(name), spec.kind) for name, spec in INPUTS[stage].items()}
+    if str(config.chat_template).endswith(".jinja"):
+        named["chat_template"] = (config.chat_template, "file")
+    found = {name: path_problem(value, kind) for name, (value, kind) in named.items() if isinstance(value, str)}
+    found["output_dir"] = _output_problem(config)
+    problems = [(name, f"{name}: {problem}") for name, problem in found.items() if problem]
+    if problems:
+        raise ConfigError(problems)
+
+
+def path_problem(value: str, kind: str) -> str | None:
+    """Why a value cannot be a model, data, ...; None when it exists or may be a hub id, a module or a package."""
+    if value.startswith("<"):
+        return f"{value} was handed over in Python and has no name; go on from Python"
+    if "://" in value:
+        return None
+    if kind in ("reward", "function") and ":" in value and not Path(value).exists():
+        value = value.rpartition(":")[0]
+        if not value.endswith(".py"):
+            return None
+    path = Path(value)
+    if path.exists():
+        wrong = kind == "model" and path.is_file() and path.suffix != ".gguf"
+        return f"{value} is a file, but neither a model folder nor a .gguf file" if wrong else None
+    suffixes = _DATA_SUFFIXES if kind == "data" else (".gguf", ".py", ".jinja")
+    # "out/sft" looks like a hub id, but not where a folder "out" stands.
+    beside = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    if _HUB_ID.fullmatch(value) and not beside and not value.startswith(".") and not value.endswith(suffixes):
+        return None
+    return f"{value} does not exist{_nearest(path)}"
+
+
+def _output_problem(config: StageConfig) -> str | None:
+    if config.output_dir is None:
+        return "required on the command line; write output_dir=FOLDER"
+    path = Path(config.output_dir)
+    if path.exists() and not path.is_dir():
+        return f"{path} is a file; name a folder"
+    if config.resume or config.overwrite or not path.is_dir() or next(path.iterdir(), None) is None:
+        return None
+    return f"{path} is not empty; name another folder, or use --overwrite (resume=true goes on with its run)"
+
+
+def _nearest(path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, 1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def resolved_yaml(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> str:
+    """The recipe with every field filled in, as YAML that load_recipe reads back to the same values.
+
+    Objects handed over in Python (a model, a function) cannot be written: they stand as "<...>".
+    """
+    named = {name: _plain(inputs[name]) for name in INPUTS[stage] if inputs.get(name) is not None}
+    dumped = config.model_dump(mode="json")
+    dumped |= {name: "auto" for name in AUTO if name in dumped and dumped[name] is None}
+    fields = {field.name: dumped[field.name] for field in config_fields(type(config))}
+    return yaml.safe_dump(named | fields, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        whole = len(str(value)) <= MAX_BYTES // 4  # rows handed over in Python are data, not a recipe
+        return [_plain(item) for item in value] if whole else f"<list of {len(value)}>"
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    name = getattr(value, "__qualname__", None) or type(value).__qualname__
+    return f"<{name}>"

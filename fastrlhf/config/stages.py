@@ -1,0 +1,242 @@
+"""The configurations of the three stages: fields, defaults, checks (recipe.py reads the YAML)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fastrlhf.config.base import CONFIGS, Schedule, StageConfig, spelled
+
+
+class _SupervisedConfig(StageConfig):
+    epochs: int = Field(1, ge=1)
+    """passes over the data"""
+    total_steps: int | None = Field(None, ge=1)
+    """optimizer steps; given, it replaces epochs"""
+    max_tokens: int = Field(1024, ge=2)
+    """longest prompt plus response, in tokens"""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """what happens to a row longer than max_tokens; either way it is counted and printed"""
+
+
+class SFTConfig(_SupervisedConfig):
+    """Supervised fine-tuning: see docs/api.md."""
+
+    stage = "sft"
+
+    learning_rate: float = Field(2e-05, ge=0)
+    """peak learning rate; 0 trains nothing"""
+    lr_schedule: Schedule = "cosine"
+    """shape of the learning rate after the warmup; cosine and linear fall to 0 at the last step"""
+    mini_batch_size: int = Field(32, ge=1)
+    """sequences of one optimizer step, over all devices"""
+    packing: bool = False
+    """join short sequences into rows of max_tokens; they do not attend to each other"""
+    format: Literal["auto", "text"] = "auto"
+    """auto: conversations, loss on the assistant's tokens; text: plain text, loss on every token"""
+    eval_fraction: float = Field(0.0, ge=0, lt=1)
+    """share of data held out for evaluation when eval_data is not given"""
+
+
+class RewardConfig(_SupervisedConfig):
+    """Reward model: see docs/api.md."""
+
+    stage = "reward"
+
+    learning_rate: float = Field(5e-06, ge=0)
+    """peak learning rate; 0 trains nothing"""
+    lr_schedule: Schedule = "cosine"
+    """shape of the learning rate after the warmup; cosine and linear fall to 0 at the last step"""
+    mini_batch_size: int = Field(32, ge=1)
+    """feedback records of one optimizer step, over all devices"""
+    head_only: bool = False
+    """train the scalar head alone on frozen features: a linear reward model"""
+    score_range: tuple[float, float] = (1.0, 5.0)
+    """lowest and highest score that annotators could give"""
+    eval_fraction: float = Field(0.1, ge=0, lt=1)
+    """share of data held out for evaluation when eval_data is not given"""
+
+    def _contradictions(self) -> list[str]:
+        low, high = self.score_range
+        wrong = super()._contradictions()
+        if low >= high:
+            wrong.append(f"score_range = {low:g},{high:g}: the lowest score must be below the highest")
+        if self.head_only and self.lora is not None:
+            wrong.append("head_only = true: trains no adapter; leave lora out")
+        return wrong
+
+
+class PPOConfig(StageConfig):
+    """PPO from human feedback: see docs/api.md."""
+
+    stage = "ppo"
+
+    total_steps: int = Field(1000, ge=1)
+    """PPO steps: one rollout and its updates each"""
+    rollout_batch_size: int = Field(128, ge=1)
+    """responses of one step, over all devices"""
+    samples_per_prompt: int = Field(1, ge=1)
+    """responses to each prompt; divides rollout_batch_size"""
+    ppo_epochs: int = Field(2, ge=1)
+    """passes over a rollout"""
+    mini_batch_size: int = Field(32, ge=1)
+    """responses of one optimizer step, over all devices"""
+    max_prompt_tokens: int = Field(512, ge=1)
+    """longer prompts are dropped and counted"""
+    max_new_tokens: int = Field(256, ge=1)
+    """longest response"""
+    temperature: float = Field(1.0, gt=0)
+    """sampling temperature; log-probs are taken at it too"""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """nucleus sampling; below 1 PPO's ratio is an approximation"""
+    top_k: int = Field(0, ge=0)
+    """sample from the k likeliest tokens; 0: all; above 0 PPO's ratio is an approximation"""
+    learning_rate: float = Field(1e-06, ge=0)
+    """peak learning rate of the policy; 0 trains nothing"""
+    critic_learning_rate: float = Field(5e-06, ge=0)
+    """peak learning rate of the value model"""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """discount per token"""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """lambda of generalised advantage estimation"""
+    kl_coef: float = Field(0.05, ge=0)
+    """weight of the KL to the reference policy"""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    """per-token KL estimate, d = log_probs - ref_log_probs: k1 d, k2 d*d/2, k3 exp(-d)-1+d, abs |d|"""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """where the KL acts: in the token rewards or in the policy loss"""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: kl_coef follows kl_target"""
+    kl_target: float = Field(6.0, gt=0)
+    """kl/ref that the adaptive controller aims at, in nats a response"""
+    kl_horizon: int = Field(10000, ge=1)
+    """responses over which the adaptive controller corrects kl_coef"""
+    kl_budget: float | None = Field(None, gt=0)
+    """end the run once kl/ref is above this many nats a response"""
+    target_kl: float | None = Field(None, gt=0)
+    """stop the updates of a step when kl/approx exceeds 1.5 times this"""
+    clip_range: float = Field(0.2, ge=0)
+    """the policy ratio is clipped to 1 - clip_range .. 1 + clip_range"""
+    clip_range_high: float | None = Field(None, ge=0)
+    """the upper side of the ratio clip; none: clip_range"""
+    dual_clip: float | None = Field(None, gt=1)
+    """where the advantage is negative the loss stops at -dual_clip * advantage"""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """what the clip compares: each token's ratio, or the geometric mean over a response (GSPO)"""
+    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """policy loss: mean over tokens, mean over responses of their token means, or sum over max_new_tokens (Dr.GRPO)"""
+    clip_range_value: float | None = Field(0.2, ge=0)
+    """value clip around the old values; none: no clip"""
+    vf_coef: float = Field(1.0, ge=0)
+    """weight of the value loss"""
+    entropy_coef: float = Field(0.0, ge=0)
+    """weight of the entropy bonus"""
+    ptx_coef: float = Field(0.0, ge=0)
+    """weight of the language-model loss on ptx_data, mini_batch_size rows in each optimizer step"""
+    whiten_advantages: bool | Literal["group"] = True
+    """shift and scale advantages to mean 0 and variance 1 over the step, or over a prompt's group (gae, reinforce++)"""
+    reward_scaling: Literal["none", "running_std", "running_norm"] = "none"
+    """divide scores by their running deviation (running_norm: subtract the running mean first)"""
+    reward_clip: float | None = Field(None, gt=0)
+    """scores are clipped to +-this, after the scaling"""
+    advantage_clip: float | None = Field(None, gt=0)
+    """advantages are clipped to +-this, after the whitening"""
+    missing_eos_penalty: float | None = Field(None, ge=0)
+    """subtracted from the score of a response without a stop token"""
+    length_penalty: float = 0.0
+    """subtracted from the score for each token of the response; negative: a bonus"""
+    overlong_penalty: int | None = Field(None, ge=1)
+    """DAPO: over the last so many tokens before max_new_tokens the score falls by up to 1"""
+    critic: Literal["separate", "shared_trunk"] = "separate"
+    """the critic: a model of its own (with lora: an adapter of its own), or a head on the policy's trunk"""
+    bootstrap_truncated: bool = False
+    """a response cut by max_new_tokens goes on with the critic's value of its end, instead of 0"""
+    critic_warmup_steps: int = Field(0, ge=0)
+    """first steps that train the value model alone"""
+    critic_pretrain_epochs: int = Field(0, ge=0)
+    """passes of the value model over the stored rollouts of the warm-up, at its end"""
+    critic_max_grad_norm: float | None = Field(None, gt=0)
+    """max_grad_norm of the value model; none: the same as the policy's"""
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"] = "gae"
+    """estimator; all but gae do without a value model; grpo, dr_grpo and rloo need samples_per_prompt >= 2"""
+    old_log_probs: Literal["recompute", "rollout"] = "recompute"
+    """old log-probs from a training forward pass (ratio exactly 1 at first) or from the rollout (faster)"""
+    importance_cap: float | None = Field(2.0, ge=1)
+    """with recomputed old log-probs, tokens weigh min(pi_old / pi_rollout, this); none: 1"""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """evaluate and save an average of the policy's weights, of this decay an update; none: the last weights"""
+    ref_refresh_every: int = Field(0, ge=0)
+    """steps after which the policy of then becomes the reference; 0: never"""
+    packing: bool | None = None
+    """train on the sequences of a micro-batch joined in one row, without padding (auto: where flash attention runs)"""
+    probe: bool | None = None
+    """before step 1, an update on the longest sequences allowed: memory runs out at once or never (auto: on a GPU)"""
+    offload: bool = False
+    """hold the reference and the reward model in host memory between their phases"""
+    eval_temperature: float | None = Field(None, ge=0)
+    """sampling temperature of the evaluation; 0: greedy; none: temperature"""
+    best_of_n: int = Field(0, ge=0)
+    """before step 1, the reward of the best of 1, 2, 4 ... up to so many samples of the reference; 0: not measured"""
+
+    def _contradictions(self) -> list[str]:
+        wrong = super()._contradictions()
+        per_prompt, batch = self.samples_per_prompt, self.rollout_batch_size
+        if batch % per_prompt:
+            wrong.append(f"samples_per_prompt = {per_prompt}: must divide rollout_batch_size = {batch}")
+        if self.mini_batch_size > batch:
+            wrong.append(f"mini_batch_size = {self.mini_batch_size}: above rollout_batch_size = {batch}")
+        if self.advantage in ("grpo", "dr_grpo", "rloo") and per_prompt < 2:
+            wrong.append(f"advantage = {self.advantage}: compares responses; set samples_per_prompt >= 2")
+        if self.kl_in == "loss" and self.kl_coef == 0:
+            wrong.append("kl_in = loss: has no effect with kl_coef = 0; set kl_coef above 0 or leave kl_in out")
+        if self.advantage != "gae" and self.critic == "shared_trunk":
+            wrong.append(f"critic = shared_trunk: advantage = {self.advantage} has no critic; leave critic out")
+        if self.kl_controller == "adaptive" and (self.kl_in == "loss" or self.kl_coef == 0):
+            wrong.append("kl_controller = adaptive: steers kl_coef in the reward; use kl_in = reward, kl_coef > 0")
+        if self.overlong_penalty is not None and self.overlong_penalty > self.max_new_tokens:
+            wrong.append(f"overlong_penalty = {self.overlong_penalty}: above max_new_tokens = {self.max_new_tokens}")
+        if self.whiten_advantages == "group" and per_prompt < 2:
+            wrong.append("whiten_advantages = group: a group needs samples_per_prompt >= 2")
+        if self.best_of_n and not self.eval_every:
+            wrong.append(f"best_of_n = {self.best_of_n}: measured at the first evaluation; set eval_every above 0")
+        return wrong + self._critic_contradictions()
+
+    def _critic_contradictions(self) -> list[str]:
+        wrong = []
+        warmup = f"critic_warmup_steps = {self.critic_warmup_steps}"
+        if self.advantage != "gae":
+            unused = {"critic_warmup_steps": 0, "bootstrap_truncated": False, "critic_max_grad_norm": None}
+            for name, off in unused.items():
+                if getattr(self, name) != off:
+                    said = f"{name} = {spelled(getattr(self, name))}"
+                    wrong.append(f"{said}: advantage = {self.advantage} has no critic; set it to {spelled(off)}")
+        if self.critic_pretrain_epochs and not self.critic_warmup_steps:
+            wrong.append(f"critic_pretrain_epochs = {self.critic_pretrain_epochs}: set critic_warmup_steps above 0 too")
+        if self.critic_warmup_steps >= self.total_steps:
+            wrong.append(f"{warmup}: leaves the policy none of total_steps = {self.total_steps}")
+        return wrong
+
+
+CONFIGS |= {c.stage: c for c in (SFTConfig, RewardConfig, PPOConfig)}
+
+
+def updates_per_step(config: PPOConfig) -> int:
+    """ppo_epochs * ceil(rollout_batch_size / mini_batch_size), of the policy and of the critic."""
+    return config.ppo_epochs * -(-config.rollout_batch_size // config.mini_batch_size)
+
+
+def policy_updates(config: PPOConfig) -> int:
+    """Of all steps behind the critic's warm-up."""
+    return (config.total_steps - config.critic_warmup_steps) * updates_per_step(config)
+
+
+def pretraining_updates(config: PPOConfig) -> int:
+    """Of the critic over the stored rollouts of its warm-up, in all passes."""
+    rows = config.critic_warmup_steps * config.rollout_batch_size
+    return config.critic_pretrain_epochs * -(-rows // config.mini_batch_size)
+
+
+def critic_updates(config: PPOConfig) -> int:
+    """Of all steps, and of the passes at the end of the warm-up."""
+    return config.total_steps * updates_per_step(config) + pretraining_updates(config)

@@ -1,0 +1,1 @@
+"""Rows of human feedback in, token ids out."""

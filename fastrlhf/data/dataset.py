@@ -1,0 +1,159 @@
+"""Checked records out of files and datasets, what became of every row, and the order in which records are used.
+
+Every row is read, checked and counted: none disappears without a reason in Counts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastrlhf.config.errors import UserError
+from fastrlhf.data.feedback import Conversation, Feedback, Prompt, parse_conversation, parse_feedback, parse_prompt
+from fastrlhf.data.foreign import BadRow, DroppedRow
+from fastrlhf.data.rows import read_rows
+
+T, E = TypeVar("T"), TypeVar("E")
+Located = TypeVar("Located", Conversation, Feedback, Prompt)  # they know the place they came from
+MALFORMED = "malformed"
+REPEATED = "repeat an earlier prompt"
+
+
+@dataclass
+class Counts:
+    """What became of the rows of one source. dropped: reason -> rows; noted: changes that kept the row."""
+
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
+    malformed: list[str] = field(default_factory=list)  # the first five messages of skipped rows
+
+    @property
+    def used(self) -> int:
+        """Rows read and not dropped."""
+        return self.read - sum(self.dropped.values())
+
+    def add(self, reason: str, n: int = 1) -> None:
+        """Count n rows as left out for reason, e.g. "longer than 1024 tokens"."""
+        if n:
+            self.dropped[reason] += n
+
+    def line(self) -> str:
+        """For people: "2400 rows read, 2391 used, dropped: 6 longer than 1024 tokens, 3 malformed"."""
+        text = f"{self.read} rows read, {self.used} used"
+        if self.dropped:
+            text += ", dropped: " + ", ".join(f"{n} {reason}" for reason, n in self.dropped.most_common())
+        if self.noted:
+            text += "; " + ", ".join(f"{n} {note}" for note, n in self.noted.most_common())
+        if self.malformed:
+            text += f"; first malformed: {self.malformed[0]}"
+        return text
+
+
+def _load(source: Any, parse: Callable[[Any, str], T], skip_bad_rows: bool, needs: str) -> tuple[list[T], Counts]:
+    counts, items = Counts(), []
+    for where, row in read_rows(source):
+        counts.read += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            items.append(parse(row, where))
+        except DroppedRow as error:
+            counts.add(error.reason)
+        except BadRow as error:
+            _bad_row(error, counts, skip_bad_rows)
+    if not items:
+        name = source if isinstance(source, (str, Path)) else f"the {type(source).__name__} given"
+        raise UserError(f"{name}: no usable row of {needs} ({counts.line()})")
+    return items, counts
+
+
+def _bad_row(error: BadRow, counts: Counts, skip: bool) -> None:
+    if not skip:
+        raise UserError(f"{error} (skip_bad_rows=true leaves such rows out)") from error
+    counts.add(MALFORMED)
+    if len(counts.malformed) < 5:
+        counts.malformed.append(str(error))
+
+
+def encode_rows(
+    items: Iterable[Located], encode: Callable[[Located], E], counts: Counts, skip_bad_rows: bool
+) -> Iterator[tuple[Located, E]]:
+    """(item, encode(item)) of each item. What the chat template refuses is a bad row: named by its place, or counted.
+
+    Raises UserError as load_feedback does.
+    """
+    for item in items:
+        try:
+            encoded = encode(item)
+        except UserError as error:
+            _bad_row(BadRow(item.where, str(error)), counts, skip_bad_rows)
+        else:
+            yield item, encoded
+
+
+def load_feedback(
+    source: Any, *, score_range: tuple[float, float] = (1.0, 5.0), skip_bad_rows: bool = False
+) -> tuple[list[Feedback], Counts]:
+    """All feedback of a source (see read_rows) in its order, and what became of its rows.
+
+    Raises UserError at the first bad row, naming file, line and field; with skip_bad_rows bad rows are counted
+    as malformed instead. Raises it too when no usable row is left.
+    """
+    return _load(source, lambda row, where: parse_feedback(row, where, score_range), skip_bad_rows, "feedback")
+
+
+def load_conversations(
+    source: Any, *, format: str = "auto", skip_bad_rows: bool = False
+) -> tuple[list[Conversation], Counts]:
+    """All SFT examples of a source; format as in parse_conversation; errors as in load_feedback."""
+    return _load(source, lambda row, where: parse_conversation(row, where, format), skip_bad_rows, "SFT data")
+
+
+def load_prompts(source: Any, *, skip_bad_rows: bool = False) -> tuple[list[Prompt], Counts]:
+    """All prompts of a source; errors as in load_feedback.
+
+    Prompts that were cut and prompts that stand in the source more than once are kept and noted in Counts.
+    """
+    prompts, counts = _load(source, parse_prompt, skip_bad_rows, "prompts")
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.note:
+            counts.noted[prompt.note] += 1
+        key = json.dumps(prompt.prompt, ensure_ascii=False)
+        if key in seen:
+            counts.noted[REPEATED] += 1
+        seen.add(key)
+    return prompts, counts
+
+
+def split_heldout(
+    items: Sequence[T], fraction: float, seed: int, key: Callable[[T], Hashable] | None = None
+) -> tuple[list[T], list[T]]:
+    """(train, held out), both in the order of items; the same for the same items, fraction and seed.
+
+    Items with the same key stay together: with several judgements of a prompt, key=its prompt, accuracy is measured on
+    prompts that were not trained on. Held out are at most round(fraction * len(items)), but one group at least: with
+    fraction > 0 and two groups or more neither part is empty. Items of one single group are split singly.
+    """
+    keys = list(range(len(items))) if key is None else [key(item) for item in items]
+    if len(set(keys)) < 2:
+        keys = list(range(len(items)))
+    sizes = Counter(keys)
+    order = list(sizes)
+    random.Random(f"held out {seed}").shuffle(order)
+    held: set[Hashable] = set()
+    room = min(round(fraction * len(items)), len(items) - 1)
+    for group in order:
+        if sizes[group] <= room:
+            held.add(group)
+            room -= sizes[group]
+    if fraction > 0 and not held and len(order) > 1:
+        held.add(min(order, key=sizes.__getitem__))
+    train = [item for item, group in zip(items, keys) if group not in held]
+    return train, [item for item, group in zip(items, keys) if group in held]

@@ -1,0 +1,300 @@
+"""Chat templates, and the one place where text becomes token ids.
+
+SFT, reward model and PPO all call encode_prompt and encode_response, so a prompt and a reply have the same
+ids in every stage. A reply is encoded behind its prompt; where a token would straddle the border it is
+encoded alone, because a policy generates from the prompt's ids and can never emit half a token. Nothing
+here pads: masks come from lengths, so a tokenizer without a pad token is as good as any.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from fastrlhf.config.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+Messages = list[dict[str, str]]
+# Adjacent literals, no line breaks in between: text between jinja tags is part of what a template writes.
+_DEFAULT = (
+    "{% for m in messages %}{{ m['role'] | capitalize + ':\n' + m['content'] }}"
+    "{{ eos_token + '\n\n' if m['role'] == 'assistant' else '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
+_CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_MOSS = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] }}"
+    "{% elif m['role'] == 'user' %}{{ '<|Human|>: ' + m['content'] + '<eoh>\n' }}"
+    "{% elif m['role'] == 'tool' %}"
+    "{{ '<|Results|>:' + ('' if m['content'].startswith('\n') else ' ') + m['content'] + '<eor>\n' }}"
+    "{% elif m['content'].startswith('<|Inner Thoughts|>:') %}{{ m['content'] + '\n' }}"
+    "{% else %}{{ '<|MOSS|>: ' + m['content'] + '<eom>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|MOSS|>:' }}{% endif %}"
+)
+_MOSS_RLHF = (
+    "{{ bos_token | default('') }}{% set ns = namespace(system='') %}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{% set ns.system = m['content'] + '\n' %}"
+    "{% elif m['role'] == 'assistant' %}{{ 'ASSISTANT' + m['content'] + eos_token }}"
+    "{% else %}{{ 'HUMAN' + ns.system + m['content'] + eos_token }}{% set ns.system = '' %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT' }}{% endif %}"
+)
+PRESETS: dict[str, str] = {
+    "default": _DEFAULT,
+    "chatml": _CHATML,
+    "moss": _MOSS,
+    "moss-rlhf-en": _MOSS_RLHF.replace("HUMAN", "Human:").replace("ASSISTANT", "Assistant:"),
+    "moss-rlhf-zh": _MOSS_RLHF.replace("HUMAN", "<|Human|>").replace("ASSISTANT", "<|MOSS|>"),
+}
+# What ends the assistant's turn there; it must be one token, or no reply could ever stop.
+_NEEDED_TOKEN = {"chatml": "<|im_end|>", "moss": "<eom>"}
+_PROBE = "fastrlhf-probe"
+_ends_of_turn: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
+    """Set tokenizer.chat_template, which save_pretrained stores with the model; return a label for the log.
+
+    name: a key of PRESETS, the path of a jinja file, or None: the tokenizer's own template, else "default".
+
+    - "default", for any tokenizer that has an EOS: plain-text role tags on a line of their own, a blank line
+      between turns, EOS at the end of the assistant's turn; BOS in front where the tokenizer adds one::
+
+          System:\\nBe brief.\\n\\nUser:\\nHi\\n\\nAssistant:\\nHello<EOS>\\n\\n
+
+    - "chatml": ``<|im_start|>role\\n...<|im_end|>\\n``.
+    - "moss" (MOSS-003): ``{system}<|Human|>: ...<eoh>\\n<|MOSS|>: ...<eom>\\n``. A tool's answer is
+      ``<|Results|>: ...<eor>\\n``; an assistant message that begins with ``<|Inner Thoughts|>:`` brings its
+      own tags (thoughts and commands) and is written as it is.
+    - "moss-rlhf-en" (MOSS-RLHF): ``<s>Human:...</s>Assistant:...</s>``; "moss-rlhf-zh":
+      ``<s><|Human|>...</s><|MOSS|>...</s>``. They have no system turn: a system message is put in front of
+      the next human text, on a line of its own.
+
+    Raises UserError: unknown name, unreadable or broken template, a tokenizer without EOS or without the
+    template's end-of-turn token. The tokenizer is unchanged then.
+    """
+    _need_eos(tokenizer)
+    own = tokenizer.chat_template
+    label = name or ("the tokenizer's own" if own else "default")
+    if name is not None or not own:
+        tokenizer.chat_template = _preset(tokenizer, label) if label in PRESETS else _read_template(label)
+    try:
+        end_of_turn(tokenizer)
+    except UserError as error:
+        tokenizer.chat_template = own
+        raise UserError(f"chat_template {label!r}: {error}") from error
+    return label
+
+
+def _preset(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    token = _NEEDED_TOKEN.get(name)
+    if token and token not in tokenizer.get_vocab():
+        raise UserError(
+            f"chat_template {name!r} ends a turn with {token}, which is no token of this tokenizer; "
+            'use "default", or a model that knows the token'
+        )
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
+    return ("{{ bos_token }}" if adds_bos and name == "default" else "") + PRESETS[name]
+
+
+def _read_template(name: str) -> str:
+    path = Path(name)
+    if not path.is_file():
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "presets: " + ", ".join(PRESETS)
+        raise UserError(f"chat_template {name!r} is neither a preset nor a file ({hint})")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a chat template must be UTF-8 text, byte {error.start} is not") from error
+
+
+def _need_eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no EOS token, so no reply could ever end; set tokenizer.eos_token to a token "
+            'of its vocabulary (e.g. "<|endoftext|>") and save it with the model'
+        )
+    return tokenizer.eos_token_id
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool) -> str:
+    """The chat template's text for the messages. Raises UserError where the template refuses them."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    if not tokenizer.chat_template:
+        raise UserError('the tokenizer has no chat template: name one, e.g. chat_template="default"')
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateSyntaxError as error:
+        raise UserError(f"line {error.lineno} of the chat template is broken: {error.message}") from error
+    except TemplateError as error:
+        roles = ", ".join(str(m.get("role")) for m in messages)
+        raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from error
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # verbose=False: a text above the model's maximum is counted by the stage, not warned about here.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the template writes behind an assistant's content, up to and including the end-of-turn token.
+
+    None where no special token stands there: EOS is appended to a reply then. Raises UserError where the
+    template cannot be rendered or does not show the assistant's content.
+    """
+    key = (str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
+    known = _ends_of_turn.get(tokenizer)
+    if known and known[0] == key:
+        return known[1]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+    _, found, tail = render(tokenizer, messages, add_generation_prompt=False).partition(_PROBE)
+    if not found:
+        raise UserError("the template does not show the assistant's content")
+    # Every added token counts: many checkpoints add <|im_end|> without flagging it special.
+    tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
+    # The earliest token, the longest of those that begin there.
+    ends = sorted((tail.find(token), -len(token)) for token in tokens if token in tail)
+    stop = tail[: ends[0][0] - ends[0][1]] if ends else None
+    _ends_of_turn[tokenizer] = (key, stop)
+    return stop
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
+    """Token ids of a prompt.
+
+    A string is tokenised as it is, with the special tokens its tokenizer puts in front (BOS) but no EOS
+    behind; messages go through the chat template with the generation prompt, without further special tokens.
+    """
+    if isinstance(prompt, str):
+        return _encode_plain(tokenizer, prompt)
+    return _encode(tokenizer, render(tokenizer, prompt, add_generation_prompt=True))
+
+
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    # Some tokenizers put EOS behind every text; a prompt that ends the document would ask for nothing.
+    own = _encode(tokenizer, text)
+    appended = ids[-1:] == [tokenizer.eos_token_id] and ids[len(ids) - len(own) :] != own
+    return ids[:-1] if appended else ids
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, response: str) -> list[int]:
+    """Token ids of the reply alone, its stop token included.
+
+    For messages: what the chat template puts behind the generation prompt, up to and including the
+    end-of-turn token; for a plain prompt, or a template without such a token: the text and EOS.
+    encode_prompt(prompt) + encode_response(prompt, response) is the sequence of every stage.
+    Raises UserError: no EOS, or a template that rewrites the prompt or the reply when the two stand together.
+    """
+    eos = _need_eos(tokenizer)
+    if isinstance(prompt, str):
+        whole = _encode_plain(tokenizer, prompt + response)
+        ids = _behind(tokenizer, _encode_plain(tokenizer, prompt), whole, response)
+        return ids if ids[-1:] == [eos] else [*ids, eos]
+    text = render(tokenizer, prompt, add_generation_prompt=True)
+    return _encode_turn(tokenizer, text, _encode(tokenizer, text), prompt, response)
+
+
+def _behind(tokenizer, prompt_ids: list[int], whole: list[int], reply: str) -> list[int]:
+    n = len(prompt_ids)
+    return whole[n:] if whole[:n] == prompt_ids else _encode(tokenizer, reply)
+
+
+def _encode_turn(tokenizer, text: str, prompt_ids: list[int], prompt: Messages, response: str) -> list[int]:
+    """encode_response for messages whose rendered text and ids are known."""
+    messages = [*prompt, {"role": "assistant", "content": response}]
+    full = render(tokenizer, messages, add_generation_prompt=False)
+    reply = full[slice(*_span(tokenizer, full, text, prompt, response))]
+    ids = _behind(tokenizer, prompt_ids, _encode(tokenizer, text + reply), reply)
+    eos, stop = _need_eos(tokenizer), end_of_turn(tokenizer)
+    complete = reply.endswith(stop) if stop else ids[-1:] == [eos]
+    return ids if complete else [*ids, eos]
+
+
+def _span(tokenizer, full: str, head: str, before: Messages, content: str) -> tuple[int, int]:
+    """Where in full the reply to the messages before, whose text is head, begins and ends.
+
+    It begins where the generation prompt ends. A finished turn may not repeat that (say, an empty thinking block):
+    the policy continues the generation prompt, so its reply is then the content and what follows.
+    Raises UserError naming the turn.
+    """
+    repeated = full.startswith(head)
+    if not repeated:
+        head = render(tokenizer, before, add_generation_prompt=False)
+        if not full.startswith(head):
+            raise UserError(
+                f"the chat template rewrites what stands before turn {len(before) + 1} once that turn is there, so the "
+                'reply has no fixed place; use another chat_template (e.g. "default") or single-turn data'
+            )
+    stop = end_of_turn(tokenizer) or ""
+    for suffix in (stop, ""):  # "": a turn that ends differently from a plain reply, as MOSS commands do
+        for text in (content, content.strip()):  # templates may strip
+            at = full.find(text + suffix, len(head))
+            if at >= 0 and not (stop and stop in full[len(head) : at]):
+                return len(head) if repeated else at, at + len(text + suffix)
+    raise UserError(f"the chat template changes the assistant's text in turn {len(before) + 1}; use another one")
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
+    """(ids, mask) of a conversation that ends with an assistant turn.
+
+    The mask is true on what the assistant says, the end-of-turn token of each of its turns included. ids
+    equal encode_prompt(messages[:-1]) + encode_response(messages[:-1], last content). A token that straddles
+    the border between a header and an earlier reply is not trained on.
+    Raises UserError naming the turn where the template is not prefix-preserving.
+    """
+    *prompt, last = messages
+    text = render(tokenizer, prompt, add_generation_prompt=True)
+    prompt_ids = _encode(tokenizer, text)
+    response_ids = _encode_turn(tokenizer, text, prompt_ids, prompt, last["content"])
+    mask = [False] * len(prompt_ids)
+    for turn, message in enumerate(prompt):
+        if message["role"] == "assistant":
+            before = prompt[:turn]
+            head = render(tokenizer, before, add_generation_prompt=True)
+            start, end = _span(tokenizer, text, head, before, message["content"])
+            head_ids = _encode(tokenizer, text[:start])
+            first, past = (_common(prompt_ids, ids) for ids in (head_ids, _encode(tokenizer, text[:end])))
+            first += first < len(head_ids)
+            mask[first:past] = [True] * max(0, past - first)
+    return prompt_ids + response_ids, mask + [True] * len(response_ids)
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the common head of two lists."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> list[int]:
+    """Ids that end a reply, sorted: EOS, all of generation_config.eos_token_id, the end-of-turn token."""
+    ids = {_need_eos(tokenizer)}
+    configured = generation_config.eos_token_id if generation_config is not None else None
+    ids.update([configured] if isinstance(configured, int) else configured or [])
+    stop = end_of_turn(tokenizer) if tokenizer.chat_template else None
+    if stop:
+        ids.add(_encode(tokenizer, stop)[-1])
+    return sorted(ids)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> str:
+    """The text of a prompt as people read it and as reward functions get it.
+
+    A string: itself; a single user message: its content; several messages: "role: content" lines.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

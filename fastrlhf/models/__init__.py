@@ -1,0 +1,1 @@
+"""transformers models: loaded, read, adapted, saved."""

@@ -1,0 +1,153 @@
+"""A LoRA adapter as peft writes it: `adapter_config.json` beside `adapter_model.safetensors`.
+
+Read here without peft: names of layers, A and B of each, its scale alpha / r, the head of a reward model. Format: as
+peft documents its checkpoints. What would change the model in another way (DoRA, trained biases, further modules) is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fastrlhf.config.errors import UserError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+HEADS = {"score", "classifier"}  # what peft lists under modules_to_save of a sequence classifier
+REFUSED = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None}
+
+
+class LowRank(NamedTuple):
+    """What is added to a layer's weight [out, in]: scale * up [out, r] @ down [r, in]."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """layers: by the layer's full name in the model. head: parameters of `score`, of a reward model; else empty."""
+
+    path: Path
+    base: str
+    layers: dict[str, LowRank]
+    head: dict[str, Tensor]
+
+
+def is_adapter(source: object) -> bool:
+    return isinstance(source, (str, Path)) and (Path(source) / CONFIG).is_file()
+
+
+def adapter_config(source: str | Path, role: str) -> dict[str, Any]:
+    """UserError for what is no LoRA adapter, names no base model, or holds more than low-rank matrices."""
+    path = Path(source) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{role}: {path}: damaged ({error})") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise UserError(f"{role}: {path}: peft_type is {kind!r}; only LORA adapters can be read")
+    if not config.get("base_model_name_or_path"):
+        raise UserError(f"{role}: {path}: names no base_model_name_or_path; write the folder or hub id of its model in")
+    for name, harmless in REFUSED.items():
+        if config.get(name) not in (harmless, None):
+            raise UserError(f"{role}: {path}: {name} = {config[name]!r} cannot be read; merge the adapter with peft")
+    extra = set(config.get("modules_to_save") or ()) - HEADS
+    if extra:
+        raise UserError(
+            f"{role}: {path}: modules_to_save = {sorted(extra)} cannot be read; merge the adapter with peft"
+        )
+    return config
+
+
+def base_of(source: str | Path, role: str) -> str:
+    """The folder, hub id or file of the adapter's model, as its config names it."""
+    return adapter_config(source, role)["base_model_name_or_path"]
+
+
+def is_reward_adapter(source: str | Path, role: str) -> bool:
+    return adapter_config(source, role).get("task_type") == "SEQ_CLS"
+
+
+def read_adapter(source: str | Path, role: str) -> AdapterFolder:
+    """The whole folder, its tensors on the CPU. UserError names the file or tensor that is wrong."""
+    config, path = adapter_config(source, role), Path(source)
+    try:
+        tensors = load_file(path / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{role}: cannot read {path / WEIGHTS}: {error}") from error
+    sides: dict[str, dict[str, Tensor]] = {}
+    head = {}
+    for key, tensor in tensors.items():
+        low_rank = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight", key)
+        of_head = re.fullmatch(re.escape(PREFIX) + r"score\.(weight|bias)", key)
+        if low_rank:
+            sides.setdefault(low_rank[1], {})[low_rank[2]] = tensor
+        elif of_head:
+            head[of_head[1]] = tensor
+        else:
+            raise UserError(f"{role}: {path / WEIGHTS}: cannot read {key!r}; merge the adapter with peft")
+    layers = {}
+    for name, pair in sides.items():
+        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise UserError(f"{role}: {path / WEIGHTS}: lora_A and lora_B of {name!r} do not fit each other")
+        layers[name] = LowRank(pair["A"], pair["B"], _scale(config, name, pair["A"].shape[0]))
+    if config.get("task_type") == "SEQ_CLS" and "weight" not in head:
+        raise UserError(f"{role}: {path / WEIGHTS}: the adapter of a reward model, but without the weights of its head")
+    return AdapterFolder(path, config["base_model_name_or_path"], layers, head)
+
+
+def _scale(config: dict[str, Any], name: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) of rank-stabilised LoRA (Kalajdzievski 2023)."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((a for key, a in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)), config["lora_alpha"])
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def linear_layer(modules: Mapping[str, nn.Module], name: str, low: LowRank, where: str) -> nn.Linear | Conv1D:
+    """The layer an adapter belongs to. UserError where the model, by name of its modules, has none of that size."""
+    module = modules.get(name)
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise UserError(f"{where}: the model has no linear layer {name!r}; is it the adapter's own model?")
+    shape = (
+        tuple(module.weight.shape)[::-1] if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+    )
+    if (low.up.shape[0], low.down.shape[1]) != shape:
+        raise UserError(
+            f"{where}: the adapter of {name!r} is for a layer [{low.up.shape[0]}, {low.down.shape[1]}], the model's is "
+            f"{list(shape)}; is it the adapter's own model?"
+        )
+    return module
+
+
+@torch.no_grad()
+def merge_into(model: PreTrainedModel, folder: AdapterFolder) -> PreTrainedModel:
+    """Add the adapter to the weights, in place; summed in fp32, rounded to the dtype of the model once."""
+    modules = dict(model.named_modules())
+    for name, low in folder.layers.items():
+        module = linear_layer(modules, name, low, str(folder.path))
+        delta = (low.up.float() @ low.down.float() * low.scale).to(module.weight.device)
+        delta = delta.t() if isinstance(module, Conv1D) else delta
+        module.weight.copy_(module.weight.float() + delta)
+    return model
+
+
+def take_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Stop tokens and the like from beside the adapter, where they are."""
+    path = folder / "generation_config.json"
+    if path.is_file():
+        model.generation_config = GenerationConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,127 @@
+"""The four roles as transformers models: load them, run their trunks, read their heads, save them.
+
+A policy is a causal LM; reward and value models are `AutoModelForSequenceClassification` with one label, so that
+other tools load them too. Both kinds are used through `hidden_states` (the trunk) and their head separately:
+no logits tensor [tokens, vocabulary] is ever made in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from fastrlhf.config.errors import UserError
+
+
+class Head(NamedTuple):
+    """What turns a hidden state [..., H] into logits [..., V]: softcap(scale * (h W^T + b))."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    logit_softcap: float | None
+
+    def kwargs(self) -> dict:
+        """The keyword arguments of the linear functions of `fastrlhf_kernels`."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+
+
+# ------------------------------------------------------------------------------------------------------- running
+
+
+def lm_head(model: PreTrainedModel) -> Head:
+    """The output head of a causal LM. Raises UserError for a model that has none."""
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise UserError(f"policy: {type(model).__name__} has no language-model head; pass a causal LM")
+    config = model.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None) is not None:  # Granite
+        scale = 1.0 / float(config.logits_scaling)
+    return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """UserError for a model whose logits are not what `lm_head` says: it would be trained on another distribution."""
+    ids = torch.arange(4, device=model.device)[None]
+    ours = head_logits(lm_head(model), hidden_states(model, ids))
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    limit = (1e-3 if model.dtype == torch.float32 else 0.05) * own.abs().max()
+    if not (ours - own).abs().max() <= limit:  # NaN is no agreement
+        raise UserError(f"policy: {type(model).__name__} computes its logits in a way that is not supported; use a "
+                        "causal LM whose logits are its last hidden state times its output embeddings")  # fmt: skip
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """UserError for a model that ignores restarting positions, so that packed sequences would see each other."""
+    ids = torch.arange(6, device=model.device)[None]
+    packed = hidden_states(model, ids, torch.tensor([[0, 1, 2, 0, 1, 2]], device=model.device))[0, 3:]
+    alone = hidden_states(model, ids[:, 3:])[0]
+    limit = (1e-3 if model.dtype == torch.float32 else 0.05) * alone.abs().max()
+    if not (packed - alone).abs().max() <= limit:  # NaN is no agreement
+        raise UserError(f"packing: {type(model).__name__} would let packed examples see each other; use packing=false")
+
+
+def head_logits(head: Head, hidden: Tensor) -> Tensor:
+    """Logits [B, V] in fp32, accumulated in fp32 whatever the dtype: for the few rows of a decoding step."""
+    weight, bias = head.weight, head.bias
+    if hidden.dtype == torch.float32 == weight.dtype:
+        logits = F.linear(hidden, weight)
+    elif hidden.is_cuda:
+        logits = torch.mm(hidden, weight.t().to(hidden.dtype), out_dtype=torch.float32)
+    else:
+        logits = F.linear(hidden.float(), weight.float())
+    if bias is not None:
+        logits = logits + bias.float()
+    if head.logit_scale != 1.0:
+        logits = logits * head.logit_scale
+    if head.logit_softcap is not None:
+        logits = torch.tanh(logits / head.logit_softcap) * head.logit_softcap
+    return logits
+
+
+def right_padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """-> input_ids [B, L] int64 padded on the right, lengths [B] int64."""
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    ids = torch.tensor([list(row) + [fill] * (longest - len(row)) for row in rows], dtype=torch.int64)
+    return ids.to(device), torch.tensor(lengths, dtype=torch.int64, device=device)
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Final hidden states [B, L, H] of the trunk, after its last norm.
+
+    input_ids [B, L] is padded on the right: a causal model never attends from a token to the padding behind it, so no
+    mask is needed and position t of every row is exactly t (pitfall: left padding shifts learned positions).
+    position_ids [B, L] that restart inside a row mark packed sequences, which then do not see each other.
+    """
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+
+def scalar_outputs(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """A scalar head in fp32: hidden [..., H] -> [...]."""
+    weight, bias = head.weight.float(), head.bias
+    return F.linear(hidden.float(), weight, None if bias is None else bias.float()).squeeze(-1)
+
+
+def sequence_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]], head: nn.Linear | None = None) -> Tensor:
+    """Score [B] fp32 of each token row, read at its last token. head: None for the model's own, `score`."""
+    return scalar_outputs(head or model.score, last_hidden(model, rows))
+
+
+def last_hidden(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Final hidden state [B, H] at the last token of each row (found by length, never by looking for padding)."""
+    input_ids, lengths = right_padded(rows, model.config.pad_token_id or 0, model.device)
+    hidden = hidden_states(model, input_ids)
+    return hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]

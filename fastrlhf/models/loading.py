@@ -1,0 +1,275 @@
+"""The four roles as transformers models: load them, run their trunks, read their heads, save them.
+
+A policy is a causal LM; reward and value models are `AutoModelForSequenceClassification` with one label, so that
+other tools load them too. Both kinds are used through `hidden_states` (the trunk) and their head separately:
+no logits tensor [tokens, vocabulary] is ever made in training.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+
+from fastrlhf.config.errors import UserError
+from fastrlhf.models import adapter_folder
+from fastrlhf.models.heads import check_head
+from fastrlhf.models.quantization import quantize_trunk
+from fastrlhf.models.saving import padding_id
+from fastrlhf.models.sources import load_pretrained, locate, reason
+from fastrlhf.runtime.distributed import device as local_device
+from fastrlhf.runtime.hardware import resolve_attention, resolve_dtype
+
+TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|sentencepiece|.*\.(model|tiktoken)$")
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+def check_source(source: object, role: str) -> None:
+    """UserError when a folder, GGUF file or cached hub model (an adapter's own) cannot be there; loads no weights."""
+    if isinstance(source, str):
+        if adapter_folder.is_adapter(source):
+            return check_source(adapter_folder.base_of(source, role), role)
+        where, extra = locate(source, role)
+        if not extra:
+            try:
+                AutoConfig.from_pretrained(where, trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{role}: cannot load {source!r}: {reason(error)}") from error
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, hub id or GGUF file. UserError when it is missing or has no end-of-sequence token."""
+    if adapter_folder.is_adapter(source) and not any(TOKENIZER_FILE.match(f.name) for f in Path(source).glob("*")):
+        return load_tokenizer(adapter_folder.base_of(source, "tokenizer"))
+    where, extra = locate(source, "tokenizer")
+    files = [file.name for file in Path(where).glob("*")]
+    if files and not extra and not any(TOKENIZER_FILE.match(name) for name in files):
+        raise UserError(f"tokenizer: {str(source)!r} holds no tokenizer files; pass tokenizer=FOLDER")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer: cannot load one from {str(source)!r}: {reason(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer: {str(source)!r} has no eos_token; set one, replies could never end")
+    return tokenizer
+
+
+def tokenizer_for(
+    tokenizer: str | PreTrainedTokenizerBase | None, model: str | PreTrainedModel
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one that lies with the model. UserError when a loaded model brings none along."""
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        if tokenizer.eos_token_id is None:
+            raise UserError("tokenizer: it has no eos_token; set one, replies could never end")
+        return tokenizer
+    if tokenizer is None and isinstance(model, PreTrainedModel):
+        raise UserError("tokenizer: a loaded model needs its tokenizer too; pass tokenizer=")
+    return load_tokenizer(tokenizer or model)
+
+
+def load_policy(
+    source: str | PreTrainedModel, dtype: str = "auto", attention: str = "auto", quantize: str | None = None
+) -> PreTrainedModel:
+    """A causal LM on this process's device, dropout off. A loaded model is used as it is (its dtype and attention too).
+
+    An adapter folder is merged into its model. quantize: nf4 or int8; on a GPU only the quantised layers arrive.
+    Raises UserError when the source is missing or is no causal LM with an output head.
+    """
+    if adapter_folder.is_adapter(source):
+        return _with_adapter(load_policy(adapter_folder.base_of(source, "policy"), dtype, attention), source)
+    device = source.device if isinstance(source, PreTrainedModel) else local_device()
+    if isinstance(source, PreTrainedModel):
+        model = source
+    else:
+        torch_dtype = resolve_dtype(dtype, device)
+        kwargs = {
+            "dtype": torch_dtype,
+            "attn_implementation": resolve_attention(attention, device, torch_dtype),
+        }
+        model = load_pretrained(AutoModelForCausalLM, source, "policy", **kwargs)
+        if str(source).endswith(".gguf") or "gguf" in str(getattr(model.config, "quantization_config", "")):
+            model = _fresh_copy(model)
+        model.config._name_or_path = str(source)  # what an adapter of it names as its base
+    if quantize is not None:
+        quantize_trunk(model, quantize, device)
+    if model is not source:
+        model = model.to(device)
+    prepare(model)
+    check_head(model)
+    return model
+
+
+def _with_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
+    """The adapter of a policy merged in; what the folder says of generation goes along."""
+    folder = adapter_folder.read_adapter(source, "policy")
+    if folder.head:
+        raise UserError(f"policy: {str(source)!r} is the adapter of a reward model; name the one of a causal LM")
+    adapter_folder.take_generation_config(model, folder.path)
+    return adapter_folder.merge_into(model, folder)
+
+
+def _fresh_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The dequantised weights in a model that `save_pretrained` accepts (the loaded one remembers its GGUF origin)."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with no_init_weights():
+        fresh = AutoModelForCausalLM.from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = copy.deepcopy(model.generation_config)
+    return fresh.eval()
+
+
+def is_scalar_model(source: str | PreTrainedModel) -> bool:
+    """True for a sequence classifier (a reward or value model), false for a causal LM; reads the config only."""
+    if isinstance(source, PreTrainedModel):
+        return isinstance(getattr(source, "score", None), nn.Linear)
+    if adapter_folder.is_adapter(source):
+        return adapter_folder.is_reward_adapter(source, "model")
+    where, extra = locate(source, "model")
+    if extra:
+        return False
+    check_source(source, "model")
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def load_reward_model(
+    source: str | PreTrainedModel, dtype: str = "auto", attention: str = "auto", role: str = "reward",
+    quantize: str | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """A one-label sequence classifier (reward or value model). UserError when it has more labels or none.
+
+    An adapter folder is merged into its model. quantize: as `load_policy` has it.
+    """
+    if adapter_folder.is_adapter(source):
+        model = scalar_base(source, dtype, attention, role)
+        return adapter_folder.merge_into(model, adapter_folder.read_adapter(source, role))
+    device = source.device if isinstance(source, PreTrainedModel) else local_device()
+    if isinstance(source, PreTrainedModel):
+        model = source
+    else:
+        torch_dtype = resolve_dtype(dtype, device)
+        kwargs = {
+            "dtype": torch_dtype,
+            "attn_implementation": resolve_attention(attention, device, torch_dtype),
+        }
+        if not is_scalar_model(source):
+            raise UserError(f"{role}: {str(source)!r} is no sequence classifier; train one with `fastrlhf reward`")
+        model = load_pretrained(AutoModelForSequenceClassification, source, role, **kwargs)
+        model.config._name_or_path = str(source)
+    if getattr(model.config, "num_labels", None) != 1 or not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{role}: {type(model).__name__} must have a scalar head `score` (num_labels=1)")
+    if quantize is not None:
+        quantize_trunk(model, quantize, device)
+    if model is not source:
+        model = model.to(device)
+    prepare(model)
+    return model
+
+
+def scalar_base(source: str, dtype: str, attention: str, role: str, quantize: str | None = None) -> PreTrainedModel:
+    """The model under the adapter of a reward model, with the adapter's head and without its low-rank matrices."""
+    if not adapter_folder.is_reward_adapter(source, role):
+        raise UserError(f"{role}: {source!r} is no adapter of a reward model; train one with `fastrlhf reward`")
+    base, head = adapter_folder.base_of(source, role), adapter_folder.read_adapter(source, role).head
+    if is_scalar_model(base):
+        model = load_reward_model(base, dtype, attention, role, quantize)
+    else:
+        trunk = load_policy(base, dtype, attention, quantize)
+        model = scalar_model(trunk, load_tokenizer(source), seed=None, share=True)
+    model.score.load_state_dict(head)
+    return model
+
+
+def scalar_model(
+    trunk_of: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int | None, *, share: bool = False
+) -> PreTrainedModel:
+    """A new scalar-head model on a copy of another model's trunk (share: on that trunk itself).
+
+    The head starts at N(0, 1/(H+1)) drawn from `seed` (Stiennon et al. 2020, as summarize_from_feedback does), or at
+    zero where seed is None (a value model that predicts 0 before it has seen a return).
+    """
+    config = copy.deepcopy(trunk_of.config)
+    config.num_labels = 1
+    config.id2label, config.label2id = {0: "score"}, {"score": 0}
+    padding = padding_id(tokenizer)
+    config.pad_token_id = None if padding == tokenizer.eos_token_id else padding
+    try:
+        with torch.device("meta") if share else nullcontext():
+            model = AutoModelForSequenceClassification.from_config(
+                config, dtype=trunk_of.dtype, attn_implementation=trunk_of.config._attn_implementation
+            )
+    except ValueError as error:
+        raise UserError(f"{type(trunk_of).__name__} has no sequence-classification form in transformers; use "
+                        "another base model for the reward and value model") from error  # fmt: skip
+    if share:
+        setattr(model, model.base_model_prefix, trunk_of.base_model)
+        model.score.to_empty(device="cpu")
+    else:
+        model.base_model.load_state_dict(trunk_of.base_model.state_dict())
+    hidden = model.score.weight.shape[1]
+    with torch.no_grad():
+        if seed is None:
+            model.score.weight.zero_()
+        else:
+            draw = torch.Generator().manual_seed(seed)
+            model.score.weight.copy_(torch.randn(1, hidden, generator=draw) * (hidden + 1) ** -0.5)
+    prepare(model)
+    return model.to(trunk_of.device)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A deep copy that takes no gradients: the reference policy."""
+    return freeze(copy.deepcopy(model))
+
+
+def make_trainable(model: PreTrainedModel, gradient_checkpointing: bool, *, frozen: bool = False) -> PreTrainedModel:
+    """Every parameter takes gradients (frozen: those stay as they are, adapters train). Checkpointing works in training
+    mode only, where our models behave the same: their dropout is off."""
+    if gradient_checkpointing:
+        model.train()
+        new = getattr(model, "activation_checkpointing_enable", None)  # from transformers 5.24 on
+        (new or model.gradient_checkpointing_enable)()
+    return model if frozen else model.requires_grad_(True)
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    return model.eval().requires_grad_(False)
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Dropout off, and every embedding trained: torch gives the padding id's row no gradient, which may be the EOS."""
+    disable_dropout(model)
+    embeddings = model.get_input_embeddings()
+    if isinstance(embeddings, nn.Embedding):
+        embeddings.padding_idx = None
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """PPO compares log-probs of several forwards of the same weights; dropout would make their ratio noise."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    for holder in (*model.modules(), *configs.values()):
+        if isinstance(holder, nn.Dropout):
+            holder.p = 0.0
+        for name, value in list(vars(holder).items()):  # rates that forwards read: layerdrop, attn_pdrop, dropout ...
+            if isinstance(value, float) and "drop" in name:
+                setattr(holder, name, 0.0)

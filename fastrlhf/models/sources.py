@@ -1,0 +1,60 @@
+"""Where a model comes from (folder, hub id, GGUF file, `package://NAME/FILE`), and transformers' loader with its errors
+in one sentence. Safetensors only, no code of the model's own."""
+
+from __future__ import annotations
+
+import io
+import sys
+from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from fastrlhf.config.errors import UserError
+from fastrlhf.data.sources import is_packaged, packaged_file
+from fastrlhf.models import adapter_folder
+from fastrlhf.runtime.hardware import installed
+
+
+def locate(source: str, role: str) -> tuple[str, dict]:
+    """-> (what from_pretrained takes, extra arguments). Folders, hub ids, GGUF files, `package://NAME/FILE`."""
+    text = str(source)
+    if is_packaged(text):
+        text = str(packaged_file(text, role))
+    path = Path(text)
+    if text.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"{role}: the GGUF file {text!r} does not exist")
+        if not (installed("gguf") and installed("accelerate")):
+            raise UserError(f"{role}: {text!r} is a GGUF file and needs `pip install gguf accelerate`")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").exists() and ggufs:
+            return locate(str(ggufs[0]), role)
+        if not (path / "config.json").exists() and not adapter_folder.is_adapter(path):
+            raise UserError(f"{role}: the folder {text!r} holds no config.json, so it is no model folder")
+    elif text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise UserError(f"{role}: the folder {text!r} does not exist")
+    return text, {}
+
+
+def load_pretrained(auto: type, source: str, role: str, **kwargs: object) -> PreTrainedModel:
+    where, extra = locate(source, role)
+    options = {"output_loading_info": True, **extra, **kwargs}
+    if not extra:  # a folder or hub id: safetensors only, a pickle can run code
+        options["use_safetensors"] = True
+    try:
+        with redirect_stderr(io.StringIO()) if extra and not sys.stderr.isatty() else nullcontext():  # its progress bar
+            model, info = auto.from_pretrained(where, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{role}: cannot load {str(source)!r}: {reason(error)}") from error
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        missing = sorted(info["missing_keys"])[0]
+        raise UserError(f"{role}: {str(source)!r} has no weights for {missing!r}; it is no {type(model).__name__}")
+    return model
+
+
+def reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,92 @@
+"""The critic V(s_t): a scalar head on a trunk of its own, on the policy's, or on the policy's base with an adapter.
+
+Every form is read the same way: hidden states of the trunk that predict the response tokens, then the head in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastrlhf.models.heads import last_hidden, scalar_outputs
+from fastrlhf.models.lora import VALUE, Adapters
+from fastrlhf.models.token_batch import TokenBatch
+from fastrlhf.rl.experience import Rollout
+
+
+class Critic:
+    """trunk: the model whose hidden states are read; head: nn.Linear [1, H]; shares_trunk: it is the policy's."""
+
+    def __init__(
+        self, trunk: PreTrainedModel, head: nn.Linear, *, adapters: Adapters | None = None, shares_trunk: bool = False
+    ) -> None:
+        self.trunk, self.head, self.adapters, self.shares_trunk = trunk, head, adapters, shares_trunk
+
+    @classmethod
+    def separate(cls, model: PreTrainedModel) -> Critic:
+        """A whole model of its own, with the head `score`."""
+        return cls(model, model.score)
+
+    @classmethod
+    def shared_trunk(cls, policy: PreTrainedModel) -> Critic:
+        """A zero head on the policy's trunk: values, log-probs and both losses come from one forward."""
+        return cls(policy, zero_head(policy), shares_trunk=True)
+
+    @classmethod
+    def adapter(cls, adapters: Adapters, head: nn.Linear | None = None) -> Critic:
+        """The base with the critic's own adapter, and a copy of a head (None: a zero head)."""
+        own = zero_head(adapters.model) if head is None else copy.deepcopy(head).float().requires_grad_(True)
+        return cls(adapters.model, own, adapters=adapters)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the trunk computes the critic's hidden states, and may be differentiated."""
+        if self.adapters is None:
+            yield
+            return
+        with self.adapters.using(VALUE):
+            yield
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] -> values [...] fp32."""
+        return scalar_outputs(self.head, hidden)
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        """V(s_t) [N] fp32 of the response tokens of a batch."""
+        with self.active():
+            return self.read(batch.hidden(self.trunk))
+
+    def end_values(self, rollout: Rollout, rows: Sequence[int]) -> Tensor:
+        """V of the state after the last token [len(rows)] fp32 of the rollout's responses `rows`; 0 where a stop token
+        ended it, for nothing follows."""
+        values = torch.zeros(len(rows), device=self.trunk.device)
+        cut = [place for place, row in enumerate(rows) if not rollout.finished[row]]
+        if cut:
+            whole = [rollout.prompt_ids[rows[place]] + rollout.response_ids[rows[place]] for place in cut]
+            with self.active():
+                values[cut] = self.read(last_hidden(self.trunk, whole))
+        return values
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What the critic's optimizer trains, by name. With a shared trunk that is the head: the policy's optimizer
+        trains the trunk."""
+        if self.adapters is not None:
+            return {**self.adapters.parameters(VALUE), **self._head_parameters()}
+        return self._head_parameters() if self.shares_trunk else dict(self.trunk.named_parameters())
+
+    def _head_parameters(self) -> dict[str, Tensor]:
+        return {f"score.{name}": p for name, p in self.head.named_parameters()}
+
+
+def zero_head(model: PreTrainedModel) -> nn.Linear:
+    """[1, H] in fp32 on the model's device: predicts 0 before it has seen a return."""
+    hidden = model.get_output_embeddings().weight.shape[1]
+    head: Any = nn.Linear(hidden, 1, bias=False, device=model.device, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    return head

@@ -1,0 +1,112 @@
+"""The attention that generation uses: registered with transformers, so that unmodified models call it.
+
+A forward of packed prompts attends inside each prompt; a decoding step attends from one token a slot to that slot's
+positions. Models of transformers that do not go through its attention interface (CodeGen, which MOSS is, GPT-J ...)
+keep their own attention and are given a mask instead; the engine checks such a model once against its plain forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+from fastrlhf.rollout.kv_cache import SlotCache
+from fastrlhf_kernels import decode_attention
+
+NAME = "fastrlhf"
+_active: list[SlotCache] = []  # the cache of the rollout that runs
+
+
+@contextmanager
+def attending(model: PreTrainedModel, cache: SlotCache) -> Iterator[None]:
+    """Inside, the model's attention is ours (where it has a choice); afterwards what it was, even after an error."""
+    if not uses_interface(model):
+        yield
+        return
+    before = model.config._attn_implementation
+    _active.append(cache)
+    try:
+        model.set_attn_implementation(NAME)
+        yield
+    finally:
+        _active.pop()
+        model.set_attn_implementation(before)
+
+
+def uses_interface(model: PreTrainedModel) -> bool:
+    """Whether the model calls the attention it is configured with."""
+    return model.base_model._can_set_attn_implementation()
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
+
+
+def attend(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
+    scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
+    s_aux: Tensor | None = None, **kwargs: object,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: query [B, Hq, Q, D], key and value as `SlotCache` gives them -> [B, Q, Hq, D].
+
+    Raises ValueError for attention sinks, which it does not know.
+    """
+    if s_aux is not None:
+        raise ValueError("generation does not support attention sinks (s_aux) yet; use another model")
+    cache = _active[-1]
+    cache.calls += 1
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if cache.segments is not None:
+        return _attend_inside_prompts(cache, query, key, value, scale, sliding_window, softcap), None
+    window = sliding_window if sliding_window is not None and sliding_window < cache.longest else None
+    if query.is_cuda and key.shape[3] == value.shape[3]:
+        q, k, v = query[:, :, 0], key.transpose(1, 2), value.transpose(1, 2)
+        lengths = cache.lengths + 1
+        out = decode_attention(q, k, v, lengths, scale=scale, softcap=softcap, window=window, validate=False)
+        return out[:, None], None
+    mask = cache.mask(window, query.dtype)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    else:
+        out = _softcapped(query, key, value, mask, scale, softcap)
+    return out.transpose(1, 2), None
+
+
+def _attend_inside_prompts(cache: SlotCache, query, key, value, scale, window, softcap) -> Tensor:
+    """query [1, Hq, columns, D]: prompts of one length are a batch, and none needs padding."""
+    out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    for start, length, slots in cache.segments:
+        stop = start + length * len(slots)
+        q, k, v = (t[0, :, start:stop].unflatten(1, (len(slots), length)).transpose(0, 1) for t in (query, key, value))
+        mask = None
+        if softcap is not None or (window is not None and window < length):
+            place = torch.arange(length, device=query.device)
+            distance = place[:, None] - place
+            seen = (distance >= 0) & (distance < (window or length))
+            mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
+        if softcap is None:
+            causal = mask is None
+            part = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
+                                                  enable_gqa=True)  # fmt: skip
+        else:
+            part = _softcapped(q, k, v, mask, scale, softcap)
+        out[start:stop] = part.transpose(1, 2).flatten(0, 1)
+    return out[None]
+
+
+def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """softmax(softcap * tanh(scale * q k^T / softcap)) v with the scores in fp32."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(repeat, 1).float() for t in (key, value))
+    scores = softcap * torch.tanh(scale * query.float() @ key.transpose(2, 3) / softcap) + mask.float()
+    return (torch.softmax(scores, 3) @ value).to(query.dtype)
+
+
+AttentionInterface.register(NAME, attend)

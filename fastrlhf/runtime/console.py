@@ -1,0 +1,293 @@
+"""What a person sees while a stage runs: one live status line on a terminal, plain lines everywhere else.
+
+Left out on purpose: progress bars per batch, colour themes, a full-screen dashboard. Text that a model, a
+data set or a user's function wrote passes `clean` and is never read as console markup.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+    from rich.text import Text
+
+
+# Shown in this order when the stage logs them; everything else is in metrics.jsonl and the report.
+HEADLINES = {
+    "reward/mean": "reward",
+    "reward/eval": "eval reward",
+    "kl/ref": "kl",
+    "policy/clip_frac": "clip",
+    "policy/entropy": "entropy",
+    "loss/train": "loss",
+    "loss/eval": "eval loss",
+    "perplexity/eval": "eval ppl",
+    "accuracy/train": "accuracy",
+    "accuracy/eval": "eval accuracy",
+    "length/mean": "len",
+    "learning_rate": "lr",
+}
+PHASES = {"ppo": ("rollout", "score", "advantages", "update", "save")}
+PLAIN_INTERVAL_S = 2.0
+LIVE_INTERVAL_S = 10.0  # lines kept above the live line: rarer, since the line itself is always current
+STEPS_BEFORE_ETA = 3
+CELL_CHARS = 240
+_ESCAPES = re.compile(
+    r"(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # OSC (titles, links) with its terminator
+    r"|(?:\x1b[PX^_]|[\x90\x98\x9e\x9f])[^\x1b\x9c]*(?:\x1b\\|\x9c)"  # DCS, SOS, PM, APC
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor movement, erase
+    r"|\x1b[ -/]*[0-~]"  # two-byte escapes
+)
+_BREAKS = re.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+_SURROGATES = re.compile(r"[\ud800-\udfff]")
+_SECRETS = (
+    (re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_|xox[abp]-)[A-Za-z0-9_-]{12,}"), r"\1***"),
+    (re.compile(r"\bAKIA[0-9A-Z]{16}\b"), "AKIA***"),
+    (re.compile(r"(://)[^/\s@]+@"), r"\1***@"),
+    (
+        re.compile(r"(?i)\b(\w*(?:_token|api_?key|password|secret))(['\"]?\s*[:=]\s*['\"]?)[^\s'\",}]{6,}"),
+        r"\1\2***",
+    ),
+)
+
+
+def clean(text: str) -> str:
+    """Remove what a terminal would obey: ANSI/OSC sequences, C0/C1 controls, bidi and invisible characters.
+
+    Every kind of line break becomes a newline, a tab becomes a space, a lone surrogate U+FFFD. Joiners that
+    scripts and emoji need (U+200C, U+200D) stay. Linear in the length of `text`.
+    """
+    text = _BREAKS.sub("\n", _ESCAPES.sub("", text)).replace("\t", " ")
+    return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", text))
+
+
+def redact(text: str) -> str:
+    """Replace what is shaped like a credential (tokens, keys, user info in URLs) by ***."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def one_line(text: str, limit: int = CELL_CHARS) -> str:
+    """`clean` text on one line of at most `limit` characters; a visible mark stands for each line break."""
+    # Cut first: a reply of a megabyte must not cost more than a short one.
+    short = clean(text[: 8 * limit]).replace("\n", " ⏎ ")
+    return short if len(short) <= limit and len(text) <= 8 * limit else short[: limit - 1] + "…"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45s, 3m20s, 1h05m."""
+    s = int(seconds + 0.5)
+    if s < 60:
+        return f"{s}s"
+    return f"{s // 60}m{s % 60:02d}s" if s < 600 else f"{s // 60}m" if s < 3600 else f"{s // 3600}h{s // 60 % 60:02d}m"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, thousands as k or M; `n/a` for a value that was not finite."""
+    if value is None:
+        return "n/a"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    return f"{value / 1e3:.3g}k" if size >= 1e4 else f"{value:.4g}" if size >= 100 else f"{value:.3g}"
+
+
+class Console:
+    """Prints the lines of one stage to stdout and to `log` (a function that takes one finished line).
+
+    Live when stdout is a terminal and neither NO_COLOR nor TERM=dumb asks for calm; then a status line is
+    redrawn four times a second. Otherwise at most one plain line every two seconds, always the first and the
+    last step, and no escape byte. A closed stdout never stops a run: printing ends, the log goes on.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total_steps: int,
+        log: Callable[[str], None],
+        *,
+        enabled: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stage, self.total_steps, self._log, self._enabled, self._clock = (
+            stage,
+            total_steps,
+            log,
+            enabled,
+            clock,
+        )
+        self._live = None
+        self._rich: RichConsole | None = None
+        self._shown: dict[str, float | None] = {}
+        self._others: dict[str, float | None] = {}  # shown for a stage that logs none of the HEADLINES
+        self._speed: float | None = None
+        self._step, self._phase, self._phase_start = 0, "", clock()
+        self._last_line, self._pending = -float("inf"), ""
+        self._seconds: deque[float] = deque(maxlen=20)
+        self._is_live = enabled and _wants_live()
+        if self._is_live:
+            self._start_live()
+
+    def _start_live(self) -> None:
+        from rich.console import Console as RichConsole
+        from rich.live import Live
+
+        self._rich = RichConsole(highlight=False, markup=False, emoji=False)
+        self._live = Live(console=self._rich, get_renderable=self._status, refresh_per_second=4, transient=True)
+        self._live.start()
+
+    def phase(self, name: str) -> None:
+        """The part of the step that runs from now on ("" between parts)."""
+        self._phase, self._phase_start = name, self._clock()
+
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, float | None],
+        seconds: float,
+        tokens_per_s: float | None = None,
+    ) -> None:
+        """Take the figures of a finished step, which took `seconds`; print its line if one is due."""
+        now = self._clock()
+        self._step = step
+        if step > 0:  # step 0 is the evaluation before training
+            self._seconds.append(seconds)
+        self._shown |= {name: metrics[name] for name in HEADLINES if name in metrics}
+        self._others = dict(list(metrics.items())[:3])
+        self._speed = tokens_per_s if tokens_per_s is not None else self._speed
+        self._pending = self._step_line(seconds)
+        interval = LIVE_INTERVAL_S if self._is_live else PLAIN_INTERVAL_S
+        if now - self._last_line >= interval or step >= self.total_steps:
+            self._flush_step()
+
+    def _flush_step(self) -> None:
+        if self._pending:
+            self._last_line = self._clock()
+            self.line(self._pending)
+            self._pending = ""
+
+    def _figures(self) -> list[str]:
+        parts = [
+            f"{HEADLINES.get(name, name)} {number(value)}" for name, value in (self._shown or self._others).items()
+        ]
+        return parts + ([f"{number(self._speed)} tok/s"] if self._speed is not None else [])
+
+    def _eta(self) -> str:
+        if len(self._seconds) < STEPS_BEFORE_ETA or self._step >= self.total_steps:
+            return ""
+        # The first step pays for compilation and caches; the mean over the latest ones forgets it.
+        return duration(sum(self._seconds) / len(self._seconds) * (self.total_steps - self._step))
+
+    def _step_line(self, seconds: float) -> str:
+        parts = [
+            f"{self.stage} step {self._step}/{self.total_steps}",
+            *self._figures(),
+            f"{seconds:.2f} s",
+        ]
+        eta = self._eta()
+        return "  ".join([*parts, f"eta {eta}"] if eta else parts)
+
+    def _status(self) -> Text:
+        from rich.text import Text
+
+        width = self._rich.width if self._rich else 80
+        text = Text(no_wrap=True, overflow="ellipsis")
+        text.append(f"{self.stage} {self._step}/{self.total_steps}  ", style="bold")
+        chain = PHASES.get(self.stage, ())
+        if width >= 130 and self._phase in chain:
+            for i, name in enumerate(chain):
+                text.append(" ▸ " if i else "", style="dim")
+                text.append(name, style="bold cyan" if name == self._phase else "dim")
+        elif self._phase:
+            text.append(self._phase, style="bold cyan")
+        text.append(f" {duration(self._clock() - self._phase_start)}  " if self._phase else "", style="dim")
+        eta = self._eta()
+        text.append(f"eta {eta}  " if eta else "", style="green")
+        text.append("  ".join(self._figures()))  # last: what a narrow terminal cuts off
+        return text
+
+    def line(self, text: str, *, style: str | None = None) -> None:
+        """One line for people, cleaned and without credentials, on stdout and in the log."""
+        text = one_line(redact(clean(text[:16_000])), 2000)  # cleaned first: an escape could hide a credential
+        self._log(text)
+        if self._rich is not None:
+            from rich.text import Text
+
+            self._rich_print(Text(text, style=style or ""))
+        else:
+            self._plain_print(text)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A small table; every cell is cleaned, shortened and taken literally."""
+        cells = [[one_line(cell) for cell in row] for row in rows]
+        lines = [line.rstrip() for line in _render(_table(title, header, cells)).splitlines()]
+        for line in lines:
+            self._log(line)
+        if self._rich is not None:
+            self._rich_print(_table(title, header, cells))
+        else:
+            self._plain_print("\n".join(lines))
+
+    def _rich_print(self, renderable: Any) -> None:
+        if not self._enabled or self._rich is None:
+            return
+        try:
+            self._rich.print(renderable)
+        except OSError:
+            self._enabled = False
+
+    def _plain_print(self, text: str) -> None:
+        if not self._enabled:
+            return
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        try:
+            sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+            sys.stdout.flush()
+        except (OSError, ValueError):  # the reader of the pipe went away, or stdout was closed: train on
+            self._enabled = False
+
+    def close(self) -> None:
+        """Print the last step's line if it was held back; give the terminal back."""
+        self._flush_step()
+        if self._live is not None:
+            live, self._live = self._live, None
+            live.stop()
+
+
+def _wants_live() -> bool:
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and sys.stdout.isatty()
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_lines=len(rows) > 1, pad_edge=False
+    )
+    for name in header:
+        is_score = name.startswith("score")
+        table.add_column(Text(name), justify="right" if is_score else "left", no_wrap=is_score, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _render(table: Table, width: int = 110) -> str:
+    from rich.console import Console as RichConsole
+
+    out = io.StringIO()
+    RichConsole(file=out, width=width, color_system=None, force_terminal=False, highlight=False).print(table)
+    return out.getvalue()

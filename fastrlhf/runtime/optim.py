@@ -1,0 +1,160 @@
+"""Optimizer steps: fp32 master weights, schedules, gradient clipping, and micro-batches by token budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.config.base import StageConfig
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.hardware import bitsandbytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def lr_at(step: int, *, base: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (0-based): linear warm-up from base/warmup, then the schedule.
+
+    constant; cosine and linear fall to 0 at total_steps; inverse_sqrt is base * sqrt(warmup / step) (MOSS-RLHF).
+    """
+    if step < warmup_steps:
+        return base * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return base
+    if schedule == "inverse_sqrt":
+        start = max(warmup_steps, 1)
+        return base * math.sqrt(start / max(step + 1, start))
+    done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    done = min(max(done, 0.0), 1.0)
+    return base * (1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def _build(name: str, params: list[nn.Parameter], **options: object) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(params, fused=True, **options)
+    kinds = bitsandbytes(f"optimizer: {name!r}", "use 'adamw'").optim
+    kinds = {"adamw8bit": kinds.AdamW8bit, "paged_adamw8bit": kinds.PagedAdamW8bit}
+    return kinds[name](params, **options)
+
+
+def optimizer_options(config: StageConfig) -> dict[str, Any]:
+    """The keyword arguments of `Optimizer` that every stage's config names, but the learning rate."""
+    return {
+        "name": config.optimizer, "max_grad_norm": config.max_grad_norm, "betas": config.adam_betas,
+        "eps": config.adam_eps, "weight_decay": config.weight_decay,
+    }  # fmt: skip
+
+
+class StepResult(NamedTuple):
+    """grad_norm before clipping; applied is False when the update was skipped because it was not finite."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Optimizer:
+    """AdamW over fp32 weights, whatever dtype the model computes in.
+
+    Parameters in bf16 keep an fp32 master copy here: an update of 1e-6 relative size would vanish in bf16. Their
+    gradients are moved into the fp32 master's after every backward, so micro-batches add up in fp32 as well. Where two
+    optimizers are made of one model (SFT, then PPO), the later one gets the gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, nn.Parameter],
+        *,
+        name: str,
+        learning_rate: float,
+        max_grad_norm: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """model: whose parameters are trained, those that take gradients; or the parameters by name."""
+        self.max_grad_norm = max_grad_norm
+        found = model.parameters() if isinstance(model, nn.Module) else model.values()
+        self.params = [p for p in found if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.params]
+        self.inner = _build(
+            name, self.masters, lr=learning_rate, betas=tuple(betas), eps=eps, weight_decay=weight_decay
+        )
+        for param, master in zip(self.params, self.masters, strict=True):
+            if master is not param:
+                if hasattr(param, "_to_master"):
+                    param._to_master.remove()
+                param._to_master = param.register_post_accumulate_grad_hook(_to_master(master))
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Add up the ranks' gradients, clip to max_grad_norm (0: no clipping), then update, unless the gradient norm is
+        not finite."""
+        distributed.add_up_gradients(self.masters)
+        norm = float(self._clip())
+        finite = math.isfinite(norm)
+        if finite:
+            for group in self.inner.param_groups:
+                group["lr"] = learning_rate
+            self.inner.step()
+            self._copy_down()
+        self.zero_grad()
+        return StepResult(norm, finite)
+
+    def zero_grad(self) -> None:
+        for param in (*self.params, *self.masters):
+            param.grad = None
+
+    @torch.no_grad()
+    def _clip(self) -> Tensor:
+        grads = [p.grad for p in self.masters if p.grad is not None]
+        if not grads:
+            return torch.zeros(())
+        norm = nn.utils.get_total_norm(grads)
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
+        return norm
+
+    @torch.no_grad()
+    def _copy_down(self) -> None:
+        for param, master in zip(self.params, self.masters, strict=True):
+            if master is not param:
+                param.copy_(master)
+
+    def master_tensors(self) -> dict[str, Tensor]:
+        """The fp32 masters of low-precision parameters, for the checkpoint (empty for an fp32 model)."""
+        pairs = enumerate(zip(self.params, self.masters, strict=True))
+        return {f"master.{i}": m.detach() for i, (p, m) in pairs if m is not p}
+
+    @torch.no_grad()
+    def load_masters(self, tensors: dict[str, Tensor]) -> None:
+        for index, (param, master) in enumerate(zip(self.params, self.masters, strict=True)):
+            if master is not param:
+                master.copy_(tensors[f"master.{index}"])
+
+
+class Trained(NamedTuple):
+    """A role that is trained: its model, its optimizer, and what is saved of it.
+
+    parts: the tensors a checkpoint holds, by name (an adapter, a head); None: the whole model. merged: the weights of
+    the model as it is exported; None: its own. adapter: writes the adapter alone into a folder; None: there is none.
+    """
+
+    model: PreTrainedModel
+    optimizer: Optimizer
+    parts: dict[str, Tensor] | None = None
+    merged: Callable[[], dict[str, Tensor]] | None = None
+    adapter: Callable[[Path], None] | None = None
+
+
+def _to_master(master: nn.Parameter):  # noqa: ANN202
+    def move(param: Tensor) -> None:
+        grad = param.grad.float()
+        master.grad = grad if master.grad is None else master.grad.add_(grad)
+        param.grad = None
+
+    return move

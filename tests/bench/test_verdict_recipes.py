@@ -1,0 +1,70 @@
+"""The recipes of the papers align the quickstart's model: the short form of `python -m bench.verdict`, one seed.
+
+The bars of the verdict itself need the whole budget; a run this short shows that each recipe teaches the hidden rule.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import verdict
+from fastrlhf.config.recipe import find_recipe, read_recipe
+from fastrlhf.config.stages import CONFIGS
+from fastrlhf.quickstart.settings import load_settings
+
+RECIPES = list(verdict.SIZES)
+
+
+@pytest.fixture(scope="module")
+def short_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verdict")
+    code = verdict.main(["--short", "--seeds", "0", "--work", str(folder), "--json", str(folder / "figures.json")])
+    rows = json.loads((folder / "figures.json").read_text())["runs"]
+    return code, {row["recipe"]: row for row in rows}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_short_run_teaches_the_rule(short_runs, recipe):
+    row = short_runs[1][recipe]
+    assert row["rate_before_sft"] == 0 and 0 < row["rate_sft"] < 0.65
+    assert row["rate_ppo"] >= row["rate_sft"] + verdict.SHORT_RISE
+    assert row["rate_ppo_shuffled"] <= 0.1  # it is about the prompt, not a reply that suits all
+    assert 0.1 < row["kl_sequence_mean"] < 10 and row["passed"]
+
+
+def test_the_command_passes_when_all_bars_are_met(short_runs):
+    code, rows = short_runs
+    assert list(rows) == RECIPES and code == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_sizes_change_no_algorithm(recipe, tmp_path):
+    """What stands in a packaged recipe stays, but for the fields that are a size, a rate or the weight of ptx."""
+    sizes = {
+        "total_steps", "rollout_batch_size", "mini_batch_size", "samples_per_prompt", "learning_rate", "warmup_steps",
+        "critic_learning_rate", "critic_warmup_steps", "max_prompt_tokens", "max_new_tokens", "temperature", "dtype",
+        "ptx_coef",
+    }  # fmt: skip
+    models = load_settings([f"output_dir={tmp_path}", "seed=5"])
+    _, config = verdict.settings_of(recipe, models, tmp_path / recipe, {})
+    written = read_recipe(find_recipe(recipe))[0]
+    packaged = CONFIGS["ppo"](**written)
+    place = {"seed", "output_dir", "overwrite", "save_every", "eval_every"}
+    changed = {name for name in type(config).model_fields if getattr(config, name) != getattr(packaged, name)}
+    assert changed <= sizes | place and config.seed == 5
+
+
+def test_a_missed_bar_is_marked_and_fails():
+    good = {
+        "recipe": "grpo", "seed": 0, "rate_sft": 0.4, "rate_ppo": 0.9, "rate_ppo_shuffled": 0.02,
+        "kl_sequence_mean": 4.0, "distinct2_ppo": 0.1, "distinct2_sft": 0.14, "length_ppo": 30.0, "length_sft": 30.0,
+        "rm_pair_accuracy": 0.95,
+    }  # fmt: skip
+    far = good | {"seed": 1, "kl_sequence_mean": 12.0}
+    text = verdict.table([good, far], short=False)
+    assert "| grpo, seed 0 | grpo, seed 1 |" in text and "| 4.000 | 12.000 missed |" in text
+    assert text.count("missed") == 1
+    flat = good | {"rate_ppo": 0.45}
+    assert [met for *_, met in verdict.bars(flat, short=True)] == [False, True, True, True, True]

@@ -1,0 +1,137 @@
+"""The embedded demo: its data, its rule, and the whole run with shortened stages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from random import Random
+
+import pytest
+
+from fastrlhf import quickstart
+from fastrlhf.quickstart import generate, judge
+from fastrlhf.quickstart.verdict import read_jsonl, shuffled
+
+DATA = generate.DATA_DIR
+VERDICT_KEYS = {
+    "seed", "rate_before_sft", "rate_sft", "rate_ppo", "rate_ppo_shuffled", "kl_sequence_mean", "distinct2_sft",
+    "distinct2_ppo", "rm_pair_accuracy", "length_sft", "length_ppo", "seconds", "passed",
+}  # fmt: skip
+
+
+def rows(name: str) -> list[dict]:
+    return read_jsonl(DATA / f"{name}.jsonl")
+
+
+def prompt_of(row: dict) -> str:
+    return (row.get("prompt") or row["messages"])[0]["content"]
+
+
+def test_the_data_is_what_the_generator_writes(tmp_path):
+    generate.write(tmp_path)
+    shipped = sorted(p.name for p in DATA.iterdir() if p.suffix == ".jsonl")
+    assert shipped == sorted(p.name for p in tmp_path.iterdir())
+    assert all((tmp_path / name).read_bytes() == (DATA / name).read_bytes() for name in shipped)
+
+
+def test_all_four_kinds_in_both_languages():
+    def kind(row):
+        return next(k for k in ("chosen", "ranking", "score", "edited") if k in row)
+
+    counts = Counter((kind(row), judge.language_of(prompt_of(row))) for row in rows("feedback"))
+    assert len(counts) == 8 and min(counts.values()) > 50 and len(rows("feedback")) > 1500
+
+
+def test_held_out_prompts_are_new():
+    held_out = {prompt_of(row) for row in rows("heldout_prompts")}
+    for name in ("sft", "feedback", "ppo_prompts"):
+        assert not held_out & {prompt_of(row) for row in rows(name)}, name
+
+
+def test_the_rule_tells_every_fault_from_a_good_reply():
+    pairs = rows("heldout_pairs")
+    assert all(judge.rule(prompt_of(row), row["chosen"]) for row in pairs)
+    assert not any(judge.rule(prompt_of(row), row["rejected"]) for row in pairs)
+    assert len({row["fault"] for row in pairs}) >= 5
+
+
+def test_the_rule_depends_on_the_prompt():
+    good = [(prompt_of(row), row["chosen"]) for row in rows("heldout_pairs")]
+    Random(0).shuffle(good)
+    moved = shuffled(len(good), 0)
+    assert sorted(moved) == list(range(len(good))) and all(i != j for i, j in enumerate(moved))
+    assert sum(judge.rule(good[j][0], good[i][1]) for i, j in enumerate(moved)) / len(good) <= 0.1
+
+
+def test_the_annotators_are_not_the_rule():
+    """They are noisy: some chosen replies break the rule, some rejected ones keep it; mostly they agree with it."""
+    pairs = [row for row in rows("feedback") if "chosen" in row]
+    kept = [(judge.rule(prompt_of(r), r["chosen"]), judge.rule(prompt_of(r), r["rejected"])) for r in pairs]
+    assert 0.6 < sum(a for a, _ in kept) / len(kept) < 0.995
+    assert sum(b for _, b in kept) > 0
+
+
+def test_a_cjk_character_is_never_merged_with_another():
+    from fastrlhf.quickstart.model import build_tokenizer
+
+    tokenizer = build_tokenizer([m["content"] for row in rows("sft")[:300] for m in row["messages"]])
+    text = "请问雨伞应该怎么保养？ How do I dry an umbrella?"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    for token in (tokenizer.decode([i]) for i in range(len(tokenizer))):
+        assert sum("\u4e00" <= c <= "\u9fff" for c in token) <= 1, token
+
+
+def test_the_rule_is_importable_without_torch():
+    code = "import sys; from fastrlhf.quickstart import rule; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    short = ["sft.total_steps=3", "reward.total_steps=2", "reward.mini_batch_size=4", "ppo.total_steps=1"]
+    small = ["ppo.rollout_batch_size=4", "ppo.mini_batch_size=4", "ppo.max_new_tokens=8", "ppo.eval_every=0"]
+    code = quickstart.main([f"output_dir={out}", "seed=3", *short, *small])
+    return out, code
+
+
+def test_the_run_writes_verdict_replies_model_and_report(short_run):
+    out, code = short_run
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert set(verdict) >= VERDICT_KEYS and verdict["seed"] == 3
+    assert code == 1 and verdict["passed"] is False  # three steps align nothing, and the verdict says so
+    answers = read_jsonl(out / "heldout.jsonl")
+    assert len(answers) == len(rows("heldout_prompts"))
+    assert set(answers[0]) == {"prompt", "response_sft", "response_ppo"}
+    rate = sum(judge.rule(row["prompt"], row["response_ppo"]) for row in answers) / len(answers)
+    assert verdict["rate_ppo"] == pytest.approx(rate)
+    assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_the_model_runs_in_the_stock_pipeline(short_run):
+    from transformers import pipeline
+
+    out, _ = short_run
+    run = pipeline("text-generation", model=str(out / "final"), device="cpu")
+    text = run("你好，世界！", max_new_tokens=4)[0]["generated_text"]
+    assert text.startswith("你好，世界！")
+    chat = run([{"role": "user", "content": "雨伞应该怎么保养？"}], max_new_tokens=4)[0]["generated_text"]
+    assert chat[-1]["role"] == "assistant"
+
+
+def test_resume_of_a_finished_run_keeps_its_models(short_run):
+    out, _ = short_run
+    before = (out / "final" / "model.safetensors").read_bytes()
+    quickstart.main([f"output_dir={out}", "resume=true"])
+    assert (out / "final" / "model.safetensors").read_bytes() == before
+
+
+def test_a_wrong_field_is_named_before_anything_runs(tmp_path):
+    from fastrlhf import UserError
+
+    with pytest.raises(UserError, match="ppo.kl_coeff"):
+        quickstart.main([f"output_dir={tmp_path / 'x'}", "ppo.kl_coeff=1"])
+    assert not (tmp_path / "x").exists()

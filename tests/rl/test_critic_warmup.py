@@ -1,0 +1,177 @@
+"""Passes of the critic over the stored rollouts of its warm-up; the critic's own clip norm and schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastrlhf import PPOConfig
+from fastrlhf.config.stages import critic_updates, policy_updates, pretraining_updates
+from fastrlhf.rl.critic_warmup import token_rewards
+from fastrlhf.rl.experience import Experience
+from fastrlhf.runtime.optim import lr_at
+from fastrlhf_kernels import gae, shape_rewards
+from tests.ppo_runs import copies, resumed_equals_whole, same, trainer
+
+FORMS = {"separate": {}, "shared trunk": {"critic": "shared_trunk"}, "lora": {"lora": 4}}
+WARM = {"critic_warmup_steps": 3, "total_steps": 4}
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (0.97, 0.0), (1.0, 1.0)])
+def test_rewards_come_back_from_returns_and_values(gamma, gae_lambda):
+    """The inverse of GAE: lengths 1 to 6, a row that does not count, a value behind a cut response."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([6, 1, 4, 5])
+    token_mask = torch.arange(6) < lengths[:, None]
+    mask = token_mask & torch.tensor([True, True, False, True])[:, None]
+    log_probs, ref, values = (torch.randn(4, 6, generator=draw) for _ in range(3))
+    scores = torch.randn(4, generator=draw)
+    rewards = shape_rewards(scores, log_probs, ref, mask, kl_coef=0.1)
+    config = PPOConfig(gamma=gamma, gae_lambda=gae_lambda)
+    zeros, options = torch.zeros(4, 6), {"gamma": gamma, "gae_lambda": gae_lambda}
+    _, returns = gae(rewards, values, mask, **options)
+    got = token_rewards(Experience(token_mask, mask, zeros, zeros, values, zeros, returns), config)
+    torch.testing.assert_close(got, rewards.where(mask, 0.0), rtol=1e-5, atol=2e-6)
+    after = torch.tensor([2.0, 0.0, 0.0, -3.0])
+    _, returns = gae(rewards, values, mask, **options, bootstrap_values=after)
+    cut = token_rewards(Experience(token_mask, mask, zeros, zeros, values, zeros, returns), config)
+    last = torch.nn.functional.one_hot(lengths - 1, 6) * (gamma * after)[:, None]
+    torch.testing.assert_close(cut, (rewards + last).where(mask, 0.0), rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_pass_is_valued_anew_and_trained_in_shuffled_mini_batches(form):
+    """By hand: values before a pass, their returns by the recursion of GAE in float64, rows of every update."""
+    t = trainer(**FORMS[form], **WARM, critic_pretrain_epochs=2, mini_batch_size=5, gamma=0.9, gae_lambda=0.8)
+    steps, stored, seen = iter(t), [], []
+    keep, update = t.extras.pretraining.keep, t.learner.update_critic
+
+    def keeping(rollout, experience):
+        stored.append((rollout, experience))
+        keep(rollout, experience)
+
+    def watching(rollout, experience, plan):
+        now = torch.cat([t.critic.values(rollout.tokens([i], t.device)).detach() for i in range(24)])
+        seen.append((rollout, experience, [sorted(mini) for mini in plan], now, copies_of(t)))
+        return update(rollout, experience, plan)
+
+    def copies_of(t):
+        return copies(t.critic.parameters().values())
+
+    t.extras.pretraining.keep, t.learner.update_critic = keeping, watching
+    before = copies(t.learner.policy_optimizer.params)
+    for _ in range(3):
+        next(steps)
+    assert same(before, copies(t.learner.policy_optimizer.params)), "the policy is frozen"
+    assert len(stored) == 3 and len(seen) == 2 and not same(seen[0][4], seen[1][4])
+    ids = [p + r for rollout, _ in stored for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
+    rewards = [r for _, e in stored for r in rewards_by_hand(e, 0.9, 0.8)]
+    for rollout, experience, rows, now, _ in seen:
+        assert [p + r for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)] == ids
+        assert [len(mini) for mini in rows] == [5, 5, 5, 5, 4] and sorted(sum(rows, [])) == list(range(24))
+        torch.testing.assert_close(experience.values[experience.token_mask], now, rtol=1e-4, atol=1e-5)
+        for i, row in enumerate(rewards):
+            value, gain, wanted = 0.0, 0.0, []
+            for reward, v in reversed(list(zip(row, experience.values[i].double().tolist()[: len(row)], strict=True))):
+                gain = reward + 0.9 * value - v + 0.9 * 0.8 * gain
+                value = v
+                wanted.insert(0, gain + v)
+            got = experience.returns[i, : len(row)].double()
+            torch.testing.assert_close(got, torch.tensor(wanted).double(), rtol=1e-4, atol=1e-4)
+    assert seen[0][2] != seen[1][2], "another order in each pass"
+    assert t.extras.pretraining.parts == [], "dropped afterwards"
+
+
+def rewards_by_hand(experience, gamma: float, gae_lambda: float) -> list[list[float]]:
+    """r_t = A_t - gamma lambda A_{t+1} + V_t - gamma V_{t+1}, a token at a time."""
+    found = []
+    for i, length in enumerate(experience.token_mask.sum(1).tolist()):
+        values = [*experience.values[i, :length].double().tolist(), 0.0]
+        returns = [*experience.returns[i, :length].double().tolist(), 0.0]
+        gains = [r - v for r, v in zip(returns, values, strict=True)]
+        found.append(
+            [gains[t] - gamma * gae_lambda * gains[t + 1] + values[t] - gamma * values[t + 1] for t in range(length)]
+        )
+    return found
+
+
+@pytest.mark.parametrize("form", ["separate", "lora"])
+def test_the_critic_explains_more_when_ppo_starts(form):
+    """Of a reward that the prompt tells: the first step behind the warm-up, without passes and with twenty."""
+    fields = {**FORMS[form], **WARM, "critic_learning_rate": 3e-3, "rollout_batch_size": 16, "mini_batch_size": 16,
+              "clip_range_value": None, "reward": lambda prompts, _: [2.0 * ("the" in p) for p in prompts]}  # fmt: skip
+    plain, passes = ([s.metrics for s in trainer(**fields, critic_pretrain_epochs=n)] for n in (0, 20))
+    assert passes[3]["value/explained_var"] > 0.9 and plain[3]["value/explained_var"] < 0.0
+    assert passes[3]["value/loss"] < 0.1 * plain[3]["value/loss"]
+    assert passes[2]["value/pretrain_loss"] < passes[2]["value/pretrain_loss_first"]
+    assert passes[2]["value/pretrain_explained_var"] > passes[2]["value/explained_var"]
+    assert [[n for n in m if "pretrain" in n] for m in passes] == [[], [], [
+        "value/pretrain_loss_first", "value/pretrain_loss", "value/pretrain_explained_var"], []]  # fmt: skip
+    assert passes[1] == plain[1] and passes[3]["reward/mean"] == plain[3]["reward/mean"]
+
+
+def test_the_number_of_updates_is_what_the_schedule_falls_over():
+    """3 warm-up steps of 8 in mini-batches of 5 (2 a step), 2 passes over 24 (5 each), 1 step of both."""
+    t = trainer(**WARM, critic_pretrain_epochs=2, mini_batch_size=5, ppo_epochs=2, lr_schedule="linear")
+    rates: dict[str, list[float]] = {"policy_optimizer": [], "value_optimizer": []}
+    for name, seen in rates.items():
+        optimizer = getattr(t.learner, name)
+        step = optimizer.step
+        optimizer.step = lambda rate, step=step, seen=seen: seen.append(rate) or step(rate)
+    t.train()
+    assert t.learner.critic_updates == critic_updates(t.config) == 4 * 4 + 2 * 5
+    assert t.learner.policy_updates == policy_updates(t.config) == 4
+    assert pretraining_updates(t.config) == 10
+    assert rates["policy_optimizer"] == pytest.approx([1e-2 * (1 - i / 4) for i in range(4)])
+    assert rates["value_optimizer"] == pytest.approx([1e-2 * (1 - i / 26) for i in range(26)])
+    assert lr_at(26, base=1e-2, schedule="linear", warmup_steps=0, total_steps=26) == 0.0
+
+
+def test_an_unscorable_response_is_in_no_pass():
+    """Its tokens move nothing: the passes end with the same critic whatever they are."""
+
+    def picky(prompts, responses):
+        return [None if i % 2 else float(len(r)) for i, r in enumerate(responses)]
+
+    t = trainer(**WARM, critic_pretrain_epochs=1, reward=picky)
+    seen, update = [], t.learner.update_critic
+    t.learner.update_critic = lambda rollout, e, plan: seen.append(e) or update(rollout, e, plan)
+    t.train()
+    assert not seen[0].response_mask[1::2].any() and seen[0].response_mask[::2].any(1).all()
+    assert seen[0].returns[1::2].abs().sum() == 0
+
+
+@pytest.mark.parametrize("leave_after", [2, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_resumed_in_its_warm_up_ends_with_the_same_bytes(form, leave_after, tmp_path):
+    files = resumed_equals_whole(tmp_path, leave_after, **FORMS[form], **WARM, critic_pretrain_epochs=2)
+    stored = [sorted((tmp_path / "parts" / "checkpoints").glob(f"step-00000{n}/critic_pre*")) for n in (3, 4)]
+    assert stored == [[], []] and "critic_pretraining.safetensors" not in files
+
+
+def test_the_stored_rollouts_are_in_the_checkpoint_while_the_warm_up_lasts(tmp_path):
+    steps = iter(trainer(**WARM, critic_pretrain_epochs=1, save_every=1, output_dir=str(tmp_path / "run")))
+    for _ in range(2):
+        next(steps)
+    steps.close()
+    folders = sorted(p.parent.name for p in (tmp_path / "run" / "checkpoints").glob("*/critic_pretraining.safetensors"))
+    assert folders == ["step-000001", "step-000002"]
+
+
+def test_the_critic_clips_at_its_own_norm():
+    """SGD in place of AdamW, so that the length of the step shows what was clipped to."""
+    for own, expected in ((None, 0.5), (0.01, 0.01)):
+        t = trainer(max_grad_norm=0.5, critic_max_grad_norm=own, mini_batch_size=8, total_steps=1)
+        moved = {}
+        for name in ("policy_optimizer", "value_optimizer"):
+            optimizer = getattr(t.learner, name)
+            optimizer.inner = torch.optim.SGD(optimizer.masters, lr=1.0)
+            moved[name] = copies(optimizer.masters)
+        metrics = next(iter(t)).metrics
+        norms = {}
+        for name, before in moved.items():
+            after = copies(getattr(t.learner, name).masters)
+            norms[name] = sum(float((a - b).double().square().sum()) for a, b in zip(after, before, strict=True)) ** 0.5
+        assert metrics["value/grad_norm"] > 0.5 and metrics["policy/grad_norm"] > 0.5
+        assert norms["value_optimizer"] == pytest.approx(expected * 1e-2, rel=1e-3)  # the learning rate
+        assert norms["policy_optimizer"] == pytest.approx(0.5 * 1e-2, rel=1e-3)

@@ -1,0 +1,293 @@
+"""One backbone, several roles: the critic on the policy's trunk, LoRA adapters over a frozen base."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastrlhf import PPOConfig, PPOTrainer, RolloutEngine, SamplingParams, UserError
+from fastrlhf.config.inputs import lora_options
+from fastrlhf.models import heads
+from fastrlhf.models.lora import Adapters
+from tests import tiny
+
+PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
+FORMS = {
+    "shared_trunk": {"critic": "shared_trunk"},
+    "lora": {"lora": 4},
+    "lora, shared_trunk": {"lora": {"r": 4, "alpha": 16}, "critic": "shared_trunk"},
+}
+
+
+def reward(prompts: list[str], responses: list[str]) -> list[float]:
+    return [r.count("e") - 0.1 * len(r) for r in responses]
+
+
+def trainer(*, policy=None, **fields: object) -> PPOTrainer:
+    base = {"total_steps": 3, "rollout_batch_size": 8, "mini_batch_size": 4, "max_new_tokens": 10, "eval_every": 0,
+            "learning_rate": 1e-2, "critic_learning_rate": 1e-2}  # fmt: skip
+    inputs = {name: fields.pop(name) for name in ("ref_policy", "value_model", "reward") if name in fields}
+    inputs = {"reward": reward, "prompts": PROMPTS, **inputs}
+    cfg = PPOConfig(**{**base, **fields})
+    return PPOTrainer(cfg, policy=policy or tiny.llama(), tokenizer=tiny.tokenizer(), **inputs)
+
+
+def plain_weights(t: PPOTrainer) -> dict[str, torch.Tensor]:
+    """The base's tensors under the names of the plain model."""
+    state = t.policy.state_dict()
+    return {k.replace(".base_layer.", "."): v.clone() for k, v in state.items() if "lora_" not in k}
+
+
+def storages(t: PPOTrainer) -> int:
+    """Bytes of the distinct memories that hold the parameters of every role."""
+    found = {}
+    models = [t.policy, t.ref_policy, None if t.critic is None else t.critic.trunk, t.critic and t.critic.head]
+    for model in filter(None, models):
+        for p in model.parameters():
+            memory = p.untyped_storage()
+            found[memory.data_ptr()] = memory.nbytes()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("old", ["recompute", "rollout"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_first_update_has_ratio_one_and_no_kl(form, old):
+    t = trainer(**FORMS[form], total_steps=1, ppo_epochs=1, mini_batch_size=8, old_log_probs=old)
+    metrics = next(iter(t)).metrics
+    exact = 0.0 if old == "recompute" else 1e-6
+    assert metrics["policy/ratio"] == pytest.approx(1.0, abs=exact)
+    assert metrics["kl/ref"] == pytest.approx(0.0, abs=10 * exact)
+    assert metrics["rollout/mismatch_max"] < 1e-4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_learns_and_what_is_frozen_keeps_its_bytes(form):
+    def letters(prompts, responses):
+        return [sum(map(str.isalpha, r)) / 10 for r in responses]
+
+    fields = {"total_steps": 12, "ppo_epochs": 6, "kl_coef": 0.0, "rollout_batch_size": 32, "mini_batch_size": 32}
+    t = trainer(**FORMS[form], **fields, reward=letters)
+    before = plain_weights(t)
+    steps = [step.metrics for step in t]
+    rewards = [metrics["reward/mean"] for metrics in steps]
+    if "lora" not in FORMS[form]:  # adapters on a tiny random model move its rewards less than chance does
+        assert sum(rewards[6:]) > sum(rewards[:6]) + 0.3
+    assert steps[-1]["kl/ref"] > 0 and float(t.critic.head.weight.detach().abs().sum()) > 0
+    kept = all(torch.equal(before[k], v) for k, v in plain_weights(t).items())
+    assert kept == ("lora" in FORMS[form])
+    if t.roles.adapters is not None:
+        moved = [
+            float(p.detach().abs().sum()) for n, p in t.roles.adapters.parameters("policy").items() if "lora_B" in n
+        ]
+        assert len(moved) == 14 and all(size > 0 for size in moved)
+
+
+def test_one_forward_and_one_backward_give_both_gradients():
+    """Shared trunk: the gradient of policy loss + vf_coef * value loss, summed from two separate backward passes."""
+    t = trainer(critic="shared_trunk", vf_coef=0.3, total_steps=1, max_grad_norm=1e9)
+    torch.nn.init.normal_(t.critic.head.weight)
+    rollout, _ = t._rollout([t.prompts[i] for i in range(4)] * 2, 1, purpose="rollout")
+    rollout.scores = t._score(rollout)
+    plan = t._plan(rollout)
+    experience, _ = t._experience(rollout, plan[0])
+    learner, mini = t.learner, plan[0][0]
+    normalizer = learner._normalizer(experience.response_mask, mini)
+    for rows in rollout.micro_batches(mini, learner.backoff.tokens):
+        batch, take = rollout.tokens(rows, t.device), experience.take(rows)
+        learner._policy_loss(batch.hidden(t.policy), batch, experience, rows, experience.weights, normalizer)[
+            0
+        ].backward()
+        value = learner._value_loss(batch.hidden(t.policy), experience, take, normalizer)[0]
+        (0.3 * value).backward()
+    want = [p.grad.clone() for p in (*t.policy.parameters(), t.critic.head.weight)]
+    t.policy.zero_grad()
+    t.critic.head.zero_grad()
+    got, forwards = [], []
+    t.policy.base_model.register_forward_hook(lambda *_: forwards.append(1))
+
+    def keep(learning_rate):  # in place of the optimizers' steps
+        got.extend(p.grad.clone() for p in (*t.policy.parameters(), t.critic.head.weight))
+        raise InterruptedError
+
+    learner.policy_optimizer.step = keep
+    with pytest.raises(InterruptedError):
+        learner.update(rollout, experience, plan, 0)
+    assert len(forwards) == len(rollout.micro_batches(mini, learner.backoff.tokens))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_a_warm_up_on_a_shared_trunk_trains_the_head_alone():
+    t = trainer(critic="shared_trunk", critic_warmup_steps=2)
+    before, losses = plain_weights(t), []
+    for step in t:
+        losses.append(step.metrics["value/loss"])
+        if len(losses) == 2:
+            assert all(torch.equal(before[k], v) for k, v in plain_weights(t).items())
+            assert float(t.critic.head.weight.detach().abs().sum()) > 0
+    assert not all(torch.equal(before[k], v) for k, v in plain_weights(t).items())
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if "shared" in f])
+def test_decoding_hands_over_the_values_a_training_forward_gives(form):
+    t = trainer(**FORMS[form], old_log_probs="rollout")
+    torch.nn.init.normal_(t.critic.head.weight)
+    rollout, _ = t._rollout([t.prompts[i] for i in range(6)], 2, purpose="rollout")
+    batch = rollout.tokens(list(range(12)), t.device)
+    torch.testing.assert_close(torch.cat(rollout.values), t.critic.values(batch).detach(), rtol=1e-4, atol=1e-4)
+    rollout.scores = t._score(rollout)
+    forwards = []
+    t.policy.base_model.register_forward_hook(lambda *_: forwards.append(1))
+    t._experience(rollout, [list(range(12))])
+    assert len(forwards) == ("lora" in FORMS[form])  # the reference alone, where it is the policy's base
+
+
+def test_lora_holds_one_copy_of_the_weights_for_every_role():
+    base = sum(p.numel() * 4 for p in {id(p): p for p in tiny.llama(hidden_size=64).parameters()}.values())
+    forms = {"separate": {}, "shared_trunk": {"critic": "shared_trunk"}, "lora": {"lora": 1}}
+    forms["both"] = {**forms["lora"], **forms["shared_trunk"]}
+    sizes = {
+        name: storages(trainer(policy=tiny.llama(hidden_size=64), **fields)) / base for name, fields in forms.items()
+    }
+    assert sizes["separate"] > 2.5 and sizes["shared_trunk"] < 2.01
+    assert sizes["both"] <= 1.1 and sizes["lora"] < 1.2
+
+
+def test_policy_critic_and_reference_are_told_apart():
+    """Each adapter moves its own role only."""
+    t = trainer(lora=4)
+    ids = torch.arange(3, 11)[None]
+
+    def read():
+        with torch.no_grad():
+            policy = heads.hidden_states(t.policy, ids)
+            with t.critic.active():
+                critic = heads.hidden_states(t.policy, ids)
+            with t.roles.reference() as model:
+                return policy, critic, heads.hidden_states(model, ids)
+
+    first = read()
+    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
+    with torch.no_grad():
+        for role in ("policy", "value"):
+            for p in t.roles.adapters.parameters(role).values():
+                p.add_(torch.randn_like(p) * 0.1)
+            moved = [not torch.equal(a, b) for a, b in zip(first, read(), strict=True)]
+            assert moved == [True, role == "value", False]
+
+
+def test_generation_applies_the_adapter_and_leaves_every_byte():
+    """Greedy tokens equal those of the merged model in stock transformers; base and adapter are bit-identical after."""
+    t = trainer(lora=4)
+    with torch.no_grad():
+        for p in t.roles.adapters.parameters("policy").values():
+            p.add_(torch.randn_like(p) * 0.2)
+    before = {k: v.clone() for k, v in t.policy.state_dict().items()}
+    prompts = [ids for _, ids in t.prompts]
+    params = SamplingParams(12, temperature=0.0, stop_token_ids=[])
+    out = RolloutEngine(t.policy, t.tokenizer).generate(prompts, params)
+    assert all(torch.equal(before[k], v) for k, v in t.policy.state_dict().items())
+    merged = tiny.llama()
+    merged.load_state_dict(t.roles.adapters.merged("policy"))
+    plain = RolloutEngine(tiny.llama(), t.tokenizer).generate(prompts, params)
+    for prompt, response in zip(prompts, out.response_ids, strict=True):
+        ids = torch.tensor([prompt])
+        want = merged.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
+        assert response == want[0, len(prompt) :].tolist()
+    assert out.response_ids != plain.response_ids
+
+
+def test_saved_folders_load_in_stock_transformers_and_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    t = trainer(lora=4)
+    t.train()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        want = t.policy(ids).logits
+        t.save(tmp_path / "merged")
+        t.save(tmp_path / "adapter", adapter=True)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        adapted = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "adapter")
+        torch.testing.assert_close(merged(ids).logits, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(adapted(ids).logits, want, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(tiny.llama()(ids).logits, want, atol=1e-2)
+    with pytest.raises(UserError, match="adapter=True needs a run with lora"):
+        trainer().save(tmp_path / "none", adapter=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_resumed_run_ends_with_the_same_bytes(form, tmp_path):
+    fields = {**FORMS[form], "save_every": 2, "total_steps": 4}
+    through = trainer(**fields, output_dir=str(tmp_path / "through"))
+    through.train()
+    first = trainer(**fields, output_dir=str(tmp_path / "resumed"))
+    steps = iter(first)
+    for _ in range(2):
+        next(steps)
+    steps.close()
+    again = trainer(**fields, output_dir=str(tmp_path / "resumed"), resume=True)
+    assert again.run.step == 2
+    again.train()
+    for a, b in ((through, again),):
+        assert all(
+            torch.equal(x, y)
+            for x, y in zip(a.policy.state_dict().values(), b.policy.state_dict().values(), strict=True)
+        )
+        assert torch.equal(a.critic.head.weight, b.critic.head.weight)
+    names = {f.name for f in (tmp_path / "resumed" / "checkpoints").glob("step-*/*.safetensors")}
+    assert ("weights_policy.safetensors" in names) == ("lora" in FORMS[form])
+
+
+def test_gradient_checkpointing_gives_the_same_update():
+    ends = []
+    for checkpointing in (False, True):
+        t = trainer(lora=4, gradient_checkpointing=checkpointing, total_steps=2)
+        t.train()
+        ends.append(
+            [p.detach().clone() for role in ("policy", "value") for p in t.roles.adapters.parameters(role).values()]
+        )
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_gpt2_and_chosen_layers():
+    t = trainer(policy=tiny.gpt2(), lora={"r": 2, "target_modules": ["c_attn"]}, total_steps=2)
+    assert len(t.roles.adapters.layers) == 2
+    before = copy.deepcopy(t.roles.adapters.merged("policy"))
+    t.train()
+    after = t.roles.adapters.merged("policy")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"transformer.h.{i}.attn.c_attn.weight" for i in (0, 1)}
+
+
+def test_mistakes_are_sentences(monkeypatch):
+    with pytest.raises(UserError, match="value_model: advantage = rloo has no critic; leave value_model out"):
+        trainer(advantage="rloo", samples_per_prompt=2, value_model="does/not/exist")
+    with pytest.raises(UserError, match=r"lora = .*: expected a rank, or \{r: rank"):
+        PPOConfig(lora={"r": 8, "dropout": 0.1})
+    with pytest.raises(UserError, match="value_model: with critic = shared_trunk the critic reads the policy's base"):
+        trainer(critic="shared_trunk", value_model=tiny.llama())
+    with pytest.raises(UserError, match="no linear layer is called 'nope'; the model has down_proj, gate_proj"):
+        trainer(lora={"r": 4, "target_modules": ["nope"]})
+    with pytest.raises(UserError, match="critic = shared_trunk: advantage = rloo has no critic"):
+        PPOConfig(critic="shared_trunk", advantage="rloo", samples_per_prompt=2)
+    for wrong in (0, "x", {"rank": 4}, {"r": True}, {"r": 2, "alpha": -1}, {"r": 2, "target_modules": []}, "[", 2.5):
+        with pytest.raises(UserError, match="lora"):
+            PPOConfig(lora=wrong)
+    with pytest.raises(UserError, match="the model has adapters already"):
+        model = tiny.llama()
+        for _ in range(2):
+            Adapters(model, lora_options(2), ["policy"], 0)
+    monkeypatch.setattr("fastrlhf.models.lora.installed", lambda name: False)
+    with pytest.raises(UserError, match="pip install peft"):
+        trainer(lora=4)
+
+
+@pytest.mark.parametrize("text", [8, "8", "{r: 8}", {"r": 8, "alpha": 16}])
+def test_every_spelling_of_lora(text):
+    assert PPOConfig(lora=text).lora == {"r": 8, "alpha": 16, "target_modules": None}

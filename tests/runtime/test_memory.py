@@ -1,0 +1,287 @@
+"""Memory runs out in the middle of a step: half the micro-batch, the same step again, the same bytes as if it had been
+half from there on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, SFTConfig, UserError
+from fastrlhf.models import loading
+from fastrlhf.runtime.memory import MOST_HALVINGS, Backoff, ran_out, remedies
+from tests import tiny
+from tests.stage_runs import build, differing, leave_after, read
+
+PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
+CPU = torch.device("cpu")
+BUDGET = 52  # tokens: 2 or 3 micro-batches a mini-batch
+
+
+def letters(prompts: list[str], responses: list[str]) -> list[float]:
+    return [r.count("e") - 0.1 * len(r) for r in responses]
+
+
+def trainer(reward: object = letters, **fields: object) -> PPOTrainer:
+    base = {"total_steps": 2, "rollout_batch_size": 12, "mini_batch_size": 4, "max_new_tokens": 10, "eval_every": 0,
+            "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "micro_batch_tokens": BUDGET,
+            "reward_scaling": "running_std"}  # fmt: skip
+    cfg = PPOConfig(**{**base, **fields})
+    return PPOTrainer(cfg, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=reward, prompts=PROMPTS)
+
+
+def run_out(model: torch.nn.Module, number: int, *, when: Callable[[], bool], backward: bool = False) -> list[int]:
+    """Raise OutOfMemoryError once, in forward `number` (or its backward) of those for which when() holds -> the count
+    of those forwards, in a list."""
+    seen = []
+
+    def fail(grad: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+
+    def hook(module: torch.nn.Module, args: object, output: object) -> None:
+        if not when():
+            return
+        seen.append(1)
+        if len(seen) == number + 1:
+            if not backward:
+                fail(output.last_hidden_state)
+            output.last_hidden_state.register_hook(fail)
+
+    model.register_forward_hook(hook)
+    return seen
+
+
+def training() -> bool:
+    return torch.is_grad_enabled()
+
+
+def reading() -> bool:
+    """The policy in the experience phase; decoding runs in inference mode."""
+    return not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def rolled_out(**fields: object) -> tuple:
+    t = trainer(**fields)
+    rollout, _ = t._rollout([t.prompts[i % len(t.prompts)] for i in range(12)], 1, purpose="rollout")
+    rollout.scores = t._score(rollout)
+    plan = t._plan(rollout)
+    return t, rollout, plan, t._experience(rollout, plan[0])[0]
+
+
+# ------------------------------------------------------------------------------------------------------- in the update
+
+PLACES = [(0, 0), (0, 1), (1, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1), (5, 0), (5, 1)]  # mini-batch, micro-batch
+FORMS = {
+    "policy alone": {"advantage": "rloo", "samples_per_prompt": 2},
+    "shared trunk": {"critic": "shared_trunk"},
+    "lora, packed": {"lora": 4, "critic": "shared_trunk", "packing": True},
+    "critic": {},  # memory runs out in the critic
+}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_update_cut_short_goes_on_with_the_bytes_of_half_the_budget(form, backward):
+    """At ten places: mini-batches before it as they were; it and all later ones as if they had been planned so."""
+    reports, halves = [], {}
+    for i, j in PLACES[:: 3 if backward else 1]:
+        ours, rollout, plan, experience = rolled_out(**FORMS[form])
+        flat = [mini for epoch in plan for mini in epoch]
+        groups = [rollout.micro_batches(mini, BUDGET) for mini in flat]
+        assert all(len(g) > 1 for g in groups), "a mini-batch must have several micro-batches to fail between"
+        model = ours.critic.trunk if form == "critic" else ours.policy
+        run_out(model.base_model, sum(map(len, groups[:i])) + j, when=training, backward=backward)
+        ours.backoff.report = lambda kind, message, **fields: reports.append((kind, message, fields))
+        ours.learner.update(rollout, experience, plan, 0)
+        assert ours.backoff.tokens == BUDGET // 2 and len(flat) == 6
+
+        if i not in halves:
+            theirs, rollout, plan, experience = rolled_out(**FORMS[form])
+            theirs.learner.update(rollout, experience, [flat[:i]], 0) if i else None
+            theirs.backoff.halvings = 1
+            theirs.learner.update(rollout, experience, [flat[i:]], 0)
+            halves[i] = theirs
+        assert differing(ours, halves[i]) == [], (i, j)
+    kind, message, fields = reports[0]
+    assert kind == "out_of_memory" and fields == {"before": 52, "after": 26}
+    assert message == "memory ran out with micro-batches of 52 tokens: again with 26 (CUDA out of memory. Tried to " \
+                      "allocate 2.00 GiB.)"  # fmt: skip
+    assert len(reports) == len(PLACES[:: 3 if backward else 1])
+    whole, rollout, plan, experience = rolled_out(**FORMS[form])
+    whole.learner.update(rollout, experience, plan, 0)
+    assert differing(whole, halves[0]), "rounding must tell the two budgets apart, or the comparison sees nothing"
+
+
+def test_statistics_of_an_update_cut_short_are_counted_once():
+    results = []
+    for number in (None, 3):
+        t, rollout, plan, experience = rolled_out(old_log_probs="rollout")
+        if number is not None:
+            run_out(t.policy.base_model, number, when=training)
+        results.append(t.learner.update(rollout, experience, plan, 0))
+        assert t.learner.policy_updates == t.learner.critic_updates == 6
+    assert results[0] == pytest.approx(results[1], rel=1e-3, abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- before the update
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> tuple[PPOTrainer, Path]:
+    """A run whose budget is half from the start."""
+    folder = tmp_path_factory.mktemp("half")
+    t = trainer(micro_batch_tokens=BUDGET // 2, output_dir=str(folder))
+    t.train()
+    return t, folder
+
+
+@pytest.mark.parametrize(("who", "number"), [(w, n) for w in ("policy", "critic", "reference") for n in (0, 1, 4)])
+def test_an_experience_cut_short_gives_the_run_of_half_the_budget(tmp_path, half, who, number):
+    t = trainer(output_dir=str(tmp_path))
+    model = {"policy": t.policy, "critic": t.critic.trunk, "reference": t.ref_policy}[who]
+    run_out(model.base_model, number, when=(lambda: True) if who == "reference" else reading)
+    t.train()
+    assert differing(t, half[0]) == []
+    assert read(tmp_path / "metrics.jsonl") == read(half[1] / "metrics.jsonl")
+    events = [row for row in read(tmp_path / "events.jsonl") if row["kind"] == "out_of_memory"]
+    assert [(row["before"], row["after"]) for row in events] == [(52, 26)]
+
+
+def test_scoring_cut_short_gives_the_run_of_half_the_budget():
+    ends = []
+    for budget, number in ((BUDGET // 2, None), (BUDGET, 2)):
+        t = trainer(loading.scalar_model(tiny.llama(seed=3), tiny.tokenizer(), seed=1), micro_batch_tokens=budget)
+        if number is not None:
+            run_out(t.scorer.model.base_model, number, when=lambda: True)
+        ends.append((t, [step.rollout.scores for step in t]))
+        assert t.backoff.tokens == BUDGET // 2
+    assert ends[0][1] == ends[1][1] and differing(ends[0][0], ends[1][0]) == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_other_stages_go_on_with_the_bytes_of_half_the_budget(stage, number):
+    ours, theirs = build(stage, micro_batch_tokens=60, eval_every=0), build(stage, micro_batch_tokens=30, eval_every=0)
+    seen = run_out(ours.model.base_model, number, when=training)
+    ours.train(), theirs.train()
+    assert ours.backoff.halvings == 1 and len(seen) > 4 and differing(ours, theirs) == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_an_evaluation_cut_short_is_done_again(stage):
+    ours, plain = build(stage, micro_batch_tokens=30), build(stage, micro_batch_tokens=30)
+    want = plain.evaluate()
+    run_out(ours.model.base_model, 1, when=lambda: True)
+    assert ours.evaluate() == pytest.approx(want, rel=1e-5) and ours.backoff.tokens == 15
+
+
+def test_a_resumed_run_has_the_same_micro_batches(tmp_path):
+    """The halving is part of the checkpoint: otherwise the resumed run would round differently."""
+    fields = {"total_steps": 4, "save_every": 1}
+    through = trainer(**fields, output_dir=str(tmp_path / "through"))
+    run_out(through.policy.base_model, 5, when=training)
+    through.train()
+    first = trainer(**fields, output_dir=str(tmp_path / "resumed"))
+    run_out(first.policy.base_model, 5, when=training)
+    leave_after(first, 2)
+    again = trainer(**fields, output_dir=str(tmp_path / "resumed"), resume=True)
+    assert again.run.step == 2 and again.backoff.tokens == BUDGET // 2
+    again.train()
+    assert differing(through, again) == []
+    for name in ("metrics.jsonl", "events.jsonl"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "through" / name).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------ by itself
+
+
+def test_after_five_halvings_the_cheapest_fixes_are_named(tmp_path):
+    t = trainer(micro_batch_tokens=64, output_dir=str(tmp_path))
+    before = [p.detach().clone() for p in t.policy.parameters()]
+
+    def always(module: object, args: object, output: object) -> None:
+        if training():
+            raise torch.OutOfMemoryError("no memory")
+
+    t.policy.base_model.register_forward_hook(always)
+    with pytest.raises(UserError) as caught:
+        t.train()
+    assert str(caught.value) == (
+        "micro_batch_tokens: memory ran out with 2 tokens too, after 5 halvings; cheapest first: "
+        "gradient_checkpointing=true, offload=true, lora=16 (no memory)"
+    )
+    events = read(tmp_path / "events.jsonl")
+    assert [row["after"] for row in events] == [32, 16, 8, 4, 2] and len(events) == MOST_HALVINGS
+    assert all(map(torch.equal, before, t.policy.parameters())) and all(p.grad is None for p in t.policy.parameters())
+
+
+def test_remedies_are_those_not_in_use():
+    ppo = PPOConfig(gradient_checkpointing=True, offload=True)
+    assert remedies(ppo)[:3] == ["lora=16", "critic=shared_trunk", "a smaller max_new_tokens"]
+    small = PPOConfig(gradient_checkpointing=True, offload=True, lora=4, advantage="rloo", samples_per_prompt=2)
+    assert remedies(small)[0] == "a smaller max_new_tokens"
+    for cfg in (SFTConfig(), RewardConfig()):
+        assert remedies(cfg)[:3] == ["gradient_checkpointing=true", "lora=16", "a smaller max_tokens"]
+
+
+def test_random_numbers_are_drawn_again_and_memory_is_free_before_the_next_try():
+    backoff, drawn, alive = Backoff(SFTConfig(micro_batch_tokens=7), CPU), [], []
+
+    class Large:
+        """Stands for activations that only the frames of the failed work hold."""
+
+    def work() -> float:
+        held = Large()
+        alive.append(weakref.ref(held))
+        drawn.append(float(torch.rand(())))
+        if len(drawn) < 3:
+            raise torch.OutOfMemoryError("no memory")
+        return drawn[-1]
+
+    freed = []
+    assert backoff.attempt(work, undo=lambda: freed.append(alive[-1]() is None)) == drawn[0]
+    assert drawn == [drawn[0]] * 3 and freed == [True, True]
+    assert backoff.tokens == 1 and backoff.halvings == 2
+
+
+def test_the_real_allocator_is_understood():
+    backoff, tries = Backoff(SFTConfig(), CPU), []
+
+    def work() -> str:
+        tries.append(backoff.tokens)
+        if len(tries) == 1:
+            torch.empty(1 << 55, dtype=torch.uint8)
+        return "done"
+
+    assert backoff.attempt(work) == "done" and tries == [8192, 4096]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("anything"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_only_memory_is_tried_again(error, expected):
+    assert ran_out(error) is expected
+    backoff, calls = Backoff(SFTConfig(), CPU), []
+
+    def work() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise error
+
+    if expected:
+        backoff.attempt(work)
+        assert len(calls) == 2
+    else:
+        with pytest.raises(RuntimeError, match="illegal|mat1"):
+            backoff.attempt(work)
+        assert len(calls) == 1 and backoff.halvings == 0

@@ -1,0 +1,143 @@
+"""Several ranks (gloo, on the CPU) against one process: the same tokens, the same losses, the same weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastrlhf.runtime import batching, distributed
+from tests import rank_runs, tiny
+
+ROOT = Path(__file__).parents[2]
+FORMS = [*rank_runs.FORMS, "sft", "reward"]
+
+
+def torchrun(ranks: int, *command: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    whole = [*launcher, *command] if ranks > 1 else [sys.executable, *command]
+    return subprocess.run(whole, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[int, Path]:
+    folders = {}
+    for ranks in (1, 2, 3):
+        folders[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
+        done = torchrun(ranks, "-m", "tests.rank_runs", str(folders[ranks]))
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_ranks_give_what_one_process_gives(runs, form, ranks):
+    """10 responses of 5 prompts in mini-batches of 5: neither divides by the ranks."""
+    one, many = (json.loads((runs[n] / f"{form}.json").read_text()) for n in (1, ranks))
+    assert len(one) == len(many) == 5
+    for a, b in zip(one, many, strict=True):
+        assert a["ids"] == b["ids"]
+        assert a["metrics"].keys() == b["metrics"].keys()
+        for name, value in a["metrics"].items():
+            if math.isnan(value):
+                assert math.isnan(b["metrics"][name])
+            else:
+                assert b["metrics"][name] == pytest.approx(value, rel=1e-5, abs=5e-6), (
+                    name
+                )  # kl/ref: sums of differences
+    moved, other = (load_file(runs[n] / f"{form}.safetensors") for n in (1, ranks))
+    gap = math.sqrt(sum(float((moved[n] - other[n]).square().sum()) for n in moved))
+    assert gap <= 1e-3 * math.sqrt(sum(float(t.square().sum()) for t in moved.values()))
+
+
+KILLER = """
+import os, signal, time
+from pathlib import Path
+
+def killer(prompts, responses):
+    if int(os.environ["RANK"]) == 1 and Path("run/checkpoints/step-000001").is_dir():
+        Path("died").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(len(r)) for r in responses]
+
+def kind(prompts, responses):
+    return [float(len(r)) for r in responses]
+
+def broken(prompts, responses):
+    raise KeyError("no such answer")
+"""
+RECIPE = """policy: model
+prompts: [the cat, thank you, the answer is, please]
+output_dir: run
+total_steps: 3
+rollout_batch_size: 4
+mini_batch_size: 4
+max_new_tokens: 6
+save_every: 1
+eval_every: 0
+"""
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    tiny.llama().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "mine.py").write_text(KILLER)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def said(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_a_killed_rank_ends_all_with_one_message_and_the_run_goes_on(place):
+    """SIGKILL in the middle of step 2 of the command line's own run; then one process resumes it (2 ranks -> 1)."""
+    done = torchrun(3, "-m", "fastrlhf", "ppo", "r.yaml", "reward=mine.py:killer", cwd=place, timeout=120)
+    assert time.time() - float((place / "died").read_text()) < 60
+    assert done.returncode != 0
+    assert len(said(done)) == 1 and "another rank of this run is gone" in said(done)[0], done.stderr[-2000:]
+    assert "fastrlhf resume" in said(done)[0]
+    (place / "run" / "config.yaml").write_text((place / "run" / "config.yaml").read_text().replace("killer", "kind"))
+    again = torchrun(1, "-m", "fastrlhf", "resume", "run", cwd=place)
+    assert again.returncode == 0, again.stderr[-2000:]
+    rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and (place / "run" / "final" / "model.safetensors").exists()
+
+
+def test_a_mistake_of_the_user_is_said_once(place):
+    done = torchrun(2, "-m", "fastrlhf", "ppo", "r.yaml", "reward=mine.py:broken", cwd=place, timeout=120)
+    assert done.returncode != 0
+    assert len(said(done)) == 1 and "reward function broken, sample 0: raised KeyError" in said(done)[0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 100])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_rows_are_shared_whole_and_evenly(count, ranks, monkeypatch):
+    sizes = [1 + (i * i) % 11 for i in range(count)]
+    pieces, rows, loads = [], [], []
+    for rank in range(ranks):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        monkeypatch.setenv("RANK", str(rank))
+        pieces += range(count)[batching.share(count)]
+        mine = batching.own(sizes)
+        rows += mine
+        loads.append(sum(sizes[i] for i in mine))
+    assert pieces == list(range(count)) and sorted(rows) == list(range(count))
+    assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+def test_one_process_needs_no_group():
+    tensor = torch.arange(3.0)
+    distributed.add_up(tensor)
+    assert torch.equal(tensor, torch.arange(3.0)) and distributed.gather(tensor) is tensor
+    assert distributed.any_of(True) and not distributed.any_of(False) and not torch.distributed.is_initialized()
