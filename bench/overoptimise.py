@@ -61,9 +61,9 @@ def train(name: str, models: Settings, folder: Path, steps: int, every: int) -> 
 
     look(0)
     for _ in trainer:
-        if trainer.run.step % every == 0 or trainer.run.step == steps:
-            look(trainer.run.step)
-    trainer.run.tracker.close()
+        if trainer.steps_done % every == 0 or trainer.steps_done == steps:
+            look(trainer.steps_done)
+    trainer.tracker.close()
     print(build_report(folder))
     recorded = {row["step"]: row for row in verdict.read_jsonl(folder / "metrics.jsonl") if "reward/eval" in row}
     return [

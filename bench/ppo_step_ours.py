@@ -58,7 +58,7 @@ def timed_phases(
 def main(spec: dict) -> None:
     clock = Clock(torch.device(spec["device"]))
     trainer = trainer_of(spec)
-    trainer.run.tracker.phase = timed_phases(trainer.run.tracker.phase, clock)
+    trainer.tracker.phase = timed_phases(trainer.tracker.phase, clock)
     clock.start()
     for step in trainer:
         clock.step()

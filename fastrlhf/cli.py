@@ -263,7 +263,7 @@ def _check_model(argument: str, source: str) -> None:
 def _speaks() -> bool:
     """Whether this process prints an error that others of the run have too: the first to ask does."""
     distributed = sys.modules.get("fastrlhf.runtime.distributed")
-    return launch.local_rank() == 0 if distributed is None else distributed.first_to_say()
+    return launch.local_rank() == 0 if distributed is None else distributed.is_first_reporter()
 
 
 def _first_line(verb: str, what: str) -> None:

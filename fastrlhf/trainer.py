@@ -1,25 +1,29 @@
-"""The run folder and the loop every stage shares: log, evaluate, checkpoint, resume, stop.
+"""What the three stages share: how a run is built, its loop, evaluation, checkpoints, resuming, stopping.
 
-A stage owns the algorithm (`run_step`); this file owns everything around it, once. The loop is a generator, so that
-the user can own it: `for step in trainer`.
+A trainer is built in one order. Its inputs are read first: rows become token ids, what cannot work is refused. Then
+come the services (run folder, tracker, memory policy, guard), then the parts, each complete after its constructor.
+Last, when `__init__` is done, the run folder is taken and a resumed run gets its state back. A stage owns the algorithm
+(`step`); this file owns everything around it, once. The loop is a generator, so that the user can own it:
+`for step in trainer`.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from abc import ABCMeta, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-import transformers
+import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.checkpoint.atomic import CheckpointError, replace_folder, settle
-from fastrlhf.checkpoint.run_folder import described, identity, is_plain, prepare_folder, write_run_json, write_whole
+from fastrlhf.checkpoint.atomic import CheckpointError, replace_folder
+from fastrlhf.checkpoint.run_folder import RunFolder, check_identity, identity
 from fastrlhf.checkpoint.state import (
     load_optimizer_tensors,
     load_parts,
@@ -31,176 +35,217 @@ from fastrlhf.checkpoint.state import (
 from fastrlhf.checkpoint.store import Checkpoint, CheckpointStore
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
-from fastrlhf.config.recipe import resolved_yaml
+from fastrlhf.config.stages import SupervisedConfig
 from fastrlhf.data.templates import stop_token_ids
+from fastrlhf.models.lora import Adapters
 from fastrlhf.models.saving import write_model
 from fastrlhf.runtime import distributed
-from fastrlhf.runtime.guards import Interrupted, StopSignal
-from fastrlhf.runtime.optim import Trained
+from fastrlhf.runtime.batching import Sampler
+from fastrlhf.runtime.guards import Interrupted, StopSignal, UpdateGuard
+from fastrlhf.runtime.memory import MemoryBackoff
+from fastrlhf.runtime.metrics import throughput
+from fastrlhf.runtime.optim import Optimizer, TrainedRole, lr_at
 from fastrlhf.runtime.tracking import Tracker
 
 EXIT_INTERRUPTED = 75
 
 
-transformers.utils.logging.disable_progress_bar()  # one line a weight file would drown the console
-
-
-class Step(Protocol):
-    """What a stage's run_step returns; metrics are determined by the seed, timings by the machine."""
+@dataclass
+class Step:
+    """The result of one step: metrics that the seed determines, timings that the machine does."""
 
     metrics: dict[str, float]
     timings: dict[str, float]
 
 
-class Stage(Protocol):
-    """What the loop needs from SFT, reward model and PPO."""
+class Stateful(Protocol):
+    """A part whose state, as JSON can hold it, is in every checkpoint."""
 
-    config: StageConfig
-    inputs: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase
-    total_steps: int
-    best_metric: tuple[str, bool]  # name of the evaluation metric, whether higher is better
-
-    def trained(self) -> dict[str, Trained]: ...
-    def run_step(self) -> Step: ...
-    def evaluate(self) -> dict[str, float]: ...
-    def state(self) -> dict[str, Any]: ...
-    def tensors(self) -> dict[str, dict[str, Tensor]]: ...  # of the checkpoint, beside those of `trained`
-    def load_state(self, state: dict[str, Any], tensors: Callable[[str], dict[str, Tensor]]) -> None: ...
+    def state(self) -> Any: ...
+    def load_state(self, state: Any) -> None: ...
 
 
-class Run:
-    """One stage's run folder (or none: output_dir None) with its tracker, checkpoints and position.
+class TensorPart(Protocol):
+    """A part with tensors in every checkpoint (none: it is left out)."""
 
-    Of several ranks the lead alone writes and talks; all read the checkpoint they resume from.
+    def tensors(self) -> dict[str, Tensor]: ...
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+class _BegunWhenBuilt(ABCMeta):
+    """Begins a trainer after its constructor, so that no part is restored before every part is there."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        trainer = super().__call__(*args, **kwargs)
+        trainer._begin()
+        return trainer
+
+
+class Trainer(metaclass=_BegunWhenBuilt):
+    """Services, loop and checkpoints of a stage. Of several ranks the lead alone writes and talks; all read the
+    checkpoint they resume from.
+
+    A stage's constructor reads its inputs, calls this one, then makes its parts. steps_done counts the steps of the
+    whole run. Left out: callbacks (iterate over the trainer), registries, plugins.
     """
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage, self.config = stage, stage.config
-        self.step = 0
+    best_metric: ClassVar[tuple[str, bool]]  # name of the evaluation metric, whether higher is better
+
+    def __init__(
+        self,
+        config: StageConfig,
+        *,
+        inputs: dict[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        total_steps: int,
+        device: torch.device,
+        notes: Sequence[str],
+    ) -> None:
+        """inputs: the trainer's arguments by name. notes: sentences about the inputs, for the console and log.txt."""
+        self.config, self.tokenizer, self.device = config, tokenizer, device
+        self.planned_steps, self.steps_done = total_steps, 0
+        self.last_step: int | None = None  # where a step finds that it is the last one
         self.best: float | None = None
-        self.averaged: Callable[[], AbstractContextManager] = nullcontext  # inside, the weights to save
-        self.dir = Path(self.config.output_dir) if self.config.output_dir else None
+        self.run_folder = RunFolder(config, inputs)
         self.store: CheckpointStore | None = None
-        seed_rng(self.config.seed)  # for user reward functions too; a resumed run gets its own state back below
-        lead = distributed.is_lead()
+        self.tracker = Tracker(None, config.stage, total_steps, console=distributed.is_lead())
+        self.memory = MemoryBackoff(config, device, self.tracker.event)
+        self.guard = UpdateGuard()
+        for note in notes:
+            self.tracker.note(note)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run: those planned, or fewer where it ends early."""
+        return self.planned_steps if self.last_step is None else self.last_step
+
+    @property
+    def folder(self) -> Path | None:
+        """The run folder; None: nothing is written."""
+        return self.run_folder.path
+
+    # ------------------------------------------------------------------------------------------- what a stage provides
+
+    @abstractmethod
+    def step(self) -> Step:
+        """Make one step of the algorithm and count it in steps_done."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Measure on held-out data -> metrics; none where there is no such data."""
+
+    @abstractmethod
+    def trained(self) -> dict[str, TrainedRole]:
+        """The roles being trained; the first one is exported."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, Stateful]:
+        """Parts with a state of their own, beside guard and memory, by the name in a checkpoint."""
+
+    def tensor_parts(self) -> dict[str, TensorPart]:
+        """Parts with tensors of their own, beside what `trained` holds, by the name in a checkpoint."""
+        return {}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Have the trained model hold the weights that are evaluated and saved, inside."""
+        return nullcontext()
+
+    # ------------------------------------------------------------------------------------------------- the user's end
+
+    def __iter__(self) -> Iterator[Step]:
+        return self._steps()
+
+    def train(self) -> dict[str, float]:
+        """Run every remaining step -> the metrics of the last one."""
+        summary: dict[str, float] = {}
+        for step in self:
+            summary = step.metrics
+        return summary
+
+    def save(self, folder: str | Path, *, adapter: bool = False) -> None:
+        """Write the first trained model as a folder that stock transformers loads, replaced as a whole: weights (an
+        adapter merged into them), tokenizer, chat template and generation config.
+
+        adapter: the LoRA adapter alone, as peft loads it (with the head of a reward model); UserError without `lora`.
+        """
+        first = next(iter(self.trained().values()))
+        if adapter and first.adapter is None:
+            raise UserError("save: adapter=True needs a run with lora; this one trains all weights")
+        if not distributed.is_lead():
+            return
+        model = first.model
+        stops = stop_token_ids(self.tokenizer, getattr(model, "generation_config", None))
+        with self.averaged():
+            weights = first.merged() if first.merged and not adapter else None
+            write_adapter = first.adapter if adapter else None
+            replace_folder(
+                lambda target: write_model(target, model, self.tokenizer, stops, weights, write_adapter), Path(folder)
+            )
+
+    def save_as_trained(self, folder: Path) -> None:
+        """`save`, but a quantised base is not merged unless it is asked for."""
+        self.save(folder, adapter=self.config.quantize is not None)
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def _steps(self) -> Iterator[Step]:
+        """Run the remaining steps. Raises Interrupted after a signal, once a checkpoint is written."""
+        config = self.config
+        with StopSignal() as stop:
+            if self.steps_done == 0 and config.eval_every:
+                self.tracker.log(0, self._evaluate())
+            while self.steps_done < self.total_steps:
+                result = self.step()
+                done, total = self.steps_done, self.total_steps  # a step may find that it was the last
+                if config.eval_every and (done % config.eval_every == 0 or done == total):
+                    result.metrics.update(self._evaluate())
+                self.tracker.log(done, result.metrics, result.timings)
+                stopping = distributed.any_of(stop.requested)
+                due = config.save_every and done % config.save_every == 0
+                if due or stopping or done == total:
+                    self._save()
+                yield result
+                if stopping and done < total:
+                    where = f"; go on with: fastrlhf resume {self.folder}" if self.folder else ""
+                    by = stop.name or "a signal to another rank"
+                    raise Interrupted(f"stopped by {by} after step {done} of {total}{where}")
+
+    def _evaluate(self) -> dict[str, float]:
+        with self.tracker.phase("evaluate"):
+            metrics = self.evaluate()
+        name, higher = self.best_metric
+        value = metrics.get(name)
+        known = value is not None and math.isfinite(value)
+        better = known and (self.best is None or (value > self.best if higher else value < self.best))
+        if better and self.steps_done > 0:
+            self.best = value
+            if self.folder is not None:
+                try:
+                    self.save_as_trained(self.folder / "best")
+                except CheckpointError as error:  # the older best model is still there
+                    self.tracker.event("checkpoint", str(error))
+        return metrics
+
+    # ----------------------------------------------------------------------------------------- checkpoints and resume
+
+    def _begin(self) -> None:
+        """Take the run folder, open its files, and get the state of a resumed run back."""
+        config, lead = self.config, distributed.is_lead()
+        seed_rng(config.seed)  # for user reward functions too; a resumed run gets its own state back below
         with distributed.lead_first():
-            checkpoint = self._open()
-        resumed = None if not self.config.resume else checkpoint.state["bytes"] if checkpoint else {}
-        folder = self.dir if lead else None
-        self.tracker = Tracker(folder, self.config.stage, stage.total_steps, console=lead, resume_bytes=resumed)
+            self.store, checkpoint = self.run_folder.open() if lead else self.run_folder.read()
+        if lead and self.folder is not None:
+            resumed = checkpoint.state["bytes"] if checkpoint else {}
+            self.tracker.open(self.folder, resumed if config.resume else None)
         for note in self.store.notes if self.store else []:
             self.tracker.note(note)
         if checkpoint is not None:
             self._restore(checkpoint)
             if lead:
-                self._write_recipe(self.dir)  # it may go further than it was first told to
+                self.run_folder.write_recipe(self.folder)  # it may go further than it was first told to
 
-    # ------------------------------------------------------------------------------------------------- the folder
-
-    def _open(self) -> Checkpoint | None:
-        if self.dir is None:
-            return None
-        lead = distributed.is_lead()
-        if lead:
-            prepare_folder(self.dir, overwrite=self.config.overwrite, resume=self.config.resume, verb=self.config.stage)
-        self.store = CheckpointStore(self.dir)
-        checkpoint = self.store.latest() if self.config.resume else None
-        if lead and (checkpoint is None or not (self.dir / "run.json").exists()):
-            self._describe()
-        return checkpoint
-
-    def _describe(self) -> None:
-        """config.yaml and run.json, both or neither: a run killed here can be started again."""
-        inputs = self._inputs()
-        fresh = self.dir.absolute().with_name(f".tmp-{self.dir.absolute().name}")
-        shutil.rmtree(fresh, ignore_errors=True)
-        write_run_json(
-            fresh,
-            verb=self.config.stage,
-            inputs=inputs,
-            from_python=sorted(n for n, v in self.stage.inputs.items() if not is_plain(v)),
-            seed=self.config.seed,
-        )
-        self._write_recipe(fresh)
-        settle(fresh)
-        if self.dir.exists():
-            for name in ("config.yaml", "run.json"):
-                os.replace(fresh / name, self.dir / name)
-            fresh.rmdir()
-        else:
-            os.rename(fresh, self.dir)
-
-    def _inputs(self) -> dict[str, Any]:
-        return {name: described(value) for name, value in self.stage.inputs.items() if value is not None}
-
-    def _write_recipe(self, folder: Path) -> None:
-        """config.yaml, as a recipe that starts the same run anew in another folder."""
-        again = self.config.replace(resume=False, overwrite=False)
-        write_whole(folder / "config.yaml", resolved_yaml(again.stage, self._inputs(), again))
-
-    # -------------------------------------------------------------------------------------------------- the loop
-
-    def steps(self) -> Iterator[Step]:
-        """Run the remaining steps. Raises Interrupted after a signal, once a checkpoint is written."""
-        stage = self.stage
-        with StopSignal() as stop:
-            if self.step == 0 and self.config.eval_every:
-                self.tracker.log(0, self._evaluate())
-            while self.step < stage.total_steps:
-                result = stage.run_step()
-                self.step += 1
-                total = stage.total_steps  # a step may find that it was the last
-                if self.config.eval_every and (self.step % self.config.eval_every == 0 or self.step == total):
-                    result.metrics.update(self._evaluate())
-                self.tracker.log(self.step, result.metrics, result.timings)
-                stopping = distributed.any_of(stop.requested)
-                due = self.config.save_every and self.step % self.config.save_every == 0
-                if due or stopping or self.step == total:
-                    self._save()
-                yield result
-                if stopping and self.step < total:
-                    where = f"; go on with: fastrlhf resume {self.dir}" if self.dir else ""
-                    by = stop.name or "a signal to another rank"
-                    raise Interrupted(f"stopped by {by} after step {self.step} of {total}{where}")
-
-    def _evaluate(self) -> dict[str, float]:
-        with self.tracker.phase("evaluate"):
-            metrics = self.stage.evaluate()
-        name, higher = self.stage.best_metric
-        value = metrics.get(name)
-        known = value is not None and math.isfinite(value)
-        better = known and (self.best is None or (value > self.best if higher else value < self.best))
-        if better and self.step > 0:
-            self.best = value
-            if self.dir is not None:
-                try:
-                    self.export_default(self.dir / "best")
-                except CheckpointError as error:  # the older best model is still there
-                    self.tracker.event("checkpoint", str(error))
-        return metrics
-
-    # ----------------------------------------------------------------------------------------- saving and resuming
-
-    def export(self, folder: str | Path, *, adapter: bool = False) -> None:
-        """The first trained model as a folder that stock transformers runs, replaced as a whole; adapter: its adapter
-        alone, with tokenizer and generation config, as peft loads it. The lead writes. UserError where there is none.
-        """
-        first = next(iter(self.stage.trained().values()))
-        if adapter and first.adapter is None:
-            raise UserError("save: adapter=True needs a run with lora; this one trains all weights")
-        if not distributed.is_lead():
-            return
-        model, tokenizer = first.model, self.stage.tokenizer
-        stops = stop_token_ids(tokenizer, getattr(model, "generation_config", None))
-        with self.averaged():
-            weights = first.merged() if first.merged and not adapter else None
-            write = first.adapter if adapter else None
-            replace_folder(lambda target: write_model(target, model, tokenizer, stops, weights, write), Path(folder))
-
-    def export_default(self, folder: Path) -> None:
-        """`export`, but a quantised base is not merged unless it is asked for."""
-        self.export(folder, adapter=self.config.quantize is not None)
+    def _all_parts(self) -> dict[str, Stateful]:
+        return {"guard": self.guard, "memory": self.memory, **self.parts()}
 
     def _save(self) -> None:
         if self.store is None:
@@ -208,55 +253,154 @@ class Run:
         random = _rng_of_every_rank()
         if not distributed.is_lead():
             return
-        trained = self.stage.trained()
-        tensors, optimizers = {**random, **self.stage.tensors()}, {}
-        for name, (_, optimizer, parts, *_) in trained.items():
-            saved, optimizers[name] = optimizer_tensors(optimizer.inner, name)
-            tensors[f"optimizer_{name}"] = {**saved, **optimizer.master_tensors()}
-            if parts is not None:
-                tensors[f"weights_{name}"] = {key: tensor.detach() for key, tensor in parts.items()}
+        trained = self.trained()
+        groups = {name: part.tensors() for name, part in self.tensor_parts().items()}
+        groups = {name: group for name, group in groups.items() if group}
+        tensors, optimizers = {**random, **groups}, {}
+        for name, role in trained.items():
+            saved, optimizers[name] = optimizer_tensors(role.optimizer.inner, name)
+            tensors[f"optimizer_{name}"] = {**saved, **role.optimizer.master_tensors()}
+            if role.parts is not None:
+                tensors[f"weights_{name}"] = {key: tensor.detach() for key, tensor in role.parts.items()}
         state = {
-            "step": self.step,
+            "step": self.steps_done,
+            "last_step": self.last_step,
             "best": self.best,
             "config": identity(self.config),
             "optimizers": optimizers,
-            "stage": self.stage.state(),
+            "parts": {name: part.state() for name, part in self._all_parts().items()},
+            "tensors": sorted(groups),
             "bytes": self.tracker.bytes(),
         }
         models = {name: role.model for name, role in trained.items() if role.parts is None}
         try:
             with self.tracker.phase("save"):
-                self.store.save(self.step, models=models, tensors=tensors, state=state, tokenizer=self.stage.tokenizer)
+                self.store.save(self.steps_done, models=models, tensors=tensors, state=state, tokenizer=self.tokenizer)
         except CheckpointError as error:
             if error.fatal:
                 raise
             self.tracker.event("checkpoint", str(error))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        saved, now = checkpoint.state["config"], identity(self.config)
-        changed = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
-        if changed:
-            name = changed[0]
-            raise UserError(
-                f"{name}: this run was started with {saved.get(name)!r} and would resume with {now.get(name)!r}; "
-                "resume with the same value, or start a new output_dir"
-            )
-        for name, (model, optimizer, parts, *_) in self.stage.trained().items():
-            if parts is None:
-                checkpoint.load_model(name, model)
+        state = checkpoint.state
+        check_identity(state["config"], self.config)
+        for name, role in self.trained().items():
+            if role.parts is None:
+                checkpoint.load_model(name, role.model)
             else:
-                load_parts(parts, checkpoint.tensors(f"weights_{name}"), str(checkpoint.path))
+                load_parts(role.parts, checkpoint.tensors(f"weights_{name}"), str(checkpoint.path))
             tensors = checkpoint.tensors(f"optimizer_{name}")
-            optimizer.load_masters(tensors)
+            role.optimizer.load_masters(tensors)
             inner = {key: value for key, value in tensors.items() if not key.startswith("master.")}
-            load_optimizer_tensors(optimizer.inner, inner, checkpoint.state["optimizers"][name])
-        own = _rng_name(distributed.rank())  # a run may go on with more ranks than it had
-        restore_rng(checkpoint.tensors(own if f"{own}.safetensors" in checkpoint.files else "rng"))
-        self.step, self.best = checkpoint.state["step"], checkpoint.state["best"]
-        self.stage.load_state(checkpoint.state["stage"], checkpoint.tensors)
+            load_optimizer_tensors(role.optimizer.inner, inner, state["optimizers"][name])
+        mine = _rng_name(distributed.rank())  # a run may go on with more ranks than it had
+        restore_rng(checkpoint.tensors(mine if f"{mine}.safetensors" in checkpoint.files else "rng"))
+        self.steps_done, self.best = state["step"], state["best"]
+        self.last_step = state["last_step"]
+        for name, part in self._all_parts().items():
+            part.load_state(state["parts"][name])
+        parts = self.tensor_parts()
+        for name in state["tensors"]:
+            parts[name].load_tensors(checkpoint.tensors(name))
         if distributed.is_lead():
             self.store.rotate(checkpoint.path)
-        self.tracker.note(f"resumed from {checkpoint.path} at step {self.step} of {self.stage.total_steps}")
+        self.tracker.note(f"resumed from {checkpoint.path} at step {self.steps_done} of {self.total_steps}")
+
+
+class SupervisedTrainer(Trainer):
+    """What SFT and reward-model training share: optimizer steps on mini-batches of items, each with a loss of its own.
+
+    A subclass makes `model`, `adapters` and `optimizer` after this constructor. role: what an error calls the model.
+    """
+
+    role: ClassVar[str]
+    model: PreTrainedModel
+    adapters: Adapters | None
+    optimizer: Optimizer
+
+    def __init__(
+        self,
+        config: SupervisedConfig,
+        *,
+        items: list[Any],
+        inputs: dict[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        notes: Sequence[str],
+    ) -> None:
+        steps = config.total_steps or math.ceil(config.epochs * len(items) / config.mini_batch_size)
+        super().__init__(config, inputs=inputs, tokenizer=tokenizer, total_steps=steps, device=device, notes=notes)
+        self.items = items
+        self.sampler = Sampler(len(items), config.seed)
+
+    @abstractmethod
+    def accumulate(self, items: list[Any]) -> tuple[Tensor, ...]:
+        """Add this rank's gradients of an optimizer step -> sums over its items, the loss first."""
+
+    @abstractmethod
+    def step_metrics(self, sums: Sequence[Tensor]) -> dict[str, float]:
+        """Metrics of a step beside its loss, from the sums of `accumulate` over all ranks."""
+
+    @abstractmethod
+    def token_count(self, item: Any) -> int:
+        """Tokens that the model reads for an item."""
+
+    def step(self) -> Step:
+        config = self.config
+        items = [self.items[i] for i in self.sampler.take(config.mini_batch_size)]
+        self.model.train()  # transformers checkpoints activations in this mode only; dropout is off in both
+        with self.tracker.phase("update"):
+            sums = self.memory.attempt(partial(self.accumulate, items), undo=self.optimizer.zero_grad)
+            distributed.all_reduce_sum(*sums)
+            rate = lr_at(
+                self.steps_done,
+                base=config.learning_rate,
+                schedule=config.lr_schedule,
+                warmup_steps=config.warmup_steps,
+                total_steps=self.total_steps,
+            )
+            result = self.optimizer.step(rate)
+        self.steps_done += 1
+        sentence = self.guard.record(result.applied, self.role)
+        if sentence is not None:
+            self.tracker.event("non_finite_update", sentence, step=self.steps_done)
+        metrics = {
+            "loss/train": float(sums[0]),
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "update/skipped": float(self.guard.skipped),
+            **self.step_metrics(sums),
+        }
+        return Step(metrics, throughput("perf/tokens", sum(map(self.token_count, items)), self.device))
+
+    def parts(self) -> dict[str, Stateful]:
+        return {"sampler": self.sampler}
+
+
+def device_of(model: object) -> torch.device:
+    """The device that a model is trained on: its own where it is loaded already, else this process's."""
+    return model.device if isinstance(model, PreTrainedModel) else distributed.device()
+
+
+def run_stage(trainer: type[Trainer], inputs: dict[str, Any], config: StageConfig) -> int:
+    """Run a whole stage for the command line: train, write output_dir/final (with lora and a base that is not quantised
+    output_dir/adapter too; else final is the adapter) -> exit code 0, or 75 when interrupted."""
+    if config.output_dir is None:
+        raise UserError("output_dir: name the run folder, for example output_dir=runs/first")
+    stage = trainer(config, **inputs)
+    try:
+        stage.train()
+        with distributed.lead_first():  # nobody leaves before it is written
+            stage.save_as_trained(stage.folder / "final")
+            if config.lora is not None and config.quantize is None:
+                stage.save(stage.folder / "adapter", adapter=True)
+        stage.tracker.note(f"done: {stage.folder / 'final'}")
+    except Interrupted as stopped:
+        stage.tracker.note(str(stopped))
+        return EXIT_INTERRUPTED
+    finally:
+        stage.tracker.close()
+    return 0
 
 
 def _rng_name(rank: int) -> str:
@@ -264,30 +408,8 @@ def _rng_name(rank: int) -> str:
 
 
 def _rng_of_every_rank() -> dict[str, dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {_rng_name(rank): {} for rank in range(distributed.size())}
+    groups: dict[str, dict[str, Tensor]] = {_rng_name(rank): {} for rank in range(distributed.size())}
     for name, tensor in rng_tensors().items():
-        for group, part in zip(found.values(), distributed.gather_each(tensor), strict=True):
+        for group, part in zip(groups.values(), distributed.gather_each(tensor), strict=True):
             group[name] = part
-    return found
-
-
-def run_stage(trainer: type, inputs: dict[str, Any], config: StageConfig) -> int:
-    """A whole stage for the command line: train, write output_dir/final (with lora and a base that is not quantised
-    output_dir/adapter too; else final is the adapter) -> exit code 0, or 75 when interrupted."""
-    if config.output_dir is None:
-        raise UserError("output_dir: name the run folder, for example output_dir=runs/first")
-    stage = trainer(config, **inputs)
-    tracker = stage.run.tracker
-    try:
-        stage.train()
-        with distributed.lead_first():  # nobody leaves before it is written
-            stage.run.export_default(stage.run.dir / "final")
-            if config.lora is not None and config.quantize is None:
-                stage.run.export(stage.run.dir / "adapter", adapter=True)
-        tracker.note(f"done: {stage.run.dir / 'final'}")
-    except Interrupted as stopped:
-        tracker.note(str(stopped))
-        return EXIT_INTERRUPTED
-    finally:
-        tracker.close()
-    return 0
+    return groups

@@ -47,7 +47,7 @@ def resumed_equals_whole(folder: Path, leave_after: int, **fields: object) -> di
     steps.close()
     torch.manual_seed(99)
     again = trainer(**fields, output_dir=str(folder / "parts"), resume=True)
-    assert again.run.step == leave_after
+    assert again.steps_done == leave_after
     again.train()
     whole, parts = bytes_of(folder / "whole"), bytes_of(folder / "parts")
     assert whole.keys() == parts.keys() and [name for name in whole if whole[name] != parts[name]] == []

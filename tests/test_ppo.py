@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrlhf import PPOConfig, PPOTrainer, UserError
 from fastrlhf.models import heads, loading
-from fastrlhf.models.token_batch import TokenBatch, response_log_probs
+from fastrlhf.models.token_batch import TokenBatch, target_log_probs
 from fastrlhf.rl import learner
 from tests import tiny
 
@@ -104,7 +104,7 @@ def test_padding_does_not_reach_any_result():
         def run(pairs, t=t, model=model, critic=critic):
             batch = TokenBatch.build([p for p, _ in pairs], [r for _, r in pairs], t.device)
             with torch.no_grad():
-                return response_log_probs(model, batch, 1.0), heads.scalar_outputs(critic.score, batch.hidden(critic))
+                return target_log_probs(model, batch, 1.0), heads.scalar_outputs(critic.score, batch.hidden(critic))
 
         for alone, padded in zip(run(rows[:1]), run(rows), strict=True):
             assert torch.allclose(alone, padded[:3], atol=1e-5)
@@ -150,7 +150,7 @@ def test_value_and_log_prob_are_read_where_the_token_is_predicted():
     logits = model(batch.input_ids[:1, :5]).logits[0].log_softmax(-1)
     want = torch.stack([logits[2, 8], logits[3, 9]])
     with torch.no_grad():
-        got = response_log_probs(model, batch, 1.0)
+        got = target_log_probs(model, batch, 1.0)
     assert torch.allclose(got[:2], want, atol=1e-5)
 
 
@@ -159,7 +159,7 @@ def test_rollout_log_probs_match_a_teacher_forced_forward_at_the_temperature():
     rollout, _ = t._rollout(t.prompts[:3], 2, purpose="rollout")
     batch = TokenBatch.build(rollout.prompt_ids, rollout.response_ids, t.device)
     with torch.no_grad():
-        want = response_log_probs(t.policy, batch, 0.7)
+        want = target_log_probs(t.policy, batch, 0.7)
     assert torch.allclose(torch.cat(rollout.policy_log_probs), want, atol=1e-4)
 
 

@@ -141,7 +141,7 @@ def test_a_loop_left_after_any_step_goes_on_exactly(
     random.seed(99), numpy.random.seed(99), torch.manual_seed(99)
     resumed = build(tmp_path / "run", resume=True)
     resumed.train()
-    assert resumed.run.step == 4
+    assert resumed.steps_done == 4
     expected, found = weights(uninterrupted), weights(resumed)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path
     weights_file.write_bytes(data)
     with pytest.warns(UserWarning, match="step-000003 is damaged and not used"):
         resumed = ppo(tmp_path, resume=True)
-    assert resumed.run.step == 2
+    assert resumed.steps_done == 2
     resumed.train()
     assert (tmp_path / "metrics.jsonl").read_bytes() == (whole[ppo][0] / "metrics.jsonl").read_bytes()
 

@@ -132,7 +132,7 @@ def test_the_loss_of_a_step_is_the_mean_over_records(make):
     """Each record weighs the same, whether it holds one response or four."""
     t = trainer(model=make())
     expected = []
-    for record in t.records:
+    for record in t.items:
         scores = torch.tensor(scores_of(t, record.rows))
         expected.append(float(record_loss(scores, record.feedback)))
     assert len(expected) == len(MIXED)
@@ -281,8 +281,8 @@ def test_it_learns_a_simple_preference(tmp_path):
 def test_judgements_of_one_prompt_are_held_out_together():
     rows = [{"prompt": tiny.chat(f"the cat {i // 4}"), "chosen": "yes", "rejected": f"no {i}"} for i in range(40)]
     t = trainer(config(eval_fraction=0.2), data=rows)
-    prompts = [{json.dumps(r.feedback.prompt) for r in part} for part in (t.records, t.eval_records)]
-    assert len(t.records) == 32 and len(t.eval_records) == 8 and t.sampler.n == 32
+    prompts = [{json.dumps(r.feedback.prompt) for r in part} for part in (t.items, t.eval_records)]
+    assert len(t.items) == 32 and len(t.eval_records) == 8 and t.sampler.n == 32
     assert not prompts[0] & prompts[1]
 
 
@@ -292,7 +292,7 @@ def test_groups_stay_within_the_budget_padding_included():
     many = [{"prompt": p, "responses": ["yes", "no", "cat", "moon", "thank you"], "ranking": [0, 1, 2, 3, 4]}
             for p in tiny.PROMPTS]  # fmt: skip
     t = trainer(config(micro_batch_tokens=400), data=pairs + many)
-    groups = list(t._groups(t.records))
+    groups = list(t._groups(t.items))
     rows = [[row for record in group for row in record.rows] for group in groups]
-    assert sum(map(len, groups)) == len(t.records) and len(groups) > 2 and max(map(len, groups)) > 1
+    assert sum(map(len, groups)) == len(t.items) and len(groups) > 2 and max(map(len, groups)) > 1
     assert all(len(group) == 1 or len(r) * max(map(len, r)) <= 400 for group, r in zip(groups, rows, strict=True))

@@ -129,10 +129,10 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(stage, left_after, tmp_path
     run = tmp_path / "run"
     leave_after(build(stage, output_dir=str(run)), left_after)
     resumed = build(stage, output_dir=str(run), resume=True)
-    assert resumed.run.step == left_after // 2 * 2
+    assert resumed.steps_done == left_after // 2 * 2
     resumed.train()
-    assert resumed.run.step == 4 and differing(resumed, uninterrupted) == []
-    assert resumed.run.best == uninterrupted.run.best is not None
+    assert resumed.steps_done == 4 and differing(resumed, uninterrupted) == []
+    assert resumed.best == uninterrupted.best is not None
     for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl", "best/model.safetensors"):
         assert (run / name).read_bytes() == (folder / name).read_bytes(), name
     assert resumed.train() == {}  # nothing is left to do
@@ -159,7 +159,7 @@ def test_a_run_may_be_made_longer_and_remembers(tmp_path):
     """With a constant learning rate, 2 steps and 2 more are 4."""
     build("sft", output_dir=str(tmp_path / "run"), total_steps=2, lr_schedule="constant").train()
     longer = build("sft", output_dir=str(tmp_path / "run"), lr_schedule="constant", save_every=1, resume=True)
-    assert longer.run.step == 2 and len(list(longer)) == 2
+    assert longer.steps_done == 2 and len(list(longer)) == 2
     at_once = build("sft", lr_schedule="constant")
     at_once.train()
     assert differing(longer, at_once) == []
@@ -181,7 +181,7 @@ def test_other_data_is_refused(tmp_path):
 def signalled(t: Trainer, at: int, number: int = signal.SIGTERM) -> Trainer:
     """Send a signal to this process in the middle of step `at`."""
     optimizer = next(iter(t.trained().values()))[1]
-    optimizer.inner.register_step_pre_hook(lambda *_: os.kill(os.getpid(), number) if t.run.step == at - 1 else None)
+    optimizer.inner.register_step_pre_hook(lambda *_: os.kill(os.getpid(), number) if t.steps_done == at - 1 else None)
     return t
 
 
@@ -195,7 +195,7 @@ def test_a_signal_ends_the_step_saves_and_interrupts(number, tmp_path):
         seen.extend(t)
     assert len(seen) == 1 and [p.name for p in (run / "checkpoints").iterdir()] == ["step-000001"]
     assert signal.getsignal(number) is handler
-    assert build("sft", output_dir=str(run), save_every=0, resume=True).run.step == 1
+    assert build("sft", output_dir=str(run), save_every=0, resume=True).steps_done == 1
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
@@ -204,7 +204,7 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(stage, tmp_path
     with pytest.raises(Interrupted):
         signalled(build(stage, output_dir=str(tmp_path / "run")), 3).train()
     resumed = build(stage, output_dir=str(tmp_path / "run"), resume=True)
-    assert resumed.run.step == 3
+    assert resumed.steps_done == 3
     resumed.train()
     assert differing(resumed, uninterrupted) == []
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
@@ -212,7 +212,7 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(stage, tmp_path
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path):
     t = signalled(build("sft", output_dir=str(tmp_path / "run"), total_steps=2), 2)
-    assert t.train()["loss/train"] > 0 and t.run.step == 2
+    assert t.train()["loss/train"] > 0 and t.steps_done == 2
 
 
 def test_a_signal_without_a_folder_stops_too():
@@ -285,7 +285,7 @@ def test_the_third_failed_checkpoint_in_a_row_stops_the_run(tmp_path):
     done = []
     with FullDisk(), pytest.raises(CheckpointError, match="the third failure in a row"):
         done.extend(t)
-    assert t.run.step == 3 and len(read(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert t.steps_done == 3 and len(read(tmp_path / "run" / "metrics.jsonl")) == 3
 
 
 # ----------------------------------------------------------------------------------------------- metrics, best, exports
@@ -308,7 +308,7 @@ def test_the_files_of_a_run(whole):
 
 def test_evaluation_and_checkpoints_keep_their_own_pace(tmp_path):
     t = build("sft", output_dir=str(tmp_path / "run"), total_steps=5, eval_every=3, save_every=4)
-    evaluated = [t.run.step for step in t if "loss/eval" in step.metrics]
+    evaluated = [t.steps_done for step in t if "loss/eval" in step.metrics]
     assert evaluated == [3, 5]
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
 
@@ -326,7 +326,7 @@ def test_a_first_evaluation_that_measured_nothing_is_not_the_best(tmp_path):
     answers = [None, None, 1.0, 2.0]
 
     def reward(prompts: list[str], responses: list[str]) -> list[float | None]:
-        return [answers[min(t.run.step, 3)] if hasattr(t, "run") else 0.0] * len(responses)
+        return [answers[min(t.steps_done, 3)] if hasattr(t, "run") else 0.0] * len(responses)
 
     cfg = PPOConfig(
         total_steps=3, rollout_batch_size=2, mini_batch_size=2, max_new_tokens=3, eval_every=1, save_every=0,
@@ -335,7 +335,7 @@ def test_a_first_evaluation_that_measured_nothing_is_not_the_best(tmp_path):
     held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:1]}
     t = PPOTrainer(cfg, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=reward, **held)
     t.train()
-    assert t.run.best == 2.0
+    assert t.best == 2.0
 
 
 @pytest.mark.parametrize(

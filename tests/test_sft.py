@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from fastrlhf import SFTTrainer, UserError
 from fastrlhf.data.encode import Example
-from fastrlhf.models.token_batch import Batch
 from tests import tiny
 from tests.sft_runs import (
     DATA,
@@ -93,11 +92,11 @@ def test_the_mean_is_over_tokens_not_over_micro_batches():
 def test_flash_attention_gets_packed_examples_in_one_row():
     """It finds the borders between examples only where the batch is a single row."""
     t = trainer(config(packing=True, max_tokens=40))
-    assert max(len(b.input_ids) for b in t._batches(t.examples)) > 1
+    assert max(len(b.input_ids) for b in t.batches(t.items)) > 1
     t.model.config._attn_implementation = "flash_attention_2"
-    batches = list(t._batches(t.examples))
+    batches = list(t.batches(t.items))
     assert all(len(b.input_ids) == 1 for b in batches)
-    assert sum(b.input_ids.numel() for b in batches) == sum(len(e.ids) for e in t.examples)
+    assert sum(b.input_ids.numel() for b in batches) == sum(len(e.ids) for e in t.items)
 
 
 def test_packed_rows_restart_positions_and_predict_nothing_across_the_border():
@@ -127,9 +126,9 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(packing):
     rows = [{"text": " ".join(tiny.TEXTS[:2])} for _ in range(48)]
     cfg = config(mini_batch_size=48, max_tokens=128, packing=packing)
     t = trainer(cfg, model=tiny.llama(vocab_size=vocabulary, hidden_size=16, intermediate_size=16), data=rows)
-    tokens = sum(sum(e.target) for e in t.examples)
+    tokens = sum(sum(e.target) for e in t.items)
     with LargestTensor() as largest:
-        t.run_step()
+        t.step()
     assert tokens > 1000
     assert largest.numel < tokens * vocabulary / 3
 
@@ -139,28 +138,28 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(packing):
 
 def test_only_what_the_assistant_says_is_a_target():
     t = trainer(data=[MULTI])
-    assert targets(t, t.examples[0]) == "the weather<|end|>no, the answer<|end|>"
-    (batch,) = t._batches(t.examples)
-    assert t.tokenizer.decode(batch.labels) == targets(t, t.examples[0])
+    assert targets(t, t.items[0]) == "the weather<|end|>no, the answer<|end|>"
+    (batch,) = t.batches(t.items)
+    assert t.tokenizer.decode(batch.labels) == targets(t, t.items[0])
     assert batch.input_ids.flatten()[batch.index + 1].tolist() == batch.labels.tolist()
 
 
 def test_a_plain_prompt_is_no_target_and_its_reply_ends():
     t = trainer(data=DATA[-1:])
-    assert targets(t, t.examples[0]) == " on the mat<|end|>"
-    assert t.tokenizer.decode(t.examples[0].ids) == "the cat sat on the mat<|end|>"
+    assert targets(t, t.items[0]) == " on the mat<|end|>"
+    assert t.tokenizer.decode(t.items[0].ids) == "the cat sat on the mat<|end|>"
 
 
 def test_text_is_learnt_whole_and_ends():
     t = trainer(config(format="text"), data=[{"text": tiny.TEXTS[0]}])
-    (example,) = t.examples
+    (example,) = t.items
     assert t.tokenizer.decode(example.ids) == tiny.TEXTS[0] + "<|end|>"
     assert example.target == [False] + [True] * (len(example.ids) - 1)  # nothing predicts the first token
 
 
 def test_the_template_named_is_used_and_said(tmp_path):
     t = trainer(config(chat_template="default", output_dir=str(tmp_path / "run")), data=SINGLE[:1])
-    assert t.tokenizer.decode(t.examples[0].ids) == "User:\nthe cat\n\nAssistant:\nthe answer is yes<|end|>"
+    assert t.tokenizer.decode(t.items[0].ids) == "User:\nthe cat\n\nAssistant:\nthe answer is yes<|end|>"
     assert "chat template: default" in log(tmp_path / "run")
 
 
@@ -186,8 +185,8 @@ def test_eval_loss_and_perplexity(packing):
 def test_held_out_rows_are_not_trained_on_and_prompts_stay_together():
     rows = [{"prompt": tiny.chat(f"the answer is {i // 2}"), "response": "no" * (i % 2 + 1)} for i in range(20)]
     t = trainer(config(eval_fraction=0.3), data=rows)
-    train, held = ({e.group for e in part} for part in (t.examples, t.eval_examples))
-    assert len(t.examples) == 14 and len(t.eval_examples) == 6 and t.sampler.n == 14
+    train, held = ({e.group for e in part} for part in (t.items, t.eval_examples))
+    assert len(t.items) == 14 and len(t.eval_examples) == 6 and t.sampler.n == 14
     assert not train & held and len(train | held) == 10
     again = trainer(config(eval_fraction=0.3), data=rows)
     assert again.eval_examples == t.eval_examples
@@ -293,7 +292,7 @@ def test_gradient_checkpointing_really_recomputes(make):
     body = t.model.base_model
     inner = (body.layers[0] if hasattr(body, "layers") else body.h[0]).mlp
     inner.register_forward_pre_hook(lambda *_: calls.append(1))
-    t.run_step()
+    t.step()
     assert len(calls) == 2
 
 
@@ -304,7 +303,7 @@ def test_bf16_trains_on_the_cpu(tmp_path):
     t = SFTTrainer(cfg, model=str(tmp_path / "m"), data=DATA)
     assert t.model.dtype == torch.bfloat16 and t.optimizer.masters[0].dtype == torch.float32
     losses = [step.metrics["loss/train"] for step in t]
-    exact = stock(tiny.llama(), t.examples).item()
+    exact = stock(tiny.llama(), t.items).item()
     assert losses[0] == pytest.approx(exact, rel=0.02) and losses[-1] < 0.8 * losses[0]
 
 

@@ -1,8 +1,4 @@
-"""The run folder and the loop every stage shares: log, evaluate, checkpoint, resume, stop.
-
-A stage owns the algorithm (`run_step`); this file owns everything around it, once. The loop is a generator, so that
-the user can own it: `for step in trainer`.
-"""
+"""The folder of a run: refused, taken or gone on with; config.yaml and run.json, which say what runs in it."""
 
 from __future__ import annotations
 
@@ -17,9 +13,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import fastrlhf
+from fastrlhf._version import __version__
+from fastrlhf.checkpoint.atomic import settle
+from fastrlhf.checkpoint.store import Checkpoint, CheckpointStore
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.recipe import resolved_yaml
 
 INLINE_ITEMS = 100  # a longer list is data handed over in Python, not part of a recipe
 # Fields a resumed run may change: they steer the run, not its numbers (a longer run goes on from where it was), or save
@@ -28,8 +27,68 @@ MAY_CHANGE = {"output_dir", "resume", "overwrite", "save_every", "total_steps", 
 MAY_CHANGE |= {"probe", "offload", "gradient_checkpointing", "micro_batch_tokens"}
 
 
-def prepare_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | None = None) -> None:
-    """Refuse a folder in use, or empty it. Only what a run wrote is ever removed: a folder without run.json is not.
+class RunFolder:
+    """The folder of a run. It is checked when this is made, and taken by `open`: nothing is written or removed before
+    everything else of the run is ready. path None: there is no folder, and nothing is written.
+
+    inputs: the trainer's arguments beside the config, by name. Raises UserError for a folder that cannot be used.
+    """
+
+    def __init__(self, config: StageConfig, inputs: dict[str, Any]) -> None:
+        self.config, self.inputs = config, inputs
+        self.path = Path(config.output_dir) if config.output_dir else None
+        if self.path is not None:
+            check_folder(self.path, overwrite=config.overwrite, resume=config.resume, verb=config.stage)
+
+    def open(self) -> tuple[CheckpointStore | None, Checkpoint | None]:
+        """Take the folder in the process that leads -> its checkpoints, and the one to go on from."""
+        if self.path is None:
+            return None, None
+        config = self.config
+        prepare_folder(self.path, overwrite=config.overwrite, resume=config.resume, verb=config.stage)
+        store, checkpoint = self.read()
+        if checkpoint is None or not (self.path / "run.json").exists():
+            self._describe()
+        return store, checkpoint
+
+    def read(self) -> tuple[CheckpointStore | None, Checkpoint | None]:
+        """The same for the processes that follow."""
+        if self.path is None:
+            return None, None
+        store = CheckpointStore(self.path)
+        return store, store.latest() if self.config.resume else None
+
+    def write_recipe(self, folder: Path) -> None:
+        """Write config.yaml, as a recipe that starts the same run anew in another folder."""
+        again = self.config.replace(resume=False, overwrite=False)
+        write_whole(folder / "config.yaml", resolved_yaml(again.stage, self._named_inputs(), again))
+
+    def _describe(self) -> None:
+        """Write config.yaml and run.json, both or neither: a run killed here can be started again."""
+        fresh = self.path.absolute().with_name(f".tmp-{self.path.absolute().name}")
+        shutil.rmtree(fresh, ignore_errors=True)
+        write_run_json(
+            fresh,
+            verb=self.config.stage,
+            inputs=self._named_inputs(),
+            from_python=sorted(name for name, value in self.inputs.items() if not is_plain(value)),
+            seed=self.config.seed,
+        )
+        self.write_recipe(fresh)
+        settle(fresh)
+        if self.path.exists():
+            for name in ("config.yaml", "run.json"):
+                os.replace(fresh / name, self.path / name)
+            fresh.rmdir()
+        else:
+            os.rename(fresh, self.path)
+
+    def _named_inputs(self) -> dict[str, Any]:
+        return {name: described(value) for name, value in self.inputs.items() if value is not None}
+
+
+def check_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | None = None) -> None:
+    """Refuse a folder in use, or one that no run wrote.
 
     resume: the folder must hold a run (of `verb`, where given), or nothing yet.
     """
@@ -37,36 +96,39 @@ def prepare_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | N
         raise UserError(f"output_dir: {str(folder)!r} is a file; name a folder")
     if resume and not folder.is_dir():
         raise UserError(f"output_dir: {str(folder)!r} does not exist, so there is nothing to resume")
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if resume:
-        if found - {"config.yaml"} and not found & {"run.json", "checkpoints"}:  # config.yaml: killed between the two
+        if names - {"config.yaml"} and not names & {"run.json", "checkpoints"}:  # config.yaml: killed between the two
             raise UserError(f"output_dir: {str(folder)!r} holds files that no run wrote; there is nothing to resume")
-        was = _run_json(folder)["verb"] if "run.json" in found else verb
+        was = _run_json(folder)["verb"] if "run.json" in names else verb
         if verb is not None and verb != was:
             raise UserError(f"output_dir: {str(folder)!r} holds a {was} run, which {verb} cannot go on with")
         return
-    if not found:
+    if not names:
         return
     if not overwrite:
         raise UserError(
             f"output_dir: {str(folder)!r} is not empty; name another folder, or use --overwrite (resume=true goes on)"
         )
-    if "run.json" not in found:
+    if "run.json" not in names:
         raise UserError(f"output_dir: {str(folder)!r} holds files that no run wrote; empty it by hand")
-    shutil.rmtree(folder)
+
+
+def prepare_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | None = None) -> None:
+    """Check a folder and, to overwrite, empty it. Only what a run wrote is ever removed: a folder without run.json is
+    not."""
+    check_folder(folder, overwrite=overwrite, resume=resume, verb=verb)
+    if overwrite and not resume and folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def write_run_json(folder: Path, *, verb: str, **fields: Any) -> None:
-    """What `fastrlhf resume` and the report read first: the verb, the inputs, the versions."""
+    """Write what `fastrlhf resume` and the report read first: the verb, the inputs, the versions."""
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {
-        "fastrlhf": fastrlhf.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    versions = {"fastrlhf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     content = {"verb": verb, **fields, "versions": versions, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    content["device"] = device
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    content["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     write_whole(folder / "run.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -94,7 +156,7 @@ def _run_json(folder: str | Path) -> dict[str, Any]:
 
 
 def read_run_json(folder: str | Path) -> dict[str, Any]:
-    """run.json of a run folder. UserError when the folder is none, or holds objects only Python can pass again."""
+    """Read run.json of a run folder. UserError when the folder is none, or holds objects only Python can pass again."""
     run = _run_json(folder)
     if run.get("from_python"):
         names = ", ".join(run["from_python"])
@@ -107,8 +169,20 @@ def read_run_json(folder: str | Path) -> dict[str, Any]:
 
 def identity(config: StageConfig) -> dict[str, Any]:
     """The fields that determine a run's numbers, as JSON knows them."""
-    dumped = json.loads(config.model_dump_json())
-    return {name: value for name, value in dumped.items() if name not in MAY_CHANGE}
+    fields = json.loads(config.model_dump_json())
+    return {name: value for name, value in fields.items() if name not in MAY_CHANGE}
+
+
+def check_identity(saved: dict[str, Any], config: StageConfig) -> None:
+    """UserError where a checkpoint's fields, of `identity`, are not those of this run."""
+    now = identity(config)
+    changed = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"{name}: this run was started with {saved.get(name)!r} and would resume with {now.get(name)!r}; "
+            "resume with the same value, or start a new output_dir"
+        )
 
 
 def is_plain(value: Any) -> bool:
@@ -119,6 +193,7 @@ def is_plain(value: Any) -> bool:
 
 
 def described(value: Any) -> Any:
+    """A value as YAML can hold it: what is no plain data is named in angle brackets."""
     if is_plain(value):
         return str(value) if isinstance(value, Path) else value
     if isinstance(value, PreTrainedModel):

@@ -9,7 +9,7 @@ from pydantic import Field
 from fastrlhf.config.base import CONFIGS, Schedule, StageConfig, spelled
 
 
-class _SupervisedConfig(StageConfig):
+class SupervisedConfig(StageConfig):
     epochs: int = Field(1, ge=1)
     """passes over the data"""
     total_steps: int | None = Field(None, ge=1)
@@ -20,7 +20,7 @@ class _SupervisedConfig(StageConfig):
     """what happens to a row longer than max_tokens; either way it is counted and printed"""
 
 
-class SFTConfig(_SupervisedConfig):
+class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning: see docs/api.md."""
 
     stage = "sft"
@@ -39,7 +39,7 @@ class SFTConfig(_SupervisedConfig):
     """share of data held out for evaluation when eval_data is not given"""
 
 
-class RewardConfig(_SupervisedConfig):
+class RewardConfig(SupervisedConfig):
     """Reward model: see docs/api.md."""
 
     stage = "reward"

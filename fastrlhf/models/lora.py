@@ -29,7 +29,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.models.adapter_folder import CONFIG, HEADS, PREFIX, WEIGHTS, AdapterFolder, LowRank, linear_layer
 from fastrlhf.models.quantization import QuantizedLinear, quantization_note, quantized_layers
 from fastrlhf.runtime.hardware import bitsandbytes, installed
-from fastrlhf.runtime.optim import Optimizer, Trained
+from fastrlhf.runtime.optim import Optimizer, TrainedRole
 
 POLICY, VALUE, REWARD = "policy", "value", "reward"  # the roles
 REFERENCE = "reference"  # a role that never trains, where the reference moves
@@ -124,11 +124,11 @@ class Adapters:
         optimizer: Optimizer,
         parts: dict[str, Tensor] | None = None,
         head: dict[str, Tensor] | None = None,
-    ) -> Trained:
+    ) -> TrainedRole:
         """What a run checkpoints (parts; None: the adapter) and exports of a role; head: of a reward model."""
         parts = self.parameters(role) if parts is None else parts
         write = partial(self.write, role=role, head=head)
-        return Trained(self.model, optimizer, parts, partial(self.merged, role), write)
+        return TrainedRole(self.model, optimizer, parts, partial(self.merged, role), write)
 
     def notes(self, report: Callable[[str], None]) -> list[str]:
         """Sentences for the run's log: what the base holds and what lies under the roles. report: of the class."""

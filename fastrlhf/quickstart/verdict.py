@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.templates import encode_prompt, stop_token_ids
 from fastrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
-from fastrlhf.models.token_batch import TokenBatch, response_log_probs
+from fastrlhf.models.token_batch import TokenRows, target_log_probs
 from fastrlhf.quickstart.generate import DATA_DIR
 from fastrlhf.quickstart.judge import about_what_was_asked, rule
 from fastrlhf.rl.scorers import score_texts
@@ -80,9 +80,9 @@ def sequence_kl(policy: Replies, reference: Path, config: PPOConfig) -> float:
     """KL(policy || reference) in nats a reply: mean over the policy's own replies of the summed log-ratio."""
     other, total = load_policy(str(reference)), 0.0
     for start in range(0, len(policy.texts), KL_ROWS):
-        rows = slice(start, start + KL_ROWS)
-        batch = TokenBatch.build(policy.prompt_ids[rows], policy.response_ids[rows], other.device)
-        own, ref = (response_log_probs(model, batch, config.temperature) for model in (policy.model, other))
+        rows = TokenRows(policy.prompt_ids, policy.response_ids)[start : start + KL_ROWS]
+        batch = rows.batch(range(len(rows)), other.device)
+        own, ref = (target_log_probs(model, batch, config.temperature) for model in (policy.model, other))
         total += float((own - ref).double().sum())
     return total / len(policy.texts)
 

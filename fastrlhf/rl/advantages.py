@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +13,6 @@ from torch import Tensor
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf_kernels import gae, kl_estimate, masked_whiten, shape_rewards
 
-GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo")
 GRPO_EPS = 1e-4  # added to a group's deviation, as in TRL: a group of equal scores gives 0, not noise
 
 
@@ -74,7 +76,25 @@ def shape_scores(
     return scores
 
 
-def estimate(
+@dataclass(frozen=True)
+class Signals:
+    """What an estimator reads: shaped scores [B], 0 where unscorable; log_probs, ref_log_probs, values [B, T] fp32;
+    response_mask [B, T]; kl_coef as it acts on the reward; token_rewards [B, T] and bootstrap_values [B] or None."""
+
+    scores: Tensor
+    log_probs: Tensor
+    ref_log_probs: Tensor
+    values: Tensor | None
+    response_mask: Tensor
+    kl_coef: float
+    token_rewards: Tensor | None
+    bootstrap_values: Tensor | None
+
+
+Estimator = Callable[[Signals, PPOConfig], tuple[Tensor, Tensor]]  # -> advantages, returns [B, T] fp32
+
+
+def estimate_advantages(
     scores: Tensor,
     log_probs: Tensor,
     ref_log_probs: Tensor,
@@ -86,67 +106,125 @@ def estimate(
     token_rewards: Tensor | None = None,
     bootstrap_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns [B, T] fp32 from shaped scores [B] (NaN rows must be masked out already).
+    """Return advantages and returns [B, T] fp32 from shaped scores [B] (NaN rows must be masked out already), by the
+    estimator that the config names.
 
-    gae: Schulman et al. 2016 over per-token rewards (values [B, T]). reinforce++: reward-to-go, no critic (Hu 2025).
-    grpo: (R - group mean) / (group deviation + 1e-4) (Shao et al. 2024); dr_grpo: without the division (Liu et al.
-    2025); rloo: minus the mean of the group's others (Ahmadian et al. 2024). R is the score less the summed KL penalty.
-    Positions inside a row that response_mask leaves out are skipped: no reward, no discount, no advantage.
-    kl_coef: of the step; None: the configured one. token_rewards [B, T], in the scale of the scores: gae and
-    reinforce++ get them where they fall, and the last token what is left of the score, so that a row's rewards still
-    sum to its score. bootstrap_values [B]: gae's value of the state after each row (0: the response ended there).
+    Positions inside a row that response_mask leaves out are skipped: no reward, no discount, no advantage. kl_coef: of
+    the step; None: the configured one. token_rewards [B, T], in the scale of the scores: gae and reinforce++ get them
+    where they fall, and the last token what is left of the score, so that a row's rewards still sum to its score.
+    bootstrap_values [B]: gae's value of the state after each row (0: the response ended there).
     """
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
-    kl_coef = kl_coef if config.kl_in == "reward" else 0.0
-    scores = scores.nan_to_num(nan=0.0)
-    if config.advantage in GROUP_ESTIMATORS:
-        penalty = kl_estimate(log_probs, ref_log_probs, config.kl_estimator).where(response_mask, 0.0).sum(1)
-        advantages = _group_advantages(scores - kl_coef * penalty, response_mask.any(1), config)
-        advantages = advantages[:, None].expand_as(log_probs).where(response_mask, 0.0)
-        returns = torch.zeros_like(advantages)
-    else:
-        early = torch.zeros_like(log_probs) if token_rewards is None else _before_last(token_rewards, response_mask)
-        rewards = early + shape_rewards(
-            scores - early.sum(1), log_probs, ref_log_probs, response_mask,
-            kl_coef=kl_coef, estimator=config.kl_estimator,
-        )  # fmt: skip
-        use_critic = config.advantage == "gae"
-        base = values if use_critic else torch.zeros_like(log_probs)
-        gae_lambda = config.gae_lambda if use_critic else 1.0
-        advantages, returns = gae(
-            rewards, base, response_mask, gamma=config.gamma, gae_lambda=gae_lambda, bootstrap_values=bootstrap_values
-        )
-        if config.whiten_advantages:
-            size = config.samples_per_prompt if config.whiten_advantages == "group" else len(advantages)
-            parts = zip(advantages.split(size), response_mask.split(size), strict=True)
-            advantages = torch.cat([masked_whiten(part, mask) for part, mask in parts])
+    signals = Signals(
+        scores=scores.nan_to_num(nan=0.0),
+        log_probs=log_probs,
+        ref_log_probs=ref_log_probs,
+        values=values,
+        response_mask=response_mask,
+        kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
+        token_rewards=token_rewards,
+        bootstrap_values=bootstrap_values,
+    )
+    advantages, returns = ESTIMATORS[config.advantage](signals, config)
     if config.advantage_clip is not None:
         advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
     return advantages, returns
 
 
+def gae_advantages(signals: Signals, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over per-token rewards (Schulman et al. 2016)."""
+    return _from_token_rewards(signals, config, signals.values, config.gae_lambda, signals.bootstrap_values)
+
+
+def reinforce_plus_plus(signals: Signals, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Reward-to-go without a critic (Hu 2025): GAE with values 0 and lambda 1."""
+    return _from_token_rewards(signals, config, torch.zeros_like(signals.log_probs), 1.0, None)
+
+
+def _from_token_rewards(
+    signals: Signals, config: PPOConfig, values: Tensor, gae_lambda: float, bootstrap_values: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    mask = signals.response_mask
+    early = torch.zeros_like(values)
+    if signals.token_rewards is not None:
+        early = _before_last(signals.token_rewards, mask)
+    rewards = early + shape_rewards(
+        signals.scores - early.sum(1),
+        signals.log_probs,
+        signals.ref_log_probs,
+        mask,
+        kl_coef=signals.kl_coef,
+        estimator=config.kl_estimator,
+    )
+    advantages, returns = gae(
+        rewards, values, mask, gamma=config.gamma, gae_lambda=gae_lambda, bootstrap_values=bootstrap_values
+    )
+    if config.whiten_advantages:
+        size = config.samples_per_prompt if config.whiten_advantages == "group" else len(advantages)
+        parts = zip(advantages.split(size), mask.split(size), strict=True)
+        advantages = torch.cat([masked_whiten(part, part_mask) for part, part_mask in parts])
+    return advantages, returns
+
+
 def _before_last(token_rewards: Tensor, response_mask: Tensor) -> Tensor:
-    """[B, T]: the rewards of every token of the mask but the last of its row."""
-    left = response_mask.flip(1).cumsum(1).flip(1)  # tokens of the row from here on
-    return token_rewards.where(response_mask & (left > 1), 0.0)
+    """Keep [B, T] the rewards of every token of the mask but the last of its row."""
+    tokens_left = response_mask.flip(1).cumsum(1).flip(1)  # in the row, from here on
+    return token_rewards.where(response_mask & (tokens_left > 1), 0.0)
 
 
-def _group_advantages(rewards: Tensor, scorable: Tensor, config: PPOConfig) -> Tensor:
-    """rewards [B] prompt-major, scorable [B] bool -> [B]; unscorable responses count in no statistic."""
-    groups = rewards.view(-1, config.samples_per_prompt)
-    good = scorable.view_as(groups)
-    count = good.sum(1, keepdim=True)
-    mean = groups.where(good, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
-    centred = (groups - mean).where(good, 0.0)
-    if config.advantage == "rloo":  # R_i - mean of the others = (R_i - mean of all) * n / (n - 1)
-        centred = centred * count / (count - 1).clamp(min=1)
-    elif config.advantage == "grpo":
-        variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + GRPO_EPS)
-    return centred.flatten()
+def grpo(signals: Signals, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """(R - group mean) / (group deviation + 1e-4), R the score less the summed KL penalty (Shao et al. 2024)."""
+    group = _Group.of(signals, config)
+    variance = group.centred.square().sum(1, keepdim=True) / (group.count - 1).clamp(min=1)
+    return _same_for_every_token(group.centred / (variance.sqrt() + GRPO_EPS), signals)
 
 
-CLIP = 0.2  # the error is clipped to +-20%, as in the paper
+def dr_grpo(signals: Signals, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """R - group mean, without the division by the deviation (Liu et al. 2025)."""
+    return _same_for_every_token(_Group.of(signals, config).centred, signals)
+
+
+def rloo(signals: Signals, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """R - mean of the group's others (Ahmadian et al. 2024), which is (R - mean of all) * n / (n - 1)."""
+    group = _Group.of(signals, config)
+    return _same_for_every_token(group.centred * group.count / (group.count - 1).clamp(min=1), signals)
+
+
+class _Group(NamedTuple):
+    """Rewards of the responses to each prompt less their mean [prompts, n], 0 where unscorable; count [prompts, 1] of
+    those that can be scored, which alone count in a statistic."""
+
+    centred: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, signals: Signals, config: PPOConfig) -> _Group:
+        mask = signals.response_mask
+        kl = kl_estimate(signals.log_probs, signals.ref_log_probs, config.kl_estimator)
+        rewards = signals.scores - signals.kl_coef * kl.where(mask, 0.0).sum(1)
+        groups = rewards.view(-1, config.samples_per_prompt)
+        scorable = mask.any(1).view_as(groups)
+        count = scorable.sum(1, keepdim=True)
+        mean = groups.where(scorable, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
+        return cls((groups - mean).where(scorable, 0.0), count)
+
+
+def _same_for_every_token(advantages: Tensor, signals: Signals) -> tuple[Tensor, Tensor]:
+    """Spread an advantage a response over its tokens; there is no critic, so returns are 0."""
+    spread = advantages.flatten()[:, None].expand_as(signals.log_probs).where(signals.response_mask, 0.0)
+    return spread, torch.zeros_like(spread)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "gae": gae_advantages,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce++": reinforce_plus_plus,
+}
+
+
+KL_ERROR_CLIP = 0.2  # the error is clipped to +-20%, as in the paper
 
 
 class KLController:
@@ -164,7 +242,7 @@ class KLController:
         """kl: `kl/ref` of the step, measured before its updates."""
         if self.config.kl_controller == "fixed":
             return
-        error = min(max(kl / self.config.kl_target - 1.0, -CLIP), CLIP)
+        error = min(max(kl / self.config.kl_target - 1.0, -KL_ERROR_CLIP), KL_ERROR_CLIP)
         self.coef *= 1.0 + error * self.config.rollout_batch_size / self.config.kl_horizon
 
     def state(self) -> dict[str, float]:

@@ -17,11 +17,14 @@ from transformers import PreTrainedModel
 from fastrlhf.models.heads import last_hidden, scalar_outputs
 from fastrlhf.models.lora import VALUE, Adapters
 from fastrlhf.models.token_batch import TokenBatch
-from fastrlhf.rl.experience import Rollout
 
 
 class Critic:
-    """trunk: the model whose hidden states are read; head: nn.Linear [1, H]; shares_trunk: it is the policy's."""
+    """trunk: the model whose hidden states are read; head: nn.Linear [1, H].
+
+    shares_trunk: one forward gives the policy's log-probs and the values. owns_trunk: the trunk is a model of the
+    critic's own. Neither holds with an adapter of its own: the layers are the policy's, the forward is another.
+    """
 
     def __init__(
         self, trunk: PreTrainedModel, head: nn.Linear, *, adapters: Adapters | None = None, shares_trunk: bool = False
@@ -41,12 +44,12 @@ class Critic:
     @classmethod
     def adapter(cls, adapters: Adapters, head: nn.Linear | None = None) -> Critic:
         """The base with the critic's own adapter, and a copy of a head (None: a zero head)."""
-        own = zero_head(adapters.model) if head is None else copy.deepcopy(head).float().requires_grad_(True)
-        return cls(adapters.model, own, adapters=adapters)
+        own_head = zero_head(adapters.model) if head is None else copy.deepcopy(head).float().requires_grad_(True)
+        return cls(adapters.model, own_head, adapters=adapters)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the trunk computes the critic's hidden states, and may be differentiated."""
+        """Have the trunk compute the critic's hidden states, inside; they may be differentiated."""
         if self.adapters is None:
             yield
             return
@@ -62,15 +65,14 @@ class Critic:
         with self.active():
             return self.read(batch.hidden(self.trunk))
 
-    def end_values(self, rollout: Rollout, rows: Sequence[int]) -> Tensor:
-        """V of the state after the last token [len(rows)] fp32 of the rollout's responses `rows`; 0 where a stop token
-        ended it, for nothing follows."""
+    def end_values(self, rows: Sequence[list[int]], finished: Sequence[bool]) -> Tensor:
+        """Return V of the state after the last token [B] fp32. rows: prompt and response of each; 0 where a stop token
+        ended the response, for nothing follows."""
         values = torch.zeros(len(rows), device=self.trunk.device)
-        cut = [place for place, row in enumerate(rows) if not rollout.finished[row]]
+        cut = [row for row, done in enumerate(finished) if not done]
         if cut:
-            whole = [rollout.prompt_ids[rows[place]] + rollout.response_ids[rows[place]] for place in cut]
             with self.active():
-                values[cut] = self.read(last_hidden(self.trunk, whole))
+                values[cut] = self.read(last_hidden(self.trunk, [rows[row] for row in cut]))
         return values
 
     def parameters(self) -> dict[str, Tensor]:
@@ -79,6 +81,10 @@ class Critic:
         if self.adapters is not None:
             return {**self.adapters.parameters(VALUE), **self._head_parameters()}
         return self._head_parameters() if self.shares_trunk else dict(self.trunk.named_parameters())
+
+    @property
+    def owns_trunk(self) -> bool:
+        return self.adapters is None and not self.shares_trunk
 
     def _head_parameters(self) -> dict[str, Tensor]:
         return {f"score.{name}": p for name, p in self.head.named_parameters()}

@@ -16,13 +16,13 @@ import torch
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
-from fastrlhf.rl.experience import Rollout
 from fastrlhf.rl.functions import UserFunction, is_function_reference, load_function, name_of
+from fastrlhf.rollout.result import ScoredRollout
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.metrics import distinct_2, mean
 
 QUANTILES = {"reward/eval_p10": 0.1, "reward/eval_p50": 0.5, "reward/eval_p90": 0.9}
-Sample = Callable[..., Rollout]  # (samples of a prompt, *, purpose, temperature): scored replies of the reference
+Sample = Callable[..., ScoredRollout]  # (samples of a prompt, *, purpose, temperature): scored replies of the reference
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Evaluation:
                 raise UserError(f"{name}: measured in evaluations; set eval_every above 0")
         self.judge = None if judge is None else load_judge(judge)
 
-    def metrics(self, rollout: Rollout, sample: Sample, report: Callable[..., None]) -> dict[str, float]:
+    def metrics(self, rollout: ScoredRollout, sample: Sample, report: Callable[..., None]) -> dict[str, float]:
         """rollout: the policy's scored replies to the held-out prompts, one each.
 
         The first call, before step 1, has `sample` answer them by the reference too, and tells report(kind, message,
@@ -79,13 +79,13 @@ class Evaluation:
             said = ", ".join(f"n={row['n']}: {row['reward']:.4g} at {row['kl']:.3g} nats" for row in curve)
             report("best_of_n", f"mean score of the reference's best of n on eval_prompts: {said}", curve=curve)
 
-    def _verdicts(self, rollout: Rollout) -> list[float]:
+    def _verdicts(self, rollout: ScoredRollout) -> list[float]:
         """The judge's numbers, those it could not give (None) left out. Only the lead asks: a judge may cost money."""
         ours, theirs = rollout.responses, self.baseline.responses
         judge, verdicts = self.judge, []
         if not distributed.is_lead():
             return distributed.gather(torch.zeros(0, dtype=torch.float64)).tolist()
-        for i, found in enumerate(judge(rollout.prompts, ours, theirs, **rollout.columns)):
+        for i, found in enumerate(judge(rollout.prompts, ours, theirs, **rollout.texts.columns)):
             if found is not None:
                 verdicts.append(judge.number(i, found))
                 if not 0 <= verdicts[-1] <= 1:

@@ -1,77 +1,90 @@
-"""What one PPO step passes on: the rollout, the experience, and rows of prompt + response as tensors.
+"""From a scored rollout to what the update reads: log-probs and values of the models, rewards, advantages.
 
-Rows are padded once, on the right, or joined in one row without padding. The value and the log-prob of the token at t
-are both read at the position before it in the trunk's output: one index, made here, serves both (an off-by-one between
-them is the classic PPO bug).
+Notation of a step of B responses, the longest of T tokens: tensors are [B, T], fp32, zero outside `token_mask`; a
+micro-batch reads them as the [N] response tokens of its rows, in the order of its TokenBatch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrlhf.models.token_batch import TokenBatch
-from fastrlhf.runtime import batching
-from fastrlhf.runtime.batching import micro_batches
+from fastrlhf.config.stages import PPOConfig
+from fastrlhf.models.token_batch import TokenRows, target_log_probs
+from fastrlhf.rl.advantages import RunningMoments, estimate_advantages, shape_scores
+from fastrlhf.rl.roles import Roles
+from fastrlhf.rl.scorers import Scores
+from fastrlhf.rollout.result import Rollout
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.batching import derive_seed, mini_batches
+from fastrlhf.runtime.memory import MemoryBackoff
+from fastrlhf.runtime.metrics import mismatch_metrics, rollout_metrics
+
+MiniBatch = list[int]  # rows of the rollout, of all ranks: one optimizer step
 
 
-@dataclass
-class Rollout:
-    """Prompts and sampled responses of one step, prompt-major. Token ids are the sampled ones, never re-encoded."""
+class TokenExperience(NamedTuple):
+    """The experience of some rows, token by token: all [N] over their response tokens but row_mask [B, T].
 
-    prompts: list[str]
-    raw_prompts: list[str | list[dict]]
-    samples_per_prompt: int
-    columns: dict[str, list]
-    prompt_ids: list[list[int]]
-    response_ids: list[list[int]]
-    responses: list[str]
-    finished: list[bool]
-    log_probs: list[Tensor]
-    policy_log_probs: list[Tensor]
-    values: list[Tensor] | None = None  # of a critic on the policy's trunk
-    scores: list[float | None] = field(default_factory=list)
-    token_rewards: list[Tensor] | None = None  # of per-token reward functions; they sum to the scores
-    packed: bool = False  # how `tokens` puts rows together
+    row_mask says which token belongs to which row; response_mask which tokens count; weights None: all 1.
+    """
 
-    def tokens(self, rows: list[int], device: torch.device) -> TokenBatch:
-        """These rows as tensors."""
-        prompts, responses = ([ids[i] for i in rows] for ids in (self.prompt_ids, self.response_ids))
-        return TokenBatch.build(prompts, responses, device, packed=self.packed)
-
-    def micro_batches(self, rows: Sequence[int], budget: int) -> list[list[int]]:
-        """This rank's share of these rows in groups of at most `budget` tokens. Depends on which they are, not on their
-        order."""
-        lengths = {row: len(self.prompt_ids[row]) + len(self.response_ids[row]) for row in sorted(rows)}
-        mine = [list(lengths)[i] for i in batching.own(list(lengths.values()))]
-        groups = micro_batches([lengths[row] for row in mine], budget, packed=self.packed)
-        return [[mine[i] for i in group] for group in groups]
+    row_mask: Tensor
+    response_mask: Tensor
+    old_log_probs: Tensor
+    ref_log_probs: Tensor
+    advantages: Tensor
+    weights: Tensor | None
 
 
-@dataclass
-class Experience:
-    """What the update needs, all [B, T], fp32 and zero outside the masks.
+class TokenValues(NamedTuple):
+    """What the critic learns from, token by token: all [N] over the response tokens of some rows."""
+
+    response_mask: Tensor
+    values: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True)
+class ValueExperience:
+    """What the critic's update needs, all [B, T]; values are those of when the returns were made.
 
     token_mask: every response token; response_mask: those that count (rows without a score do not).
     """
 
     token_mask: Tensor
-
     response_mask: Tensor
+    values: Tensor
+    returns: Tensor
+
+    def value_tokens(self, rows: Sequence[int]) -> TokenValues:
+        """Return what the value loss reads of these rows."""
+        mask = self.token_mask[rows]
+        return TokenValues(*(t[rows][mask] for t in (self.response_mask, self.values, self.returns)))
+
+
+@dataclass(frozen=True)
+class Experience(ValueExperience):
+    """What the update needs, all [B, T]. values: zeros where the estimator has no critic. weights: truncated importance
+    weights of the tokens; None: all 1."""
+
     old_log_probs: Tensor
     ref_log_probs: Tensor
-    values: Tensor | None
     advantages: Tensor
-    returns: Tensor
-    weights: Tensor | None = None  # truncated importance weights of the tokens
+    weights: Tensor | None
 
-    def take(self, rows: list[int]) -> Callable[[Tensor], Tensor]:
-        """-> a function from [B, T] to the [N] response tokens of these rows, in the order of TokenBatch."""
-        own = self.token_mask[rows]
-        return lambda tensor: tensor[rows][own]
+    def tokens(self, rows: Sequence[int], weights: Tensor | None) -> TokenExperience:
+        """Return what the policy loss reads of these rows. weights [B, T]: of the tokens in this mini-batch."""
+        mask = self.token_mask[rows]
+        tensors = (self.response_mask, self.old_log_probs, self.ref_log_probs, self.advantages)
+        weights = None if weights is None else weights[rows][mask]
+        return TokenExperience(mask, *(t[rows][mask] for t in tensors), weights)
 
 
 def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -81,5 +94,140 @@ def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def scatter(flat: Tensor, mask: Tensor) -> Tensor:
-    """[N] back to [B, T] fp32, zero outside the mask."""
+    """Put [N] back to [B, T] fp32, zero outside the mask."""
     return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter_(mask, flat.float())
+
+
+def plan_epochs(config: PPOConfig, count: int, step: int) -> list[list[MiniBatch]]:
+    """Draw the mini-batches of each epoch over `count` responses; it depends on seed, step and count only."""
+    epochs = []
+    for epoch in range(config.ppo_epochs):
+        draw = torch.Generator().manual_seed(derive_seed(config.seed, "order", step, epoch))
+        epochs.append(mini_batches(count, config.mini_batch_size, torch.randperm(count, generator=draw).tolist()))
+    return epochs
+
+
+@torch.no_grad()
+def make_experience(
+    rollout: Rollout,
+    scores: Scores,
+    roles: Roles,
+    config: PPOConfig,
+    *,
+    kl_coef: float,
+    moments: RunningMoments,
+    first_epoch: list[MiniBatch],
+    memory: MemoryBackoff,
+) -> tuple[Experience, dict[str, float]]:
+    """Make the experience of a rollout, and the metrics that are known before the update.
+
+    kl_coef: the KL weight of this step. moments: of all scores so far; this rollout's join them. first_epoch: the
+    mini-batches of the first pass, whose micro-batches the models read here, so that its ratio is exactly 1 and not 1
+    plus rounding.
+    """
+    device = roles.policy.device
+    token_mask = length_mask([len(ids) for ids in rollout.rows.response_ids], device)
+
+    # 1. What the models say of these tokens: by this rank of its rows, then summed over the ranks.
+    decoded = scatter(torch.cat(rollout.policy_log_probs).to(device), token_mask)
+    forwards = memory.attempt(partial(_forwards, rollout, roles, config, first_epoch, token_mask, memory))
+    distributed.all_reduce_sum(*(tensor for tensor in forwards if tensor is not None))
+    values = forwards.values
+    if values is None and rollout.values is not None:  # decoding read them on the way
+        values = scatter(torch.cat(rollout.values).to(device), token_mask)
+
+    # 2. The old policy, which the ratio is against: a training forward of it, or the sampler itself.
+    weights, mismatch = None, {}
+    old_log_probs = decoded if forwards.old_log_probs is None else forwards.old_log_probs
+    if forwards.old_log_probs is not None:  # else the first update measures the mismatch
+        mismatch = mismatch_metrics(old_log_probs[token_mask], decoded[token_mask])
+        if config.importance_cap is not None:  # sampled by decoding, old by training (Yao et al. 2025, TIS)
+            weights = (old_log_probs - decoded).exp().clamp(max=config.importance_cap)
+
+    # 3. Scores, as the policy is optimised for them; rows without a score count nowhere.
+    raw = torch.tensor([math.nan if score is None else score for score in scores.values], device=device)
+    response_mask = token_mask & raw.isfinite()[:, None]
+    finished = torch.tensor(rollout.finished, device=device)
+    shaped = shape_scores(raw, finished, config, moments, token_mask.sum(1).float())
+    token_rewards = None
+    if scores.token_rewards is not None:  # they are in the scale of the scores
+        token_rewards = scatter(torch.cat(scores.token_rewards).to(device) / moments.std, token_mask)
+
+    # 4. Advantages and returns.
+    advantages, returns = estimate_advantages(
+        shaped,
+        old_log_probs,
+        forwards.ref_log_probs,
+        values,
+        response_mask,
+        config,
+        kl_coef,
+        token_rewards=token_rewards,
+        bootstrap_values=forwards.end_values,
+    )
+    experience = Experience(
+        token_mask=token_mask,
+        response_mask=response_mask,
+        values=torch.zeros_like(returns) if values is None else values,
+        returns=returns,
+        old_log_probs=old_log_probs,
+        ref_log_probs=forwards.ref_log_probs,
+        advantages=advantages,
+        weights=weights,
+    )
+    metrics = rollout_metrics(raw, old_log_probs, forwards.ref_log_probs, decoded, rollout.log_probs, token_mask)
+    return experience, {**metrics, "kl/coef": kl_coef, **mismatch}
+
+
+class Forwards(NamedTuple):
+    """What the models say of a rollout: log-probs and values [B, T], values behind each response [B]; None where nobody
+    needs them, or decoding knows them already."""
+
+    old_log_probs: Tensor | None
+    ref_log_probs: Tensor
+    values: Tensor | None
+    end_values: Tensor | None
+
+
+def _forwards(
+    rollout: Rollout,
+    roles: Roles,
+    config: PPOConfig,
+    epoch: list[MiniBatch],
+    token_mask: Tensor,
+    memory: MemoryBackoff,
+) -> Forwards:
+    """Read this rank's rows, zero elsewhere, in the micro-batches of the first epoch."""
+    critic, recompute = roles.critic, config.old_log_probs == "recompute"
+    shared = critic is not None and critic.shares_trunk
+    zeros = partial(torch.zeros, device=token_mask.device)
+    result = Forwards(
+        old_log_probs=zeros(token_mask.shape) if recompute else None,
+        ref_log_probs=zeros(token_mask.shape),
+        values=None if critic is None or (shared and not recompute) else zeros(token_mask.shape),
+        end_values=zeros(len(token_mask)) if config.bootstrap_truncated else None,
+    )
+    for rows in micro_batches_of(rollout.rows, epoch, memory):
+        batch, mask = rollout.rows.batch(rows, token_mask.device), token_mask[rows]
+        if recompute:
+            hidden = batch.hidden(roles.policy)
+            result.old_log_probs[rows] = scatter(
+                target_log_probs(roles.policy, batch, config.temperature, hidden), mask
+            )
+            if shared:
+                result.values[rows] = scatter(critic.read(hidden), mask)
+        if critic is not None and not shared:
+            result.values[rows] = scatter(critic.values(batch), mask)
+        if result.end_values is not None:
+            result.end_values[rows] = critic.end_values(
+                [rollout.rows.whole(row) for row in rows], [rollout.finished[row] for row in rows]
+            )
+        with roles.reference() as model:
+            result.ref_log_probs[rows] = scatter(target_log_probs(model, batch, config.temperature), mask)
+    return result
+
+
+def micro_batches_of(rows: TokenRows, epoch: list[MiniBatch], memory: MemoryBackoff) -> Iterator[list[int]]:
+    """Run over this rank's micro-batches of all mini-batches of an epoch."""
+    for mini_batch in epoch:
+        yield from rows.micro_batches(mini_batch, memory.tokens)

@@ -1,4 +1,4 @@
-"""The pretraining mix of PPO (ptx): the language-model loss on rows of ptx_data, in the policy's own optimizer step."""
+"""Parts that only some PPO runs have: the pretraining mix (ptx), averaged weights, a reference that follows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.encode import Example, ptx_limit, target_count
 from fastrlhf.models.lora import POLICY, REFERENCE
-from fastrlhf.models.token_batch import Batch, target_log_probs
+from fastrlhf.models.token_batch import TokenBatch, target_log_probs, target_row
 from fastrlhf.rl.roles import Roles
-from fastrlhf.runtime import batching
-from fastrlhf.runtime.batching import Sampler, micro_batches
+from fastrlhf.runtime.batching import Sampler, assign_rows, micro_batches
 from fastrlhf.runtime.guards import check_rows
 from fastrlhf.runtime.optim import Optimizer
 
@@ -38,33 +37,33 @@ class PretrainingMix:
         self.sampler = Sampler(len(examples), config.seed)
 
     def backward(self, model: PreTrainedModel, budget: int) -> Tensor:
-        """Add the next rows' share to the gradients -> their mean loss, nats a target token, without ptx_coef; of this
-        rank's rows, so that the ranks' sum is the whole. budget: tokens of a micro-batch.
+        """Add the gradients of the next rows -> their mean loss, nats a target token, without ptx_coef; of this rank's
+        rows, so that the ranks' sum is the whole. budget: tokens of a micro-batch.
 
-        Where the memory runs out the same rows are drawn again at the next call.
+        Where memory runs out the same rows are drawn again at the next call.
         """
-        before = self.sampler.state_dict()
+        before = self.sampler.state()
         try:
             return self._backward(model, budget, [self.examples[i] for i in self.sampler.take(self.rows)])
         except RuntimeError:  # of which running out of memory is one
-            self.sampler.load_state_dict(before)
+            self.sampler.load_state(before)
             raise
 
     def _backward(self, model: PreTrainedModel, budget: int, examples: list[Example]) -> Tensor:
         targets, total = target_count(examples), torch.zeros((), device=model.device)
-        mine = [examples[i] for i in batching.own([len(e.ids) for e in examples])]
+        mine = [examples[i] for i in assign_rows([len(e.ids) for e in examples])]
         for group in micro_batches([len(e.ids) for e in mine], budget):
-            batch = Batch.build([[mine[i]] for i in group], model.device)
+            batch = TokenBatch.build([[target_row(mine[i])] for i in group], model.device)
             loss = -target_log_probs(model, batch).sum() / targets
             (self.coef * loss).backward()
             total += loss.detach()
         return total
 
     def state(self) -> dict[str, Any]:
-        return self.sampler.state_dict()
+        return self.sampler.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(state)
+        self.sampler.load_state(state)
 
 
 class WeightAverage:
@@ -86,7 +85,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model holds the average, in the same storages; behind, the very bytes it held before. May nest.
+        """Have the model hold the average, in the same storages; behind, the very bytes it held before. May nest.
 
         fp32 weights change places with their average, so no second copy is made; bf16 weights are made again from
         their masters.
@@ -106,14 +105,14 @@ class WeightAverage:
     def _exchange(self, *, back: bool) -> None:
         for param, master, average in zip(self.optimizer.params, self.optimizer.masters, self.weights, strict=True):
             if master is param:
-                held = param.clone()
+                live = param.clone()
                 param.copy_(average)
-                average.copy_(held)
+                average.copy_(live)
             else:
                 param.copy_(master if back else average)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Of the checkpoint, in the order of the optimizer's parameters."""
+        """Tensors for the checkpoint, in the order of the optimizer's parameters."""
         return {str(i): average for i, average in enumerate(self.weights)}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -167,7 +166,7 @@ class ReferenceRefresh:
         return dict((self.roles.policy if role == POLICY else self.roles.ref_policy).named_parameters())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Of the checkpoint: nothing before the first refresh, the reference is made again from its source then."""
+        """Tensors for the checkpoint; empty until the first refresh, the reference comes from its source then."""
         return {name: p.detach() for name, p in self._weights(REFERENCE).items()} if self.replaced else {}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:

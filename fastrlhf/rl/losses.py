@@ -1,7 +1,8 @@
-"""The KL term of the policy loss: a value that estimates, and a gradient that is that of the KL.
+"""The policy loss of a micro-batch: clip, sequence ratio, KL in the loss and entropy bonus, through one seam.
 
-An estimator k(d), d = log_probs - ref_log_probs, is a mean over samples of the policy, which moves with the policy. So
-differentiating k as it stands misses half of the gradient of E[k]:
+The KL term has a value that estimates, and a gradient that is that of the KL. An estimator k(d) with
+d = log_probs - ref_log_probs is a mean over samples of the policy, which moves with the policy. So differentiating k as
+it stands misses half of the gradient of E[k]:
 
     grad E_pi[k] = E_pi[(k(d) + k'(d)) grad log pi]             (k(d): score function; k'(d): k as it stands)
 
@@ -14,84 +15,156 @@ updates of the same samples leave out the ratio to the policy they come from, as
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastrlhf.config.stages import PPOConfig
-from fastrlhf_kernels import PPOLoss, kl_estimate, ppo_policy_loss
+from fastrlhf.models.heads import Head
+from fastrlhf.models.token_batch import TokenBatch
+from fastrlhf.rl.experience import Experience, MiniBatch, TokenExperience, TokenValues
+from fastrlhf_kernels import PPOLoss, kl_estimate, linear_log_probs, linear_ppo_loss, ppo_policy_loss, ppo_value_loss
 
 AS_K2 = ("k1", "k2", "k3")  # estimators whose gradient is d grad log pi, which is that of k2 as it stands
 
 
-def separate_kl(config: PPOConfig) -> bool:
-    """True where `linear_ppo_loss` cannot give the gradient, and log-probs that autograd knows are needed."""
-    return config.kl_in == "loss" and config.kl_estimator not in AS_K2
+def normalizer_of(experience_mask: Tensor, mini_batch: MiniBatch) -> Tensor:
+    """Return what a mini-batch's summed losses are divided by: its response tokens, of all ranks (0-d fp32).
+
+    It belongs to the optimizer step, not to the micro-batch, so that micro-batches just add up.
+    """
+    return experience_mask[mini_batch].sum().clamp(min=1).float()
 
 
-def fused_kl(config: PPOConfig, ref_log_probs: Tensor) -> dict[str, Any]:
-    """The KL arguments of `linear_ppo_loss`; nothing where the KL is in the reward."""
-    if config.kl_in == "reward":
-        return {}
-    return {"ref_log_probs": ref_log_probs, "kl_coef": config.kl_coef, "kl_estimator": "k2"}
+def token_weights(experience: Experience, mini_batch: MiniBatch, config: PPOConfig) -> Tensor | None:
+    """Return the weights [B, T] of the tokens in a mini-batch's policy loss; None: all 1.
+
+    They are the importance weights, times what makes of a mean over the mini-batch's tokens the mean over responses of
+    their means (sequence_mean), or the sum over max_new_tokens (constant; Liu et al. 2025, dr_grpo).
+    """
+    kind, mask = config.loss_aggregation, experience.response_mask
+    if config.advantage == "dr_grpo" and kind == "token_mean":  # the paper's estimator comes with its own sum
+        kind = "constant"
+    if kind == "token_mean":
+        return experience.weights
+    tokens = mask[mini_batch].sum()
+    if kind == "constant":
+        factor = (tokens / (len(mini_batch) * config.max_new_tokens)).expand_as(experience.advantages)
+    else:
+        tokens_of_row = mask.sum(1, keepdim=True).clamp(min=1)
+        rows = mask[mini_batch].any(1).sum().clamp(min=1)
+        factor = (tokens / rows / tokens_of_row).expand_as(experience.advantages)
+    return factor if experience.weights is None else factor * experience.weights
 
 
-def with_value(
-    result: PPOLoss, ref_log_probs: Tensor, counted: Tensor, config: PPOConfig, normalizer: Tensor | float
+def policy_loss(
+    hidden: Tensor, batch: TokenBatch, tokens: TokenExperience, config: PPOConfig, *, head: Head, normalizer: Tensor
 ) -> PPOLoss:
-    """The result of `linear_ppo_loss(**fused_kl(...))` with the value of kl_estimator in the loss, the gradient as it
-    is. ref_log_probs, counted [N]."""
-    if config.kl_in == "reward" or config.kl_estimator == "k2":
-        return result
-    log_probs = result.stats["log_probs"]
-    wanted, there = (kl_estimate(log_probs, ref_log_probs, name) for name in (config.kl_estimator, "k2"))
-    off = (wanted - there).where(counted, 0.0).sum() / normalizer
-    return PPOLoss(result.loss + config.kl_coef * off, result.stats)
+    """Return the policy loss of a micro-batch, with its statistics and `log_probs` [N].
+
+    hidden [N, H] predicts the N response tokens of `batch`, whose experience `tokens` is; head: of the policy.
+    normalizer: of the mini-batch, so that the losses of its micro-batches add up.
+    """
+    separate_kl = config.kl_in == "loss" and config.kl_estimator not in AS_K2
+    if config.ratio_level == "token" and not separate_kl:
+        return _fused_loss(hidden, batch, tokens, config, head, normalizer)
+    log_probs, entropy = linear_log_probs(
+        hidden, head.weight, batch.labels, temperature=config.temperature, return_entropy=True, **head.kwargs()
+    )
+    return loss_of_log_probs(log_probs, entropy, tokens, config, normalizer=normalizer)
+
+
+def _fused_loss(
+    hidden: Tensor, batch: TokenBatch, tokens: TokenExperience, config: PPOConfig, head: Head, normalizer: Tensor
+) -> PPOLoss:
+    """From hidden states to loss and gradients in one sweep (one ratio a token; a KL whose gradient is that of k2)."""
+    kl_in_loss = config.kl_in == "loss"
+    loss, stats = linear_ppo_loss(
+        hidden,
+        head.weight,
+        batch.labels,
+        tokens.old_log_probs,
+        tokens.advantages,
+        tokens.response_mask,
+        temperature=config.temperature,
+        clip_range=config.clip_range,
+        clip_range_high=config.clip_range_high,
+        dual_clip=config.dual_clip,
+        weights=tokens.weights,
+        ref_log_probs=tokens.ref_log_probs if kl_in_loss else None,
+        kl_coef=config.kl_coef if kl_in_loss else 0.0,
+        kl_estimator="k2",
+        entropy_coef=config.entropy_coef,
+        normalizer=normalizer,
+        **head.kwargs(),
+    )
+    if kl_in_loss and config.kl_estimator != "k2":  # the gradient is right, the value is that of k2
+        log_probs = stats["log_probs"]
+        value, there = (
+            kl_estimate(log_probs, tokens.ref_log_probs, estimator) for estimator in (config.kl_estimator, "k2")
+        )
+        loss = loss + config.kl_coef * (value - there).where(tokens.response_mask, 0.0).sum() / normalizer
+    return PPOLoss(loss, stats)
+
+
+def loss_of_log_probs(
+    log_probs: Tensor, entropy: Tensor, tokens: TokenExperience, config: PPOConfig, *, normalizer: Tensor | float
+) -> PPOLoss:
+    """Return the policy loss from log_probs and entropy [N] that autograd knows, of whole responses.
+
+    ratio_level = sequence: every token of a response carries s = exp(mean_t(log_probs - old_log_probs)), the geometric
+    mean of its tokens' ratios (GSPO, Zheng et al. 2025, eq. 4 and 5); with loss_aggregation = sequence_mean the loss is
+    theirs. Entropy bonus and KL in the loss are per token, as elsewhere.
+    """
+    mask = tokens.response_mask
+    log_probs, entropy = log_probs.where(mask, 0.0), entropy.where(mask, 0.0)
+    compared = log_probs
+    if config.ratio_level == "sequence":
+        compared = tokens.old_log_probs + _mean_of_row(log_probs - tokens.old_log_probs, tokens.row_mask)
+    loss, stats = ppo_policy_loss(
+        compared,
+        tokens.old_log_probs,
+        tokens.advantages,
+        mask,
+        clip_range=config.clip_range,
+        clip_range_high=config.clip_range_high,
+        dual_clip=config.dual_clip,
+        weights=tokens.weights,
+        normalizer=normalizer,
+    )
+    bonus = entropy.sum() / normalizer
+    loss = loss - config.entropy_coef * bonus
+    if config.kl_in == "loss":
+        loss = loss + kl_term(log_probs, tokens.ref_log_probs, mask, config, normalizer)
+    return PPOLoss(loss, {**stats, "entropy": bonus.detach(), "log_probs": log_probs.detach()})
+
+
+def _mean_of_row(values: Tensor, row_mask: Tensor) -> Tensor:
+    """Give each of the tokens [N] the mean over its row; row_mask [B, T] says which token is whose."""
+    rows = torch.zeros(row_mask.shape, device=row_mask.device).masked_scatter(row_mask, values)
+    means = rows.sum(1, keepdim=True) / row_mask.sum(1, keepdim=True).clamp(min=1)
+    return means.expand_as(rows)[row_mask]
 
 
 def kl_term(
-    log_probs: Tensor, ref_log_probs: Tensor, counted: Tensor, config: PPOConfig, normalizer: Tensor | float
+    log_probs: Tensor, ref_log_probs: Tensor, response_mask: Tensor, config: PPOConfig, normalizer: Tensor | float
 ) -> Tensor:
-    """kl_coef * sum of the estimates / normalizer, with the gradient above, from log_probs [N] that can be
-    differentiated. counted [N] bool."""
+    """Return kl_coef * sum of the estimates / normalizer, with the gradient above, from log_probs [N] that can be
+    differentiated. response_mask [N] bool."""
     fixed = log_probs.detach()
     d = fixed - ref_log_probs
     value = kl_estimate(fixed, ref_log_probs, config.kl_estimator)
     slope = d if config.kl_estimator in AS_K2 else d.abs() + d.sign()
     kl = value + slope * (log_probs - fixed)
-    return config.kl_coef * kl.where(counted, 0.0).sum() / normalizer
+    return config.kl_coef * kl.where(response_mask, 0.0).sum() / normalizer
 
 
-def sequence_ratio_loss(
-    log_probs: Tensor,
-    entropy: Tensor,
-    old_log_probs: Tensor,
-    ref_log_probs: Tensor,
-    advantages: Tensor,
-    counted: Tensor,
-    rows: Tensor,
-    config: PPOConfig,
-    *,
-    weights: Tensor | None,
-    normalizer: Tensor | float,
-) -> PPOLoss:
-    """All [N] over the response tokens of whole responses; counted [N] bool; rows [B, T] bool: which tokens are whose
-    (rows of one token each: the ratio of each token, as in PPO).
-
-    Every token of a response carries s = exp(mean_t(log_probs - old_log_probs)), eq. 4 and 5 of the paper; with
-    loss_aggregation = sequence_mean the loss is theirs. Entropy bonus and KL in the loss are per token, as elsewhere.
-    """
-    log_probs, entropy = log_probs.where(counted, 0.0), entropy.where(counted, 0.0)
-    difference = torch.zeros(rows.shape, device=rows.device).masked_scatter(rows, log_probs - old_log_probs)
-    mean = difference.sum(1, keepdim=True) / rows.sum(1, keepdim=True).clamp(min=1)
-    level = old_log_probs + mean.expand_as(difference)[rows]
-    loss, stats = ppo_policy_loss(
-        level, old_log_probs, advantages, counted, clip_range=config.clip_range,
-        clip_range_high=config.clip_range_high, dual_clip=config.dual_clip, weights=weights, normalizer=normalizer,
-    )  # fmt: skip
-    bonus = entropy.sum() / normalizer
-    loss = loss - config.entropy_coef * bonus
-    if config.kl_in == "loss":
-        loss = loss + kl_term(log_probs, ref_log_probs, counted, config, normalizer)
-    return PPOLoss(loss, {**stats, "entropy": bonus.detach(), "log_probs": log_probs.detach()})
+def value_loss(values: Tensor, tokens: TokenValues, config: PPOConfig, *, normalizer: Tensor) -> PPOLoss:
+    """Return the clipped value loss of a micro-batch from the critic's values [N], without vf_coef."""
+    return ppo_value_loss(
+        values,
+        tokens.values,
+        tokens.returns,
+        tokens.response_mask,
+        clip_range=config.clip_range_value,
+        normalizer=normalizer,
+    )

@@ -1,30 +1,32 @@
-"""Who takes part in PPO: the policy, the reference, the critic; on models of their own or on one backbone.
+"""Who takes part in PPO: policy, reference, critic and reward; on models of their own or on one backbone.
 
 critic = separate               policy, reference and critic are three models
 critic = shared_trunk           the critic is a head on the policy's trunk
 lora                            one frozen base: policy (and separate critic) are adapters, reference is the base, or
                                 the adapter the run started from; so is a reward model that is an adapter of that base
-ref_refresh_every               with lora the reference is an adapter too (reference.py)
+ref_refresh_every               with lora the reference is an adapter too (extras.py)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
-from fastrlhf.models import loading
 from fastrlhf.models.adapter_folder import read_adapter
-from fastrlhf.models.backbone import load_backbone
+from fastrlhf.models.backbone import load_backbone, same_base
+from fastrlhf.models.loading import freeze, frozen_copy, load_policy, load_reward_model, scalar_model
 from fastrlhf.models.lora import POLICY, REFERENCE, REWARD, VALUE, Adapters
 from fastrlhf.models.offload import Offload
 from fastrlhf.rl.critic import Critic
-from fastrlhf.rl.scorers import FunctionScorer, RewardModelScorer
+from fastrlhf.rl.scorers import AdapterScorer, RewardModelScorer, Scorer, make_scorer, reward_tokenizer
+from fastrlhf.runtime.memory import MemoryBackoff
 
 Source = str | PreTrainedModel | None
 
@@ -36,12 +38,18 @@ class Roles:
     policy: PreTrainedModel
     ref_policy: PreTrainedModel | None
     critic: Critic | None
+    scorer: Scorer
     adapters: Adapters | None
     offload: Offload
 
+    @property
+    def value_model(self) -> PreTrainedModel | None:
+        """The model that the critic reads; None without a critic."""
+        return None if self.critic is None else self.critic.trunk
+
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
-        """Inside, the model it gives is the reference policy, on the device; no gradient can be taken."""
+        """Give the reference policy, on the device; no gradient can be taken inside."""
         if self.ref_policy is not None:
             way = self.offload.here(self.ref_policy)
         else:
@@ -53,29 +61,41 @@ class Roles:
 def load_roles(
     config: PPOConfig,
     tokenizer: PreTrainedTokenizerBase,
-    scorer: RewardModelScorer | FunctionScorer,
+    *,
     policy: str | PreTrainedModel,
+    reward: Any,
     ref_policy: Source,
     value_model: Source,
-    on_base: str | None = None,
+    memory: MemoryBackoff,
+    device: torch.device,
+    report: Callable[[str], None],
 ) -> Roles:
     """Load what is named, make the rest. UserError for a model that cannot take its role, before any training.
 
-    on_base: the folder of the reward model where that is an adapter on the policy's base.
+    report is told in a sentence what an adapter's base holds and what merging into it costs.
     """
     how = (config.dtype, config.attention)
     _check_value_model(config, value_model)
+    offload = Offload(device)
+    on_base = config.lora is not None and same_base(policy, reward)
+    scorer = None if on_base else make_scorer(reward, tokenizer, config, memory, offload)
     names = [POLICY, VALUE] if config.advantage == "gae" and config.critic == "separate" else [POLICY]
     names += [REFERENCE] if config.ref_refresh_every else []  # B = 0: the base, until the first refresh
     trained, adapters = load_backbone(policy, config, names)
-    if on_base is not None:
-        scorer.over(adapters, read_adapter(on_base, "reward"))
+    if on_base:
+        folder = read_adapter(reward, "reward")
+        scorer = AdapterScorer(adapters, folder, reward_tokenizer(reward, tokenizer), tokenizer, memory)
     if ref_policy is not None:
-        reference = loading.freeze(loading.load_policy(ref_policy, *how))
+        reference = freeze(load_policy(ref_policy, *how))
     else:
-        reference = loading.frozen_copy(trained) if adapters is None else None
+        reference = frozen_copy(trained) if adapters is None else None
     critic = _make_critic(config, tokenizer, scorer, trained, value_model, adapters)
-    return Roles(trained, reference, critic, adapters, Offload(trained.device))
+    for note in [] if adapters is None else adapters.notes(report):
+        report(note)
+    if config.offload:
+        for model in filter(None, (reference, scorer.model)):
+            offload.park(model)
+    return Roles(trained, reference, critic, scorer, adapters, offload)
 
 
 def _check_value_model(config: PPOConfig, value_model: Source) -> None:
@@ -92,7 +112,7 @@ def _check_value_model(config: PPOConfig, value_model: Source) -> None:
 def _make_critic(
     config: PPOConfig,
     tokenizer: PreTrainedTokenizerBase,
-    scorer: RewardModelScorer | FunctionScorer,
+    scorer: Scorer,
     policy: PreTrainedModel,
     value_model: Source,
     adapters: Adapters | None,
@@ -103,14 +123,15 @@ def _make_critic(
         return None
     if config.critic == "shared_trunk":
         return Critic.shared_trunk(policy)
+    reads_our_tokens = isinstance(scorer, RewardModelScorer) and scorer.same_tokenizer
     if adapters is not None:
-        shared = isinstance(scorer, RewardModelScorer) and scorer.same_tokenizer and scorer.adapters is adapters
+        shared = isinstance(scorer, AdapterScorer) and reads_our_tokens
         started = shared and adapters.start_from(VALUE, REWARD)
         return Critic.adapter(adapters, scorer.head if started else None)
     if value_model is not None:
-        model = loading.load_reward_model(value_model, config.dtype, config.attention, role="value_model")
-    elif isinstance(scorer, RewardModelScorer) and scorer.same_tokenizer:
-        model = loading.frozen_copy(scorer.model)
+        model = load_reward_model(value_model, config.dtype, config.attention, role="value_model")
+    elif reads_our_tokens:
+        model = frozen_copy(scorer.model)
     else:
-        model = loading.scalar_model(policy, tokenizer, seed=None)
+        model = scalar_model(policy, tokenizer, seed=None)
     return Critic.separate(model)

@@ -13,18 +13,22 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.models.heads import head_logits, hidden_states, lm_head
 from fastrlhf.rollout.attention import attending, uses_interface
 from fastrlhf.rollout.decoder import Decoder, Row, Sampling
+from fastrlhf.rollout.gather import gather_generation
 from fastrlhf.rollout.kv_cache import SlotCache, cache_bytes_per_token
+from fastrlhf.rollout.result import Rollout, make_rollout
 from fastrlhf.rollout.sampling import Generation, SamplingParams
+from fastrlhf.runtime.batching import shard
 from fastrlhf_kernels import token_log_probs
 
 LOG = logging.getLogger(__name__)
@@ -79,6 +83,14 @@ class RolloutEngine:
             stats=stats,
             values=None if self.value_head is None else [row.values for row in rows],
         )
+
+    def rollout(self, prompts: Sequence[EncodedPrompt], params: SamplingParams, *, joined: bool = False) -> Rollout:
+        """Sample params.n replies to each prompt, over all ranks, and put texts and token rows together. joined: how a
+        micro-batch of these rows is put together. Errors are those of `generate`."""
+        mine = shard(len(prompts))
+        part = self.generate([ids for _, ids in prompts[mine]], params, first=mine.start)
+        whole = gather_generation(part, values=self.value_head is not None)
+        return make_rollout(self.tokenizer, prompts, params.n, whole, joined=joined)
 
     def release(self) -> None:
         """Give the cache's memory back, for the update that follows; the next rollout makes it anew."""

@@ -1,4 +1,7 @@
-"""Optimizer steps: fp32 master weights, schedules, gradient clipping, and micro-batches by token budget."""
+"""Which rows go together: the order of an epoch, mini-batches, micro-batches under a token budget, shares of ranks.
+
+Everything here depends on numbers and lengths only, so it is the same in every rank and in a resumed run.
+"""
 
 from __future__ import annotations
 
@@ -11,53 +14,11 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.runtime.distributed import rank, size
 
 
-def micro_batches(lengths: Sequence[int], budget: int, *, packed: bool = False) -> list[list[int]]:
-    """Split rows 0..n-1 into as few groups as `budget` tokens each allow, of about equal size; the largest rows first.
-
-    The size of a group is rows x longest, as it is padded: rows of like length share one. packed: the sum of lengths.
-    A batch too large for the memory fails at once, in the first group. Depends on the lengths only. A row longer than
-    the budget gets a group of its own: memory may suffer, the result never does.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    return _packed_groups(order, lengths, budget) if packed else _padded_groups(order, lengths, budget)
-
-
-def _padded_groups(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Neighbours in the order of length. Filling each group is the least number; then each takes its share of the
-    tokens left, as far as the rest still fits in the groups left."""
-    count = len(order)
-    least = [0] * (count + 1)  # groups that rows i.. need
-    for i in range(count - 1, -1, -1):
-        least[i] = 1 + least[min(count, i + max(1, budget // lengths[order[i]]))]
-    groups, start, left = [], 0, sum(lengths)
-    while start < count:
-        longest = lengths[order[start]]
-        share = -(-left // (least[0] - len(groups)))
-        end = min(count, start + max(1, min(budget // longest, -(-share // longest))))
-        while least[end] > least[0] - len(groups) - 1:
-            end += 1
-        groups.append(order[start:end])
-        left -= sum(lengths[row] for row in order[start:end])
-        start = end
-    return groups
-
-
-def _packed_groups(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Each row to the emptiest of k groups (Graham 1969), with the least k for which all fit; at most as many groups as
-    first-fit decreasing takes, and its groups where the emptiest are no better."""
-    alone = [[row] for row in order if lengths[row] >= budget]
-    order = order[len(alone) :]
-    found = [[order[i] for i in group] for group in pack([lengths[row] for row in order], budget)]
-    for count in range(-(-sum(lengths[row] for row in order) // budget), len(found) + 1):
-        groups, sizes = [[] for _ in range(count)], [0] * count
-        for row in order:
-            place = sizes.index(min(sizes))
-            groups[place].append(row)
-            sizes[place] += lengths[row]
-        if max(sizes, default=0) <= budget:
-            found = groups
-            break
-    return alone + sorted(found, key=lambda group: -sum(lengths[row] for row in group))
+def derive_seed(*parts: object) -> int:
+    """Return an independent 63-bit seed for each (seed, purpose, number ...): streams of different steps never
+    overlap."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 class Sampler:
@@ -78,7 +39,7 @@ class Sampler:
         return order
 
     def take(self, k: int) -> list[int]:
-        """The next k indices; an epoch's end is crossed without a gap."""
+        """Return the next k indices; an epoch's end is crossed without a gap."""
         result: list[int] = []
         while len(result) < k:
             if self.cursor == self.n:
@@ -89,11 +50,11 @@ class Sampler:
             result += part
         return result
 
-    def state_dict(self) -> dict[str, int]:
-        """JSON-able: n, seed, epoch, cursor."""
+    def state(self) -> dict[str, int]:
+        """Return n, seed, epoch and cursor, as JSON can hold them."""
         return {"n": self.n, "seed": self.seed, "epoch": self.epoch, "cursor": self.cursor}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state(self, state: dict[str, int]) -> None:
         """Go on where state was taken. Raises UserError when the data or the seed is another."""
         for name in ("n", "seed"):
             if state[name] != getattr(self, name):
@@ -104,6 +65,110 @@ class Sampler:
                 )
         self.epoch, self.cursor = state["epoch"], state["cursor"]
         self._order = self._permutation()
+
+
+def mini_batches(count: int, size: int, order: Sequence[int]) -> list[list[int]]:
+    """Cut `order` (a permutation of 0..count-1) into pieces of `size`; the last may be smaller, none is dropped."""
+    edges = [*range(0, count, size), count]
+    return [list(order[a:b]) for a, b in pairwise(edges)]
+
+
+# ------------------------------------------------------------------------------------------------ shares of the ranks
+
+
+def shard(count: int) -> slice:
+    """Return this rank's piece of 0..count-1: consecutive, sizes differ by one at most, in the order of the ranks."""
+    return slice(count * rank() // size(), count * (rank() + 1) // size())
+
+
+def assign_rows(sizes: Sequence[int]) -> list[int]:
+    """Return this rank's rows, in ascending order; all of them where there is one rank.
+
+    They depend on the sizes (of all ranks' rows) only.
+    """
+    return sorted(balanced(sizes, size())[rank()])
+
+
+def balanced(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Deal rows 0..n-1 into `count` bins: the largest first, each to the bin with the least so far (Graham 1969)."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for row in _largest_first(sizes):
+        emptiest = loads.index(min(loads))
+        bins[emptiest].append(row)
+        loads[emptiest] += sizes[row]
+    return bins
+
+
+def _largest_first(sizes: Sequence[int]) -> list[int]:
+    return sorted(range(len(sizes)), key=lambda row: (-sizes[row], row))
+
+
+# ------------------------------------------------------------------------------------------- rows under a token budget
+
+
+def micro_batches(
+    lengths: Sequence[int], budget: int, *, joined: bool = False, counts: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Split items 0..n-1 into as few groups as `budget` tokens each allow, of about equal size; the largest first.
+
+    An item is a row of lengths[i] tokens, or counts[i] rows that stay together, the longest of lengths[i] tokens. The
+    size of a group is rows x longest, as it is padded: rows of like length share one. joined: it is the sum of the
+    lengths. A batch too large for the memory fails at once, in the first group. An item longer than the budget gets a
+    group of its own: memory may suffer, the result never does.
+    """
+    if joined:
+        return _joined_groups(lengths, budget)
+    return _padded_groups(lengths, budget, counts or [1] * len(lengths))
+
+
+def _padded_groups(lengths: Sequence[int], budget: int, counts: Sequence[int]) -> list[list[int]]:
+    """Cut the items, longest first, into neighbours. Filling each group in turn takes the least number of groups; then
+    each takes its equal share of the tokens left, as far as the rest still fits into the groups left."""
+    order = _largest_first(lengths)
+    total = len(order)
+
+    def end_of(start: int, rows_allowed: int) -> int:
+        """The end of the group that starts at `start` and holds at most so many rows, but one item at least."""
+        end, rows = start + 1, counts[order[start]]
+        while end < total and rows + counts[order[end]] <= rows_allowed:
+            rows += counts[order[end]]
+            end += 1
+        return end
+
+    # fewest[i]: groups that items i.. need, each filled up. From the back, because the first item of a group is its
+    # longest and so decides how many rows fit.
+    fewest = [0] * (total + 1)
+    for i in reversed(range(total)):
+        fewest[i] = 1 + fewest[end_of(i, budget // lengths[order[i]])]
+    groups: list[list[int]] = []
+    start, tokens_left = 0, sum(length * count for length, count in zip(lengths, counts, strict=True))
+    while start < total:
+        longest, groups_left = lengths[order[start]], fewest[0] - len(groups)
+        equal_share = -(-tokens_left // groups_left)
+        end = end_of(start, min(budget // longest, -(-equal_share // longest)))
+        while fewest[end] > groups_left - 1:  # what is left would need more groups than are left: take more
+            end += 1
+        groups.append(order[start:end])
+        tokens_left -= sum(lengths[item] * counts[item] for item in groups[-1])
+        start = end
+    return groups
+
+
+def _joined_groups(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Deal the rows evenly into the least number of groups for which all fit; never more groups than `pack` takes, and
+    its groups where the even ones do not fit."""
+    order = _largest_first(lengths)
+    alone = [[row] for row in order if lengths[row] >= budget]
+    rest = order[len(alone) :]
+    sizes = [lengths[row] for row in rest]
+    groups = pack(sizes, budget)
+    for count in range(-(-sum(sizes) // budget), len(groups) + 1):
+        even = balanced(sizes, count)
+        if all(sum(sizes[i] for i in group) <= budget for group in even):
+            groups = even
+            break
+    return alone + sorted(([rest[i] for i in group] for group in groups), key=lambda g: -sum(lengths[row] for row in g))
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -130,37 +195,3 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
             node //= 2
             free[node] = max(free[2 * node], free[2 * node + 1])
     return bins
-
-
-# ------------------------------------------------------------------------------------------------------- sharing rows
-
-
-def share(count: int) -> slice:
-    """This rank's piece of 0..count-1: consecutive, sizes differ by one at most, in the order of the ranks."""
-    return slice(count * rank() // size(), count * (rank() + 1) // size())
-
-
-def own(sizes: Sequence[int]) -> list[int]:
-    """This rank's rows, in ascending order: the largest first, each to the rank with the least so far.
-
-    Depends on the sizes (of all ranks' rows) only. One rank: all rows.
-    """
-    loads, mine = [(0, r) for r in range(size())], []
-    for row in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        load, least = min(loads)
-        loads[least] = (load + sizes[row], least)
-        if least == rank():
-            mine.append(row)
-    return sorted(mine)
-
-
-def derive_seed(*parts: object) -> int:
-    """An independent 63-bit seed for each (seed, purpose, number ...): streams of different steps never overlap."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def minibatches(count: int, size: int, order: Sequence[int]) -> list[list[int]]:
-    """`order` (a permutation of 0..count-1) cut into pieces of `size`; the last may be smaller, none is dropped."""
-    edges = [*range(0, count, size), count]
-    return [list(order[a:b]) for a, b in pairwise(edges)]

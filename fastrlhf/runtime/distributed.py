@@ -51,7 +51,7 @@ def is_lead() -> bool:
     return rank() == 0
 
 
-def first_to_say() -> bool:
+def is_first_reporter() -> bool:
     """True in one process only: whichever asks first. For a message that several would print."""
     if not _stores:
         return launch.local_rank() == 0
@@ -79,7 +79,7 @@ def _together() -> Iterator[None]:
         raise RankLost(f"another rank of this run is gone, so rank {rank()} ends too ({reason})") from error
 
 
-def add_up(*tensors: Tensor) -> None:
+def all_reduce_sum(*tensors: Tensor) -> None:
     """Sum each tensor over the ranks, in place."""
     if size() == 1:
         return
@@ -96,7 +96,7 @@ def any_of(flag: bool) -> bool:
     if size() == 1:
         return flag
     seen = torch.tensor([float(flag)])
-    add_up(seen)
+    all_reduce_sum(seen)
     return bool(seen.item())
 
 
@@ -139,19 +139,19 @@ def lead_first() -> Iterator[None]:
 
 
 @torch.no_grad()
-def add_up_gradients(parameters: Sequence[Tensor]) -> None:
+def all_reduce_gradients(parameters: Sequence[Tensor]) -> None:
     """Sum the gradients over the ranks. One that no rank has stays None; a rank without rows counts as zeros."""
     if size() == 1:
         return
     present = torch.tensor([float(p.grad is not None) for p in parameters])
-    add_up(present)
+    all_reduce_sum(present)
     wanted = [p for p, found in zip(parameters, present.tolist(), strict=True) if found]
     for p in wanted:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     for bucket in _buckets(wanted):
         flat = torch.cat([p.grad.flatten() for p in bucket])
-        add_up(flat)
+        all_reduce_sum(flat)
         for p, summed in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             p.grad.copy_(summed.view_as(p))
 

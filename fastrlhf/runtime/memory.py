@@ -19,36 +19,50 @@ from fastrlhf.runtime import distributed
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-MOST_HALVINGS = 5  # of a run: 1/32 of the first budget
-# What other allocators than torch's own for CUDA say; they raise a plain RuntimeError.
-SAID = (
-    "CUDA out of memory", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory",
+MOST_HALVINGS = 5  # in a run: 1/32 of the first budget
+AUTO_MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 16384}
+# Other allocators than torch's own for CUDA raise a plain RuntimeError with one of these texts.
+MESSAGES = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
-)  # fmt: skip
+)
 
 
-class Backoff:
+def ran_out(error: BaseException) -> bool:
+    """Tell whether an exception means that memory ran out: the one definition, of generation, forward, backward and
+    optimizer."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in MESSAGES)
+
+
+def token_budget(configured: int | None, device: torch.device) -> int:
+    """Return `micro_batch_tokens`, or this device's default for `auto`."""
+    return configured or AUTO_MICRO_BATCH_TOKENS.get(device.type, 8192)
+
+
+class MemoryBackoff:
     """The tokens of a micro-batch, halved when memory runs out; at most `MOST_HALVINGS` times a run.
 
     report(kind, message, **fields) is told of every halving. Each rank halves its own; a checkpoint holds the lead's.
     """
 
-    def __init__(self, config: StageConfig, device: torch.device) -> None:
-        self.config = config
-        self.first = token_budget(config.micro_batch_tokens, device)
+    def __init__(self, config: StageConfig, device: torch.device, report: Callable[..., None]) -> None:
+        self.config, self.report = config, report
+        self.first_budget = token_budget(config.micro_batch_tokens, device)
         self.halvings = 0
-        self.report: Callable[..., None] = lambda kind, message, **fields: None
 
     @property
     def tokens(self) -> int:
         """The budget of `micro_batches` now."""
-        return max(1, self.first >> self.halvings)
+        return max(1, self.first_budget >> self.halvings)
 
     def attempt(self, work: Callable[[], T], undo: Callable[[], object] = lambda: None) -> T:
-        """work(), and again as long as it runs out of memory; it asks for `tokens` anew each time.
+        """Return work(), done again as long as it runs out of memory; it asks for `tokens` anew each time.
 
-        undo: takes back what a work that was cut short left behind (gradients). Random numbers are drawn again from
+        undo takes back what a work that was cut short left behind (gradients). Random numbers are drawn again from
         where they were. UserError with the cheapest fixes when the budget has been halved too often.
         """
         while True:
@@ -58,23 +72,23 @@ class Backoff:
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
-                said = str(error).strip().partition("\n")[0]
+                message = str(error).strip().partition("\n")[0]
             # Only out here, where the exception and the frames that it keeps alive are gone, can memory come free.
             undo()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._halve(said)
+            self._halve(message)
             restore_rng(random_numbers)
 
-    def _halve(self, said: str) -> None:
+    def _halve(self, message: str) -> None:
         before = self.tokens
         if self.halvings == MOST_HALVINGS:
             raise UserError(
                 f"micro_batch_tokens: memory ran out with {before} tokens too, after {self.halvings} halvings; "
-                f"cheapest first: {', '.join(remedies(self.config)[:3])} ({said})"
+                f"cheapest first: {', '.join(remedies(self.config)[:3])} ({message})"
             )
         self.halvings += 1
-        sentence = f"memory ran out with micro-batches of {before} tokens: again with {self.tokens} ({said})"
+        sentence = f"memory ran out with micro-batches of {before} tokens: again with {self.tokens} ({message})"
         if not distributed.is_lead():  # whose events nobody would see
             LOG.warning("rank %d: %s", distributed.rank(), sentence)
         self.report("out_of_memory", sentence, before=before, after=self.tokens)
@@ -86,28 +100,18 @@ class Backoff:
         self.halvings = state["halvings"]
 
 
-def ran_out(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in SAID)
-
-
 def remedies(config: StageConfig) -> list[str]:
     """Settings that this run does not use yet and that save memory, the least costly first; three at least."""
-    wanted: dict[str, Any] = {"gradient_checkpointing": True, "offload": True, "lora": 16, "critic": "shared_trunk"}
-    unused = {"gradient_checkpointing": False, "offload": False, "lora": None, "critic": "separate"}
+    switches: dict[str, tuple[Any, str]] = {  # what a field is where it saves nothing, what to set
+        "gradient_checkpointing": (False, "gradient_checkpointing=true"),
+        "offload": (False, "offload=true"),
+        "lora": (None, "lora=16"),
+        "critic": ("separate", "critic=shared_trunk"),
+    }
     if getattr(config, "advantage", None) != "gae":
-        del wanted["critic"]
+        del switches["critic"]
     fields = type(config).model_fields
-    found = [f"{name}={value}" for name, value in wanted.items() if getattr(config, name, None) == unused[name]]
-    found = [text.replace("True", "true") for text in found]
-    length = "max_new_tokens" if "max_new_tokens" in fields else "max_tokens"
+    unused = [remedy for name, (off, remedy) in switches.items() if name in fields and getattr(config, name) == off]
+    length = "max_new_tokens" if config.stage == "ppo" else "max_tokens"
     paged = [] if config.optimizer == "paged_adamw8bit" else ["optimizer=paged_adamw8bit"]
-    return [*found, f"a smaller {length}", *paged, "a smaller mini_batch_size", "a smaller model"]
-
-
-AUTO_MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 16384}
-
-
-def token_budget(configured: int | None, device: torch.device) -> int:
-    """`micro_batch_tokens`, or this device's default for `auto`."""
-    return configured or AUTO_MICRO_BATCH_TOKENS.get(device.type, 8192)
+    return [*unused, f"a smaller {length}", *paged, "a smaller mini_batch_size", "a smaller model"]

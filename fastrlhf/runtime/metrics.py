@@ -71,6 +71,15 @@ def rollout_metrics(
     }
 
 
+def explained_variance(sum_sq_error: float, sum_return: float, sum_return_sq: float, count: float) -> float:
+    """1 - squared error / squared deviation of the returns from their mean, from sums over `count` tokens.
+
+    0.0 where the returns do not vary: there is nothing to explain.
+    """
+    variance = sum_return_sq - sum_return * sum_return / max(count, 1.0)
+    return 1.0 - sum_sq_error / variance if variance > 1e-12 else 0.0
+
+
 def mismatch_metrics(trained: Tensor, decoded: Tensor) -> dict[str, float]:
     """How far the training forward and decoding are apart, of log-probs [N] of the same weights and tokens.
 

@@ -1,11 +1,11 @@
-"""Optimizer steps: fp32 master weights, schedules, gradient clipping, and micro-batches by token budget."""
+"""Optimizer steps: fp32 master weights, schedules, gradient clipping."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastrlhf.config.base import StageConfig
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.hardware import bitsandbytes
+from fastrlhf.runtime.memory import MemoryBackoff
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,14 +44,6 @@ def _build(name: str, params: list[nn.Parameter], **options: object) -> torch.op
     return kinds[name](params, **options)
 
 
-def optimizer_options(config: StageConfig) -> dict[str, Any]:
-    """The keyword arguments of `Optimizer` that every stage's config names, but the learning rate."""
-    return {
-        "name": config.optimizer, "max_grad_norm": config.max_grad_norm, "betas": config.adam_betas,
-        "eps": config.adam_eps, "weight_decay": config.weight_decay,
-    }  # fmt: skip
-
-
 class StepResult(NamedTuple):
     """grad_norm before clipping; applied is False when the update was skipped because it was not finite."""
 
@@ -76,11 +69,13 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        memory: MemoryBackoff | None = None,
     ) -> None:
-        """model: whose parameters are trained, those that take gradients; or the parameters by name."""
-        self.max_grad_norm = max_grad_norm
-        found = model.parameters() if isinstance(model, nn.Module) else model.values()
-        self.params = [p for p in found if p.requires_grad]
+        """model: whose parameters are trained, those that take gradients; or the parameters by name. memory: the policy
+        for a first step, the one that allocates, that runs out of memory; None: it is an error like any other."""
+        self.max_grad_norm, self.memory = max_grad_norm, memory
+        parameters = model.parameters() if isinstance(model, nn.Module) else model.values()
+        self.params = [p for p in parameters if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.params]
         self.inner = _build(
             name, self.masters, lr=learning_rate, betas=tuple(betas), eps=eps, weight_decay=weight_decay
@@ -94,16 +89,31 @@ class Optimizer:
     def step(self, learning_rate: float) -> StepResult:
         """Add up the ranks' gradients, clip to max_grad_norm (0: no clipping), then update, unless the gradient norm is
         not finite."""
-        distributed.add_up_gradients(self.masters)
+        distributed.all_reduce_gradients(self.masters)
         norm = float(self._clip())
         finite = math.isfinite(norm)
         if finite:
             for group in self.inner.param_groups:
                 group["lr"] = learning_rate
-            self.inner.step()
+            self._step_inner()
             self._copy_down()
         self.zero_grad()
         return StepResult(norm, finite)
+
+    def _step_inner(self) -> None:
+        """Step the inner optimizer. Its first step allocates the moments: where memory runs out there, the gradients
+        stay, caches are freed and it is done again for the parameters that have not been updated yet."""
+        allocates = any(p.grad is not None and p not in self.inner.state for p in self.masters)
+        if self.memory is None or not allocates:
+            self.inner.step()
+            return
+        self.memory.attempt(self.inner.step, undo=self._drop_gradients_of_updated)
+
+    def _drop_gradients_of_updated(self) -> None:
+        """Some optimizers update parameter by parameter: what a first step has updated must not be updated twice."""
+        for master in self.masters:
+            if float(self.inner.state.get(master, {}).get("step", 0)) >= 1:
+                master.grad = None
 
     def zero_grad(self) -> None:
         for param in (*self.params, *self.masters):
@@ -137,7 +147,29 @@ class Optimizer:
                 master.copy_(tensors[f"master.{index}"])
 
 
-class Trained(NamedTuple):
+def make_optimizer(
+    config: StageConfig,
+    model: nn.Module | Mapping[str, nn.Parameter],
+    memory: MemoryBackoff,
+    *,
+    learning_rate: float,
+    max_grad_norm: float | None = None,
+) -> Optimizer:
+    """Build the optimizer that a stage's config names, over a model or parameters by name. max_grad_norm None: the
+    config's."""
+    return Optimizer(
+        model,
+        name=config.optimizer,
+        learning_rate=learning_rate,
+        max_grad_norm=config.max_grad_norm if max_grad_norm is None else max_grad_norm,
+        betas=config.adam_betas,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        memory=memory,
+    )
+
+
+class TrainedRole(NamedTuple):
     """A role that is trained: its model, its optimizer, and what is saved of it.
 
     parts: the tensors a checkpoint holds, by name (an adapter, a head); None: the whole model. merged: the weights of

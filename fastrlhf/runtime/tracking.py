@@ -36,6 +36,7 @@ RATES = (  # tokens that a stage counts, the seconds they took, the rate written
     ("perf/rollout_tokens", "time/step", "perf/tokens_per_s"),
     ("perf/tokens", "time/step", "perf/tokens_per_s"),
 )
+EARLY_LINES = 1000  # held back for a folder that may never be opened
 REMEMBERED_PROMPTS = 512  # "before" texts held in memory
 # Legal in a JSON string, but obeyed by terminals or a line end to str.splitlines: written as \uXXXX.
 _ESCAPE = re.compile(r"[\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
@@ -44,7 +45,7 @@ _ESCAPE = re.compile(r"[\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2
 class Tracker:
     """Records one stage of a run and shows it.
 
-    run_dir: a folder (made if missing), or None for the console alone. total_steps: steps of the stage.
+    run_dir: a folder (made if missing), or None for the console alone, until `open`. total_steps: steps of the stage.
     resume_bytes: what `bytes()` returned when the checkpoint was written ({} when there is none yet); the
     files are cut back to it, so that no step stands there twice. None starts every file anew.
     Raises UserError when a file is shorter than the checkpoint says.
@@ -63,11 +64,8 @@ class Tracker:
         self.stage, self.total_steps = stage, total_steps
         self._files: dict[str, BinaryIO] = {}
         self._before: dict[str, tuple[str, float | None]] = {}
-        self._step = 0
-        if self.run_dir is not None:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._open_files(self.run_dir, resume_bytes)
-        self._first_step = self._step
+        self._step = self._first_step = 0
+        self._early: list[tuple[str, bytes]] = []  # lines for files that are not open yet
         self._writer: SummaryWriter | None = None
         self._tensorboard_broken = False
         self._stack: list[str] = []
@@ -76,12 +74,25 @@ class Tracker:
         self._step_start: float | None = None  # set by the first phase: loading models is not part of step 1
         self._console = Console(stage, total_steps, self._log_line, enabled=console)
         atexit.register(self.close)  # gives the terminal back after an exception nobody caught
+        if run_dir is not None:
+            self.open(run_dir, resume_bytes)
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def open(self, run_dir: Path | str, resume_bytes: dict[str, int] | None = None) -> None:
+        """Write into the files of a run folder from here on, and what was said before too: a run takes its folder only
+        when everything else is ready. Arguments and errors are those of the constructor."""
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._open_files(self.run_dir, resume_bytes)
+        self._first_step = self._step
+        for name, line in self._early:
+            self._files[name].write(line)
+        self._early.clear()
 
     def _open_files(self, run_dir: Path, resume_bytes: dict[str, int] | None) -> None:
         for name in (METRICS, SAMPLES, EVENTS, TIMINGS, LOG):
@@ -215,13 +226,17 @@ class Tracker:
             file.close()
 
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
-        if name in self._files:
-            self._files[name].write(_json_line(row))
+        self._append(name, _json_line(row))
 
     def _log_line(self, line: str) -> None:
-        if LOG in self._files:
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._files[LOG].write(f"{stamp}  {line}\n".encode("utf-8", "replace"))
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._append(LOG, f"{stamp}  {line}\n".encode("utf-8", "replace"))
+
+    def _append(self, name: str, line: bytes) -> None:
+        if name in self._files:
+            self._files[name].write(line)
+        elif self.run_dir is None and len(self._early) < EARLY_LINES:
+            self._early.append((name, line))
 
     def _tensorboard(self, step: int, values: Mapping[str, float | None]) -> None:
         if self.run_dir is None or self._tensorboard_broken:

@@ -29,7 +29,7 @@ def test_overwrite_empties_the_folder_of_a_run(tmp_path):
     with pytest.raises(UserError, match="is not empty"):
         build("sft", output_dir=str(run))
     t = build("sft", output_dir=str(run), total_steps=1, save_every=0, overwrite=True)
-    assert not (run / "left_over").exists() and not (run / "checkpoints").exists() and t.run.step == 0
+    assert not (run / "left_over").exists() and not (run / "checkpoints").exists() and t.steps_done == 0
     t.train()
     assert [row["step"] for row in read(run / "metrics.jsonl")] == [0, 1]
 
@@ -43,7 +43,7 @@ def test_a_missing_folder_a_file_and_an_empty_folder(tmp_path):
         with pytest.raises(UserError, match="output_dir: .* is a file; name a folder"):
             build("sft", output_dir=str(tmp_path / "file"), resume=resume)
     (tmp_path / "empty").mkdir()
-    assert build("sft", output_dir=str(tmp_path / "empty")).run.dir == tmp_path / "empty"
+    assert build("sft", output_dir=str(tmp_path / "empty")).folder == tmp_path / "empty"
 
 
 def test_a_run_killed_while_it_described_itself_can_be_resumed(tmp_path):

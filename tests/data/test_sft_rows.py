@@ -24,7 +24,7 @@ LONG = {"prompt": tiny.chat("the cat"), "response": " ".join(tiny.TEXTS[:3])}
 
 def test_a_row_that_is_too_long_is_dropped_and_counted(tmp_path):
     t = trainer(config(max_tokens=32, output_dir=str(tmp_path / "run")), data=[*SINGLE, LONG])
-    assert len(t.examples) == len(SINGLE)
+    assert len(t.items) == len(SINGLE)
     assert "7 rows read, 6 used, dropped: 1 longer than max_tokens = 32" in log(tmp_path / "run")
 
 
@@ -32,10 +32,10 @@ def test_a_row_that_is_cut_ends_open_and_is_counted(tmp_path):
     cfg = config(max_tokens=32, overlong="truncate", output_dir=str(tmp_path / "run"))
     t = trainer(cfg, data=[*SINGLE, LONG])
     (whole,) = trainer(config(max_tokens=100), data=[LONG]).examples
-    cut = t.examples[-1]
+    cut = t.items[-1]
     assert cut.ids == whole.ids[:32] and cut.target == whole.target[:32]
     assert cut.ids[-1] != t.tokenizer.eos_token_id  # a made-up EOS would teach to stop there
-    assert all(e.ids[-1] == t.tokenizer.eos_token_id for e in t.examples[:-1])
+    assert all(e.ids[-1] == t.tokenizer.eos_token_id for e in t.items[:-1])
     assert "7 rows read, 7 used; 1 cut to max_tokens = 32" in log(tmp_path / "run")
 
 
@@ -67,7 +67,7 @@ def test_a_malformed_row_names_file_and_line(tmp_path):
 def test_malformed_rows_are_skipped_and_counted_on_request(tmp_path):
     path = write(tmp_path / "rows.jsonl", [SINGLE[0], BAD, '{"prompt": ', SINGLE[1]])
     t = trainer(config(skip_bad_rows=True, output_dir=str(tmp_path / "run")), data=path)
-    assert len(t.examples) == 2
+    assert len(t.items) == 2
     assert "4 rows read, 2 used, dropped: 2 malformed" in log(tmp_path / "run")
 
 

@@ -68,7 +68,7 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_exactly(stage, tmp_path):
         if number == 2:
             break
     again = stage(tiny.llama(), **fields, output_dir=str(tmp_path / "resumed"), resume=True)
-    assert again.run.step == 2
+    assert again.steps_done == 2
     again.train()
     a, b = (t.trained()["model"].parts for t in (through, again))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -309,7 +309,7 @@ def test_ppo_with_every_adapter_resumes_exactly(folders, tmp_path, form):
     for _ in runs.ppo(folders["sft"], folders["rm"], **fields, output_dir=str(tmp_path / "resumed")):
         break
     again = runs.ppo(folders["sft"], folders["rm"], **fields, output_dir=str(tmp_path / "resumed"), resume=True)
-    assert again.run.step == 1
+    assert again.steps_done == 1
     again.train()
     states = [t.policy.state_dict() for t in (through, again)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])

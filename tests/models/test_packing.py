@@ -37,7 +37,7 @@ def gradients(t: PPOTrainer, tokens: int) -> dict[str, list[torch.Tensor]]:
     experience.old_log_probs += 0.3 * torch.randn(
         experience.old_log_probs.shape, generator=torch.Generator().manual_seed(1)
     )
-    t.learner.backoff.first = tokens
+    t.memory.first = tokens
     joint = t.critic.shares_trunk
     passes = {"policy": (True, joint)} if joint else {"critic": (False, True), "policy": (True, False)}
     found = {}
@@ -78,7 +78,7 @@ def test_the_first_update_has_ratio_exactly_one(name, form):
     step = next(iter(t))
     assert step.metrics["policy/ratio"] == 1.0 and step.metrics["kl/approx"] == 0.0 == step.metrics["kl/ref"]
     lengths = [len(p) + len(r) for p, r in zip(step.rollout.prompt_ids, step.rollout.response_ids, strict=True)]
-    groups = step.rollout.micro_batches(t._plan(step.rollout)[0][0], t.backoff.tokens)
+    groups = step.rollout.micro_batches(t._plan(step.rollout)[0][0], t.memory.tokens)
     trained = [(1, sum(lengths[i] for i in group)) for group in groups]
     assert len(trained) > 1 and rows[-len(trained) :] == trained  # one row each, and not a token of padding
 

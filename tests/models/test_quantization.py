@@ -17,7 +17,7 @@ from fastrlhf.config.errors import ConfigError
 from fastrlhf.config.stages import SFTConfig
 from fastrlhf.models import heads, loading
 from fastrlhf.models.quantization import BLOCK, QuantizedLinear, quantization_note, quantize_trunk, quantized_layers
-from fastrlhf.models.token_batch import response_log_probs
+from fastrlhf.models.token_batch import target_log_probs
 from tests import lora_runs as runs
 from tests import tiny
 
@@ -134,7 +134,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(build, kind, tmp_path):
     for _ in build(base, **fields, output_dir=str(tmp_path / "resumed")):
         break
     again = build(base, **fields, output_dir=str(tmp_path / "resumed"), resume=True)
-    assert again.run.step == 1
+    assert again.steps_done == 1
     again.train()
     for name in ("metrics.jsonl", *(f"checkpoints/step-000003/{f.name}" for f in
                  (tmp_path / "through/checkpoints/step-000003").glob("*.safetensors"))):  # fmt: skip
@@ -209,7 +209,7 @@ def test_reference_scoring_uses_the_quantised_base():
     batch, plain = rollout.tokens(list(range(6)), t.device), tiny.llama()
     quantize_trunk(plain, "nf4", plain.device)
     with torch.no_grad(), t.roles.reference() as model:
-        assert torch.equal(response_log_probs(model, batch, 1.0), response_log_probs(plain, batch, 1.0))
+        assert torch.equal(target_log_probs(model, batch, 1.0), target_log_probs(plain, batch, 1.0))
 
 
 def test_refused_by_name(monkeypatch):

@@ -51,7 +51,7 @@ LONG = {"prompt": CAT, "chosen": tiny.TEXTS[0] + tiny.TEXTS[1], "rejected": tiny
 
 def test_a_record_that_is_too_long_is_dropped_and_counted(tmp_path):
     t = trainer(config(max_tokens=40, output_dir=str(tmp_path / "run")), data=[*MIXED, LONG])
-    assert len(t.records) == 6
+    assert len(t.items) == 6
     assert "6 used, dropped: 1 longer than max_tokens = 40" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -60,8 +60,8 @@ def test_a_record_that_is_cut_has_no_synthetic_end_and_is_counted(tmp_path):
     short = len(whole.rows[1])
     cfg = config(max_tokens=short, overlong="truncate", output_dir=str(tmp_path / "run"))
     t = trainer(cfg, data=[*MIXED, LONG])
-    assert t.records[-1].rows == [whole.rows[0][:short], whole.rows[1]]
-    assert t.records[-1].rows[0][-1] != t.tokenizer.eos_token_id == whole.rows[1][-1]
+    assert t.items[-1].rows == [whole.rows[0][:short], whole.rows[1]]
+    assert t.items[-1].rows[0][-1] != t.tokenizer.eos_token_id == whole.rows[1][-1]
     assert "7 used; 1 cut to max_tokens" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -69,7 +69,7 @@ def test_a_record_whose_replies_are_equal_once_cut_is_dropped_and_counted(tmp_pa
     row = {"prompt": CAT, "chosen": tiny.TEXTS[0] + " yes", "rejected": tiny.TEXTS[0] + " no"}
     cfg = config(max_tokens=16, overlong="truncate", output_dir=str(tmp_path / "run"))
     t = trainer(cfg, data=[PAIR, row])
-    assert len(t.records) == 1
+    assert len(t.items) == 1
     assert "dropped: 1 with equal replies within max_tokens = 16" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -125,7 +125,7 @@ def test_stock_transformers_give_our_scores(make, tokenizer, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     tok = AutoTokenizer.from_pretrained(tmp_path / "rm")
     assert model.config.num_labels == 1 and model.config.architectures == [type(t.model).__name__]
-    rows = [row for record in t.records for row in record.rows]
+    rows = [row for record in t.items for row in record.rows]
     batch = tok.pad({"input_ids": rows}, return_tensors="pt")
     assert batch["attention_mask"].sum() < batch["attention_mask"].numel()
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_ids_and_score_are_those_of_ppo(tmp_path):
     prompts = [{"prompt": row["prompt"]} for row in data]
     ppo = PPOTrainer(cfg, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=str(tmp_path / "rm"), prompts=prompts)
     reply = ppo.tokenizer("the answer is yes", add_special_tokens=False)["input_ids"] + [ppo.tokenizer.eos_token_id]
-    trained = [record.rows[0] for record in t.records]
+    trained = [record.rows[0] for record in t.items]
     assert [ids + reply for _, ids in ppo.prompts] == trained
     batch = Scorable(
         prompts=[], responses=["the answer is yes"] * 3, raw_prompts=[p.prompt for p, _ in ppo.prompts],
@@ -184,7 +184,7 @@ def test_a_policy_with_another_tokenizer_is_scored_through_its_text():
     policy_ids = bare_tokenizer()("no")["input_ids"]
     batch = Scorable([], [PAIR["rejected"]], [CAT], [policy_ids], [policy_ids], {})
     assert not scorer.same_tokenizer
-    assert scorer(batch) == scores_of(t, [t.records[0].rows[1]]) and seen == [t.records[0].rows[1]] * 2
+    assert scorer(batch) == scores_of(t, [t.items[0].rows[1]]) and seen == [t.items[0].rows[1]] * 2
 
 
 def test_a_reward_model_goes_on_training_from_its_folder(tmp_path):
@@ -231,8 +231,8 @@ def test_real_feedback_unchanged(name, said, tmp_path):
     t = trainer(cfg, model=tiny.llama(max_position_embeddings=8192), data=str(REAL / name))
     assert f"data: {said}\n" in (run / "log.txt").read_text(encoding="utf-8")
     used = int(said.split(" used")[0].split()[-1])
-    assert len(t.records) + len(t.eval_records) == used and len(t.eval_records) >= 3
-    assert all(len(r.rows) == 2 and r.rows[0] != r.rows[1] for r in t.records)
+    assert len(t.items) + len(t.eval_records) == used and len(t.eval_records) >= 3
+    assert all(len(r.rows) == 2 and r.rows[0] != r.rows[1] for r in t.items)
     steps = list(t)
     assert all(math.isfinite(s.metrics["loss/train"]) and s.metrics["update/skipped"] == 0 for s in steps)
     assert 0 <= t.evaluate()["accuracy/eval"] <= 1

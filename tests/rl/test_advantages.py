@@ -68,7 +68,7 @@ def by_hand(scores, log_probs, ref, mask, kl_coef):
 def test_group_estimators(batch, kind):
     scores, log_probs, ref, _, mask = batch
     cfg = config(advantage=kind, samples_per_prompt=2, kl_coef=0.3)
-    got, _ = advantages.estimate(scores, log_probs, ref, None, mask, cfg)
+    got, _ = advantages.estimate_advantages(scores, log_probs, ref, None, mask, cfg)
     total = by_hand(scores, log_probs, ref, mask, 0.3)
     for a in (0, 2):
         pair = total[a], total[a + 1]
@@ -86,7 +86,7 @@ def test_an_unscorable_response_is_in_no_group_statistic(batch):
     mask, scores = mask.clone(), scores.clone()
     mask[0], scores[0] = False, float("nan")
     cfg = config(rollout_batch_size=4, samples_per_prompt=4, advantage="dr_grpo", kl_coef=0.0)
-    got, _ = advantages.estimate(scores, log_probs, ref, None, mask, cfg)
+    got, _ = advantages.estimate_advantages(scores, log_probs, ref, None, mask, cfg)
     assert got[0].abs().sum() == 0
     assert [float(got[i, 0]) for i in (1, 2, 3)] == pytest.approx([0.0, 2.0, -2.0], abs=1e-6)
 
@@ -94,7 +94,7 @@ def test_an_unscorable_response_is_in_no_group_statistic(batch):
 def test_equal_scores_in_a_group_give_zero_not_noise(batch):
     _, log_probs, _, _, mask = batch
     cfg = config(advantage="grpo", samples_per_prompt=2, kl_coef=0.0)
-    got, _ = advantages.estimate(torch.full((4,), 3.0), log_probs, log_probs, None, mask, cfg)
+    got, _ = advantages.estimate_advantages(torch.full((4,), 3.0), log_probs, log_probs, None, mask, cfg)
     assert got.abs().sum() == 0
 
 
@@ -102,7 +102,7 @@ def test_monte_carlo_identity(batch):
     """lambda = gamma = 1 and V = 0: every action's advantage is the score less the KL penalty still to come."""
     scores, log_probs, ref, _, mask = batch
     cfg = config(whiten_advantages=False, gae_lambda=1.0, kl_coef=0.2)
-    got, returns = advantages.estimate(scores, log_probs, ref, torch.zeros(4, 3), mask, cfg)
+    got, returns = advantages.estimate_advantages(scores, log_probs, ref, torch.zeros(4, 3), mask, cfg)
     for row in range(4):
         size = int(mask[row].sum())
         for t in range(size):
@@ -113,28 +113,28 @@ def test_monte_carlo_identity(batch):
 
 def test_gae_is_whitened_then_clipped(batch):
     scores, log_probs, ref, values, mask = batch
-    got, returns = advantages.estimate(scores, log_probs, ref, values, mask, config())
+    got, returns = advantages.estimate_advantages(scores, log_probs, ref, values, mask, config())
     assert float(got[mask].mean()) == pytest.approx(0, abs=1e-6)
     assert float(got[mask].var(correction=0)) == pytest.approx(1, rel=1e-5)
-    plain, same = advantages.estimate(scores, log_probs, ref, values, mask, config(whiten_advantages=False))
+    plain, same = advantages.estimate_advantages(scores, log_probs, ref, values, mask, config(whiten_advantages=False))
     assert torch.equal(returns, same) and torch.allclose(returns[mask], (plain + values)[mask], atol=1e-6)
-    clipped, _ = advantages.estimate(scores, log_probs, ref, values, mask, config(advantage_clip=0.1))
+    clipped, _ = advantages.estimate_advantages(scores, log_probs, ref, values, mask, config(advantage_clip=0.1))
     assert float(clipped.abs().max()) == pytest.approx(0.1)
 
 
 def test_reinforce_plus_plus_is_the_whitened_reward_to_go(batch):
     scores, log_probs, ref, values, mask = batch
     cfg = config(advantage="reinforce++", kl_coef=0.2)
-    got, _ = advantages.estimate(scores, log_probs, ref, None, mask, cfg)
+    got, _ = advantages.estimate_advantages(scores, log_probs, ref, None, mask, cfg)
     zero = torch.zeros_like(values)
-    mc, _ = advantages.estimate(scores, log_probs, ref, zero, mask, config(gae_lambda=1.0, kl_coef=0.2))
+    mc, _ = advantages.estimate_advantages(scores, log_probs, ref, zero, mask, config(gae_lambda=1.0, kl_coef=0.2))
     assert torch.allclose(got, mc)
 
 
 def test_kl_in_loss_leaves_the_rewards_alone(batch):
     scores, log_probs, ref, values, mask = batch
-    a, _ = advantages.estimate(scores, log_probs, ref, values, mask, config(kl_in="loss", kl_coef=5.0))
-    b, _ = advantages.estimate(scores, log_probs, ref, values, mask, config(kl_coef=0.0))
+    a, _ = advantages.estimate_advantages(scores, log_probs, ref, values, mask, config(kl_in="loss", kl_coef=5.0))
+    b, _ = advantages.estimate_advantages(scores, log_probs, ref, values, mask, config(kl_coef=0.0))
     assert torch.equal(a, b)
 
 
@@ -144,15 +144,17 @@ def test_whitening_by_group(batch, advantage):
     scores, log_probs, ref, values, mask = (x.double() if x.is_floating_point() else x for x in batch)
     mask = mask.clone()
     fields = {"samples_per_prompt": 2, "advantage": advantage, "kl_coef": 0.2}
-    plain, _ = advantages.estimate(scores, log_probs, ref, values, mask, config(whiten_advantages=False, **fields))
+    plain, _ = advantages.estimate_advantages(
+        scores, log_probs, ref, values, mask, config(whiten_advantages=False, **fields)
+    )
     cfg = config(whiten_advantages="group", **fields)
-    got, _ = advantages.estimate(scores, log_probs, ref, values, mask, cfg)
+    got, _ = advantages.estimate_advantages(scores, log_probs, ref, values, mask, cfg)
     for a in (0, 2):
         own = plain[a : a + 2][mask[a : a + 2]]
         want = (own - own.mean()) / (own.square().mean() - own.mean() ** 2 + 1e-8).sqrt()
         torch.testing.assert_close(got[a : a + 2][mask[a : a + 2]], want, rtol=1e-9, atol=1e-9)
     mask[3] = False
-    alone, _ = advantages.estimate(scores, log_probs, ref, values, mask, cfg)
+    alone, _ = advantages.estimate_advantages(scores, log_probs, ref, values, mask, cfg)
     assert alone[2:].abs().sum() == 0 and torch.equal(alone[:2], got[:2])
 
 
@@ -171,8 +173,8 @@ def test_holes_change_no_advantage(batch, advantage, whiten):
         return wide
 
     tokens = torch.randn(4, 3, generator=draw)
-    near = advantages.estimate(scores, log_probs, ref, values, mask, cfg, token_rewards=tokens)
-    far = advantages.estimate(
+    near = advantages.estimate_advantages(scores, log_probs, ref, values, mask, cfg, token_rewards=tokens)
+    far = advantages.estimate_advantages(
         scores, *(spread(x) for x in (log_probs, ref, values, mask)), cfg, token_rewards=spread(tokens)
     )
     for a, b in zip(near, far, strict=True):

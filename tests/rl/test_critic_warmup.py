@@ -44,7 +44,7 @@ def test_each_pass_is_valued_anew_and_trained_in_shuffled_mini_batches(form):
     """By hand: values before a pass, their returns by the recursion of GAE in float64, rows of every update."""
     t = trainer(**FORMS[form], **WARM, critic_pretrain_epochs=2, mini_batch_size=5, gamma=0.9, gae_lambda=0.8)
     steps, stored, seen = iter(t), [], []
-    keep, update = t.extras.pretraining.keep, t.learner.update_critic
+    keep, update = t.pretraining.keep, t.learner.update_critic
 
     def keeping(rollout, experience):
         stored.append((rollout, experience))
@@ -58,7 +58,7 @@ def test_each_pass_is_valued_anew_and_trained_in_shuffled_mini_batches(form):
     def copies_of(t):
         return copies(t.critic.parameters().values())
 
-    t.extras.pretraining.keep, t.learner.update_critic = keeping, watching
+    t.pretraining.keep, t.learner.update_critic = keeping, watching
     before = copies(t.learner.policy_optimizer.params)
     for _ in range(3):
         next(steps)
@@ -79,7 +79,7 @@ def test_each_pass_is_valued_anew_and_trained_in_shuffled_mini_batches(form):
             got = experience.returns[i, : len(row)].double()
             torch.testing.assert_close(got, torch.tensor(wanted).double(), rtol=1e-4, atol=1e-4)
     assert seen[0][2] != seen[1][2], "another order in each pass"
-    assert t.extras.pretraining.parts == [], "dropped afterwards"
+    assert t.pretraining.parts == [], "dropped afterwards"
 
 
 def rewards_by_hand(experience, gamma: float, gae_lambda: float) -> list[list[float]]:

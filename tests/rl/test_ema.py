@@ -66,8 +66,8 @@ def test_inside_the_model_is_the_average_and_behind_it_the_very_bytes_come_back(
     t.train()
     live, averages = copies(t.policy.parameters()), copies(t.learner.average.weights)
     places = [p.data_ptr() for p in t.policy.parameters()]
-    with pytest.raises(InterruptedError), t.extras.averaged():
-        with t.extras.averaged():  # evaluation may save
+    with pytest.raises(InterruptedError), t.averaged():
+        with t.averaged():  # evaluation may save
             assert same(copies(t.policy.parameters()), averages)
         assert same(copies(t.policy.parameters()), averages)
         assert [p.data_ptr() for p in t.policy.parameters()] == places  # decoding graphs hold addresses

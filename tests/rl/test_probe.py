@@ -10,7 +10,7 @@ import torch
 
 from fastrlhf import PPOConfig, PPOTrainer, UserError
 from fastrlhf.checkpoint.state import rng_tensors
-from fastrlhf.rl.probe import longest, run_probe, wanted
+from fastrlhf.rl.probe import longest, probe_wanted, run_probe
 from tests import tiny
 from tests.stage_runs import differing, read
 
@@ -99,7 +99,7 @@ def test_it_is_the_largest_micro_batch_and_the_largest_rollout(tokens, packing, 
     run_probe(t.learner, t.engine, packed=t.packed, note=lambda line: None)
     assert seen["policy"] == seen["critic"] == [shape]
     assert seen["cache"] == [(8, 40, 8 * 40 * 2 * 8)]  # slots, positions; times 2 heads of 8
-    assert t.backoff.halvings == 0
+    assert t.memory.halvings == 0
 
 
 def test_memory_that_runs_out_halves_the_budget_before_step_1(tmp_path):
@@ -114,7 +114,7 @@ def test_memory_that_runs_out_halves_the_budget_before_step_1(tmp_path):
 
     t.critic.trunk.base_model.register_forward_pre_hook(limited, with_kwargs=True)
     steps = iter(t)
-    assert rows == [4, 2, 1] and t.backoff.tokens == 40
+    assert rows == [4, 2, 1] and t.memory.tokens == 40
     events = [row for row in read(tmp_path / "events.jsonl") if row["kind"] == "out_of_memory"]
     assert [(row["step"], row["before"], row["after"]) for row in events] == [(0, 160, 80), (0, 80, 40)]
     assert "an update on 1 sequences of 40 tokens fits" in (tmp_path / "log.txt").read_text()
@@ -151,8 +151,8 @@ def test_lengths_stay_within_the_models_positions():
 
 
 def test_auto_is_on_a_gpu_only():
-    assert wanted(PPOConfig(), torch.device("cuda")) and not wanted(PPOConfig(), torch.device("cpu"))
-    assert wanted(PPOConfig(probe=True), torch.device("cpu")) and not wanted(
+    assert probe_wanted(PPOConfig(), torch.device("cuda")) and not probe_wanted(PPOConfig(), torch.device("cpu"))
+    assert probe_wanted(PPOConfig(probe=True), torch.device("cpu")) and not probe_wanted(
         PPOConfig(probe=False), torch.device("cuda")
     )
 

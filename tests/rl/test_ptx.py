@@ -34,7 +34,7 @@ def policy_gradients(t) -> list[torch.Tensor]:
 
     t.learner.policy_optimizer.step = keep
     with pytest.raises(InterruptedError):
-        t.run_step()
+        t.step()
     t.policy.zero_grad()
     return kept
 
@@ -71,7 +71,7 @@ def test_one_optimizer_step_for_both_losses_and_the_metric():
     counts = {int(s["step"]) for s in t.learner.policy_optimizer.inner.state.values()}
     assert counts == {2 * 2 * 2} and len(drawn) == 8 and t.learner.policy_updates == 8
     assert [m["ptx/loss"] for m in steps] == pytest.approx([float(sum(part)) / 4 for part in (drawn[:4], drawn[4:])])
-    assert t.learner.ptx.sampler.state_dict() == {"n": 4, "seed": 0, "epoch": 7, "cursor": 4}  # 8 draws of 4 rows
+    assert t.learner.ptx.sampler.state() == {"n": 4, "seed": 0, "epoch": 7, "cursor": 4}  # 8 draws of 4 rows
 
 
 def test_the_metric_is_the_mean_loss_a_target_token():
@@ -105,7 +105,7 @@ def test_a_resumed_run_draws_the_same_rows(tmp_path, form):
 
 def test_rows_out_of_memory_are_drawn_again():
     t = trainer(ptx_coef=1.0, ptx_data=TEXTS)
-    mix, before = t.learner.ptx, t.learner.ptx.sampler.state_dict()
+    mix, before = t.learner.ptx, t.learner.ptx.sampler.state()
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -114,7 +114,7 @@ def test_rows_out_of_memory_are_drawn_again():
     with pytest.raises(torch.OutOfMemoryError):
         mix.backward(t.policy, 8192)
     handle.remove()
-    assert mix.sampler.state_dict() == before
+    assert mix.sampler.state() == before
 
 
 def test_long_rows_are_dropped_and_counted(tmp_path):

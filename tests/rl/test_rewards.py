@@ -8,19 +8,21 @@ import pytest
 import torch
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.rl.functions import is_function_reference, load_function
-from fastrlhf.rl.scorers import FunctionScorer, Scorable, make_scorer, score_rows
+from fastrlhf.rl.scorers import FunctionScorer, make_scorer, score_rows
+from fastrlhf.rollout.result import Texts
 from tests import tiny
 
 
-def batch(count: int = 4, **columns: list) -> Scorable:
-    texts = [f"reply {i}" for i in range(count)]
+def replies(count: int = 4, **columns: list) -> tuple[Texts, TokenRows]:
+    texts, prompts = [f"reply {i}" for i in range(count)], [f"prompt {i}" for i in range(count)]
     ids = [[5, 6]] * count
-    return Scorable([f"prompt {i}" for i in range(count)], texts, texts, ids, ids, columns)
+    return Texts(prompts, prompts, texts, columns), TokenRows(ids, ids)
 
 
 def score(function, **columns):
-    return FunctionScorer([("mine", 1.0, function)])(batch(**columns))
+    return FunctionScorer([("mine", 1.0, function)]).judge(*replies(**columns))
 
 
 def test_numbers_and_none_pass():

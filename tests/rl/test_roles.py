@@ -95,7 +95,7 @@ def test_one_forward_and_one_backward_give_both_gradients():
     experience, _ = t._experience(rollout, plan[0])
     learner, mini = t.learner, plan[0][0]
     normalizer = learner._normalizer(experience.response_mask, mini)
-    for rows in rollout.micro_batches(mini, learner.backoff.tokens):
+    for rows in rollout.micro_batches(mini, learner.memory.tokens):
         batch, take = rollout.tokens(rows, t.device), experience.take(rows)
         learner._policy_loss(batch.hidden(t.policy), batch, experience, rows, experience.weights, normalizer)[
             0
@@ -115,7 +115,7 @@ def test_one_forward_and_one_backward_give_both_gradients():
     learner.policy_optimizer.step = keep
     with pytest.raises(InterruptedError):
         learner.update(rollout, experience, plan, 0)
-    assert len(forwards) == len(rollout.micro_batches(mini, learner.backoff.tokens))
+    assert len(forwards) == len(rollout.micro_batches(mini, learner.memory.tokens))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
@@ -231,7 +231,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(form, tmp_path):
         next(steps)
     steps.close()
     again = trainer(**fields, output_dir=str(tmp_path / "resumed"), resume=True)
-    assert again.run.step == 2
+    assert again.steps_done == 2
     again.train()
     for a, b in ((through, again),):
         assert all(

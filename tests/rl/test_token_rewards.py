@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from fastrlhf import PPOConfig, PPOTrainer, UserError
+from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.rl import advantages
-from fastrlhf.rl.scorers import FunctionScorer, Scorable, split_rewards
+from fastrlhf.rl.scorers import FunctionScorer, split_rewards
+from fastrlhf.rollout.result import Texts
 from tests import tiny
 
 IDS = [[5, 6, 1], [7], [8, 9, 9, 1]]
@@ -17,8 +19,8 @@ IDS = [[5, 6, 1], [7], [8, 9, 9, 1]]
 
 def scored(*functions, **columns: list) -> list:
     texts = ["a", "b", "c"]
-    batch = Scorable(texts, texts, texts, [[3]] * 3, IDS, columns)
-    return FunctionScorer([(f"f{i}", weight, fn) for i, (weight, fn) in enumerate(functions)])(batch)
+    scorer = FunctionScorer([(f"f{i}", weight, fn) for i, (weight, fn) in enumerate(functions)])
+    return scorer.judge(Texts(texts, texts, texts, columns), TokenRows([[3]] * 3, IDS))
 
 
 def tenths(prompts, responses, response_ids):
@@ -92,21 +94,21 @@ def by_hand(scores, mask, log_probs, ref, values, tokens, *, gamma, lam, kl_coef
 def test_token_rewards_act_where_they_fall(batch, advantage, gamma):
     scores, mask, log_probs, ref, values, tokens = batch
     config = PPOConfig(advantage=advantage, gamma=gamma, gae_lambda=0.7, kl_coef=0.3, whiten_advantages=False)
-    got, returns = advantages.estimate(scores, log_probs, ref, values, mask, config, token_rewards=tokens)
+    got, returns = advantages.estimate_advantages(scores, log_probs, ref, values, mask, config, token_rewards=tokens)
     critic = values if advantage == "gae" else torch.zeros_like(values)
     lam = 0.7 if advantage == "gae" else 1.0
     want = by_hand(scores, mask, log_probs, ref, critic, tokens, gamma=gamma, lam=lam, kl_coef=0.3)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(returns, (want + critic) * mask, rtol=1e-12, atol=1e-12)
-    plain, _ = advantages.estimate(scores, log_probs, ref, values, mask, config)
+    plain, _ = advantages.estimate_advantages(scores, log_probs, ref, values, mask, config)
     assert not torch.allclose(plain, got)
 
 
 def test_group_estimators_use_the_sum(batch):
     scores, mask, log_probs, ref, _, tokens = batch
     config = PPOConfig(advantage="rloo", samples_per_prompt=2, rollout_batch_size=4, mini_batch_size=4)
-    plain = advantages.estimate(scores, log_probs, ref, None, mask, config)
-    got = advantages.estimate(scores, log_probs, ref, None, mask, config, token_rewards=tokens)
+    plain = advantages.estimate_advantages(scores, log_probs, ref, None, mask, config)
+    got = advantages.estimate_advantages(scores, log_probs, ref, None, mask, config, token_rewards=tokens)
     assert torch.equal(plain[0], got[0])
 
 

@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(name, stage, fields, tmp_path):
     through.train()
     leave_after(build(stage, **fields, output_dir=str(tmp_path / "resumed")), 2)
     again = build(stage, **fields, output_dir=str(tmp_path / "resumed"), resume=True)
-    assert again.run.step == 2
+    assert again.steps_done == 2
     again.train()
     assert differing(through, again) == []
     kept = [t for n, t in everything(through).items() if ".optimizer." in n and t.dtype == torch.uint8]

@@ -112,7 +112,7 @@ def test_the_memory_of_a_guard_is_bounded_after_loading_too():
 def test_a_non_finite_update_changes_nothing_and_is_written_down(stage, micro_batch_tokens, tmp_path):
     """Weights, moments and step count are bit for bit those of before, and the next update is as if none had been."""
     t = trainer(stage, total_steps=3, micro_batch_tokens=micro_batch_tokens, output_dir=str(tmp_path / "run"))
-    poison(t, lambda: t.run.step == 1)
+    poison(t, lambda: t.steps_done == 1)
     steps = iter(t)
     next(steps)
     before = snapshot(t)

@@ -12,7 +12,7 @@ import torch
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, SFTConfig, UserError
 from fastrlhf.models import loading
-from fastrlhf.runtime.memory import MOST_HALVINGS, Backoff, ran_out, remedies
+from fastrlhf.runtime.memory import MOST_HALVINGS, MemoryBackoff, ran_out, remedies
 from tests import tiny
 from tests.stage_runs import build, differing, leave_after, read
 
@@ -94,14 +94,14 @@ def test_an_update_cut_short_goes_on_with_the_bytes_of_half_the_budget(form, bac
         assert all(len(g) > 1 for g in groups), "a mini-batch must have several micro-batches to fail between"
         model = ours.critic.trunk if form == "critic" else ours.policy
         run_out(model.base_model, sum(map(len, groups[:i])) + j, when=training, backward=backward)
-        ours.backoff.report = lambda kind, message, **fields: reports.append((kind, message, fields))
+        ours.memory.report = lambda kind, message, **fields: reports.append((kind, message, fields))
         ours.learner.update(rollout, experience, plan, 0)
-        assert ours.backoff.tokens == BUDGET // 2 and len(flat) == 6
+        assert ours.memory.tokens == BUDGET // 2 and len(flat) == 6
 
         if i not in halves:
             theirs, rollout, plan, experience = rolled_out(**FORMS[form])
             theirs.learner.update(rollout, experience, [flat[:i]], 0) if i else None
-            theirs.backoff.halvings = 1
+            theirs.memory.halvings = 1
             theirs.learner.update(rollout, experience, [flat[i:]], 0)
             halves[i] = theirs
         assert differing(ours, halves[i]) == [], (i, j)
@@ -157,7 +157,7 @@ def test_scoring_cut_short_gives_the_run_of_half_the_budget():
         if number is not None:
             run_out(t.scorer.model.base_model, number, when=lambda: True)
         ends.append((t, [step.rollout.scores for step in t]))
-        assert t.backoff.tokens == BUDGET // 2
+        assert t.memory.tokens == BUDGET // 2
     assert ends[0][1] == ends[1][1] and differing(ends[0][0], ends[1][0]) == []
 
 
@@ -167,7 +167,7 @@ def test_the_other_stages_go_on_with_the_bytes_of_half_the_budget(stage, number)
     ours, theirs = build(stage, micro_batch_tokens=60, eval_every=0), build(stage, micro_batch_tokens=30, eval_every=0)
     seen = run_out(ours.model.base_model, number, when=training)
     ours.train(), theirs.train()
-    assert ours.backoff.halvings == 1 and len(seen) > 4 and differing(ours, theirs) == []
+    assert ours.memory.halvings == 1 and len(seen) > 4 and differing(ours, theirs) == []
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
@@ -175,7 +175,7 @@ def test_an_evaluation_cut_short_is_done_again(stage):
     ours, plain = build(stage, micro_batch_tokens=30), build(stage, micro_batch_tokens=30)
     want = plain.evaluate()
     run_out(ours.model.base_model, 1, when=lambda: True)
-    assert ours.evaluate() == pytest.approx(want, rel=1e-5) and ours.backoff.tokens == 15
+    assert ours.evaluate() == pytest.approx(want, rel=1e-5) and ours.memory.tokens == 15
 
 
 def test_a_resumed_run_has_the_same_micro_batches(tmp_path):
@@ -188,7 +188,7 @@ def test_a_resumed_run_has_the_same_micro_batches(tmp_path):
     run_out(first.policy.base_model, 5, when=training)
     leave_after(first, 2)
     again = trainer(**fields, output_dir=str(tmp_path / "resumed"), resume=True)
-    assert again.run.step == 2 and again.backoff.tokens == BUDGET // 2
+    assert again.steps_done == 2 and again.memory.tokens == BUDGET // 2
     again.train()
     assert differing(through, again) == []
     for name in ("metrics.jsonl", "events.jsonl"):
@@ -228,7 +228,7 @@ def test_remedies_are_those_not_in_use():
 
 
 def test_random_numbers_are_drawn_again_and_memory_is_free_before_the_next_try():
-    backoff, drawn, alive = Backoff(SFTConfig(micro_batch_tokens=7), CPU), [], []
+    backoff, drawn, alive = MemoryBackoff(SFTConfig(micro_batch_tokens=7), CPU), [], []
 
     class Large:
         """Stands for activations that only the frames of the failed work hold."""
@@ -248,7 +248,7 @@ def test_random_numbers_are_drawn_again_and_memory_is_free_before_the_next_try()
 
 
 def test_the_real_allocator_is_understood():
-    backoff, tries = Backoff(SFTConfig(), CPU), []
+    backoff, tries = MemoryBackoff(SFTConfig(), CPU), []
 
     def work() -> str:
         tries.append(backoff.tokens)
@@ -271,7 +271,7 @@ def test_the_real_allocator_is_understood():
 )
 def test_only_memory_is_tried_again(error, expected):
     assert ran_out(error) is expected
-    backoff, calls = Backoff(SFTConfig(), CPU), []
+    backoff, calls = MemoryBackoff(SFTConfig(), CPU), []
 
     def work() -> None:
         calls.append(1)

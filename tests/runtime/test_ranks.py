@@ -138,6 +138,6 @@ def test_rows_are_shared_whole_and_evenly(count, ranks, monkeypatch):
 
 def test_one_process_needs_no_group():
     tensor = torch.arange(3.0)
-    distributed.add_up(tensor)
+    distributed.all_reduce_sum(tensor)
     assert torch.equal(tensor, torch.arange(3.0)) and distributed.gather(tensor) is tensor
     assert distributed.any_of(True) and not distributed.any_of(False) and not torch.distributed.is_initialized()

@@ -1,0 +1,103 @@
+"""What a rollout is: token rows that learning needs, texts that people and rewards need, and what the sampler said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fastrlhf.data.encode import EncodedPrompt
+from fastrlhf.data.templates import render_prompt
+from fastrlhf.models.token_batch import TokenRows
+from fastrlhf.rollout.sampling import Generation
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What people and reward functions read, prompt-major. prompts: as rendered by the chat template; raw_prompts: as
+    the data has them; columns: of the data set, an entry a response."""
+
+    prompts: list[str]
+    raw_prompts: list[str | list[dict]]
+    responses: list[str]
+    columns: dict[str, list]
+
+    def __getitem__(self, part: slice) -> Texts:
+        columns = {name: column[part] for name, column in self.columns.items()}
+        return Texts(self.prompts[part], self.raw_prompts[part], self.responses[part], columns)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled responses to prompts, prompt-major, `samples_per_prompt` to each.
+
+    finished: ended by a stop token. log_probs, policy_log_probs, values: lists of 1-d fp32 CPU tensors, as `Generation`
+    has them; values None: no critic reads the policy's trunk. stats: counts of the engine.
+    """
+
+    rows: TokenRows
+    texts: Texts
+    samples_per_prompt: int
+    finished: list[bool]
+    log_probs: list[Tensor]
+    policy_log_probs: list[Tensor]
+    values: list[Tensor] | None
+    stats: dict[str, float]
+
+    @property
+    def prompts(self) -> list[str]:
+        return self.texts.prompts
+
+    @property
+    def responses(self) -> list[str]:
+        return self.texts.responses
+
+    @property
+    def prompt_ids(self) -> list[list[int]]:
+        return self.rows.prompt_ids
+
+    @property
+    def response_ids(self) -> list[list[int]]:
+        return self.rows.response_ids
+
+    def scored(self, scores: list[float | None]) -> ScoredRollout:
+        """Return the same rollout with its scores."""
+        return ScoredRollout(**vars(self), scores=scores)
+
+
+@dataclass(frozen=True)
+class ScoredRollout(Rollout):
+    """A rollout and the raw score of each response; None: unscorable."""
+
+    scores: list[float | None]
+
+
+def make_rollout(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[EncodedPrompt],
+    samples_per_prompt: int,
+    generation: Generation,
+    *,
+    joined: bool,
+) -> Rollout:
+    """Put together what was asked and what was sampled. joined: how `TokenRows` puts a micro-batch into rows."""
+    asked = [pair for pair in prompts for _ in range(samples_per_prompt)]
+    names = sorted(asked[0][0].columns)
+    texts = Texts(
+        prompts=[render_prompt(tokenizer, prompt.prompt) for prompt, _ in asked],
+        raw_prompts=[prompt.prompt for prompt, _ in asked],
+        responses=[tokenizer.decode(ids, skip_special_tokens=True) for ids in generation.response_ids],
+        columns={name: [prompt.columns.get(name) for prompt, _ in asked] for name in names},
+    )
+    return Rollout(
+        rows=TokenRows([ids for _, ids in asked], generation.response_ids, joined),
+        texts=texts,
+        samples_per_prompt=samples_per_prompt,
+        finished=generation.finished,
+        log_probs=generation.log_probs,
+        policy_log_probs=generation.policy_log_probs,
+        values=generation.values,
+        stats=generation.stats,
+    )
