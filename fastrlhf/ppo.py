@@ -23,7 +23,7 @@ from fastrlhf.rl.advantages import KLController, RunningMoments
 from fastrlhf.rl.critic_warmup import CriticPretraining
 from fastrlhf.rl.evaluation import Evaluation, eval_temperature
 from fastrlhf.rl.experience import Experience, make_experience, plan_epochs
-from fastrlhf.rl.extras import PretrainingMix, ReferenceRefresh
+from fastrlhf.rl.extras import ReferenceRefresh
 from fastrlhf.rl.learner import Learner
 from fastrlhf.rl.probe import probe_wanted, run_probe
 from fastrlhf.rl.roles import load_roles
@@ -98,6 +98,7 @@ class PPOTrainer(Trainer):
         )
 
         # Parts.
+        self.moments, self.kl_controller = RunningMoments(), KLController(config)
         roles = self.roles = load_roles(
             config,
             tokenizer,
@@ -114,11 +115,15 @@ class PPOTrainer(Trainer):
         self.engine = RolloutEngine(self.policy, tokenizer, value_head=self.critic.head if shared else None)
         readers = [model for model in (self.policy, roles.ref_policy, roles.value_model) if model is not None]
         self.joined = resolve_packing(config.packing, readers)
-        ptx = PretrainingMix(config, ptx_examples, self.policy) if ptx_examples else None
-        self.learner = Learner(config, roles, memory=self.memory, guard=self.guard, report=self.tracker.event, ptx=ptx)
         self.sampler = Sampler(len(self.prompts), config.seed)
-        self.moments = RunningMoments()
-        self.kl_controller = KLController(config)
+        self.learner = Learner(
+            config,
+            roles,
+            memory=self.memory,
+            guard=self.guard,
+            report=self.tracker.event,
+            ptx_examples=ptx_examples,
+        )
         self.refresh = ReferenceRefresh(roles, config.ref_refresh_every) if config.ref_refresh_every else None
         self.pretraining: CriticPretraining | None = None
         if config.critic_pretrain_epochs:

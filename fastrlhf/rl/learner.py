@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.config.stages import PPOConfig, critic_updates, policy_updates
+from fastrlhf.data.encode import Example
 from fastrlhf.models.heads import lm_head
 from fastrlhf.models.loading import make_trainable
 from fastrlhf.models.lora import POLICY
@@ -58,8 +59,8 @@ class Gradients:
 class Learner:
     """Policy and critic (or None) with their optimizers, gradient clips and update counts.
 
-    ptx: the pretraining mix that steps with the policy, or None. report(kind, message, **fields) is told of every
-    update that was skipped.
+    ptx_examples: rows of the pretraining mix that steps with the policy; none: there is no mix. report(kind, message,
+    **fields) is told of every update that was skipped.
     """
 
     def __init__(
@@ -70,17 +71,15 @@ class Learner:
         memory: MemoryBackoff,
         guard: UpdateGuard,
         report: Callable[..., None],
-        ptx: PretrainingMix | None,
+        ptx_examples: list[Example],
     ) -> None:
         self.config, self.policy, self.critic, self.adapters = config, roles.policy, roles.critic, roles.adapters
-        self.memory, self.guard, self.report, self.ptx = memory, guard, report, ptx
+        self.memory, self.guard, self.report = memory, guard, report
         self.device = roles.policy.device
         self.policy_updates = self.critic_updates = 0
         make_trainable(self.policy, config.gradient_checkpointing, frozen=self.adapters is not None)
         trained = dict(self.policy.named_parameters()) if self.adapters is None else self.adapters.parameters(POLICY)
         self.policy_optimizer = make_optimizer(config, trained, memory, learning_rate=config.learning_rate)
-        decay = config.ema_decay
-        self.average = None if decay is None else WeightAverage(self.policy_optimizer, decay)
         self.value_optimizer: Optimizer | None = None
         if self.critic is not None:
             if self.critic.owns_trunk:
@@ -92,6 +91,9 @@ class Learner:
                 learning_rate=config.critic_learning_rate,
                 max_grad_norm=config.critic_max_grad_norm,
             )
+        decay = config.ema_decay
+        self.average = None if decay is None else WeightAverage(self.policy_optimizer, decay)
+        self.ptx = PretrainingMix(config, ptx_examples, self.policy) if ptx_examples else None
 
     def averaged(self) -> AbstractContextManager[None]:
         """Have the policy hold the weights that are evaluated and saved, inside."""
