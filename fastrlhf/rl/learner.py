@@ -78,12 +78,12 @@ class Learner:
         self.device = roles.policy.device
         self.policy_updates = self.critic_updates = 0
         make_trainable(self.policy, config.gradient_checkpointing, frozen=self.adapters is not None)
+        if self.critic is not None and self.critic.owns_trunk:
+            make_trainable(self.critic.trunk, config.gradient_checkpointing)
         trained = dict(self.policy.named_parameters()) if self.adapters is None else self.adapters.parameters(POLICY)
         self.policy_optimizer = make_optimizer(config, trained, memory, learning_rate=config.learning_rate)
         self.value_optimizer: Optimizer | None = None
         if self.critic is not None:
-            if self.critic.owns_trunk:
-                make_trainable(self.critic.trunk, config.gradient_checkpointing)
             self.value_optimizer = make_optimizer(
                 config,
                 self.critic.parameters(),

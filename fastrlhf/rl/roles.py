@@ -79,16 +79,15 @@ def load_roles(
     offload = Offload(device)
     on_base = config.lora is not None and same_base(policy, reward)
     scorer = None if on_base else make_scorer(reward, tokenizer, config, memory, offload)
+    reference = None if ref_policy is None else freeze(load_policy(ref_policy, *how))
     names = [POLICY, VALUE] if config.advantage == "gae" and config.critic == "separate" else [POLICY]
     names += [REFERENCE] if config.ref_refresh_every else []  # B = 0: the base, until the first refresh
     trained, adapters = load_backbone(policy, config, names)
     if on_base:
         folder = read_adapter(reward, "reward")
         scorer = AdapterScorer(adapters, folder, reward_tokenizer(reward, tokenizer), tokenizer, memory)
-    if ref_policy is not None:
-        reference = freeze(load_policy(ref_policy, *how))
-    else:
-        reference = frozen_copy(trained) if adapters is None else None
+    if reference is None and adapters is None:
+        reference = frozen_copy(trained)
     critic = _make_critic(config, tokenizer, scorer, trained, value_model, adapters)
     for note in [] if adapters is None else adapters.notes(report):
         report(note)
