@@ -16,6 +16,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+DISK_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk with an error of its own
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; nothing was left behind and older ones are untouched.
@@ -30,6 +32,7 @@ class CheckpointError(RuntimeError):
 
 
 def fsync(path: Path) -> None:
+    """Force a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,6 +63,7 @@ def settle(folder: Path) -> None:
     for path in files(folder):
         path.chmod(mode)
         fsync(path)
+    # A file is on the disk, but not under its name, until its folder is there too.
     for path in [*sorted(path for path in folder.rglob("*") if path.is_dir()), folder]:
         fsync(path)
 
@@ -99,14 +103,13 @@ def recover(folder: Path) -> None:
             shutil.rmtree(tmp, ignore_errors=True)
 
 
-def replace_folder(write: Callable[[Path], None], target: Path) -> None:
+def write_folder(write: Callable[[Path], None], target: Path) -> None:
     """Publish a folder atomically: `write(tmp)` fills a fresh folder beside `target`, which then takes its
     place.
 
-    Readers see the old folder or the new one, never a mixture. Raises CheckpointError, with `target` as it
+    Readers see the old folder or the new one, never a mixture. Raises one of DISK_ERRORS, with `target` as it
     was, when the disk fails.
     """
-    target = Path(target)
     tmp = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,13 @@ def replace_folder(write: Callable[[Path], None], target: Path) -> None:
         write(tmp)
         settle(tmp)
         publish(tmp, target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write {target}: {error}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def replace_folder(write: Callable[[Path], None], target: Path) -> None:
+    """`write_folder` for what a run exports. Raises CheckpointError where that fails."""
+    try:
+        write_folder(write, Path(target))
+    except DISK_ERRORS as error:
+        raise CheckpointError(f"could not write {target}: {error}") from error
