@@ -16,8 +16,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-DISK_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk with an error of its own
-
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; nothing was left behind and older ones are untouched.
@@ -103,13 +101,14 @@ def recover(folder: Path) -> None:
             shutil.rmtree(tmp, ignore_errors=True)
 
 
-def write_folder(write: Callable[[Path], None], target: Path) -> None:
+def replace_folder(write: Callable[[Path], None], target: Path) -> None:
     """Publish a folder atomically: `write(tmp)` fills a fresh folder beside `target`, which then takes its
     place.
 
-    Readers see the old folder or the new one, never a mixture. Raises one of DISK_ERRORS, with `target` as it
-    was, when the disk fails.
+    Readers see the old folder or the new one, never a mixture. Raises CheckpointError, its cause the disk's own error
+    and `target` as it was, when the disk fails.
     """
+    target = Path(target)
     tmp = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -118,13 +117,7 @@ def write_folder(write: Callable[[Path], None], target: Path) -> None:
         write(tmp)
         settle(tmp)
         publish(tmp, target)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with an error of its own
+        raise CheckpointError(f"could not write {target}: {error}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-
-
-def replace_folder(write: Callable[[Path], None], target: Path) -> None:
-    """`write_folder` for what a run exports. Raises CheckpointError where that fails."""
-    try:
-        write_folder(write, Path(target))
-    except DISK_ERRORS as error:
-        raise CheckpointError(f"could not write {target}: {error}") from error

@@ -23,6 +23,11 @@ PAGED = "paged"  # bitsandbytes' memory that moves between the card and the host
 SHAPED = {"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"}  # state with the shape of its parameter
 
 
+def mismatch(problem: str, same: str = "model") -> UserError:
+    """The error for a checkpoint that does not fit this run; what must be the same as before is the remedy."""
+    return UserError(f"{problem}; resume with the same {same}")
+
+
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -101,8 +106,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         for key in keys:
             node = node.setdefault(key, {})
         node[last] = leaf
-    # The old state goes, also where the checkpoint has none: it was taken before the first step then. Parameters in their
-    # own order, as the steps of the saved optimizer met them: in the file, 10 stands before 2.
+    # The old state goes, also where the checkpoint has none: it was taken before the first step then. Parameters stand
+    # in their own order, in which the saved optimizer's steps met them: in the file, 10 stands before 2.
     optimizer.state.clear()
     for index in sorted(state):
         optimizer.state[parameters[index]] = state[index]
@@ -118,34 +123,26 @@ def load_parts(live: dict[str, Tensor], saved: dict[str, Tensor], where: str) ->
     shapes differ."""
     for name in sorted(live.keys() | saved.keys()):
         if name not in live or name not in saved or live[name].shape != saved[name].shape:
-            raise UserError(
-                f"{where}: {name} does not match this run's weights; resume with the same options as before"
-            )
+            raise mismatch(f"{where}: {name} does not match this run's weights", "options as before")
     for name, tensor in live.items():
         tensor.copy_(saved[name])
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
     if data["class"] != type(optimizer).__name__:
-        raise UserError(
-            f"the checkpoint's optimizer is {data['class']}, this run built {type(optimizer).__name__}; "
-            "resume with the same `optimizer` as before"
-        )
+        both = f"the checkpoint's optimizer is {data['class']}, this run built {type(optimizer).__name__}"
+        raise mismatch(both, "`optimizer` as before")
     sizes = [group["parameters"] for group in data["groups"]]
     live = [len(group["params"]) for group in optimizer.param_groups]
     if sizes != live:
-        raise UserError(
-            f"the checkpoint's optimizer holds {sizes} parameters by group, this run has {live}; "
-            "resume with the same model"
-        )
+        raise mismatch(f"the checkpoint's optimizer holds {sizes} parameters by group, this run has {live}")
     parameters = _parameters(optimizer)
     for path, tensor in tensors.items():
         owner, *_, key = _parts(path, data)
         if owner.isdigit() and key in SHAPED and tensor.shape != parameters[int(owner)].shape:
-            raise UserError(
-                f"optimizer tensor {path} has shape {list(tensor.shape)} in the checkpoint, its parameter "
-                f"has {list(parameters[int(owner)].shape)}; resume with the same model"
-            )
+            here = list(parameters[int(owner)].shape)
+            saved = f"optimizer tensor {path} has shape {list(tensor.shape)} in the checkpoint"
+            raise mismatch(f"{saved}, its parameter has {here}")
 
 
 def _at_home(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Tensor, home: str | None) -> Tensor:

@@ -30,8 +30,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastrlhf._version import __version__
-from fastrlhf.checkpoint.atomic import DISK_ERRORS, CheckpointError, files, recover, sha256, write_folder
+from fastrlhf.checkpoint.atomic import CheckpointError, files, recover, replace_folder, sha256
 from fastrlhf.checkpoint.quiet import quiet_loading
+from fastrlhf.checkpoint.state import mismatch
 from fastrlhf.config.errors import UserError
 
 FORMAT_VERSION = 1
@@ -136,7 +137,7 @@ class Checkpoint:
         name.
         """
         if f"{name}.safetensors" not in self.files:
-            raise UserError(f"{self.path}: no tensors called {name!r}; resume with the same options as before")
+            raise mismatch(f"{self.path}: no tensors called {name!r}", "options as before")
         return load_file(self.path / f"{name}.safetensors")
 
     def load_model(self, name: str, model: torch.nn.Module) -> None:
@@ -149,7 +150,7 @@ class Checkpoint:
         folder = self.path / name
         shards = [file for file in self.files if file.startswith(f"{name}/") and file.endswith(".safetensors")]
         if not shards:
-            raise UserError(f"{self.path}: no model called {name!r}; resume with the same options as before")
+            raise mismatch(f"{self.path}: no model called {name!r}", "options as before")
         saved: dict[str, Tensor] = {}
         for shard in shards:
             with safe_open(self.path / shard, framework="pt") as file:
@@ -175,35 +176,29 @@ def _in_memory_form(folder: Path, kind: Any, dtype: torch.dtype) -> dict[str, Te
         model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     for problem, names in report.items():
         if names:
-            raise UserError(f"{folder}: {problem} {sorted(map(str, names))[0]}; resume with the same model")
+            raise mismatch(f"{folder}: {problem} {sorted(map(str, names))[0]}")
     return model.state_dict()
 
 
 def _check_weights(where: str, saved: dict[str, Tensor], live: dict[str, Tensor], ignored: Any) -> None:
     for key, tensor in saved.items():
         if key not in live:
-            raise UserError(f"{where}: weight {key} is not in this run's model; resume with the same model")
-        if tensor.shape != live[key].shape or tensor.dtype != live[key].dtype:
-            raise UserError(
-                f"{where}: weight {key} is {tensor.dtype} {list(tensor.shape)} in the checkpoint, "
-                f"{live[key].dtype} {list(live[key].shape)} in this run's model; "
-                "resume with the same model and dtype"
-            )
+            raise mismatch(f"{where}: weight {key} is not in this run's model")
+        before, here = (f"{weight.dtype} {list(weight.shape)}" for weight in (tensor, live[key]))
+        if before != here:
+            problem = f"weight {key} is {before} in the checkpoint, {here} in this run's model"
+            raise mismatch(f"{where}: {problem}", "model and dtype")
     # Of tied weights the folder holds one name only, and a live model fills all of them through it. So what must be
     # complete is the set of storages, not of names; and two saved names of one storage must agree.
     filled: dict[tuple[Any, ...], str] = {}
     for key, tensor in saved.items():
         first = filled.setdefault(_storage(live[key]), key)
         if first != key and not torch.equal(saved[first], tensor):
-            raise UserError(
-                f"{where}: weights {first} and {key} are one tensor in this run's model and two in the "
-                "checkpoint; resume with the same model"
-            )
+            both = f"weights {first} and {key}"
+            raise mismatch(f"{where}: {both} are one tensor in this run's model and two in the checkpoint")
     for key, tensor in live.items():
         if _storage(tensor) not in filled and key not in ignored:
-            raise UserError(
-                f"{where}: weight {key} of this run's model is not in the checkpoint; resume with the same model"
-            )
+            raise mismatch(f"{where}: weight {key} of this run's model is not in the checkpoint")
 
 
 # ------------------------------------------------------------------------------------------------------------ tensors
@@ -279,9 +274,8 @@ class CheckpointStore:
         """
         for name in [*models, *tensors]:
             if not NAME.fullmatch(name) or (name in models and name in tensors):
-                raise ValueError(
-                    f"{name!r} cannot name a part of a checkpoint: letters, digits, - and _, each name once"
-                )
+                rule = "letters, digits, - and _, each name once"
+                raise ValueError(f"{name!r} cannot name a part of a checkpoint: {rule}")
 
         def write(folder: Path) -> None:
             _require_space(folder, [model.state_dict() for model in models.values()] + list(tensors.values()))
@@ -297,9 +291,9 @@ class CheckpointStore:
 
         target = self.folder / folder_name(step)
         try:
-            write_folder(write, target)
-        except DISK_ERRORS as error:
-            raise self._failed(target, str(error)) from error
+            replace_folder(write, target)
+        except CheckpointError as error:
+            raise self._failed(target, error.__cause__) from error
         self.failures = 0
         self._damaged.discard(target.name)
         self.rotate(target)
@@ -327,7 +321,7 @@ class CheckpointStore:
             return checkpoint
         return None
 
-    def _failed(self, target: Path, reason: str) -> CheckpointError:
+    def _failed(self, target: Path, reason: BaseException | None) -> CheckpointError:
         self.failures += 1
         fatal = self.failures >= FAILURES_ALLOWED
         end = "the third failure in a row" if fatal else "training can go on and try again at the next interval"

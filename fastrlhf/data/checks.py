@@ -148,9 +148,6 @@ def check_order(messages: Messages, where: str, field: str) -> None:
         role = message["role"]
         if before not in _MAY_FOLLOW[role]:
             after = f"after {before!r}" if before else "at the beginning"
-            raise BadRow(
-                where,
-                f'field "{field}", message {number} has role {role!r} {after}; '
-                "expected system (optional), then user and assistant in turn",
-            )
+            expected = "expected system (optional), then user and assistant in turn"
+            raise BadRow(where, f'field "{field}", message {number} has role {role!r} {after}; {expected}')
         before = role

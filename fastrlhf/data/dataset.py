@@ -64,7 +64,10 @@ class Counts:
         return text
 
 
-def _load(source: Any, parse: Callable[[Any, str], T], skip_bad_rows: bool, needs: str) -> tuple[list[T], Counts]:
+Loaded = tuple[list[T], Counts]  # the records of a source, and what became of its rows
+
+
+def _load(source: Any, parse: Callable[[Any, str], T], skip_bad_rows: bool, needs: str) -> Loaded[T]:
     counts, items = Counts(), []
     for where, row in read_rows(source):
         counts.read += 1
@@ -103,7 +106,7 @@ def encode_rows(
 
 def load_feedback(
     source: Any, *, score_range: tuple[float, float] = (1.0, 5.0), skip_bad_rows: bool = False
-) -> tuple[list[Feedback], Counts]:
+) -> Loaded[Feedback]:
     """All feedback of a source (see read_rows) in its order, and what became of its rows.
 
     Raises UserError at the first bad row, naming file, line and field; with skip_bad_rows bad rows are counted
@@ -112,14 +115,12 @@ def load_feedback(
     return _load(source, lambda row, where: parse_feedback(row, where, score_range), skip_bad_rows, "feedback")
 
 
-def load_conversations(
-    source: Any, *, format: str = "auto", skip_bad_rows: bool = False
-) -> tuple[list[Conversation], Counts]:
+def load_conversations(source: Any, *, format: str = "auto", skip_bad_rows: bool = False) -> Loaded[Conversation]:
     """All SFT examples of a source; format as in parse_conversation; errors as in load_feedback."""
     return _load(source, lambda row, where: parse_conversation(row, where, format), skip_bad_rows, "SFT data")
 
 
-def load_prompts(source: Any, *, skip_bad_rows: bool = False) -> tuple[list[Prompt], Counts]:
+def load_prompts(source: Any, *, skip_bad_rows: bool = False) -> Loaded[Prompt]:
     """All prompts of a source; errors as in load_feedback.
 
     Prompts that were cut and prompts that stand in the source more than once are kept and noted in Counts.

@@ -99,18 +99,16 @@ def load_encoded_prompts(
     counts.add(f"longer than max_prompt_tokens = {limit}", len(encoded) - len(kept))
     if not kept:
         shortest = min(len(item.ids) for item in encoded)
-        raise UserError(
-            f"{role}: every prompt is longer than max_prompt_tokens = {limit} (the shortest: {shortest}); raise it"
-        )
+        problem = f"every prompt is longer than max_prompt_tokens = {limit} (the shortest: {shortest})"
+        raise UserError(f"{role}: {problem}; raise it")
     return kept, f"{role}: {counts.line()}"
 
 
 def check_ptx(config: PPOConfig, ptx_data: Any) -> None:
     """Raise UserError where one of ptx_coef and ptx_data stands without the other."""
     if config.ptx_coef > 0 and ptx_data is None:
-        raise UserError(
-            f"ptx_data: ptx_coef = {config.ptx_coef:g} needs rows to learn from; give ptx_data, or ptx_coef=0"
-        )
+        remedy = "give ptx_data, or ptx_coef=0"
+        raise UserError(f"ptx_data: ptx_coef = {config.ptx_coef:g} needs rows to learn from; {remedy}")
     if config.ptx_coef == 0 and ptx_data is not None:
         raise UserError("ptx_coef = 0: ptx_data would never be used; set ptx_coef above 0 or leave ptx_data out")
 

@@ -198,12 +198,10 @@ def _scores(row: dict, where: str, score_range: tuple[float, float]) -> Feedback
     several = "responses" in row or "scores" in row
     names = ("responses", "scores") if several else ("response", "score")
     _require(row, where, names, f"{names[0]} and {names[1]} together")
-    if several:
-        responses, scores = _replies(row, where, "responses", 1), row["scores"]
-        if not isinstance(scores, list) or len(scores) != len(responses):
-            raise wrong(where, "scores", f"a list of {len(responses)} numbers", scores)
-    else:
-        responses, scores = (_reply(row["response"], where, "response"),), [row["score"]]
+    responses = _replies(row, where, "responses", 1) if several else (_reply(row["response"], where, "response"),)
+    scores = row["scores"] if several else [row["score"]]
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        raise wrong(where, "scores", f"a list of {len(responses)} numbers", scores)
     low, high = score_range
     normalised = []
     for i, score in enumerate(scores):
@@ -296,6 +294,6 @@ def parse_prompt(row: Any, where: str) -> Prompt:
     end = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
     if end is None:
         raise BadRow(where, "the prompt has no human turn")
-    if format_.column == "prompt" and isinstance(row["prompt"][0], dict):
+    if format_.columns[0] == "prompt" and isinstance(row["prompt"][0], dict):
         raise BadRow(where, f'field "prompt" must end with a user message, its last role is {prompt[-1]["role"]!r}')
     return Prompt(prompt[: end + 1], rest, where, CUT)

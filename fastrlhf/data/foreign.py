@@ -166,15 +166,11 @@ def _user_prompt(row: dict, where: str) -> Messages:
 
 
 class PromptFormat(NamedTuple):
-    """A format that a prompt may have: the columns it is made from, and the function that makes it of a row."""
+    """A format that a prompt may have: the columns it is made from, and the function that makes it of a row. The first
+    column is the one by which the format is recognised."""
 
     columns: tuple[str, ...]
     read: Callable[[dict, str], str | Messages]
-
-    @property
-    def column(self) -> str:
-        """The column by which the format is recognised."""
-        return self.columns[0]
 
 
 # In the order in which they are tried.
@@ -190,7 +186,7 @@ _PROMPT_FORMATS = (
 
 def prompt_format(row: dict) -> PromptFormat | None:
     """The format of row's prompt; None: it has no column of a prompt."""
-    return next((known for known in _PROMPT_FORMATS if row.get(known.column) is not None), None)
+    return next((known for known in _PROMPT_FORMATS if row.get(known.columns[0]) is not None), None)
 
 
 def prompt_of(row: dict, where: str) -> str | Messages | None:
@@ -242,11 +238,9 @@ def _pair_of_conversations(chosen: Messages, rejected: Messages, where: str) -> 
             raise BadRow(where, f'field "{key}" has a reply but no prompt')
     if chosen[:-1] != rejected[:-1]:
         turn = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), 0) + 1
-        raise BadRow(
-            where,
-            f'"chosen" and "rejected" differ before their last turn (at turn {turn} of {len(chosen)} and '
-            f"{len(rejected)}); only the last reply may differ",
-        )
+        at = f"at turn {turn} of {len(chosen)} and {len(rejected)}"
+        problem = f'"chosen" and "rejected" differ before their last turn ({at}); only the last reply may differ'
+        raise BadRow(where, problem)
     return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 

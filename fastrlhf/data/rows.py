@@ -78,9 +78,8 @@ def _read_hub(name: str, path: Path) -> Rows:
         rows = datasets.load_dataset(name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{name}: neither a file or folder here nor a dataset that can be loaded from the hub ({reason})"
-        ) from error
+        problem = "neither a file or folder here nor a dataset that can be loaded from the hub"
+        raise UserError(f"{name}: {problem} ({reason})") from error
     yield from _dataset(rows, name)
 
 
@@ -101,10 +100,8 @@ def _read_folder(path: Path) -> Rows:
     train = [name for name in words if "train" in words[name]]
     held_out = [name for name in words if words[name] & {"valid", "validation", "val", "test", "dev", "eval"}]
     if train and held_out:
-        raise UserError(
-            f"{path}: the folder holds {train[0]} and {held_out[0]}; name the file, so that nothing "
-            "held out is trained on"
-        )
+        remedy = "name the file, so that nothing held out is trained on"
+        raise UserError(f"{path}: the folder holds {train[0]} and {held_out[0]}; {remedy}")
     for file in files:
         yield from _read_file(file)
 
