@@ -30,6 +30,7 @@ class CheckpointError(RuntimeError):
 
 
 def fsync(path: Path) -> None:
+    """Force a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,6 +61,7 @@ def settle(folder: Path) -> None:
     for path in files(folder):
         path.chmod(mode)
         fsync(path)
+    # A file is on the disk, but not under its name, until its folder is there too.
     for path in [*sorted(path for path in folder.rglob("*") if path.is_dir()), folder]:
         fsync(path)
 
@@ -103,8 +105,8 @@ def replace_folder(write: Callable[[Path], None], target: Path) -> None:
     """Publish a folder atomically: `write(tmp)` fills a fresh folder beside `target`, which then takes its
     place.
 
-    Readers see the old folder or the new one, never a mixture. Raises CheckpointError, with `target` as it
-    was, when the disk fails.
+    Readers see the old folder or the new one, never a mixture. Raises CheckpointError, its cause the disk's own error
+    and `target` as it was, when the disk fails.
     """
     target = Path(target)
     tmp = target.with_name(f".tmp-{target.name}-{os.getpid()}")
@@ -115,7 +117,7 @@ def replace_folder(write: Callable[[Path], None], target: Path) -> None:
         write(tmp)
         settle(tmp)
         publish(tmp, target)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with an error of its own
         raise CheckpointError(f"could not write {target}: {error}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

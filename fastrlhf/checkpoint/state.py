@@ -19,9 +19,22 @@ from torch import Tensor
 
 from fastrlhf.config.errors import UserError
 
+PAGED = "paged"  # bitsandbytes' memory that moves between the card and the host
+SHAPED = {"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"}  # state with the shape of its parameter
+
+
+def mismatch(problem: str, same: str = "model") -> UserError:
+    """The error for a checkpoint that does not fit this run; what must be the same as before is the remedy."""
+    return UserError(f"{problem}; resume with the same {same}")
+
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _parts(path: str, data: dict[str, Any]) -> list[str]:
+    """PREFIX.0.quantized.absmax1 -> ["0", "quantized", "absmax1"]; the first is the parameter's index, or groupN."""
+    return path.removeprefix(f"{data['prefix']}.").split(".")
 
 
 def _flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -45,7 +58,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[di
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
-    places: dict[str, str] = {}
+    homes: dict[str, str] = {}
     for index, parameter in enumerate(_parameters(optimizer)):
         for path, leaf in _flatten(optimizer.state.get(parameter, {}), f"{prefix}.{index}"):
             if not isinstance(leaf, Tensor):
@@ -53,22 +66,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[di
                 continue
             tensors[path] = leaf.detach()
             if getattr(leaf, "is_paged", False):
-                places[path] = "paged"
+                homes[path] = PAGED
             elif leaf.device != parameter.device:
-                places[path] = leaf.device.type
+                homes[path] = leaf.device.type
     groups: list[dict[str, Any]] = []
     for index, group in enumerate(optimizer.param_groups):
-        plain = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for key in [key for key, value in plain.items() if isinstance(value, Tensor)]:
-            tensors[f"{prefix}.group{index}.{key}"] = plain.pop(key).detach()
+        plain: dict[str, Any] = {}
+        for key, value in group.items():
+            if isinstance(value, Tensor):  # a learning rate may be one
+                tensors[f"{prefix}.group{index}.{key}"] = value.detach()
+            elif key not in ("params", "param_names"):
+                plain[key] = value
         groups.append({**plain, "parameters": len(group["params"])})
-    return tensors, {
-        "class": type(optimizer).__name__,
-        "prefix": prefix,
-        "groups": groups,
-        "values": values,
-        "places": places,
-    }
+    name = type(optimizer).__name__
+    return tensors, {"class": name, "prefix": prefix, "groups": groups, "values": values, "places": homes}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
@@ -79,29 +90,30 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     nothing is changed then.
     """
     _check_optimizer(optimizer, tensors, data)
-    prefix, parameters = data["prefix"], _parameters(optimizer)
+    parameters = _parameters(optimizer)
     state: dict[int, dict[str, Any]] = {}
     for path, leaf in [*tensors.items(), *data["values"].items()]:
-        index, *keys = path[len(prefix) + 1 :].split(".")
-        if index.startswith("group"):
-            optimizer.param_groups[int(index[5:])][keys[0]] = _like(
-                leaf, optimizer.param_groups[int(index[5:])][keys[0]]
-            )
+        owner, *keys, last = _parts(path, data)
+        if not owner.isdigit():  # group0: an option of the group that is a tensor, and stays where the live one is
+            group = optimizer.param_groups[int(owner.removeprefix("group"))]
+            group[last] = leaf.to(getattr(group[last], "device", leaf.device)).clone()
             continue
-        parameter = parameters[int(index)]
+        parameter = parameters[int(owner)]
         if isinstance(leaf, Tensor):
-            leaf = _place(optimizer, parameter, leaf, data["places"].get(path))
-        node = state.setdefault(int(index), {})
-        for key in keys[:-1]:
+            leaf = _at_home(optimizer, parameter, leaf, data["places"].get(path))
+        # The dots of the path were nested dictionaries, which bitsandbytes has: 0.quantized.absmax1.
+        node = state.setdefault(int(owner), {})
+        for key in keys:
             node = node.setdefault(key, {})
-        node[keys[-1]] = leaf
+        node[last] = leaf
+    # The old state goes, also where the checkpoint has none: it was taken before the first step then. Parameters stand
+    # in their own order, in which the saved optimizer's steps met them: in the file, 10 stands before 2.
     optimizer.state.clear()
-    for index, parameter in enumerate(parameters):
-        if index in state:
-            optimizer.state[parameter] = state[index]
+    for index in sorted(state):
+        optimizer.state[parameters[index]] = state[index]
     for group, saved in zip(optimizer.param_groups, data["groups"], strict=True):
         for key, value in saved.items():
-            if key != "parameters":
+            if key != "parameters":  # JSON made lists of tuples such as betas
                 group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
@@ -111,50 +123,37 @@ def load_parts(live: dict[str, Tensor], saved: dict[str, Tensor], where: str) ->
     shapes differ."""
     for name in sorted(live.keys() | saved.keys()):
         if name not in live or name not in saved or live[name].shape != saved[name].shape:
-            raise UserError(
-                f"{where}: {name} does not match this run's weights; resume with the same options as before"
-            )
+            raise mismatch(f"{where}: {name} does not match this run's weights", "options as before")
     for name, tensor in live.items():
         tensor.copy_(saved[name])
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
     if data["class"] != type(optimizer).__name__:
-        raise UserError(
-            f"the checkpoint's optimizer is {data['class']}, this run built {type(optimizer).__name__}; "
-            "resume with the same `optimizer` as before"
-        )
+        both = f"the checkpoint's optimizer is {data['class']}, this run built {type(optimizer).__name__}"
+        raise mismatch(both, "`optimizer` as before")
     sizes = [group["parameters"] for group in data["groups"]]
     live = [len(group["params"]) for group in optimizer.param_groups]
     if sizes != live:
-        raise UserError(
-            f"the checkpoint's optimizer holds {sizes} parameters by group, this run has {live}; "
-            "resume with the same model"
-        )
+        raise mismatch(f"the checkpoint's optimizer holds {sizes} parameters by group, this run has {live}")
     parameters = _parameters(optimizer)
     for path, tensor in tensors.items():
-        index, *_, key = path[len(data["prefix"]) + 1 :].split(".")
-        if not index.isdigit() or key not in ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"):
-            continue
-        if tensor.shape != parameters[int(index)].shape:
-            raise UserError(
-                f"optimizer tensor {path} has shape {list(tensor.shape)} in the checkpoint, its parameter "
-                f"has {list(parameters[int(index)].shape)}; resume with the same model"
-            )
+        owner, *_, key = _parts(path, data)
+        if owner.isdigit() and key in SHAPED and tensor.shape != parameters[int(owner)].shape:
+            here = list(parameters[int(owner)].shape)
+            saved = f"optimizer tensor {path} has shape {list(tensor.shape)} in the checkpoint"
+            raise mismatch(f"{saved}, its parameter has {here}")
 
 
-def _like(saved: Tensor, live: Any) -> Tensor:
-    return saved.to(live.device).clone() if isinstance(live, Tensor) else saved.clone()
-
-
-def _place(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Tensor, place: str | None) -> Tensor:
+def _at_home(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Tensor, home: str | None) -> Tensor:
     """Copy a saved CPU tensor to where the optimizer keeps it; bitsandbytes' paged buffers must come from
     its own allocator.
     """
-    if place == "paged":
+    if home == PAGED:
         buffer = optimizer.get_state_buffer(parameter, dtype=saved.dtype)
-        return buffer.copy_(saved) if getattr(buffer, "is_paged", False) else saved.to(parameter.device).clone()
-    return saved.to("cpu" if place == "cpu" else parameter.device).clone()
+        if getattr(buffer, "is_paged", False):  # small ones are not
+            return buffer.copy_(saved)
+    return saved.to("cpu" if home == "cpu" else parameter.device).clone()
 
 
 def seed_rng(seed: int) -> None:

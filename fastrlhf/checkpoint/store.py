@@ -1,4 +1,4 @@
-"""Checkpoints that survive kill -9, a full disk and damaged files; atomic folders; stop signals.
+"""Checkpoints that survive kill -9, a full disk and damaged files.
 
 A checkpoint is the folder `RUN_DIR/checkpoints/step-000120`: a normal Hugging Face folder for each model,
 `NAME.safetensors` for each group of tensors, `state.json`, and `MANIFEST.json` with the SHA-256 and size of
@@ -19,21 +19,20 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from fastrlhf._version import __version__
-from fastrlhf.checkpoint.atomic import CheckpointError, files, fsync, publish, recover, settle, sha256
+from fastrlhf.checkpoint.atomic import CheckpointError, files, recover, replace_folder, sha256
+from fastrlhf.checkpoint.quiet import quiet_loading
+from fastrlhf.checkpoint.state import mismatch
 from fastrlhf.config.errors import UserError
 
 FORMAT_VERSION = 1
@@ -41,23 +40,26 @@ FAILURES_ALLOWED = 3
 SPACE_FACTOR = 1.2  # file headers, tokenizer, and file-system rounding above the bytes of the tensors
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 STEP = re.compile(r"step-(\d{6,})")
+MANIFEST = "MANIFEST.json"
 
 
 class DamagedError(Exception):
     """A checkpoint folder is not what its manifest says; the message names the file and what is wrong."""
 
 
+def folder_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
 def _versions() -> dict[str, str]:
-    return {
-        "fastrlhf": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
+    libraries = {library.__name__: library.__version__ for library in (torch, transformers, safetensors)}
+    return {"fastrlhf": __version__, "python": platform.python_version(), **libraries}
 
 
-def _manifest_text(manifest: dict[str, Any]) -> str:
+# ------------------------------------------------------------------------------------------------------ the manifest
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
     """The one spelling of a manifest: a file that differs from it in any byte is damaged, its own hash
     included.
     """
@@ -72,42 +74,50 @@ def _write_manifest(folder: Path, step: int) -> None:
         for path in files(folder)
     }
     manifest = {"format_version": FORMAT_VERSION, "step": step, "versions": _versions(), "files": listed}
-    (folder / "MANIFEST.json").write_text(_manifest_text(manifest), encoding="utf-8")
+    (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
 
 
 def _verify(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint after reading every byte it lists. Raises DamagedError; UserError
     for a format of the future.
     """
-    path = folder / "MANIFEST.json"
+    path = folder / MANIFEST
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8")  # not read_text: it takes \r\n for \n, so damage could hide
         manifest = json.loads(text)
-        intact = isinstance(manifest, dict) and text == _manifest_text(manifest)
+        intact = isinstance(manifest, dict) and text == manifest_text(manifest)
     except (OSError, ValueError) as error:
         raise DamagedError(f"{path}: {error}") from error
     if not intact:
         raise DamagedError(f"{path}: its content does not match its own hash")
+    # From here on the manifest is what some version wrote, so its fields may be relied on: a format that is not known
+    # is no damage, and an older checkpoint must not be taken in its place.
     if manifest["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"{path}: checkpoint format {manifest['format_version']}, this version of fastrlhf reads "
             f"format {FORMAT_VERSION}; use the version that wrote it ({manifest['versions']['fastrlhf']})"
         )
-    if folder.name != f"step-{manifest['step']:06d}":
+    if folder.name != folder_name(manifest["step"]):
         raise DamagedError(f"{path}: written for step {manifest['step']}, found in a folder called {folder.name}")
     for name, expected in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise DamagedError(f"{file}: missing")
-        try:
-            size = file.stat().st_size
-            if size != expected["bytes"]:
-                raise DamagedError(f"{file}: {size} bytes, {expected['bytes']} were written")
-            if sha256(file) != expected["sha256"]:
-                raise DamagedError(f"{file}: its SHA-256 is not the one that was written")
-        except OSError as error:
-            raise DamagedError(f"{file}: {error}") from error
+        _verify_file(folder / name, expected)
     return manifest
+
+
+def _verify_file(file: Path, expected: dict[str, Any]) -> None:
+    if not file.is_file():
+        raise DamagedError(f"{file}: missing")
+    try:
+        size = file.stat().st_size
+        if size != expected["bytes"]:  # the usual damage, seen without reading gigabytes
+            raise DamagedError(f"{file}: {size} bytes, {expected['bytes']} were written")
+        if sha256(file) != expected["sha256"]:
+            raise DamagedError(f"{file}: its SHA-256 is not the one that was written")
+    except OSError as error:
+        raise DamagedError(f"{file}: {error}") from error
+
+
+# -------------------------------------------------------------------------------------------------------- reading one
 
 
 class Checkpoint:
@@ -127,7 +137,7 @@ class Checkpoint:
         name.
         """
         if f"{name}.safetensors" not in self.files:
-            raise UserError(f"{self.path}: no tensors called {name!r}; resume with the same options as before")
+            raise mismatch(f"{self.path}: no tensors called {name!r}", "options as before")
         return load_file(self.path / f"{name}.safetensors")
 
     def load_model(self, name: str, model: torch.nn.Module) -> None:
@@ -137,60 +147,61 @@ class Checkpoint:
         Raises UserError naming the first tensor that is missing, unknown, or of another shape or dtype;
         nothing is changed then.
         """
-        shards = [f for f in self.files if f.startswith(f"{name}/") and f.endswith(".safetensors")]
+        folder = self.path / name
+        shards = [file for file in self.files if file.startswith(f"{name}/") and file.endswith(".safetensors")]
         if not shards:
-            raise UserError(f"{self.path}: no model called {name!r}; resume with the same options as before")
+            raise mismatch(f"{self.path}: no model called {name!r}", "options as before")
         saved: dict[str, Tensor] = {}
         for shard in shards:
             with safe_open(self.path / shard, framework="pt") as file:
                 saved.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
         live = model.state_dict()
-        if saved.keys() - live.keys() and self._model_type(name) == model.config.model_type:
-            saved = _in_memory_form(self.path / name, type(model), model.dtype)
-        _check_weights(f"{self.path / name}", saved, live, getattr(model, "_keys_to_ignore_on_save", None) or ())
+        if saved.keys() - live.keys() and _model_type(folder) == model.config.model_type:
+            saved = _in_memory_form(folder, type(model), model.dtype)
+        _check_weights(str(folder), saved, live, getattr(model, "_keys_to_ignore_on_save", None) or ())
         with torch.no_grad():
             for key, tensor in saved.items():
                 live[key].copy_(tensor)
 
-    def _model_type(self, name: str) -> str:
-        return json.loads((self.path / name / "config.json").read_text(encoding="utf-8"))["model_type"]
+
+def _model_type(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
 
 
 def _in_memory_form(folder: Path, kind: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights under the names of the live module. Transformers keeps the published names on disk and renames
     or stacks some architectures' weights (GPT-NeoX, mixtures of experts) only while loading.
     """
-    with _no_progress_bars(), torch.random.fork_rng(devices=[]):
+    with quiet_loading(), torch.random.fork_rng(devices=[]):  # building a model draws its first weights
         model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     for problem, names in report.items():
         if names:
-            raise UserError(f"{folder}: {problem} {sorted(map(str, names))[0]}; resume with the same model")
+            raise mismatch(f"{folder}: {problem} {sorted(map(str, names))[0]}")
     return model.state_dict()
 
 
 def _check_weights(where: str, saved: dict[str, Tensor], live: dict[str, Tensor], ignored: Any) -> None:
     for key, tensor in saved.items():
         if key not in live:
-            raise UserError(f"{where}: weight {key} is not in this run's model; resume with the same model")
-        if tensor.shape != live[key].shape or tensor.dtype != live[key].dtype:
-            raise UserError(
-                f"{where}: weight {key} is {tensor.dtype} {list(tensor.shape)} in the checkpoint, "
-                f"{live[key].dtype} {list(live[key].shape)} in this run's model; "
-                "resume with the same model and dtype"
-            )
+            raise mismatch(f"{where}: weight {key} is not in this run's model")
+        before, here = (f"{weight.dtype} {list(weight.shape)}" for weight in (tensor, live[key]))
+        if before != here:
+            problem = f"weight {key} is {before} in the checkpoint, {here} in this run's model"
+            raise mismatch(f"{where}: {problem}", "model and dtype")
+    # Of tied weights the folder holds one name only, and a live model fills all of them through it. So what must be
+    # complete is the set of storages, not of names; and two saved names of one storage must agree.
     filled: dict[tuple[Any, ...], str] = {}
     for key, tensor in saved.items():
         first = filled.setdefault(_storage(live[key]), key)
         if first != key and not torch.equal(saved[first], tensor):
-            raise UserError(
-                f"{where}: weights {first} and {key} are one tensor in this run's model and two in the "
-                "checkpoint; resume with the same model"
-            )
+            both = f"weights {first} and {key}"
+            raise mismatch(f"{where}: {both} are one tensor in this run's model and two in the checkpoint")
     for key, tensor in live.items():
         if _storage(tensor) not in filled and key not in ignored:
-            raise UserError(
-                f"{where}: weight {key} of this run's model is not in the checkpoint; resume with the same model"
-            )
+            raise mismatch(f"{where}: weight {key} of this run's model is not in the checkpoint")
+
+
+# ------------------------------------------------------------------------------------------------------------ tensors
 
 
 def _storage(tensor: Tensor) -> tuple[Any, ...]:
@@ -198,6 +209,7 @@ def _storage(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:
+    """Bytes of the tensors, tied ones counted once."""
     return sum({_storage(tensor): tensor.nbytes for tensor in tensors.values()}.values())
 
 
@@ -217,16 +229,7 @@ def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Hide the bars of `save_pretrained` and `from_pretrained`, which would break the live console."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+# --------------------------------------------------------------------------------------------------------- all of them
 
 
 class CheckpointStore:
@@ -249,10 +252,9 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoint folders, oldest first; not verified."""
-        if not self.folder.is_dir():
-            return []
-        found = (STEP.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir())
-        return sorted(int(match[1]) for match in found if match)
+        folders = (path for path in self.folder.glob("step-*") if path.is_dir())
+        matches = (STEP.fullmatch(path.name) for path in folders)
+        return sorted(int(match[1]) for match in matches if match)
 
     def save(
         self,
@@ -272,22 +274,26 @@ class CheckpointStore:
         """
         for name in [*models, *tensors]:
             if not NAME.fullmatch(name) or (name in models and name in tensors):
-                raise ValueError(
-                    f"{name!r} cannot name a part of a checkpoint: letters, digits, - and _, each name once"
-                )
-        target = self.folder / f"step-{step:06d}"
-        tmp = self.folder / f".tmp-{target.name}-{os.getpid()}"
+                rule = "letters, digits, - and _, each name once"
+                raise ValueError(f"{name!r} cannot name a part of a checkpoint: {rule}")
+
+        def write(folder: Path) -> None:
+            _require_space(folder, [model.state_dict() for model in models.values()] + list(tensors.values()))
+            for index, (name, model) in enumerate(models.items()):
+                with quiet_loading():
+                    model.save_pretrained(folder / name)
+                if index == 0 and tokenizer is not None:
+                    tokenizer.save_pretrained(folder / name)
+            for name, group in tensors.items():
+                save_file(_portable(group), folder / f"{name}.safetensors")
+            (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            _write_manifest(folder, step)
+
+        target = self.folder / folder_name(step)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._require_space(models, tensors)
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir()
-            self._write(tmp, step, models, tensors, state, tokenizer)
-            publish(tmp, target)
-        except (OSError, SafetensorError) as error:
-            raise self._failed(target, str(error)) from error
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
+            replace_folder(write, target)
+        except CheckpointError as error:
+            raise self._failed(target, error.__cause__) from error
         self.failures = 0
         self._damaged.discard(target.name)
         self.rotate(target)
@@ -300,12 +306,13 @@ class CheckpointStore:
         Raises UserError when a checkpoint was written in a format this version does not know.
         """
         for step in reversed(self.steps()):
-            folder = self.folder / f"step-{step:06d}"
+            folder = self.folder / folder_name(step)
             try:
                 checkpoint = Checkpoint(folder, _verify(folder))
             except DamagedError as error:
                 self._damaged.add(folder.name)
-                self._note(f"checkpoint {folder.name} is damaged and not used ({error})")
+                self.notes.append(f"checkpoint {folder.name} is damaged and not used ({error})")
+                warnings.warn(self.notes[-1], stacklevel=2)
                 continue
             here = _versions()
             changed = [f"{k} {v} -> {here.get(k)}" for k, v in checkpoint.versions.items() if here.get(k) != v]
@@ -314,11 +321,7 @@ class CheckpointStore:
             return checkpoint
         return None
 
-    def _note(self, message: str) -> None:
-        self.notes.append(message)
-        warnings.warn(message, stacklevel=3)
-
-    def _failed(self, target: Path, reason: str) -> CheckpointError:
+    def _failed(self, target: Path, reason: BaseException | None) -> CheckpointError:
         self.failures += 1
         fatal = self.failures >= FAILURES_ALLOWED
         end = "the third failure in a row" if fatal else "training can go on and try again at the next interval"
@@ -326,39 +329,28 @@ class CheckpointStore:
         self.notes.append(message)
         return CheckpointError(message, fatal=fatal)
 
-    def _require_space(self, models: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
-        weights = sum(_bytes(model.state_dict()) for model in models.values())
-        needed = int(SPACE_FACTOR * (weights + sum(_bytes(group) for group in tensors.values())))
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise OSError(f"{needed:,} bytes are needed and {free:,} are free: {needed - free:,} bytes are missing")
-
-    def _write(self, tmp: Path, step: int, models: Any, tensors: Any, state: dict[str, Any], tokenizer: Any) -> None:
-        for index, (name, model) in enumerate(models.items()):
-            with _no_progress_bars():
-                model.save_pretrained(tmp / name)
-            if index == 0 and tokenizer is not None:
-                tokenizer.save_pretrained(tmp / name)
-        for name, group in tensors.items():
-            save_file(_portable(group), tmp / f"{name}.safetensors")
-        (tmp / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        settle(tmp)
-        _write_manifest(tmp, step)
-        fsync(tmp / "MANIFEST.json")
-        fsync(tmp)
-
     def rotate(self, committed: Path) -> None:
         """Remove damaged and surplus old checkpoints beside `committed`, which is known to be sound. `save` does this
         itself; a resumed run does it for a save that was killed before it came so far. A failure here is a note.
         """
-        names = [f"step-{step:06d}" for step in self.steps()]
-        sound = [name for name in names if name not in self._damaged and name != committed.name]
-        for name in [*(n for n in names if n in self._damaged), *sound[: max(0, len(sound) + 1 - self.keep)]]:
+        others = [name for name in map(folder_name, self.steps()) if name != committed.name]
+        damaged = [name for name in others if name in self._damaged]
+        sound = [name for name in others if name not in self._damaged]
+        surplus = sound[: max(0, len(sound) + 1 - self.keep)]  # oldest first; `committed` is one of those kept
+        for name in [*damaged, *surplus]:
+            # First out of sight in one move: a kill halfway leaves nothing that looks like a checkpoint, and the next
+            # process that opens the folder removes what begins with .tmp-.
             gone = self.folder / f".tmp-remove-{name}"
             try:
-                os.rename(
-                    self.folder / name, gone
-                )  # first out of sight, so that a half-removed folder is never taken for one
+                os.rename(self.folder / name, gone)
                 shutil.rmtree(gone)
             except OSError as error:
                 self.notes.append(f"old checkpoint {name} could not be removed: {error}")
+
+
+def _require_space(folder: Path, groups: list[dict[str, Tensor]]) -> None:
+    """Raise OSError where the disk has no room for the tensors, before a byte of them is written."""
+    needed = int(SPACE_FACTOR * sum(map(_bytes, groups)))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed:,} bytes are needed and {free:,} are free: {needed - free:,} bytes are missing")

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.data.checks import BadRow, DroppedRow
 from fastrlhf.data.feedback import Conversation, Feedback, Prompt, parse_conversation, parse_feedback, parse_prompt
-from fastrlhf.data.foreign import BadRow, DroppedRow
 from fastrlhf.data.rows import read_rows
 
 T, E = TypeVar("T"), TypeVar("E")
-Located = TypeVar("Located", Conversation, Feedback, Prompt)  # they know the place they came from
+Located = TypeVar("Located", Conversation, Feedback, Prompt)  # they know where they came from
 MALFORMED = "malformed"
+MALFORMED_KEPT = 5
 REPEATED = "repeat an earlier prompt"
 
 
@@ -31,7 +32,7 @@ class Counts:
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
-    malformed: list[str] = field(default_factory=list)  # the first five messages of skipped rows
+    malformed: list[str] = field(default_factory=list)  # the first MALFORMED_KEPT messages of skipped rows
 
     @property
     def used(self) -> int:
@@ -42,6 +43,14 @@ class Counts:
         """Count n rows as left out for reason, e.g. "longer than 1024 tokens"."""
         if n:
             self.dropped[reason] += n
+
+    def add_bad(self, error: BadRow, *, skip: bool) -> None:
+        """Count a bad row as malformed where such rows are skipped; raise UserError where they are not."""
+        if not skip:
+            raise UserError(f"{error} (skip_bad_rows=true leaves such rows out)") from error
+        self.add(MALFORMED)
+        if len(self.malformed) < MALFORMED_KEPT:
+            self.malformed.append(str(error))
 
     def line(self) -> str:
         """For people: "2400 rows read, 2391 used, dropped: 6 longer than 1024 tokens, 3 malformed"."""
@@ -55,7 +64,10 @@ class Counts:
         return text
 
 
-def _load(source: Any, parse: Callable[[Any, str], T], skip_bad_rows: bool, needs: str) -> tuple[list[T], Counts]:
+Loaded = tuple[list[T], Counts]  # the records of a source, and what became of its rows
+
+
+def _load(source: Any, parse: Callable[[Any, str], T], skip_bad_rows: bool, needs: str) -> Loaded[T]:
     counts, items = Counts(), []
     for where, row in read_rows(source):
         counts.read += 1
@@ -63,43 +75,38 @@ def _load(source: Any, parse: Callable[[Any, str], T], skip_bad_rows: bool, need
             if isinstance(row, BadRow):
                 raise row
             items.append(parse(row, where))
-        except DroppedRow as error:
-            counts.add(error.reason)
+        except DroppedRow as dropped:
+            counts.add(dropped.reason)
         except BadRow as error:
-            _bad_row(error, counts, skip_bad_rows)
+            counts.add_bad(error, skip=skip_bad_rows)
     if not items:
         name = source if isinstance(source, (str, Path)) else f"the {type(source).__name__} given"
         raise UserError(f"{name}: no usable row of {needs} ({counts.line()})")
     return items, counts
 
 
-def _bad_row(error: BadRow, counts: Counts, skip: bool) -> None:
-    if not skip:
-        raise UserError(f"{error} (skip_bad_rows=true leaves such rows out)") from error
-    counts.add(MALFORMED)
-    if len(counts.malformed) < 5:
-        counts.malformed.append(str(error))
-
-
 def encode_rows(
     items: Iterable[Located], encode: Callable[[Located], E], counts: Counts, skip_bad_rows: bool
 ) -> Iterator[tuple[Located, E]]:
-    """(item, encode(item)) of each item. What the chat template refuses is a bad row: named by its place, or counted.
+    """Yield (item, encode(item)) of each item that can be used, and count the others.
 
-    Raises UserError as load_feedback does.
+    encode raises DroppedRow for a row that does not fit, which is counted under its reason, and UserError for what the
+    chat template refuses: a bad row, named by its place. Raises UserError as load_feedback does.
     """
     for item in items:
         try:
             encoded = encode(item)
+        except DroppedRow as dropped:
+            counts.add(dropped.reason)
         except UserError as error:
-            _bad_row(BadRow(item.where, str(error)), counts, skip_bad_rows)
+            counts.add_bad(BadRow(item.where, str(error)), skip=skip_bad_rows)
         else:
             yield item, encoded
 
 
 def load_feedback(
     source: Any, *, score_range: tuple[float, float] = (1.0, 5.0), skip_bad_rows: bool = False
-) -> tuple[list[Feedback], Counts]:
+) -> Loaded[Feedback]:
     """All feedback of a source (see read_rows) in its order, and what became of its rows.
 
     Raises UserError at the first bad row, naming file, line and field; with skip_bad_rows bad rows are counted
@@ -108,14 +115,12 @@ def load_feedback(
     return _load(source, lambda row, where: parse_feedback(row, where, score_range), skip_bad_rows, "feedback")
 
 
-def load_conversations(
-    source: Any, *, format: str = "auto", skip_bad_rows: bool = False
-) -> tuple[list[Conversation], Counts]:
+def load_conversations(source: Any, *, format: str = "auto", skip_bad_rows: bool = False) -> Loaded[Conversation]:
     """All SFT examples of a source; format as in parse_conversation; errors as in load_feedback."""
     return _load(source, lambda row, where: parse_conversation(row, where, format), skip_bad_rows, "SFT data")
 
 
-def load_prompts(source: Any, *, skip_bad_rows: bool = False) -> tuple[list[Prompt], Counts]:
+def load_prompts(source: Any, *, skip_bad_rows: bool = False) -> Loaded[Prompt]:
     """All prompts of a source; errors as in load_feedback.
 
     Prompts that were cut and prompts that stand in the source more than once are kept and noted in Counts.
@@ -125,10 +130,10 @@ def load_prompts(source: Any, *, skip_bad_rows: bool = False) -> tuple[list[Prom
     for prompt in prompts:
         if prompt.note:
             counts.noted[prompt.note] += 1
-        key = json.dumps(prompt.prompt, ensure_ascii=False)
-        if key in seen:
+        text = json.dumps(prompt.prompt, ensure_ascii=False)
+        if text in seen:
             counts.noted[REPEATED] += 1
-        seen.add(key)
+        seen.add(text)
     return prompts, counts
 
 
@@ -147,13 +152,14 @@ def split_heldout(
     sizes = Counter(keys)
     order = list(sizes)
     random.Random(f"held out {seed}").shuffle(order)
-    held: set[Hashable] = set()
+    held_out: set[Hashable] = set()
     room = min(round(fraction * len(items)), len(items) - 1)
     for group in order:
         if sizes[group] <= room:
-            held.add(group)
+            held_out.add(group)
             room -= sizes[group]
-    if fraction > 0 and not held and len(order) > 1:
-        held.add(min(order, key=sizes.__getitem__))
-    train = [item for item, group in zip(items, keys) if group not in held]
-    return train, [item for item, group in zip(items, keys) if group in held]
+    # Every group may be larger than the room; the smallest is then held out all the same.
+    if fraction > 0 and not held_out and len(order) > 1:
+        held_out.add(min(order, key=sizes.__getitem__))
+    train = [item for item, group in zip(items, keys) if group not in held_out]
+    return train, [item for item, group in zip(items, keys) if group in held_out]

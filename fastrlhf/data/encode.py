@@ -1,4 +1,4 @@
-"""Rows to learn from token by token: SFT's, plain text, and PPO's mix of both (ptx).
+"""Rows to learn from token by token: SFT's, plain text, and PPO's mix of both (ptx); and PPO's prompts.
 
 The loss of an optimizer step is a mean over target tokens, so how rows are grouped or packed never changes it.
 """
@@ -6,19 +6,21 @@ The loss of an optimizer step is a mean over target tokens, so how rows are grou
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
-from fastrlhf.data.dataset import encode_rows, load_conversations, load_prompts
+from fastrlhf.data.checks import DroppedRow
+from fastrlhf.data.dataset import Counts, Located, encode_rows, load_conversations, load_prompts
 from fastrlhf.data.feedback import Conversation, Prompt
 from fastrlhf.data.templates import encode_conversation, encode_prompt, encode_response
+
+E = TypeVar("E")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Example:
 
 
 def target_count(examples: Iterable[Example]) -> int:
-    """Target tokens of these examples: what their summed loss is divided by."""
+    """Number of target tokens of these examples; their summed loss is divided by it."""
     return sum(sum(example.target) for example in examples)
 
 
@@ -51,7 +53,29 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Exa
     return Example(ids, [False, *target[1:]], group)
 
 
-EncodedPrompt = tuple[Prompt, list[int]]
+class EncodedPrompt(NamedTuple):
+    prompt: Prompt
+    ids: list[int]
+
+
+def encode_usable(
+    items: Iterable[Located],
+    encode: Callable[[Located], E],
+    counts: Counts,
+    *,
+    role: str,
+    skip_bad_rows: bool,
+    remedy: str = "",
+) -> tuple[list[E], str]:
+    """Encode every item that can be used -> the results, and a sentence on what became of all rows.
+
+    encode may raise DroppedRow, e.g. "longer than max_tokens = 32", or cut a row and note that in counts; what the chat
+    template refuses is a bad row (see encode_rows). Raises UserError, naming role and remedy, where nothing is left.
+    """
+    encoded = [result for _, result in encode_rows(items, encode, counts, skip_bad_rows)]
+    if not encoded:
+        raise UserError(f"{role}: nothing left to train on ({counts.line()}){remedy and '; ' + remedy}")
+    return encoded, f"{role}: {counts.line()}"
 
 
 def load_encoded_prompts(
@@ -63,47 +87,54 @@ def load_encoded_prompts(
     """
     if source is None:
         return None, ""
+
+    def encode(prompt: Prompt) -> EncodedPrompt:
+        return EncodedPrompt(prompt, encode_prompt(tokenizer, prompt.prompt))
+
     prompts, counts = load_prompts(source, skip_bad_rows=config.skip_bad_rows)
+    encoded, _ = encode_usable(prompts, encode, counts, role=role, skip_bad_rows=config.skip_bad_rows)
+    # Lengths are compared once all are known: the shortest of them is what a user must allow.
     limit = config.max_prompt_tokens
-    encoded = list(encode_rows(prompts, lambda p: encode_prompt(tokenizer, p.prompt), counts, config.skip_bad_rows))
-    kept = [pair for pair in encoded if len(pair[1]) <= limit]
-    if len(kept) < len(encoded):
-        counts.add(f"longer than max_prompt_tokens = {limit}", len(encoded) - len(kept))
+    kept = [item for item in encoded if len(item.ids) <= limit]
+    counts.add(f"longer than max_prompt_tokens = {limit}", len(encoded) - len(kept))
     if not kept:
-        if not encoded:
-            raise UserError(f"{role}: nothing left to train on ({counts.line()})")
-        shortest = min(len(ids) for _, ids in encoded)
-        raise UserError(
-            f"{role}: every prompt is longer than max_prompt_tokens = {limit} (the shortest: {shortest}); raise it"
-        )
+        shortest = min(len(item.ids) for item in encoded)
+        problem = f"every prompt is longer than max_prompt_tokens = {limit} (the shortest: {shortest})"
+        raise UserError(f"{role}: {problem}; raise it")
     return kept, f"{role}: {counts.line()}"
 
 
 def check_ptx(config: PPOConfig, ptx_data: Any) -> None:
-    """UserError where one of ptx_coef and ptx_data stands without the other."""
+    """Raise UserError where one of ptx_coef and ptx_data stands without the other."""
     if config.ptx_coef > 0 and ptx_data is None:
-        raise UserError(
-            f"ptx_data: ptx_coef = {config.ptx_coef:g} needs rows to learn from; give ptx_data, or ptx_coef=0"
-        )
+        remedy = "give ptx_data, or ptx_coef=0"
+        raise UserError(f"ptx_data: ptx_coef = {config.ptx_coef:g} needs rows to learn from; {remedy}")
     if config.ptx_coef == 0 and ptx_data is not None:
         raise UserError("ptx_coef = 0: ptx_data would never be used; set ptx_coef above 0 or leave ptx_data out")
 
 
 def load_ptx(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, ptx_data: Any) -> tuple[list[Example], str]:
-    """ptx_data as examples, and what became of its rows; nothing without ptx. What is longer than max_prompt_tokens +
-    max_new_tokens is dropped and counted. UserError where nothing is left."""
+    """ptx_data as examples, and what became of its rows; nothing without ptx.
+
+    Rows longer than max_prompt_tokens + max_new_tokens are dropped and counted. UserError where nothing is left.
+    """
     check_ptx(config, ptx_data)
     if ptx_data is None:
         return [], ""
+    limit = ptx_limit(config)
+
+    def encode(row: Conversation) -> Example:
+        example = encode_example(tokenizer, row)
+        if len(example.ids) > limit:
+            raise DroppedRow(f"longer than max_prompt_tokens + max_new_tokens = {limit}")
+        return example
+
     rows, counts = load_conversations(ptx_data, skip_bad_rows=config.skip_bad_rows)
-    encoded = encode_rows(rows, partial(encode_example, tokenizer), counts, config.skip_bad_rows)
-    examples, limit = [example for _, example in encoded], ptx_limit(config)
-    kept = [example for example in examples if len(example.ids) <= limit]
-    counts.add(f"longer than max_prompt_tokens + max_new_tokens = {limit}", len(examples) - len(kept))
-    if not kept:
-        raise UserError(f"ptx_data: nothing left to train on ({counts.line()}); raise max_prompt_tokens")
-    return kept, f"ptx_data: {counts.line()}"
+    return encode_usable(
+        rows, encode, counts, role="ptx_data", skip_bad_rows=config.skip_bad_rows, remedy="raise max_prompt_tokens"
+    )
 
 
 def ptx_limit(config: PPOConfig) -> int:
+    """The most tokens a row of ptx_data may have: as many as a prompt and its reply together."""
     return config.max_prompt_tokens + config.max_new_tokens

@@ -12,26 +12,26 @@ raises DroppedRow, which the loaders count. Nothing is skipped without one of th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastrlhf.data.foreign import (
+from fastrlhf.data.checks import (
     BadRow,
     DroppedRow,
     Messages,
     check_order,
-    completion_of,
     meant,
     missing,
-    pair_of,
-    prompt_format,
-    prompt_of,
+    number_of,
     show,
     text_of,
+    wrong,
 )
+from fastrlhf.data.foreign import completion_of, pair_of, prompt_format, prompt_of
 
 Kind = Literal["pair", "ranking", "score", "edit"]
+Ranking = tuple[tuple[int, ...], ...]
+FIRST_IS_BETTER: Ranking = ((0,), (1,))
 CUT = "prompts cut behind their last human turn"
 
 
@@ -47,21 +47,21 @@ class Feedback:
     kind: Kind
     prompt: str | Messages
     responses: tuple[str, ...]
-    ranking: tuple[tuple[int, ...], ...] | None
-    scores: tuple[float, ...] | None
-    margin: float | None
-    where: str
+    ranking: Ranking | None = None
+    scores: tuple[float, ...] | None = None
+    margin: float | None = None
+    where: str = ""
 
 
 @dataclass(frozen=True)
 class Conversation:
     """One SFT example: (prompt, response), or messages that end with an assistant turn, or plain text."""
 
-    prompt: str | Messages | None
-    response: str | None
-    messages: Messages | None
-    text: str | None
-    where: str
+    prompt: str | None = None
+    response: str | None = None
+    messages: Messages | None = None
+    text: str | None = None
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,16 @@ def _record(row: Any, where: str) -> dict:
     return {key: value for key, value in row.items() if value is not None}
 
 
-def _number(value: Any, where: str, name: str) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise BadRow(where, f'field "{name}" must be a number, found {show(value)}')
-    return number
+def _require(row: dict, where: str, names: tuple[str, ...], expected: str) -> None:
+    for name in names:
+        if name not in row:
+            raise missing(where, name, row, expected)
 
 
-def _texts(row: dict, where: str, name: str, least: int) -> tuple[str, ...]:
+def _replies(row: dict, where: str, name: str, least: int) -> tuple[str, ...]:
     values = row[name]
     if not isinstance(values, list) or len(values) < least:
-        raise BadRow(where, f'field "{name}" must be a list of at least {least} texts, found {show(values)}')
+        raise wrong(where, name, f"a list of at least {least} texts", values)
     return tuple(_reply(value, where, f"{name}[{i}]") for i, value in enumerate(values))
 
 
@@ -123,10 +119,10 @@ def parse_feedback(row: Any, where: str, score_range: tuple[float, float] = (1.0
         return _scores(row, where, score_range)
     if "label" in row or "kto_tag" in row:
         return _label(row, where)
-    what = "chosen and rejected, or responses and ranking, or response and score, or response and edited"
+    expected = "chosen and rejected, or responses and ranking, or response and score, or response and edited"
     judgements = ("chosen", "rejected", "ranking", "scores", "score", "edited", "label")
     likely = "ranking" if "responses" in row else "score" if "response" in row else "chosen"
-    raise missing(where, next((name for name in judgements if meant(name, row)), likely), row, what)
+    raise missing(where, next((name for name in judgements if meant(name, row)), likely), row, expected)
 
 
 def _prompt(row: dict, where: str) -> str | Messages:
@@ -138,116 +134,111 @@ def _prompt(row: dict, where: str) -> str | Messages:
 
 
 def _asking(prompt: str | Messages, where: str) -> str | Messages:
-    if not isinstance(prompt, str) and prompt[-1]["role"] not in ("user", "tool"):
+    if not _is_open(prompt):
         raise BadRow(where, f"the prompt must end with the human's turn, its last role is {prompt[-1]['role']!r}")
     return prompt
 
 
+def _is_open(prompt: str | Messages) -> bool:
+    """Whether the assistant speaks next."""
+    return isinstance(prompt, str) or prompt[-1]["role"] in ("user", "tool")
+
+
 def _pair(row: dict, where: str) -> Feedback:
-    for name in ("chosen", "rejected"):
-        if name not in row:
-            raise missing(where, name, row, "both chosen and rejected")
+    _require(row, where, ("chosen", "rejected"), "both chosen and rejected")
     prompt, chosen, rejected = pair_of(row, where)
     if chosen == rejected:
         raise DroppedRow("chosen equals rejected")
     if "margin" not in row and meant("margin", row):
         raise missing(where, "margin", row, "no such column, or margin")
-    margin = _number(row["margin"], where, "margin") if "margin" in row else None
+    margin = number_of(row["margin"], where, "margin") if "margin" in row else None
     if margin is not None and margin < 0:
         raise BadRow(where, f'field "margin" is {margin:g}; it must be at least 0: swap chosen and rejected instead')
-    return Feedback("pair", _asking(prompt, where), (chosen, rejected), ((0,), (1,)), None, margin, where)
+    prompt = _asking(prompt, where)
+    return Feedback("pair", prompt, (chosen, rejected), ranking=FIRST_IS_BETTER, margin=margin, where=where)
 
 
 def _edit(row: dict, where: str) -> Feedback:
-    if "response" not in row:
-        raise missing(where, "response", row, "the text that was edited")
+    _require(row, where, ("response",), "the text that was edited")
     original, edited = (_reply(row[name], where, name) for name in ("response", "edited"))
     prompt = _prompt(row, where)
     if original == edited:
         raise DroppedRow("edited equals the response")
-    return Feedback("edit", prompt, (edited, original), ((0,), (1,)), None, None, where)
+    return Feedback("edit", prompt, (edited, original), ranking=FIRST_IS_BETTER, where=where)
 
 
 def _ranking(row: dict, where: str) -> Feedback:
     if "score" in row or "scores" in row:
         raise BadRow(where, "a record has a ranking or scores, not both; delete one of the columns")
-    if "responses" not in row:
-        raise missing(where, "responses", row, "the list of texts that ranking orders")
-    responses = _texts(row, where, "responses", 2)
+    _require(row, where, ("responses",), "the list of texts that ranking orders")
+    responses = _replies(row, where, "responses", 2)
     ranking = row["ranking"]
     if not isinstance(ranking, list):
-        raise BadRow(where, f'field "ranking" must be a list, best first, found {show(ranking)}')
+        raise wrong(where, "ranking", "a list, best first", ranking)
+    # One shape for all: [2, [0, 1]] becomes [[2], [0, 1]]. Then every index is looked at before they are sorted, for a
+    # text or a list inside a tie cannot be compared with a number, and True and 1.0 would pass for 1. An empty group is
+    # refused here because the sorted indices do not show it; the loss would take it for a stage that nobody won.
     groups = [group if isinstance(group, list) else [group] for group in ranking]
-    flat = [index for group in groups for index in group]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in flat) or not all(groups):
+    indices = [index for group in groups for index in group]
+    if any(isinstance(index, bool) or not isinstance(index, int) for index in indices) or not all(groups):
         raise BadRow(where, f'field "ranking" must hold whole numbers and lists of them (ties), found {show(ranking)}')
-    if sorted(flat) != list(range(len(responses))):
-        raise BadRow(
-            where,
-            f'field "ranking" must name each of the {len(responses)} responses once, '
-            f"as 0 to {len(responses) - 1}, found {show(ranking)}",
-        )
+    if sorted(indices) != list(range(len(responses))):
+        each = f"name each of the {len(responses)} responses once, as 0 to {len(responses) - 1}"
+        raise BadRow(where, f'field "ranking" must {each}, found {show(ranking)}')
     prompt = _prompt(row, where)
+    # Well formed, but nothing is preferred to anything. The checks above come first: a bad row is never merely dropped.
     if len(groups) == 1:
         raise DroppedRow("rankings that are one tie")
     if len(set(responses)) == 1:
         raise DroppedRow("rankings of identical responses")
-    return Feedback("ranking", prompt, responses, tuple(map(tuple, groups)), None, None, where)
+    return Feedback("ranking", prompt, responses, ranking=tuple(map(tuple, groups)), where=where)
 
 
 def _scores(row: dict, where: str, score_range: tuple[float, float]) -> Feedback:
-    many = "responses" in row or "scores" in row
-    names = ("responses", "scores") if many else ("response", "score")
-    for name in names:
-        if name not in row:
-            raise missing(where, name, row, f"{names[0]} and {names[1]} together")
-    if many:
-        responses, scores = _texts(row, where, "responses", 1), row["scores"]
-        if not isinstance(scores, list) or len(scores) != len(responses):
-            raise BadRow(where, f'field "scores" must be a list of {len(responses)} numbers, found {show(scores)}')
-    else:
-        responses, scores = (_reply(row["response"], where, "response"),), [row["score"]]
+    several = "responses" in row or "scores" in row
+    names = ("responses", "scores") if several else ("response", "score")
+    _require(row, where, names, f"{names[0]} and {names[1]} together")
+    responses = _replies(row, where, "responses", 1) if several else (_reply(row["response"], where, "response"),)
+    scores = row["scores"] if several else [row["score"]]
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        raise wrong(where, "scores", f"a list of {len(responses)} numbers", scores)
     low, high = score_range
     normalised = []
     for i, score in enumerate(scores):
-        value = _number(score, where, f"scores[{i}]" if many else "score")
+        value = number_of(score, where, f"scores[{i}]" if several else "score")
         if not low <= value <= high:
             raise BadRow(where, f"score {value:g} is outside the declared range {low:g} to {high:g}; set score_range")
         normalised.append(2 * (value - low) / (high - low) - 1)
-    return Feedback("score", _prompt(row, where), responses, None, tuple(normalised), None, where)
+    return Feedback("score", _prompt(row, where), responses, scores=tuple(normalised), where=where)
 
 
 def _label(row: dict, where: str) -> Feedback:
-    """KTO: a reply that was liked (true) or not (false): the ends of the score range."""
+    """KTO: a reply that was liked (true) or not (false) has the highest or the lowest score of the range."""
     name = "label" if "label" in row else "kto_tag"
     if not isinstance(row[name], (bool, int)) or row[name] not in (0, 1):
-        raise BadRow(where, f'field "{name}" must be true or false, found {show(row[name])}')
+        raise wrong(where, name, "true or false", row[name])
     prompt, reply = _prompt_and_reply(row, where)
-    return Feedback("score", prompt, (reply,), None, (1.0 if row[name] else -1.0,), None, where)
-
-
-def _reply_column(row: dict) -> str | None:
-    names = ("response", "completion", "output") if "instruction" in row else ("response", "completion")
-    return next((name for name in names if name in row), None)
+    return Feedback("score", prompt, (reply,), scores=(1.0 if row[name] else -1.0,), where=where)
 
 
 def _prompt_and_reply(row: dict, where: str) -> tuple[str | Messages, str]:
     """The prompt and the last reply of a row, from two columns or from one conversation."""
-    name = _reply_column(row)
-    if name:
-        prompt, reply = _prompt(row, where), completion_of(row[name], where, name)
-        if isinstance(reply, str):
-            return prompt, reply
-        start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [*start, *reply]
-        check_order(messages, where, name)
+    columns = ("response", "completion", "output") if "instruction" in row else ("response", "completion")
+    name = next((name for name in columns if name in row), None)
+    if name is None:
+        # A prompt beside a whole conversation repeats its beginning.
+        messages = prompt_of({key: value for key, value in row.items() if key != "prompt"}, where)
+        if messages is None or isinstance(messages, str):
+            raise missing(where, "response", row, "a prompt and a response, or messages that end with a reply")
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            raise BadRow(where, f"a conversation must end with a reply, its last role is {messages[-1]['role']!r}")
         return messages[:-1], messages[-1]["content"]
-    # A prompt beside a whole conversation repeats its beginning.
-    messages = prompt_of({key: value for key, value in row.items() if key != "prompt"}, where)
-    if messages is None or isinstance(messages, str):
-        raise missing(where, "response", row, "a prompt and a response, or messages that end with a reply")
-    if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise BadRow(where, f"a conversation must end with a reply, its last role is {messages[-1]['role']!r}")
+    prompt, reply = _prompt(row, where), completion_of(row[name], where, name)
+    if isinstance(reply, str):
+        return prompt, reply
+    start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [*start, *reply]
+    check_order(messages, where, name)
     return messages[:-1], messages[-1]["content"]
 
 
@@ -259,31 +250,26 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
     is learnt, of an edit the edited one, of KTO the liked ones (the others raise DroppedRow). Rows with rankings
     or scores raise BadRow: which of their replies are good enough to imitate is not said.
     """
-    if isinstance(row, str):
-        row = {"text": row}
-    row = _record(row, where)
+    row = _record({"text": row} if isinstance(row, str) else row, where)
     if format == "text" or ("text" in row and prompt_format(row) is None):
-        if "text" not in row:
-            raise missing(where, "text", row, 'a column of plain text (format "text")')
-        return Conversation(None, None, None, text_of(row["text"], where, "text"), where)
+        _require(row, where, ("text",), 'a column of plain text (format "text")')
+        return Conversation(text=text_of(row["text"], where, "text"), where=where)
     for name in ("ranking", "score", "scores"):
         if name in row:
             raise BadRow(where, f'field "{name}": judged replies are no SFT data; keep "prompt" and one "response"')
     if "edited" in row or "chosen" in row or "rejected" in row:
         feedback = _edit(row, where) if "edited" in row else _pair(row, where)
-        return _as_conversation(feedback.prompt, feedback.responses[0], where)
-    if "label" in row and isinstance(row["label"], bool) or "kto_tag" in row:
+        prompt, response = feedback.prompt, feedback.responses[0]
+    elif "label" in row and isinstance(row["label"], bool) or "kto_tag" in row:
         feedback = _label(row, where)
         if feedback.scores[0] < 0:
             raise DroppedRow("replies that were not liked")
-        return _as_conversation(feedback.prompt, feedback.responses[0], where)
-    return _as_conversation(*_prompt_and_reply(row, where), where)
-
-
-def _as_conversation(prompt: str | Messages, response: str, where: str) -> Conversation:
+        prompt, response = feedback.prompt, feedback.responses[0]
+    else:
+        prompt, response = _prompt_and_reply(row, where)
     if isinstance(prompt, str):
-        return Conversation(prompt, response, None, None, where)
-    return Conversation(None, None, [*prompt, {"role": "assistant", "content": response}], None, where)
+        return Conversation(prompt, response, where=where)
+    return Conversation(messages=[*prompt, {"role": "assistant", "content": response}], where=where)
 
 
 def parse_prompt(row: Any, where: str) -> Prompt:
@@ -293,21 +279,21 @@ def parse_prompt(row: Any, where: str) -> Prompt:
     so in note. The other columns go to the reward functions. Raises BadRow, DroppedRow.
     """
     if isinstance(row, str):
-        return Prompt(text_of(row, where, "prompt"), {}, where)
+        return Prompt(text_of(row, where, "prompt"), where=where)
     columns = row if isinstance(row, dict) else {}
     row = _record(row, where)
     format_ = prompt_format(row)
-    if format_ is None and "chosen" in row and "rejected" in row:
-        return Prompt(pair_of(row, where)[0], dict(columns), where)
     if format_ is None:
+        if "chosen" in row and "rejected" in row:
+            return Prompt(pair_of(row, where).prompt, dict(columns), where)
         raise missing(where, "prompt", row, "text or a list of messages")
-    rest = {key: value for key, value in columns.items() if key not in format_}
+    rest = {key: value for key, value in columns.items() if key not in format_.columns}
     prompt = prompt_of(row, where)
-    if isinstance(prompt, str) or prompt[-1]["role"] in ("user", "tool"):
+    if _is_open(prompt):
         return Prompt(prompt, rest, where)
-    end = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=-1)
-    if end < 0:
+    end = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    if end is None:
         raise BadRow(where, "the prompt has no human turn")
-    if format_[0] == "prompt" and isinstance(row["prompt"][0], dict):
+    if format_.columns[0] == "prompt" and isinstance(row["prompt"][0], dict):
         raise BadRow(where, f'field "prompt" must end with a user message, its last role is {prompt[-1]["role"]!r}')
     return Prompt(prompt[: end + 1], rest, where, CUT)

@@ -1,4 +1,4 @@
-"""Rows of other projects turned into fastrlhf's own records, and the checks of text and turns both share.
+"""Rows of other projects turned into prompts, replies and conversations.
 
 Read as they are: Anthropic hh-rlhf transcripts, TRL (standard and conversational, with or without an explicit
 prompt), ShareGPT / LLaMA-Factory, Alpaca, KTO, MOSS SFT, and the turn lists of MOSS-RLHF. The format is
@@ -8,179 +8,29 @@ MOSS-RLHF the code and the sample files of OpenLMLab/MOSS and OpenLMLab/MOSS-RLH
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterable
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from fastrlhf.config.errors import UserError
+from fastrlhf.data.checks import BadRow, DroppedRow, Messages, check_order, messages_of, missing, text_of, wrong
 
-Messages = list[dict[str, str]]
-
-
-class BadRow(UserError):
-    """A row that cannot be used as it stands: where it is, which field, what was expected."""
-
-    def __init__(self, where: str, problem: str):
-        super().__init__(f"{where}: {problem}")
-
-
-class DroppedRow(ValueError):
-    """A well-formed row that teaches nothing; the loader leaves it out and counts it under reason."""
-
-    def __init__(self, reason: str):
-        self.reason = reason
-        super().__init__(reason)
-
-
-_ROLES = {
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
-    **dict.fromkeys(("system", "developer"), "system"),
-}
-# Who may speak after whom; None is the beginning.
-_MAY_FOLLOW = {
-    "system": (None,),
-    "user": (None, "system", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
-_MOSS_PARTS = {
+# The parts of a MOSS turn in their order, each with the tags around it.
+_MOSS_TAGS = {
     "Human": ("<|Human|>:", "<eoh>"),
     "Inner Thoughts": ("<|Inner Thoughts|>:", "<eot>"),
     "Commands": ("<|Commands|>:", "<eoc>"),
     "Tool Responses": ("<|Results|>:", "<eor>"),
     "MOSS": ("<|MOSS|>:", "<eom>"),
 }
+_MOSS_SPEECH = ("Human", "MOSS")  # a turn must have these; the other parts are of its tools
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-# The columns each format makes its prompt from, in the order the formats are tried.
-PROMPT_COLUMNS = (
-    ("prompt",),
-    ("chat", "meta_instruction", "num_turns"),
-    ("conversations", "system", "tools"),
-    ("instruction", "input", "history", "system"),
-    ("user_prompt",),
-    ("messages",),
-)
-FIELDS = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "margin",
-    "response",
-    "responses",
-    "ranking",
-    "score",
-    "scores",
-    "edited",
-    "messages",
-    "conversations",
-    "completion",
-    "label",
-    "text",
-    "instruction",
-    "output",
-    "chat",
-)
-
-
-def missing(where: str, field: str, row: Iterable[str], expected: str) -> BadRow:
-    """The error for an absent field, naming the column that was probably meant."""
-    columns = [str(name) for name in row]
-    close = meant(field, columns)
-    found = f'found "{close}"; did you mean "{field}"?' if close else f"columns: {', '.join(columns) or 'none'}"
-    return BadRow(where, f'field "{field}" is missing ({found}); expected {expected}')
-
-
-def meant(field: str, row: Iterable[str]) -> str | None:
-    """The column that looks like a misspelt field, or None."""
-    return next((column for column in row if _close(field, str(column))), None)
-
-
-@lru_cache(maxsize=4096)
-def _close(field: str, column: str) -> bool:
-    return column not in FIELDS and bool(difflib.get_close_matches(field, [column.lower()], cutoff=0.8))
-
-
-def show(value: Any) -> str:
-    """A value in an error message: its type and at most 40 characters of it."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
-
-
-def text_of(value: Any, where: str, field: str, *, empty: bool = False) -> str:
-    """A string without NUL and lone surrogates; not blank unless empty. Raises BadRow."""
-    if not isinstance(value, str):
-        raise BadRow(where, f'field "{field}" must be text, found {show(value)}')
-    if not empty and not value.strip():
-        raise BadRow(where, f'field "{field}" is empty; fill it or delete the row')
-    if "\0" in value:
-        raise BadRow(where, f'field "{field}" contains a NUL character at position {value.index(chr(0))}')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(where, f'field "{field}" is not valid Unicode at character {error.start}') from error
-    return value
-
-
-def _content(value: Any, where: str, field: str) -> str:
-    """Message content: text, or a list of parts that are all text."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        for part in value:
-            if part.get("type") != "text":
-                raise BadRow(where, f"{field}: only text is supported, found a part of type {part.get('type')!r}")
-        value = "".join(text_of(part.get("text"), where, field, empty=True) for part in value)
-    return text_of(value, where, field)
-
-
-def messages_of(value: Any, where: str, field: str, *, fragment: bool = False) -> Messages:
-    """[{"role", "content"}], roles system, user, assistant, tool, from role/content or from/value.
-
-    Checks the order: an optional system message, then user and assistant in turn, a tool between two
-    assistant messages. fragment: a completion, to be joined to its prompt, is not checked. Raises BadRow.
-    """
-    if not isinstance(value, list) or not value:
-        raise BadRow(where, f'field "{field}" must be a list of messages, found {show(value)}')
-    result: Messages = []
-    for i, message in enumerate(value):
-        place = f'field "{field}", message {i + 1}'
-        if not isinstance(message, dict):
-            raise BadRow(where, f'{place} must be {{"role", "content"}}, found {show(message)}')
-        names = ("from", "value") if "from" in message or "value" in message else ("role", "content")
-        role = message.get(names[0])
-        if not isinstance(role, str) or role not in _ROLES:
-            raise BadRow(where, f"{place}: {names[0]} {role!r} is unknown; use system, user, assistant or tool")
-        if message.get("tool_calls"):
-            raise BadRow(where, f"{place}: tool_calls are not supported; write the call into the content")
-        content = _content(message.get(names[1]), where, f"{field}[{i}].{names[1]}")
-        result.append({"role": _ROLES[role], "content": content})
-    if not fragment:
-        check_order(result, where, field)
-    return result
-
-
-def check_order(messages: Messages, where: str, field: str) -> None:
-    """Raises BadRow naming the first message whose role may not follow the one before it."""
-    before = None
-    for i, message in enumerate(messages):
-        role = message["role"]
-        if before not in _MAY_FOLLOW[role]:
-            after = f"after {before!r}" if before else "at the beginning"
-            raise BadRow(
-                where,
-                f'field "{field}", message {i + 1} has role {role!r} {after}; '
-                "expected system (optional), then user and assistant in turn",
-            )
-        before = role
 
 
 def turns_of(value: Any, where: str, field: str) -> Messages:
-    """A MOSS-RLHF list of turns without role tags: human first, then in turn. Raises BadRow."""
+    """Messages of a MOSS-RLHF list of turns without role tags: human first, then in turn. Raises BadRow."""
     if not isinstance(value, list) or not value:
-        raise BadRow(where, f'field "{field}" must be a list of turns, found {show(value)}')
+        raise wrong(where, field, "a list of turns", value)
     return [
         {"role": ("user", "assistant")[i % 2], "content": text_of(turn, where, f"{field}[{i}]")}
         for i, turn in enumerate(value)
@@ -198,20 +48,20 @@ def transcript_of(value: str, where: str, field: str) -> Messages:
     Two turns of the same speaker in a row (the published files have some) are one turn; a transcript that
     ends with an empty turn raises DroppedRow, an empty turn elsewhere BadRow.
     """
-    parts = _HH_TURN.split(value)
-    result: Messages = []
-    for tag, content in zip(parts[1::2], parts[2::2]):
+    _, *parts = _HH_TURN.split(value)  # the text before the first tag is empty; then tag and content in turn
+    messages: Messages = []
+    for tag, content in zip(parts[::2], parts[1::2]):
         role = "user" if tag == "Human" else "assistant"
         content = text_of(content.strip(), where, field, empty=True)
-        if result and result[-1]["role"] == role:
-            result[-1]["content"] = f"{result[-1]['content']}\n\n{content}".strip()
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{content}".strip()
         else:
-            result.append({"role": role, "content": content})
-    if not result[-1]["content"]:
+            messages.append({"role": role, "content": content})
+    if not messages[-1]["content"]:
         raise DroppedRow("transcripts with an empty last turn")
-    if any(not m["content"] for m in result):
+    if any(not message["content"] for message in messages):
         raise BadRow(where, f'field "{field}" has an empty turn; fill it or delete the row')
-    return result
+    return messages
 
 
 def conversation_of(value: Any, where: str, field: str) -> Messages:
@@ -221,130 +71,6 @@ def conversation_of(value: Any, where: str, field: str) -> Messages:
     if isinstance(value, list) and value and isinstance(value[0], str):
         return turns_of(value, where, field)
     return messages_of(value, where, field)
-
-
-def _moss_part(turn: dict, key: str, where: str, name: str) -> str:
-    """One part of a MOSS turn without its tags; what stands between them is kept to the letter."""
-    head, end = _MOSS_PARTS[key]
-    value = text_of(turn.get(key), where, f"chat.{name}.{key}").rstrip("\n")
-    if not value.startswith(head) or not value.endswith(end):
-        raise BadRow(where, f'field "chat.{name}.{key}" must be {head} ... {end}, found {show(value)}')
-    return text_of(value[len(head) : -len(end)].removeprefix(" "), where, f"chat.{name}.{key}")
-
-
-def moss_conversation(row: dict, where: str) -> Messages:
-    """Messages of a MOSS SFT row: meta_instruction and chat.turn_N with Human, Inner Thoughts, ..., MOSS.
-
-    Where any turn uses a tool, every turn keeps its parts: thoughts and commands are one assistant message
-    in MOSS's own tags (the "moss" template writes it as it is), results a tool message. Otherwise a turn is
-    a user and an assistant message.
-    """
-    chat = row["chat"]
-    if not isinstance(chat, dict) or not chat:
-        raise BadRow(where, f'field "chat" must be {{"turn_1": ...}}, found {show(chat)}')
-    result: Messages = []
-    if str(row.get("meta_instruction") or "").strip():
-        result.append({"role": "system", "content": text_of(row["meta_instruction"], where, "meta_instruction")})
-    turns: list[dict[str, str]] = []
-    for name in [f"turn_{i + 1}" for i in range(len(chat))]:
-        turn = chat.get(name)
-        if not isinstance(turn, dict):
-            raise missing(where, name, chat, f"turns turn_1 ... turn_{len(chat)} in chat")
-        turns.append(
-            {k: _moss_part(turn, k, where, name) for k in _MOSS_PARTS if k in ("Human", "MOSS") or turn.get(k)}
-        )
-    tools = ("Inner Thoughts", "Commands", "Tool Responses")
-    uses_tools = any(turn.get(k, "None").strip() != "None" for turn in turns for k in tools)
-    for turn in turns:
-        result.append({"role": "user", "content": turn["Human"]})
-        if uses_tools:
-            thoughts, commands, results = (turn.get(k, "None") for k in tools)
-            content = f"<|Inner Thoughts|>: {thoughts}<eot>\n<|Commands|>: {commands}<eoc>"
-            result.append({"role": "assistant", "content": content})
-            result.append({"role": "tool", "content": results})
-        result.append({"role": "assistant", "content": turn["MOSS"]})
-    return result
-
-
-def _sharegpt(row: dict, where: str) -> Messages:
-    if row.get("tools") and row["tools"] != "[]":
-        raise BadRow(where, 'field "tools": tool descriptions are not supported; put them into a system message')
-    messages = messages_of(row["conversations"], where, "conversations")
-    return _with_system(messages, row, where)
-
-
-def _with_system(messages: Messages, row: dict, where: str) -> Messages:
-    if not row.get("system"):
-        return messages
-    if messages[0]["role"] == "system":
-        raise BadRow(where, 'field "system" is given besides a system message; keep one of them')
-    return [{"role": "system", "content": text_of(row["system"], where, "system")}, *messages]
-
-
-def _alpaca(row: dict, where: str) -> Messages:
-    instruction = text_of(row["instruction"], where, "instruction")
-    extra = text_of(row.get("input") or "", where, "input", empty=True)
-    history: Messages = []
-    for i, pair in enumerate(row.get("history") or []):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRow(where, f'field "history[{i}]" must be [human, reply], found {show(pair)}')
-        history += turns_of(pair, where, f"history[{i}]")
-    user = {"role": "user", "content": f"{instruction}\n{extra}" if extra.strip() else instruction}
-    return _with_system([*history, user], row, where)
-
-
-def prompt_format(row: dict) -> tuple[str, ...] | None:
-    """The entry of PROMPT_COLUMNS that row's prompt is made from; None: it has no column of a prompt."""
-    return next((columns for columns in PROMPT_COLUMNS if row.get(columns[0]) is not None), None)
-
-
-def prompt_of(row: dict, where: str) -> str | Messages | None:
-    """The prompt, or the whole conversation, that row's prompt columns hold; None without such columns.
-
-    A "prompt" is a string (used as it is) or messages or turns; every other format gives messages.
-    """
-    format_ = prompt_format(row)
-    key = format_[0] if format_ else None
-    if key == "prompt":
-        value = row["prompt"]
-        return text_of(value, where, "prompt") if isinstance(value, str) else conversation_of(value, where, key)
-    if key == "chat":
-        return moss_conversation(row, where)
-    if key == "conversations":
-        return _sharegpt(row, where)
-    if key == "instruction":
-        return _alpaca(row, where)
-    if key == "user_prompt":
-        return [{"role": "user", "content": text_of(row["user_prompt"], where, "user_prompt")}]
-    return conversation_of(row["messages"], where, "messages") if key else None
-
-
-def pair_of(row: dict, where: str) -> tuple[str | Messages, str, str]:
-    """(prompt, chosen, rejected) of a row with those columns, in whatever of the formats. Raises BadRow."""
-    prompt = prompt_of(row, where)
-    if prompt is not None:
-        return _explicit_pair(prompt, row, where)
-    both = [row["chosen"], row["rejected"]]
-    if not all(map(is_transcript, both)) and all(isinstance(v, str) for v in both):
-        return _common_prompt(row, where)
-    chosen, rejected = (conversation_of(row[k], where, k) for k in ("chosen", "rejected"))
-    return shared_context(chosen, rejected, where)
-
-
-def _explicit_pair(prompt: str | Messages, row: dict, where: str) -> tuple[str | Messages, str, str]:
-    replies = {k: completion_of(row[k], where, k) for k in ("chosen", "rejected")}
-    if all(isinstance(v, str) for v in replies.values()):
-        return prompt, replies["chosen"], replies["rejected"]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    full = []
-    for key, value in replies.items():
-        tail = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
-        # Some published sets repeat the whole conversation in chosen and rejected, the prompt included.
-        repeats = len(tail) > 1 and tail[0]["role"] in ("system", "user")
-        full.append(tail if repeats else [*prompt, *tail])
-        check_order(full[-1], where, key)
-    return shared_context(full[0], full[1], where)
 
 
 def completion_of(value: Any, where: str, field: str) -> str | Messages:
@@ -357,8 +83,154 @@ def completion_of(value: Any, where: str, field: str) -> str | Messages:
     return messages[0]["content"] if len(messages) == 1 else messages
 
 
-def shared_context(chosen: Messages, rejected: Messages, where: str) -> tuple[Messages, str, str]:
-    """Split two conversations with the same context into (context, last of one, last of the other)."""
+# ------------------------------------------------------------------------------------------- where a prompt stands
+
+
+def _own_prompt(row: dict, where: str) -> str | Messages:
+    prompt = row["prompt"]
+    return text_of(prompt, where, "prompt") if isinstance(prompt, str) else conversation_of(prompt, where, "prompt")
+
+
+def moss_conversation(row: dict, where: str) -> Messages:
+    """Messages of a MOSS SFT row: meta_instruction and chat.turn_N with Human, Inner Thoughts, ..., MOSS.
+
+    Where any turn uses a tool, every turn keeps its parts: thoughts and commands are one assistant message
+    in MOSS's own tags (the "moss" template writes it as it is), results a tool message. Otherwise a turn is
+    a user and an assistant message.
+    """
+    chat = row["chat"]
+    if not isinstance(chat, dict) or not chat:
+        raise wrong(where, "chat", '{"turn_1": ...}', chat)
+    messages: Messages = []
+    if str(row.get("meta_instruction") or "").strip():
+        messages.append({"role": "system", "content": text_of(row["meta_instruction"], where, "meta_instruction")})
+    turns = [_moss_turn(chat, f"turn_{i + 1}", where) for i in range(len(chat))]
+    # The files write "None" for the thoughts, commands and results of a turn without tools. Whether a conversation uses
+    # tools is asked of all its turns: were it asked of each, turns of one conversation would be written in two ways.
+    tools = [part for part in _MOSS_TAGS if part not in _MOSS_SPEECH]
+    uses_tools = any(turn.get(part, "None").strip() != "None" for turn in turns for part in tools)
+    for turn in turns:
+        messages.append({"role": "user", "content": turn["Human"]})
+        if uses_tools:
+            thoughts, commands, results = (turn.get(part, "None") for part in tools)
+            call = f"<|Inner Thoughts|>: {thoughts}<eot>\n<|Commands|>: {commands}<eoc>"
+            messages += [{"role": "assistant", "content": call}, {"role": "tool", "content": results}]
+        messages.append({"role": "assistant", "content": turn["MOSS"]})
+    return messages
+
+
+def _moss_turn(chat: dict, name: str, where: str) -> dict[str, str]:
+    """The parts that a turn has, without their tags; what stands between the tags is kept to the letter."""
+    turn = chat.get(name)
+    if not isinstance(turn, dict):
+        raise missing(where, name, chat, f"turns turn_1 ... turn_{len(chat)} in chat")
+    parts = {}
+    for part, (head, end) in _MOSS_TAGS.items():
+        if part in _MOSS_SPEECH or turn.get(part):
+            field = f"chat.{name}.{part}"
+            text = text_of(turn.get(part), where, field).rstrip("\n")
+            if not text.startswith(head) or not text.endswith(end):
+                raise wrong(where, field, f"{head} ... {end}", text)
+            parts[part] = text_of(text[len(head) : -len(end)].removeprefix(" "), where, field)
+    return parts
+
+
+def _sharegpt(row: dict, where: str) -> Messages:
+    if row.get("tools") and row["tools"] != "[]":
+        raise BadRow(where, 'field "tools": tool descriptions are not supported; put them into a system message')
+    return _with_system(messages_of(row["conversations"], where, "conversations"), row, where)
+
+
+def _alpaca(row: dict, where: str) -> Messages:
+    instruction = text_of(row["instruction"], where, "instruction")
+    extra = text_of(row.get("input") or "", where, "input", empty=True)
+    messages: Messages = []
+    for i, pair in enumerate(row.get("history") or []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise wrong(where, f"history[{i}]", "[human, reply]", pair)
+        messages += turns_of(pair, where, f"history[{i}]")
+    messages.append({"role": "user", "content": f"{instruction}\n{extra}" if extra.strip() else instruction})
+    return _with_system(messages, row, where)
+
+
+def _with_system(messages: Messages, row: dict, where: str) -> Messages:
+    if not row.get("system"):
+        return messages
+    if messages[0]["role"] == "system":
+        raise BadRow(where, 'field "system" is given besides a system message; keep one of them')
+    return [{"role": "system", "content": text_of(row["system"], where, "system")}, *messages]
+
+
+def _user_prompt(row: dict, where: str) -> Messages:
+    return [{"role": "user", "content": text_of(row["user_prompt"], where, "user_prompt")}]
+
+
+class PromptFormat(NamedTuple):
+    """A format that a prompt may have: the columns it is made from, and the function that makes it of a row. The first
+    column is the one by which the format is recognised."""
+
+    columns: tuple[str, ...]
+    read: Callable[[dict, str], str | Messages]
+
+
+# In the order in which they are tried.
+_PROMPT_FORMATS = (
+    PromptFormat(("prompt",), _own_prompt),
+    PromptFormat(("chat", "meta_instruction", "num_turns"), moss_conversation),
+    PromptFormat(("conversations", "system", "tools"), _sharegpt),
+    PromptFormat(("instruction", "input", "history", "system"), _alpaca),
+    PromptFormat(("user_prompt",), _user_prompt),
+    PromptFormat(("messages",), lambda row, where: conversation_of(row["messages"], where, "messages")),
+)
+
+
+def prompt_format(row: dict) -> PromptFormat | None:
+    """The format of row's prompt; None: it has no column of a prompt."""
+    return next((known for known in _PROMPT_FORMATS if row.get(known.columns[0]) is not None), None)
+
+
+def prompt_of(row: dict, where: str) -> str | Messages | None:
+    """The prompt, or the whole conversation, that row's prompt columns hold; None without such columns.
+
+    A "prompt" is a string (used as it is) or messages or turns; every other format gives messages.
+    """
+    known = prompt_format(row)
+    return known.read(row, where) if known else None
+
+
+# ----------------------------------------------------------------------------------------------- chosen and rejected
+
+
+class Pair(NamedTuple):
+    prompt: str | Messages
+    chosen: str
+    rejected: str
+
+
+def pair_of(row: dict, where: str) -> Pair:
+    """The pair of a row with columns chosen and rejected, in whatever of the formats. Raises BadRow."""
+    both = {key: row[key] for key in ("chosen", "rejected")}
+    prompt = prompt_of(row, where)
+    if prompt is None:
+        if all(isinstance(v, str) for v in both.values()) and not all(map(is_transcript, both.values())):
+            return _pair_of_texts(row, where)
+        return _pair_of_conversations(*(conversation_of(v, where, key) for key, v in both.items()), where)
+    replies = {key: completion_of(v, where, key) for key, v in both.items()}
+    if all(isinstance(reply, str) for reply in replies.values()):
+        return Pair(prompt, **replies)
+    start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    full = []
+    for key, reply in replies.items():
+        tail = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+        # Some published sets repeat the whole conversation in chosen and rejected, the prompt included.
+        repeats = len(tail) > 1 and tail[0]["role"] in ("system", "user")
+        full.append(tail if repeats else [*start, *tail])
+        check_order(full[-1], where, key)
+    return _pair_of_conversations(*full, where)
+
+
+def _pair_of_conversations(chosen: Messages, rejected: Messages, where: str) -> Pair:
+    """Two conversations that differ in their last reply only; what stands before it is the prompt."""
     for key, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
             raise BadRow(where, f'field "{key}" must end with a reply, but its last turn is the human\'s')
@@ -366,30 +238,25 @@ def shared_context(chosen: Messages, rejected: Messages, where: str) -> tuple[Me
             raise BadRow(where, f'field "{key}" has a reply but no prompt')
     if chosen[:-1] != rejected[:-1]:
         turn = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), 0) + 1
-        raise BadRow(
-            where,
-            f'"chosen" and "rejected" differ before their last turn (at turn {turn} of {len(chosen)} and '
-            f"{len(rejected)}); only the last reply may differ",
-        )
-    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+        at = f"at turn {turn} of {len(chosen)} and {len(rejected)}"
+        problem = f'"chosen" and "rejected" differ before their last turn ({at}); only the last reply may differ'
+        raise BadRow(where, problem)
+    return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
-def _common_prompt(row: dict, where: str) -> tuple[str, str, str]:
+def _pair_of_texts(row: dict, where: str) -> Pair:
     """TRL's implicit prompt: the common head of both texts up to the end of its last whole word.
 
     Only where no other column could be the prompt: two replies often begin alike too.
     """
     chosen, rejected = (text_of(row[key], where, key) for key in ("chosen", "rejected"))
-    n = len(os.path.commonprefix([chosen, rejected]))
-    while n and not chosen[n - 1].isspace():
-        n -= 1
-    prompt = chosen[:n].rstrip()
+    common = os.path.commonprefix([chosen, rejected])
+    # What stands behind the last blank may be half a word, so the replies begin with it and the blanks before it.
+    prompt = common[: len(common) - len(re.split(r"\s", common)[-1])].rstrip()
     others = [key for key, value in row.items() if isinstance(value, (str, list)) and key not in ("chosen", "rejected")]
     if others or not prompt and chosen != rejected:
         raise missing(where, "prompt", row, "a prompt, or two texts alone that begin with the same one")
     if chosen == rejected:
         raise DroppedRow("chosen equals rejected")
-    n = len(prompt)
-    for key in ("chosen", "rejected"):
-        text_of(row[key][n:], where, key)
-    return prompt, chosen[n:], rejected[n:]
+    replies = (text_of(row[key][len(prompt) :], where, key) for key in ("chosen", "rejected"))
+    return Pair(prompt, *replies)

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.data.checks import Messages
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-
-Messages = list[dict[str, str]]
 # Adjacent literals, no line breaks in between: text between jinja tags is part of what a template writes.
 _DEFAULT = (
     "{% for m in messages %}{{ m['role'] | capitalize + ':\n' + m['content'] }}"
@@ -55,7 +54,7 @@ PRESETS: dict[str, str] = {
     "moss-rlhf-en": _MOSS_RLHF.replace("HUMAN", "Human:").replace("ASSISTANT", "Assistant:"),
     "moss-rlhf-zh": _MOSS_RLHF.replace("HUMAN", "<|Human|>").replace("ASSISTANT", "<|MOSS|>"),
 }
-# What ends the assistant's turn there; it must be one token, or no reply could ever stop.
+# The end of the assistant's turn in these presets; it must be one token, or no reply could ever stop.
 _NEEDED_TOKEN = {"chatml": "<|im_end|>", "moss": "<eom>"}
 _PROBE = "fastrlhf-probe"
 _ends_of_turn: WeakKeyDictionary = WeakKeyDictionary()
@@ -83,14 +82,14 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) 
     template's end-of-turn token. The tokenizer is unchanged then.
     """
     _need_eos(tokenizer)
-    own = tokenizer.chat_template
-    label = name or ("the tokenizer's own" if own else "default")
-    if name is not None or not own:
+    previous = tokenizer.chat_template
+    label = name or ("the tokenizer's own" if previous else "default")
+    if name is not None or not previous:
         tokenizer.chat_template = _preset(tokenizer, label) if label in PRESETS else _read_template(label)
     try:
         end_of_turn(tokenizer)
     except UserError as error:
-        tokenizer.chat_template = own
+        tokenizer.chat_template = previous
         raise UserError(f"chat_template {label!r}: {error}") from error
     return label
 
@@ -98,10 +97,8 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) 
 def _preset(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     token = _NEEDED_TOKEN.get(name)
     if token and token not in tokenizer.get_vocab():
-        raise UserError(
-            f"chat_template {name!r} ends a turn with {token}, which is no token of this tokenizer; "
-            'use "default", or a model that knows the token'
-        )
+        problem = f"chat_template {name!r} ends a turn with {token}, which is no token of this tokenizer"
+        raise UserError(f'{problem}; use "default", or a model that knows the token')
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
     return ("{{ bos_token }}" if adds_bos and name == "default" else "") + PRESETS[name]
@@ -121,10 +118,9 @@ def _read_template(name: str) -> str:
 
 def _need_eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the tokenizer has no EOS token, so no reply could ever end; set tokenizer.eos_token to a token "
-            'of its vocabulary (e.g. "<|endoftext|>") and save it with the model'
-        )
+        problem = "the tokenizer has no EOS token, so no reply could ever end"
+        token = 'a token of its vocabulary (e.g. "<|endoftext|>")'
+        raise UserError(f"{problem}; set tokenizer.eos_token to {token} and save it with the model")
     return tokenizer.eos_token_id
 
 
@@ -149,18 +145,18 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What the template writes behind an assistant's content, up to and including the end-of-turn token.
+    """The text that the template writes behind an assistant's content, up to and including the end-of-turn token.
 
     None where no special token stands there: EOS is appended to a reply then. Raises UserError where the
     template cannot be rendered or does not show the assistant's content.
     """
     key = (str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
-    known = _ends_of_turn.get(tokenizer)
-    if known and known[0] == key:
-        return known[1]
+    cached_key, cached = _ends_of_turn.get(tokenizer, (None, None))
+    if cached_key == key:
+        return cached
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
-    _, found, tail = render(tokenizer, messages, add_generation_prompt=False).partition(_PROBE)
-    if not found:
+    _, shown, tail = render(tokenizer, messages, add_generation_prompt=False).partition(_PROBE)
+    if not shown:
         raise UserError("the template does not show the assistant's content")
     # Every added token counts: many checkpoints add <|im_end|> without flagging it special.
     tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
@@ -185,16 +181,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) ->
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = tokenizer(text, verbose=False)["input_ids"]
     # Some tokenizers put EOS behind every text; a prompt that ends the document would ask for nothing.
-    own = _encode(tokenizer, text)
-    appended = ids[-1:] == [tokenizer.eos_token_id] and ids[len(ids) - len(own) :] != own
+    bare = _encode(tokenizer, text)
+    appended = ids[-1:] == [tokenizer.eos_token_id] and ids[len(ids) - len(bare) :] != bare
     return ids[:-1] if appended else ids
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, response: str) -> list[int]:
     """Token ids of the reply alone, its stop token included.
 
-    For messages: what the chat template puts behind the generation prompt, up to and including the
-    end-of-turn token; for a plain prompt, or a template without such a token: the text and EOS.
+    For messages they are what the chat template puts behind the generation prompt, up to and including the
+    end-of-turn token; for a plain prompt, or a template without such a token, the text and EOS.
     encode_prompt(prompt) + encode_response(prompt, response) is the sequence of every stage.
     Raises UserError: no EOS, or a template that rewrites the prompt or the reply when the two stand together.
     """
@@ -207,7 +203,8 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, 
     return _encode_turn(tokenizer, text, _encode(tokenizer, text), prompt, response)
 
 
-def _behind(tokenizer, prompt_ids: list[int], whole: list[int], reply: str) -> list[int]:
+def _behind(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], whole: list[int], reply: str) -> list[int]:
+    """The reply's ids in whole; where a token straddles the border, the reply encoded alone: see the file's head."""
     n = len(prompt_ids)
     return whole[n:] if whole[:n] == prompt_ids else _encode(tokenizer, reply)
 
@@ -216,15 +213,15 @@ def _encode_turn(tokenizer, text: str, prompt_ids: list[int], prompt: Messages, 
     """encode_response for messages whose rendered text and ids are known."""
     messages = [*prompt, {"role": "assistant", "content": response}]
     full = render(tokenizer, messages, add_generation_prompt=False)
-    reply = full[slice(*_span(tokenizer, full, text, prompt, response))]
+    reply = full[_span(tokenizer, full, text, prompt, response)]
     ids = _behind(tokenizer, prompt_ids, _encode(tokenizer, text + reply), reply)
     eos, stop = _need_eos(tokenizer), end_of_turn(tokenizer)
     complete = reply.endswith(stop) if stop else ids[-1:] == [eos]
     return ids if complete else [*ids, eos]
 
 
-def _span(tokenizer, full: str, head: str, before: Messages, content: str) -> tuple[int, int]:
-    """Where in full the reply to the messages before, whose text is head, begins and ends.
+def _span(tokenizer, full: str, head: str, before: Messages, content: str) -> slice:
+    """The part of full that is the reply to the messages before, whose text is head.
 
     It begins where the generation prompt ends. A finished turn may not repeat that (say, an empty thinking block):
     the policy continues the generation prompt, so its reply is then the content and what follows.
@@ -234,16 +231,15 @@ def _span(tokenizer, full: str, head: str, before: Messages, content: str) -> tu
     if not repeated:
         head = render(tokenizer, before, add_generation_prompt=False)
         if not full.startswith(head):
-            raise UserError(
-                f"the chat template rewrites what stands before turn {len(before) + 1} once that turn is there, so the "
-                'reply has no fixed place; use another chat_template (e.g. "default") or single-turn data'
-            )
+            turn = f"what stands before turn {len(before) + 1} once that turn is there"
+            remedy = 'use another chat_template (e.g. "default") or single-turn data'
+            raise UserError(f"the chat template rewrites {turn}, so the reply has no fixed place; {remedy}")
     stop = end_of_turn(tokenizer) or ""
     for suffix in (stop, ""):  # "": a turn that ends differently from a plain reply, as MOSS commands do
         for text in (content, content.strip()):  # templates may strip
             at = full.find(text + suffix, len(head))
             if at >= 0 and not (stop and stop in full[len(head) : at]):
-                return len(head) if repeated else at, at + len(text + suffix)
+                return slice(len(head) if repeated else at, at + len(text + suffix))
     raise UserError(f"the chat template changes the assistant's text in turn {len(before) + 1}; use another one")
 
 
@@ -264,10 +260,14 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
         if message["role"] == "assistant":
             before = prompt[:turn]
             head = render(tokenizer, before, add_generation_prompt=True)
-            start, end = _span(tokenizer, text, head, before, message["content"])
-            head_ids = _encode(tokenizer, text[:start])
-            first, past = (_common(prompt_ids, ids) for ids in (head_ids, _encode(tokenizer, text[:end])))
+            span = _span(tokenizer, text, head, before, message["content"])
+            # The text up to the reply and the text up to its end, encoded alone, begin with the ids of the whole: as
+            # many as they share stand before the reply, or before its end. A token that straddles the reply's beginning
+            # is not shared, and is skipped.
+            head_ids = _encode(tokenizer, text[: span.start])
+            first = _common(prompt_ids, head_ids)
             first += first < len(head_ids)
+            past = _common(prompt_ids, _encode(tokenizer, text[: span.stop]))
             mask[first:past] = [True] * max(0, past - first)
     return prompt_ids + response_ids, mask + [True] * len(response_ids)
 

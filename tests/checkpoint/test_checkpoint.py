@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from fastrlhf.checkpoint.state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
-from fastrlhf.checkpoint.store import CheckpointStore, _manifest_text
+from fastrlhf.checkpoint.store import CheckpointStore, manifest_text
 from fastrlhf.config.errors import UserError
 from tests.checkpoints import CONFIG, OPTIMIZERS, equal, save, store_with, tiny, train
 
@@ -257,7 +257,7 @@ def test_leftovers_are_cleaned_when_the_folder_is_opened(tmp_path: Path) -> None
 def test_another_format_version_is_refused_by_name(tmp_path: Path) -> None:
     path = store_with(tmp_path, tiny()).latest().path / "MANIFEST.json"
     manifest = json.loads(path.read_text())
-    path.write_text(_manifest_text({**manifest, "format_version": 99}))
+    path.write_text(manifest_text({**manifest, "format_version": 99}))
     with pytest.raises(UserError, match="checkpoint format 99, this version of fastrlhf reads format 1"):
         CheckpointStore(tmp_path).latest()
 
@@ -265,7 +265,7 @@ def test_another_format_version_is_refused_by_name(tmp_path: Path) -> None:
 def test_other_library_versions_are_noted(tmp_path: Path) -> None:
     path = store_with(tmp_path, tiny()).latest().path / "MANIFEST.json"
     manifest = json.loads(path.read_text())
-    path.write_text(_manifest_text({**manifest, "versions": {**manifest["versions"], "torch": "1.0"}}))
+    path.write_text(manifest_text({**manifest, "versions": {**manifest["versions"], "torch": "1.0"}}))
     store = CheckpointStore(tmp_path)
     assert store.latest().step == 1
     assert len(store.notes) == 1 and "torch 1.0 -> " in store.notes[0]

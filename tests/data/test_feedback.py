@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.data.checks import FIELDS, BadRow, DroppedRow
 from fastrlhf.data.feedback import Feedback, parse_conversation, parse_feedback, parse_prompt
-from fastrlhf.data.foreign import FIELDS, BadRow, DroppedRow
 
 WHERE = "feedback.jsonl:7"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}]

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fastrlhf.data.checks import BadRow, DroppedRow
 from fastrlhf.data.feedback import parse_conversation, parse_feedback, parse_prompt
-from fastrlhf.data.foreign import BadRow, DroppedRow
 from fastrlhf.data.templates import encode_conversation, encode_prompt, encode_response, resolve_chat_template
 
 SENTENCES = ["Hello there, how are you?", "I am fine, thank you.", "你好，世界！", "今天天气很好。"]
