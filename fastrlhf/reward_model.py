@@ -120,7 +120,7 @@ class RewardTrainer(SupervisedTrainer):
         device, padded = device_of(model), padding_tokenizer(tokenizer)
         super().__init__(config, items=records, inputs=inputs, tokenizer=padded, device=device, notes=notes)
 
-        self.model, self.adapters = load_scalar_backbone(model, config, tokenizer)
+        self.model, self.adapters = load_scalar_backbone(model, config, tokenizer, self.tracker.note)
         frozen = config.head_only or self.adapters is not None  # head_only: a linear model on frozen features
         make_trainable(self.model, config.gradient_checkpointing, frozen=frozen)
         self.model.score.requires_grad_(True)
@@ -130,8 +130,6 @@ class RewardTrainer(SupervisedTrainer):
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         trained = self.model if self.adapters is None else self._trained_parts()
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
-        for note in [] if self.adapters is None else self.adapters.notes(self.tracker.note):
-            self.tracker.note(note)
 
     def _trained_parts(self) -> dict[str, Tensor]:
         """The parameters that train with lora: the adapter and the head."""

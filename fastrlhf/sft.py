@@ -63,13 +63,11 @@ class SFTTrainer(SupervisedTrainer):
         device = device_of(model)
         super().__init__(config, items=examples, inputs=inputs, tokenizer=tokenizer, device=device, notes=notes)
 
-        self.model, self.adapters = load_backbone(model, config, [POLICY])
+        self.model, self.adapters = load_backbone(model, config, [POLICY], self.tracker.note)
         check_rows(self.model, [e.ids for e in examples + self.eval_examples], config.max_tokens)
         make_trainable(self.model, config.gradient_checkpointing, frozen=self.adapters is not None)
         trained = self.model if self.adapters is None else self.adapters.parameters(POLICY)
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
-        for note in [] if self.adapters is None else self.adapters.notes(self.tracker.note):
-            self.tracker.note(note)
 
     def accumulate(self, examples: Sequence[Example]) -> tuple[Tensor]:
         """Add this rank's gradients of an optimizer step, micro-batch by micro-batch -> their loss."""

@@ -1,22 +1,22 @@
 """A LoRA adapter as peft writes it: `adapter_config.json` beside `adapter_model.safetensors`.
 
-Read here without peft: names of layers, A and B of each, its scale alpha / r, the head of a reward model. Format: as
-peft documents its checkpoints. What would change the model in another way (DoRA, trained biases, further modules) is
-refused by name.
+It is read here without peft: names of layers, A and B of each, its scale alpha / r, the head of a reward model. The
+format is the one that peft documents for its checkpoints. An adapter that changes the model in another way too (DoRA,
+trained biases, further modules) is refused by name.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -30,11 +30,22 @@ REFUSED = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_tok
 
 
 class LowRank(NamedTuple):
-    """What is added to a layer's weight [out, in]: scale * up [out, r] @ down [r, in]."""
+    """A summand of a layer's weight [out, in]: scale * up [out, r] @ down [r, in]."""
 
     down: Tensor
     up: Tensor
     scale: float
+
+    def delta(self) -> Tensor:
+        """The summand itself, [out, in] fp32."""
+        return self.up.float() @ self.down.float() * self.scale
+
+    @classmethod
+    def joined(cls, parts: Sequence[LowRank]) -> LowRank:
+        """Several as one: A = [A1; A2] and B = [s1 B1, s2 B2] with scale 1 are their sum exactly."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(torch.cat([p.down for p in parts]), torch.cat([p.up * p.scale for p in parts], 1), 1.0)
 
 
 @dataclass(frozen=True)
@@ -54,23 +65,22 @@ def is_adapter(source: object) -> bool:
 def adapter_config(source: str | Path, role: str) -> dict[str, Any]:
     """UserError for what is no LoRA adapter, names no base model, or holds more than low-rank matrices."""
     path = Path(source) / CONFIG
+    where = f"{role}: {path}"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{role}: {path}: damaged ({error})") from error
+        raise UserError(f"{where}: damaged ({error})") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise UserError(f"{role}: {path}: peft_type is {kind!r}; only LORA adapters can be read")
+        raise UserError(f"{where}: peft_type is {kind!r}; only LORA adapters can be read")
     if not config.get("base_model_name_or_path"):
-        raise UserError(f"{role}: {path}: names no base_model_name_or_path; write the folder or hub id of its model in")
+        raise UserError(f"{where}: names no base_model_name_or_path; write the folder or hub id of its model in")
     for name, harmless in REFUSED.items():
         if config.get(name) not in (harmless, None):
-            raise UserError(f"{role}: {path}: {name} = {config[name]!r} cannot be read; merge the adapter with peft")
+            raise UserError(f"{where}: {name} = {config[name]!r} cannot be read; merge the adapter with peft")
     extra = set(config.get("modules_to_save") or ()) - HEADS
     if extra:
-        raise UserError(
-            f"{role}: {path}: modules_to_save = {sorted(extra)} cannot be read; merge the adapter with peft"
-        )
+        raise UserError(f"{where}: modules_to_save = {sorted(extra)} cannot be read; merge the adapter with peft")
     return config
 
 
@@ -86,6 +96,7 @@ def is_reward_adapter(source: str | Path, role: str) -> bool:
 def read_adapter(source: str | Path, role: str) -> AdapterFolder:
     """The whole folder, its tensors on the CPU. UserError names the file or tensor that is wrong."""
     config, path = adapter_config(source, role), Path(source)
+    where = f"{role}: {path / WEIGHTS}"
     try:
         tensors = load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -100,14 +111,14 @@ def read_adapter(source: str | Path, role: str) -> AdapterFolder:
         elif of_head:
             head[of_head[1]] = tensor
         else:
-            raise UserError(f"{role}: {path / WEIGHTS}: cannot read {key!r}; merge the adapter with peft")
+            raise UserError(f"{where}: cannot read {key!r}; merge the adapter with peft")
     layers = {}
     for name, pair in sides.items():
         if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise UserError(f"{role}: {path / WEIGHTS}: lora_A and lora_B of {name!r} do not fit each other")
+            raise UserError(f"{where}: lora_A and lora_B of {name!r} do not fit each other")
         layers[name] = LowRank(pair["A"], pair["B"], _scale(config, name, pair["A"].shape[0]))
     if config.get("task_type") == "SEQ_CLS" and "weight" not in head:
-        raise UserError(f"{role}: {path / WEIGHTS}: the adapter of a reward model, but without the weights of its head")
+        raise UserError(f"{where}: the adapter of a reward model, but without the weights of its head")
     return AdapterFolder(path, config["base_model_name_or_path"], layers, head)
 
 
@@ -118,18 +129,51 @@ def _scale(config: dict[str, Any], name: str, rank: int) -> float:
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
+def write_adapter(
+    folder: Path, layers: Mapping[str, LowRank], base: str, head: Mapping[str, Tensor] | None, *, transposed: bool
+) -> None:
+    """Write a folder that peft's `PeftModel.from_pretrained` loads over the model `base`.
+
+    head: parameters of `score`, of a reward model. transposed: some of the layers hold W^T (GPT-2's Conv1D). Ranks and
+    alphas are named by layer where one is not enough: adapters of two runs may have been joined.
+    """
+    from peft import LoraConfig
+
+    tensors = {f"{PREFIX}score.{name}": tensor.detach().clone() for name, tensor in (head or {}).items()}
+    for name, low in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = low.down.detach().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = low.up.detach().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    ranks = {name: low.down.shape[0] for name, low in layers.items()}
+    alphas = {name: low.scale * ranks[name] for name, low in layers.items()}
+    settings = {
+        "r": max(ranks.values()),
+        "rank_pattern": ranks if len({*ranks.values()}) > 1 else {},
+        "lora_alpha": max(alphas.values()),
+        "alpha_pattern": alphas if len({*alphas.values()}) > 1 else {},
+        "target_modules": sorted(layers),
+        "modules_to_save": None if head is None else sorted(HEADS),
+        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
+    }
+    config = LoraConfig(**settings, base_model_name_or_path=base, inference_mode=True, fan_in_fan_out=transposed)
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    (folder / CONFIG).write_text(json.dumps(plain, indent=1, default=str) + "\n", encoding="utf-8")
+
+
 def linear_layer(modules: Mapping[str, nn.Module], name: str, low: LowRank, where: str) -> nn.Linear | Conv1D:
     """The layer an adapter belongs to. UserError where the model, by name of its modules, has none of that size."""
     module = modules.get(name)
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise UserError(f"{where}: the model has no linear layer {name!r}; is it the adapter's own model?")
-    shape = (
-        tuple(module.weight.shape)[::-1] if isinstance(module, Conv1D) else (module.out_features, module.in_features)
-    )
-    if (low.up.shape[0], low.down.shape[1]) != shape:
+    shape = [*reversed(module.weight.shape)]  # of Conv1D, which holds [in, out]
+    if isinstance(module, nn.Linear):  # its weight may be packed
+        shape = [module.out_features, module.in_features]
+    wanted = [low.up.shape[0], low.down.shape[1]]
+    if wanted != shape:
         raise UserError(
-            f"{where}: the adapter of {name!r} is for a layer [{low.up.shape[0]}, {low.down.shape[1]}], the model's is "
-            f"{list(shape)}; is it the adapter's own model?"
+            f"{where}: the adapter of {name!r} is for a layer {wanted}, the model's is {shape}; is it the adapter's "
+            "own model?"
         )
     return module
 
@@ -140,9 +184,8 @@ def merge_into(model: PreTrainedModel, folder: AdapterFolder) -> PreTrainedModel
     modules = dict(model.named_modules())
     for name, low in folder.layers.items():
         module = linear_layer(modules, name, low, str(folder.path))
-        delta = (low.up.float() @ low.down.float() * low.scale).to(module.weight.device)
-        delta = delta.t() if isinstance(module, Conv1D) else delta
-        module.weight.copy_(module.weight.float() + delta)
+        delta = low.delta().to(module.weight.device)
+        module.weight.copy_(module.weight.float() + (delta.t() if isinstance(module, Conv1D) else delta))
     return model
 
 

@@ -2,78 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
-from fastrlhf.models import loading
-from fastrlhf.models.adapter_folder import (
-    AdapterFolder,
-    base_of,
-    is_adapter,
-    is_reward_adapter,
-    read_adapter,
-    take_generation_config,
-)
+from fastrlhf.models import adapter_folder, loading
+from fastrlhf.models.adapter_folder import AdapterFolder, is_adapter
+from fastrlhf.models.loading import Source
 from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.quantization import quantize_trunk
 from fastrlhf.runtime.batching import derive_seed
 
-Source = str | PreTrainedModel
 
-
-def load_backbone(source: Source, config: StageConfig, roles: Sequence[str]) -> tuple[PreTrainedModel, Adapters | None]:
+def load_backbone(
+    source: Source, config: StageConfig, roles: Sequence[str], report: Callable[[str], None]
+) -> tuple[PreTrainedModel, Adapters | None]:
     """A causal LM, and with `lora` the adapters of its roles. An adapter folder is merged where all weights train;
-    with `lora` it stays frozen under every role."""
-    how = (config.dtype, config.attention)
+    with `lora` it stays frozen under every role. report is told in sentences what the adapters stand on."""
+    precision = (config.dtype, config.attention)
     if config.lora is None:
-        return loading.load_policy(source, *how), None
-    under = _under(source, "policy")
-    if under is not None and under.head:
+        return loading.load_policy(source, *precision), None
+    base_adapter = _base_adapter(source, "policy")
+    if base_adapter is None:
+        model = loading.load_policy(source, *precision, config.quantize)
+    elif base_adapter.head:
         raise UserError(f"policy: {str(source)!r} is the adapter of a reward model, not of a causal LM")
-    model = loading.load_policy(source if under is None else under.base, *how, config.quantize)
-    if under is not None:
-        take_generation_config(model, under.path)
-    return model, _adapters(model, config, roles, under)
+    else:
+        model = loading.load_policy(base_adapter.base, *precision, config.quantize)
+        adapter_folder.take_generation_config(model, base_adapter.path)
+    return model, _adapters(model, config, roles, base_adapter, report)
 
 
 def load_scalar_backbone(
-    source: Source, config: StageConfig, tokenizer: PreTrainedTokenizerBase
+    source: Source, config: StageConfig, tokenizer: PreTrainedTokenizerBase, report: Callable[[str], None]
 ) -> tuple[PreTrainedModel, Adapters | None]:
     """A reward model to go on with, or a causal LM's trunk under a new head; and with `lora` its adapter."""
-    how = (config.dtype, config.attention)
-    under = None if config.lora is None else _under(source, "model")
-    plain = source if under is None else under.base
+    precision = (config.dtype, config.attention)
+    base_adapter = None if config.lora is None else _base_adapter(source, "model")
     if loading.is_scalar_model(source):
-        load = loading.load_reward_model if under is None else loading.scalar_base
-        model = load(source, *how, "model", config.quantize)
+        load = loading.load_reward_model if base_adapter is None else loading.scalar_base
+        model = load(source, *precision, "model", config.quantize)
     else:
         live = isinstance(source, PreTrainedModel)  # its own trunk is left as it is
-        trunk = loading.load_policy(plain, *how, None if live else config.quantize)
+        base = source if base_adapter is None else base_adapter.base
+        trunk = loading.load_policy(base, *precision, None if live else config.quantize)
         model = loading.scalar_model(trunk, tokenizer, seed=config.seed, share=not live)
         if live and config.quantize is not None:
             quantize_trunk(model, config.quantize, model.device)
-    return model, None if config.lora is None else _adapters(model, config, [REWARD], under)
+    return model, None if config.lora is None else _adapters(model, config, [REWARD], base_adapter, report)
 
 
-def _under(source: Source, role: str) -> AdapterFolder | None:
-    return read_adapter(source, role) if is_adapter(source) else None
+def _base_adapter(source: Source, role: str) -> AdapterFolder | None:
+    return adapter_folder.read_adapter(source, role) if is_adapter(source) else None
 
 
 def _adapters(
-    model: PreTrainedModel, config: StageConfig, roles: Sequence[str], under: AdapterFolder | None
+    model: PreTrainedModel,
+    config: StageConfig,
+    roles: Sequence[str],
+    base_adapter: AdapterFolder | None,
+    report: Callable[[str], None],
 ) -> Adapters:
-    return Adapters(model, config.lora, roles, derive_seed(config.seed, "lora"), under)
+    adapters = Adapters(model, config.lora, roles, derive_seed(config.seed, "lora"), base_adapter, report)
+    for sentence in adapters.notes():
+        report(sentence)
+    return adapters
 
 
 def same_base(policy: Source, reward: object) -> bool:
     """Whether `reward` is the adapter of a reward model on the very model that the policy is, or is an adapter of."""
-    if not (isinstance(policy, str) and is_adapter(reward) and is_reward_adapter(reward, "reward")):
+    if not (isinstance(policy, str) and is_adapter(reward) and adapter_folder.is_reward_adapter(reward, "reward")):
         return False
-    ours = base_of(policy, "policy") if is_adapter(policy) else policy
-    theirs = base_of(reward, "reward")
-    both = Path(ours), Path(theirs)
-    return both[0].resolve() == both[1].resolve() if all(path.exists() for path in both) else ours == theirs
+    ours = adapter_folder.base_of(policy, "policy") if is_adapter(policy) else policy
+    theirs = adapter_folder.base_of(reward, "reward")
+    if Path(ours).exists() and Path(theirs).exists():
+        return Path(ours).resolve() == Path(theirs).resolve()
+    return ours == theirs

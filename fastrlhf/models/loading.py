@@ -1,8 +1,7 @@
-"""The four roles as transformers models: load them, run their trunks, read their heads, save them.
+"""The four roles as transformers models: where they are loaded, copied, frozen and made trainable.
 
 A policy is a causal LM; reward and value models are `AutoModelForSequenceClassification` with one label, so that
-other tools load them too. Both kinds are used through `hidden_states` (the trunk) and their head separately:
-no logits tensor [tokens, vocabulary] is ever made in training.
+other tools load them too.
 """
 
 from __future__ import annotations
@@ -25,18 +24,17 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models import adapter_folder
 from fastrlhf.models.heads import check_head
 from fastrlhf.models.quantization import quantize_trunk
-from fastrlhf.models.saving import padding_id
+from fastrlhf.models.saving import padding_token
 from fastrlhf.models.sources import load_pretrained, locate, reason
 from fastrlhf.runtime.distributed import device as local_device
 from fastrlhf.runtime.hardware import resolve_attention, resolve_dtype
 
+Source = str | PreTrainedModel  # folder, hub id, GGUF file, or a loaded model
 TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|sentencepiece|.*\.(model|tiktoken)$")
-
-
-# ------------------------------------------------------------------------------------------------------- loading
 
 
 def check_source(source: object, role: str) -> None:
@@ -69,9 +67,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tokenizer_for(
-    tokenizer: str | PreTrainedTokenizerBase | None, model: str | PreTrainedModel
-) -> PreTrainedTokenizerBase:
+def tokenizer_for(tokenizer: str | PreTrainedTokenizerBase | None, model: Source) -> PreTrainedTokenizerBase:
     """The tokenizer given, or the one that lies with the model. UserError when a loaded model brings none along."""
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         if tokenizer.eos_token_id is None:
@@ -82,8 +78,33 @@ def tokenizer_for(
     return load_tokenizer(tokenizer or model)
 
 
+def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> PreTrainedModel:
+    """The model of a folder, hub id or file, on the CPU; a loaded model as it is."""
+    if isinstance(source, PreTrainedModel):
+        return source
+    device = local_device()
+    torch_dtype = resolve_dtype(dtype, device)
+    kind = resolve_attention(attention, device, torch_dtype)
+    model = load_pretrained(auto, source, role, dtype=torch_dtype, attn_implementation=kind)
+    if str(source).endswith(".gguf") or "gguf" in str(getattr(model.config, "quantization_config", "")):
+        model = _fresh_copy(model)
+    model.config._name_or_path = str(source)  # what an adapter of it names as its base
+    return model
+
+
+def _settle(model: PreTrainedModel, source: Source, quantize: str | None) -> PreTrainedModel:
+    """Quantised, on its device (this process's; a loaded model stays where it is), dropout off."""
+    device = model.device if model is source else local_device()
+    if quantize is not None:
+        quantize_trunk(model, quantize, device)
+    if model is not source:
+        model = model.to(device)
+    prepare(model)
+    return model
+
+
 def load_policy(
-    source: str | PreTrainedModel, dtype: str = "auto", attention: str = "auto", quantize: str | None = None
+    source: Source, dtype: str = "auto", attention: str = "auto", quantize: str | None = None
 ) -> PreTrainedModel:
     """A causal LM on this process's device, dropout off. A loaded model is used as it is (its dtype and attention too).
 
@@ -92,25 +113,8 @@ def load_policy(
     """
     if adapter_folder.is_adapter(source):
         return _with_adapter(load_policy(adapter_folder.base_of(source, "policy"), dtype, attention), source)
-    device = source.device if isinstance(source, PreTrainedModel) else local_device()
-    if isinstance(source, PreTrainedModel):
-        model = source
-    else:
-        torch_dtype = resolve_dtype(dtype, device)
-        kwargs = {
-            "dtype": torch_dtype,
-            "attn_implementation": resolve_attention(attention, device, torch_dtype),
-        }
-        model = load_pretrained(AutoModelForCausalLM, source, "policy", **kwargs)
-        if str(source).endswith(".gguf") or "gguf" in str(getattr(model.config, "quantization_config", "")):
-            model = _fresh_copy(model)
-        model.config._name_or_path = str(source)  # what an adapter of it names as its base
-    if quantize is not None:
-        quantize_trunk(model, quantize, device)
-    if model is not source:
-        model = model.to(device)
-    prepare(model)
-    check_head(model)
+    model = _load(AutoModelForCausalLM, source, "policy", dtype, attention)
+    check_head(_settle(model, source, quantize))
     return model
 
 
@@ -138,7 +142,7 @@ def _fresh_copy(model: PreTrainedModel) -> PreTrainedModel:
     return fresh.eval()
 
 
-def is_scalar_model(source: str | PreTrainedModel) -> bool:
+def is_scalar_model(source: Source) -> bool:
     """True for a sequence classifier (a reward or value model), false for a causal LM; reads the config only."""
     if isinstance(source, PreTrainedModel):
         return isinstance(getattr(source, "score", None), nn.Linear)
@@ -153,9 +157,8 @@ def is_scalar_model(source: str | PreTrainedModel) -> bool:
 
 
 def load_reward_model(
-    source: str | PreTrainedModel, dtype: str = "auto", attention: str = "auto", role: str = "reward",
-    quantize: str | None = None,
-) -> PreTrainedModel:  # fmt: skip
+    source: Source, dtype: str = "auto", attention: str = "auto", role: str = "reward", quantize: str | None = None
+) -> PreTrainedModel:
     """A one-label sequence classifier (reward or value model). UserError when it has more labels or none.
 
     An adapter folder is merged into its model. quantize: as `load_policy` has it.
@@ -163,27 +166,12 @@ def load_reward_model(
     if adapter_folder.is_adapter(source):
         model = scalar_base(source, dtype, attention, role)
         return adapter_folder.merge_into(model, adapter_folder.read_adapter(source, role))
-    device = source.device if isinstance(source, PreTrainedModel) else local_device()
-    if isinstance(source, PreTrainedModel):
-        model = source
-    else:
-        torch_dtype = resolve_dtype(dtype, device)
-        kwargs = {
-            "dtype": torch_dtype,
-            "attn_implementation": resolve_attention(attention, device, torch_dtype),
-        }
-        if not is_scalar_model(source):
-            raise UserError(f"{role}: {str(source)!r} is no sequence classifier; train one with `fastrlhf reward`")
-        model = load_pretrained(AutoModelForSequenceClassification, source, role, **kwargs)
-        model.config._name_or_path = str(source)
+    if isinstance(source, str | Path) and not is_scalar_model(source):
+        raise UserError(f"{role}: {str(source)!r} is no sequence classifier; train one with `fastrlhf reward`")
+    model = _load(AutoModelForSequenceClassification, source, role, dtype, attention)
     if getattr(model.config, "num_labels", None) != 1 or not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{role}: {type(model).__name__} must have a scalar head `score` (num_labels=1)")
-    if quantize is not None:
-        quantize_trunk(model, quantize, device)
-    if model is not source:
-        model = model.to(device)
-    prepare(model)
-    return model
+    return _settle(model, source, quantize)
 
 
 def scalar_base(source: str, dtype: str, attention: str, role: str, quantize: str | None = None) -> PreTrainedModel:
@@ -211,28 +199,28 @@ def scalar_model(
     config = copy.deepcopy(trunk_of.config)
     config.num_labels = 1
     config.id2label, config.label2id = {0: "score"}, {"score": 0}
-    padding = padding_id(tokenizer)
-    config.pad_token_id = None if padding == tokenizer.eos_token_id else padding
+    config.pad_token_id = padding_token(tokenizer, stop_token_ids(tokenizer))
     try:
         with torch.device("meta") if share else nullcontext():
             model = AutoModelForSequenceClassification.from_config(
                 config, dtype=trunk_of.dtype, attn_implementation=trunk_of.config._attn_implementation
             )
     except ValueError as error:
-        raise UserError(f"{type(trunk_of).__name__} has no sequence-classification form in transformers; use "
-                        "another base model for the reward and value model") from error  # fmt: skip
+        raise UserError(
+            f"{type(trunk_of).__name__} has no sequence-classification form in transformers; use another base model "
+            "for the reward and value model"
+        ) from error
     if share:
         setattr(model, model.base_model_prefix, trunk_of.base_model)
         model.score.to_empty(device="cpu")
     else:
         model.base_model.load_state_dict(trunk_of.base_model.state_dict())
     hidden = model.score.weight.shape[1]
+    head = torch.zeros(1, hidden)
+    if seed is not None:
+        head = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed)) * (hidden + 1) ** -0.5
     with torch.no_grad():
-        if seed is None:
-            model.score.weight.zero_()
-        else:
-            draw = torch.Generator().manual_seed(seed)
-            model.score.weight.copy_(torch.randn(1, hidden, generator=draw) * (hidden + 1) ** -0.5)
+        model.score.weight.copy_(head)
     prepare(model)
     return model.to(trunk_of.device)
 

@@ -12,6 +12,7 @@ dequantised, and multiplied in the dtype of the model; the backward pass dequant
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.out_features, self.in_features = weight.shape
         self.kind, self.transposed = kind, transposed
-        functions = bitsandbytes(f"quantize: {kind!r}", "use quantize=none").functional
+        functions = _bitsandbytes_functions(kind)
         if kind == "nf4":
             packed, state = functions.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
             scale = state.absmax
@@ -49,7 +50,7 @@ class QuantizedLinear(nn.Linear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W [out, in], dequantised."""
-        functions = bitsandbytes(f"quantize: {self.kind!r}", "use quantize=none").functional
+        functions = _bitsandbytes_functions(self.kind)
         if self.kind == "int8":
             return functions.int8_vectorwise_dequant(self.weight, self.scale).to(dtype)
         shape = torch.Size((self.out_features, self.in_features))
@@ -61,6 +62,10 @@ class QuantizedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.kind}"
+
+
+def _bitsandbytes_functions(kind: str) -> ModuleType:
+    return bitsandbytes(f"quantize: {kind!r}", "use quantize=none").functional
 
 
 class _Product(torch.autograd.Function):
@@ -79,31 +84,51 @@ class _Product(torch.autograd.Function):
 @torch.no_grad()
 def quantize_trunk(model: PreTrainedModel, kind: str, device: torch.device) -> None:
     """Replace the linear layers of the trunk, in place, one after the other on `device`; heads, embeddings and norms
-    stay. Notes `quantization_error` on the trunk: |W_q - W| / |W| over all of them (Frobenius norms).
+    stay. Sets `quantization_error` of the trunk: |W_q - W| / |W| over all of them (Frobenius norms).
 
     Raises UserError where bitsandbytes is missing or the model has no linear layer in its trunk.
     """
-    trunk, head = model.base_model, model.get_output_embeddings()
-    found = [(n, m) for n, m in trunk.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
-    if not found:
+    layers = linear_layers(model)
+    if not layers:
         raise UserError(f"quantize: {type(model).__name__} has no linear layers in its trunk; leave quantize out")
     off = total = 0.0
-    for name, module in found:
-        if isinstance(module, QuantizedLinear):
+    for name, layer in layers.items():
+        if isinstance(layer, QuantizedLinear):
             continue
-        if not module.weight.is_floating_point():
+        if not layer.weight.is_floating_point():
             raise UserError("quantize: the model is quantised already; load it in bf16 or fp32, it is quantised here")
-        transposed, weight = isinstance(module, Conv1D), module.weight.detach().to(device)
-        weight = weight.t() if transposed else weight
-        bias = None if module.bias is None else module.bias.detach().to(device)
-        new = QuantizedLinear(weight, bias, kind, transposed=transposed)
-        new.train(module.training)
-        off += float((new.dense(torch.float32) - weight.float()).square().sum())
+        weight = layer.weight.detach().to(device)
+        weight = weight.t() if is_transposed(layer) else weight
+        bias = None if layer.bias is None else layer.bias.detach().to(device)
+        quantized = QuantizedLinear(weight, bias, kind, transposed=is_transposed(layer))
+        quantized.train(layer.training)
+        off += float((quantized.dense(torch.float32) - weight.float()).square().sum())
         total += float(weight.float().square().sum())
-        parent, _, last = name.rpartition(".")
-        setattr(trunk.get_submodule(parent), last, new)
+        model.set_submodule(name, quantized)
     if total:
-        trunk.quantization_error = math.sqrt(off / total)
+        model.base_model.quantization_error = math.sqrt(off / total)
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers of the trunk by their full names; the output head is none, wherever the model holds it."""
+    trunk, head = {id(module) for module in model.base_model.modules()}, model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) in trunk and module is not head
+    }
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer holds W^T [in, out], or stands for one that does."""
+    return isinstance(layer, Conv1D) or (isinstance(layer, QuantizedLinear) and layer.transposed)
+
+
+def dense_weight(layer: nn.Linear | Conv1D) -> Tensor:
+    """W [out, in] in fp32, dequantised where it must be."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.dense(torch.float32)
+    return layer.weight.float().t() if is_transposed(layer) else layer.weight.float()
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -113,9 +138,9 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 def quantization_note(model: PreTrainedModel) -> str:
     """A sentence for the run's log."""
     layers = quantized_layers(model).values()
-    held = sum(layer.weight.nbytes + layer.scale.nbytes for layer in layers)
+    size = sum(layer.weight.nbytes + layer.scale.nbytes for layer in layers)
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     return (
-        f"quantize: {len(layers)} linear layers in {next(iter(layers)).kind}, {held / weights:.3g} bytes a weight; "
+        f"quantize: {len(layers)} linear layers in {next(iter(layers)).kind}, {size / weights:.3g} bytes a weight; "
         f"they differ from the given ones by {model.base_model.quantization_error:.2%} (Frobenius norm)"
     )

@@ -1,15 +1,9 @@
-"""The four roles as transformers models: load them, run their trunks, read their heads, save them.
-
-A policy is a causal LM; reward and value models are `AutoModelForSequenceClassification` with one label, so that
-other tools load them too. Both kinds are used through `hidden_states` (the trunk) and their head separately:
-no logits tensor [tokens, vocabulary] is ever made in training.
-"""
+"""Model folders that stock transformers runs, and the token that they pad with."""
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -18,22 +12,37 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from fastrlhf.data.templates import stop_token_ids
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to fill padding with: the tokenizer's own unless that also ends replies (then unk, bos, another special
-    token that ends nothing, else EOS).
+def padding_token(tokenizer: PreTrainedTokenizerBase, stops: Collection[int], *, special: bool = False) -> int:
+    """The id to pad with, which ends no reply (`stops`): the tokenizer's pad, unk, bos, or an added token.
 
-    Our masks come from lengths, so the choice never matters here; stock sequence classifiers read their score at the
-    last id that is not the padding id, which must not be the end of the reply.
+    Stock sequence classifiers read their score at the last id that is not padding: where they pad with a stop, that
+    would be the token before the end of the reply. Our own masks come from lengths, so to us it never matters.
+    Where all of these are stops, a token takes over that is spelt as in no text (GPT-2's "\u0120gazed" for " gazed"):
+    special tokens are looked for in it first, so every text keeps its ids. special: not there, because generation
+    prints what is not special; EOS then, and where everything is a stop.
     """
-    eos = tokenizer.eos_token_id
-    added = sorted(i for text, i in tokenizer.get_added_vocab().items() if not re.search("end|eo[a-z]|/s", text))
-    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *added):
-        if candidate is not None and candidate != eos:
-            return candidate
-    return eos
+    added = sorted(tokenizer.get_added_vocab().values())
+    for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *added):
+        if token is not None and token not in stops:
+            return token
+    rest = [] if special else sorted(set(tokenizer.get_vocab().values()) - set(stops), reverse=True)
+    unspelt = (token for token in rest if tokenizer.decode([token]) != tokenizer.convert_ids_to_tokens(token))
+    return next(unspelt, rest[0] if rest else tokenizer.eos_token_id)
 
 
-# -------------------------------------------------------------------------------------------------------- saving
+def padding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that pads on the right with a token that ends no reply; every text keeps its ids."""
+    padded = _padding_with(tokenizer, padding_token(tokenizer, stop_token_ids(tokenizer)))
+    padded.padding_side = "right"
+    return padded
+
+
+def _padding_with(tokenizer: PreTrainedTokenizerBase, token: int) -> PreTrainedTokenizerBase:
+    """A copy whose padding token is this one."""
+    padded = copy.deepcopy(tokenizer)
+    if token != tokenizer.pad_token_id:
+        padded.pad_token = tokenizer.convert_ids_to_tokens(token)
+    return padded
 
 
 def write_model(
@@ -52,18 +61,15 @@ def write_model(
     """
     generation = getattr(model, "generation_config", None)
     if generation is not None and model.can_generate():
-        ends = {
-            "eos_token_id": list(stop_ids) if len(stop_ids) > 1 else stop_ids[0],
-            "pad_token_id": padding_id(tokenizer),
-        }
-        generation.eos_token_id, generation.pad_token_id = ends.values()
+        generation.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+        generation.pad_token_id = padding_token(tokenizer, stop_token_ids(tokenizer), special=True)
         try:
             generation.validate(strict=True)
         except ValueError:  # defaults that contradict each other, as some hub models bring: they cannot be saved
-            model.generation_config = GenerationConfig(bos_token_id=generation.bos_token_id, **ends)
-    elif model.config.pad_token_id not in (None, tokenizer.pad_token_id):
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+            kept = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            model.generation_config = GenerationConfig(**kept)
+    elif model.config.pad_token_id is not None:
+        tokenizer = _padding_with(tokenizer, model.config.pad_token_id)
     if adapter is None:
         model.save_pretrained(folder, state_dict=weights)
     else:
@@ -71,25 +77,3 @@ def write_model(
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def padding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that pads on the right with a token that ends no reply; every text keeps its ids.
-
-    Stock sequence classifiers read their score at the last id that is not padding. Where the tokenizer pads with its
-    EOS, that would be the token before the end of the reply, so another one takes over: unk, bos, an added token, or
-    one that is spelt as in no text (GPT-2's "\u0120gazed" for " gazed"): special tokens are looked for in it first.
-    """
-    made, stops = copy.deepcopy(tokenizer), set(stop_token_ids(tokenizer))
-    made.padding_side = "right"
-    added = sorted(tokenizer.get_added_vocab().values())
-    for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *added):
-        if token is not None and token not in stops:
-            break
-    else:
-        vocabulary = sorted(set(tokenizer.get_vocab().values()) - stops, reverse=True)
-        unspelt = (t for t in vocabulary if tokenizer.decode([t]) != tokenizer.convert_ids_to_tokens(t))
-        token = next(unspelt, vocabulary[0])
-    if token != tokenizer.pad_token_id:
-        made.pad_token = tokenizer.convert_ids_to_tokens(token)
-    return made

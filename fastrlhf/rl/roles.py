@@ -82,15 +82,14 @@ def load_roles(
     reference = None if ref_policy is None else freeze(load_policy(ref_policy, *how))
     names = [POLICY, VALUE] if config.advantage == "gae" and config.critic == "separate" else [POLICY]
     names += [REFERENCE] if config.ref_refresh_every else []  # B = 0: the base, until the first refresh
-    trained, adapters = load_backbone(policy, config, names)
+    trained, adapters = load_backbone(policy, config, names, report)
     if on_base:
         folder = read_adapter(reward, "reward")
+        report("reward: an adapter on the policy's base")
         scorer = AdapterScorer(adapters, folder, reward_tokenizer(reward, tokenizer), tokenizer, memory)
     if reference is None and adapters is None:
         reference = frozen_copy(trained)
     critic = _make_critic(config, tokenizer, scorer, trained, value_model, adapters)
-    for note in [] if adapters is None else adapters.notes(report):
-        report(note)
     if config.offload:
         for model in filter(None, (reference, scorer.model)):
             offload.park(model)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from fastrlhf.rollout.kv_cache import SlotCache
+from fastrlhf.rollout.kv_cache import Segment, SlotCache
 from fastrlhf_kernels import decode_attention
 
 NAME = "fastrlhf"
@@ -25,7 +25,8 @@ _active: list[SlotCache] = []  # the cache of the rollout that runs
 
 @contextmanager
 def attending(model: PreTrainedModel, cache: SlotCache) -> Iterator[None]:
-    """Inside, the model's attention is ours (where it has a choice); afterwards what it was, even after an error."""
+    """The model's attention is ours in this context, where it has a choice, and what it was behind it, also after an
+    error."""
     if not uses_interface(model):
         yield
         return
@@ -45,15 +46,23 @@ def uses_interface(model: PreTrainedModel) -> bool:
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What the model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    """The name of the cache in the model's forward: `cache` from transformers 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
 
 
 def attend(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-    scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
-    s_aux: Tensor | None = None, **kwargs: object,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, Hq, Q, D], key and value as `SlotCache` gives them -> [B, Q, Hq, D].
 
     Raises ValueError for attention sinks, which it does not know.
@@ -64,45 +73,39 @@ def attend(
     cache.calls += 1
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if cache.segments is not None:
-        return _attend_inside_prompts(cache, query, key, value, scale, sliding_window, softcap), None
+        return _attend_inside_prompts(cache.segments, query, key, value, scale, sliding_window, softcap), None
     window = sliding_window if sliding_window is not None and sliding_window < cache.longest else None
     if query.is_cuda and key.shape[3] == value.shape[3]:
         q, k, v = query[:, :, 0], key.transpose(1, 2), value.transpose(1, 2)
         lengths = cache.lengths + 1
         out = decode_attention(q, k, v, lengths, scale=scale, softcap=softcap, window=window, validate=False)
         return out[:, None], None
-    mask = cache.mask(window, query.dtype)
-    if softcap is None:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
-    else:
-        out = _softcapped(query, key, value, mask, scale, softcap)
-    return out.transpose(1, 2), None
+    return _softmax_attention(query, key, value, cache.mask(window, query.dtype), scale, softcap).transpose(1, 2), None
 
 
-def _attend_inside_prompts(cache: SlotCache, query, key, value, scale, window, softcap) -> Tensor:
+def _attend_inside_prompts(segments: list[Segment], query, key, value, scale, window, softcap) -> Tensor:
     """query [1, Hq, columns, D]: prompts of one length are a batch, and none needs padding."""
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    for start, length, slots in cache.segments:
+    for start, length, slots in segments:
         stop = start + length * len(slots)
         q, k, v = (t[0, :, start:stop].unflatten(1, (len(slots), length)).transpose(0, 1) for t in (query, key, value))
         mask = None
         if softcap is not None or (window is not None and window < length):
-            place = torch.arange(length, device=query.device)
-            distance = place[:, None] - place
+            index = torch.arange(length, device=query.device)
+            distance = index[:, None] - index
             seen = (distance >= 0) & (distance < (window or length))
             mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
-        if softcap is None:
-            causal = mask is None
-            part = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
-                                                  enable_gqa=True)  # fmt: skip
-        else:
-            part = _softcapped(q, k, v, mask, scale, softcap)
-        out[start:stop] = part.transpose(1, 2).flatten(0, 1)
+        out[start:stop] = _softmax_attention(q, k, v, mask, scale, softcap).transpose(1, 2).flatten(0, 1)
     return out[None]
 
 
-def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
-    """softmax(softcap * tanh(scale * q k^T / softcap)) v with the scores in fp32."""
+def _softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """softmax(softcap * tanh(scale * q k^T / softcap)) v, causal where mask is None; with a softcap, scores in fp32."""
+    if softcap is None:
+        options = {"attn_mask": mask, "is_causal": mask is None, "scale": scale, "enable_gqa": True}
+        return F.scaled_dot_product_attention(query, key, value, **options)
     repeat = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(repeat, 1).float() for t in (key, value))
     scores = softcap * torch.tanh(scale * query.float() @ key.transpose(2, 3) / softcap) + mask.float()

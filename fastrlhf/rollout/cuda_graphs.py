@@ -14,6 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastrlhf.runtime.memory import ran_out
+
 LOG = logging.getLogger(__name__)
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
@@ -58,9 +60,9 @@ class StepGraphs:
         if bucket not in self.graphs and not self.failed:
             try:
                 self.graphs[bucket] = self.capture(partial(self.step, bucket))
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:  # an operation that waits for the GPU, or allocates outside the pool
+                if ran_out(error):
+                    raise
                 self.failed = True
                 LOG.warning("decoding without CUDA graphs: %s", str(error).strip().split("\n")[0])
         if self.failed:

@@ -3,7 +3,7 @@
 Left out on purpose: beam search, repetition penalties and everything else of `generation_config`. A policy-gradient
 step needs samples of the policy itself, and the log-probs they were drawn with.
 
-A rollout is decoded in slots of a cache (`decoding.py`, `kv_cache.py`): each distinct prompt is computed once, packed
+A rollout is decoded in slots of a cache (`decoder.py`, `kv_cache.py`): each distinct prompt is computed once, packed
 with others; a sequence that ends leaves, and one that waits takes its place. Every sequence starts at position 0 of its
 slot, so a row is the same alone or in company.
 """
@@ -15,25 +15,30 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.data.encode import EncodedPrompt
-from fastrlhf.models.heads import head_logits, hidden_states, lm_head
+from fastrlhf.models.heads import Head, agree, head_logits, hidden_states, lm_head
 from fastrlhf.rollout.attention import attending, uses_interface
-from fastrlhf.rollout.decoder import Decoder, Row, Sampling
+from fastrlhf.rollout.cuda_graphs import cuda_capture
+from fastrlhf.rollout.decoder import Decoder
 from fastrlhf.rollout.gather import gather_generation
 from fastrlhf.rollout.kv_cache import SlotCache, cache_bytes_per_token
 from fastrlhf.rollout.result import Rollout, make_rollout
 from fastrlhf.rollout.sampling import Generation, SamplingParams
+from fastrlhf.rollout.slots import Row
 from fastrlhf.runtime.batching import shard
+from fastrlhf.runtime.memory import ran_out
 from fastrlhf_kernels import token_log_probs
 
 LOG = logging.getLogger(__name__)
 STATS = ("prefill_tokens", "decode_row_steps", "decode_steps", "new_tokens", "waves")
 MOST_SLOTS = 1024  # sequences decoded together, whatever the memory
+SYNC_STEPS = 8  # tokens between two looks of the host on a GPU; on a CPU, where looking is free, it looks at each
 
 
 class RolloutEngine:
@@ -50,10 +55,8 @@ class RolloutEngine:
         """max_batch_tokens: positions of the cache of keys and values, for prompts and new tokens of what decodes
         together; None: what half of the free memory holds. value_head [1, H] without bias: a critic on the model's
         trunk, read for each token on the way."""
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer, self.value_head = model, tokenizer, value_head
         self.max_batch_tokens = max_batch_tokens
-        self.value_head = value_head
         self.cache: SlotCache | None = None
         self._checked = False
 
@@ -64,16 +67,17 @@ class RolloutEngine:
         prompts nor on how many decode together. Raises ValueError before any forward for an empty prompt, a prompt that
         does not fit the model's positions with max_new_tokens, an unknown stop id, or a too small max_batch_tokens;
         RuntimeError for a model whose attention cannot be cached this way. Where memory runs out, half as many
-        sequences decode together, once; those that had ended are kept.
+        sequences decode together, and half of those again down to one; those that had ended are kept. The next call
+        starts from the memory that is free then.
         """
-        stops = self._stop_ids(params)
-        self._check(prompt_ids, params, stops)
+        params = replace(params, stop_token_ids=self._stop_ids(params))
+        self._check(prompt_ids, params)
         rows = [
             Row(tuple(prompt), i * params.n + j) for i, prompt in enumerate(prompt_ids, first) for j in range(params.n)
         ]
         stats = dict.fromkeys(STATS, 0)
         if rows:
-            self._decode(rows, params, stops, stats)
+            self._decode(rows, params, stats)
         stats["new_tokens"] = sum(len(row.tokens) for row in rows)
         return Generation(
             response_ids=[row.tokens for row in rows],
@@ -96,13 +100,12 @@ class RolloutEngine:
         """Give the cache's memory back, for the update that follows; the next rollout makes it anew."""
         self.cache = None
 
-    def _decode(self, rows: list[Row], params: SamplingParams, stops: list[int], stats: dict[str, float]) -> None:
-        p = params
-        sampling = Sampling(p.max_new_tokens, p.min_new_tokens, p.temperature, p.top_k, p.top_p, p.seed, tuple(stops))
+    def _decode(self, rows: list[Row], params: SamplingParams, stats: dict[str, float]) -> None:
+        """Fill the rows, in as many slots as memory holds: half of them as often as it runs out."""
         grouped: dict[tuple[int, ...], list[Row]] = {}  # equal prompts beside each other
         for row in rows:
             grouped.setdefault(row.prompt, []).append(row)
-        ordered = [row for group in grouped.values() for row in group]
+        rows = [row for group in grouped.values() for row in group]
         positions = max(map(len, grouped)) + params.max_new_tokens
         slots = self._slots(len(rows), positions)
         with _inference(self.model):
@@ -110,30 +113,39 @@ class RolloutEngine:
             if head.weight.dtype != torch.float32 and not head.weight.is_cuda:
                 head = head._replace(weight=head.weight.float())  # once a rollout, not once a token
             self._check_attention()
-            try:
-                self._run(ordered, head, sampling, slots, positions, stats)
-                return
-            except torch.OutOfMemoryError:
-                if slots == 1:
-                    raise
-            # Only out here, where the exception and the frames that it keeps alive are gone, can the cache come free.
-            LOG.warning("generation ran out of memory with %d sequences: again with %d", slots, slots // 2)
-            self.release()
-            self._run([row for row in ordered if not row.done], head, sampling, slots // 2, positions, stats)
+            while True:
+                try:
+                    self._run(rows, head, params, slots, positions, stats)
+                    return
+                except RuntimeError as error:
+                    if slots == 1 or not ran_out(error):
+                        raise
+                # Only out here, where the exception and the frames that it keeps alive are gone, can memory come free.
+                rows = [row for row in rows if not row.done]
+                LOG.warning("generation ran out of memory with %d sequences: again with %d", slots, slots // 2)
+                slots = min(slots // 2, len(rows))
+                self.release()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()  # for the allocators beside torch's own
 
-    def _run(self, rows, head, sampling: Sampling, slots: int, positions: int, stats) -> None:
-        slots = min(slots, len(rows))
-        shared = len({row.prompt for row in rows}) < len(rows) > slots > 1  # a slot keeps the prompt of those that wait
-        extra = int(shared)
-        if shared and self.max_batch_tokens is not None and (slots + 1) * positions > self.max_batch_tokens:
+    def _run(self, rows, head: Head, params: SamplingParams, slots: int, positions: int, stats) -> None:
+        # One slot more keeps the prompt whose samples are cut by the end of the slots (`Decoder`); it counts too.
+        extra = int(len({row.prompt for row in rows}) < len(rows) > slots > 1)
+        if extra and self.max_batch_tokens is not None and (slots + 1) * positions > self.max_batch_tokens:
             slots -= 1
         cache, self.cache = self.cache, None  # dropped where anything below fails
         if cache is None or not cache.fits(slots + extra, positions, self.model):
             cache = SlotCache(self.model.config.get_text_config().num_hidden_layers, slots + extra, positions)
         with attending(self.model, cache):
-            Decoder(self.model, head, cache, slots, sampling, stats, self.value_head).run(rows)
+            self._decoder(head, cache, slots, params, stats).run(rows)
         if all(bool(row.log_probs.isfinite().all()) for row in rows):  # or NaN would outlive the weights it came from
             self.cache = cache
+
+    def _decoder(self, head: Head, cache: SlotCache, slots: int, params: SamplingParams, stats) -> Decoder:
+        options = {"value_head": self.value_head}
+        if self.model.device.type == "cuda":
+            options |= {"steps": SYNC_STEPS, "capture": cuda_capture()}
+        return Decoder(self.model, head, cache, slots, params, stats, **options)
 
     def _slots(self, rows: int, positions: int) -> int:
         """Sequences that decode together."""
@@ -154,13 +166,14 @@ class RolloutEngine:
             raise RuntimeError(f"generation does not support {type(self.model).__name__}: it has {what}")
         if self._checked or uses_interface(self.model):
             return
-        layers, head = config.num_hidden_layers, lm_head(self.model)
-        sampling = Sampling(2, 0, 0.0, 0, 1.0, 0, ())
+        head, cache = lm_head(self.model), SlotCache(config.num_hidden_layers, 2, 8)
         probes = [Row((1, 2, 3), 0), Row((3, 1, 2, 3, 2), 1)]
-        stats = dict.fromkeys(STATS, 0)
+        params = SamplingParams(2, temperature=0.0, stop_token_ids=())
         try:
-            Decoder(self.model, head, SlotCache(layers, 2, 8), 2, sampling, stats).run(probes)
+            self._decoder(head, cache, 2, params, dict.fromkeys(STATS, 0)).run(probes)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            if ran_out(error):
+                raise
             raise RuntimeError(
                 f"{type(self.model).__name__} does not use transformers' attention interface and cannot be given a mask"
                 f" by position ({type(error).__name__}: {error}); generation does not support it, use another model"
@@ -169,8 +182,7 @@ class RolloutEngine:
             ids = torch.tensor([row.prompt + tuple(row.tokens)], device=self.model.device)
             logits = head_logits(head, hidden_states(self.model, ids)[0, len(row.prompt) - 1 : -1])
             plain = token_log_probs(logits, ids[0, len(row.prompt) :]).cpu()
-            limit = 1e-3 if self.model.dtype == torch.float32 else 0.3
-            if not (plain - row.policy_log_probs).abs().max() <= limit:  # NaN is no agreement
+            if not agree(row.policy_log_probs, plain, self.model.dtype, log_probs=True):
                 raise RuntimeError(
                     f"{type(self.model).__name__} does not use transformers' attention interface, and its cached steps "
                     "differ from its plain forward: generation would be wrong; use another model"
@@ -180,15 +192,16 @@ class RolloutEngine:
     def _stop_ids(self, params: SamplingParams) -> list[int]:
         if params.stop_token_ids is not None:
             return list(params.stop_token_ids)
-        found = [] if self.tokenizer is None else [self.tokenizer.eos_token_id]
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        found += configured if isinstance(configured, list) else [configured]
-        return sorted({token for token in found if token is not None})
+        ends = [*configured] if isinstance(configured, list) else [configured]
+        if self.tokenizer is not None:
+            ends.append(self.tokenizer.eos_token_id)
+        return sorted({token for token in ends if token is not None})
 
-    def _check(self, prompt_ids: list[list[int]], params: SamplingParams, stops: list[int]) -> None:
+    def _check(self, prompt_ids: list[list[int]], params: SamplingParams) -> None:
         config = self.model.config.get_text_config()
         vocabulary = lm_head(self.model).weight.shape[0]
-        for token in stops:
+        for token in params.stop_token_ids:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"stop_token_ids: {token} is outside the vocabulary of {vocabulary} tokens")
         embeddings = self.model.get_input_embeddings().weight.shape[0]
@@ -196,11 +209,9 @@ class RolloutEngine:
         for index, prompt in enumerate(prompt_ids):
             if len(prompt) == 0:
                 raise ValueError(f"prompt {index} is empty; a reply needs at least one token to start from")
-            for token in (min(prompt), max(prompt)):
-                if not 0 <= token < embeddings:
-                    raise ValueError(
-                        f"prompt {index} holds token {token}, outside the vocabulary of {embeddings} tokens"
-                    )
+            token = min(prompt) if min(prompt) < 0 else max(prompt)
+            if not 0 <= token < embeddings:
+                raise ValueError(f"prompt {index} holds token {token}, outside the vocabulary of {embeddings} tokens")
             need = len(prompt) + params.max_new_tokens
             if need > positions:
                 raise ValueError(
@@ -214,10 +225,9 @@ class RolloutEngine:
                     "cannot follow; use shorter prompts or a smaller max_new_tokens"
                 )
             if self.max_batch_tokens is not None and need > self.max_batch_tokens:
-                gib = need * cache_bytes_per_token(self.model)
                 raise ValueError(
                     f"max_batch_tokens={self.max_batch_tokens} is too small for prompt {index}: one sequence needs "
-                    f"{need} tokens of cache ({gib} bytes)"
+                    f"{need} tokens of cache ({need * cache_bytes_per_token(self.model)} bytes)"
                 )
 
 
@@ -239,8 +249,9 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 1 << 19
-    return pages * (os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096)
+    if not hasattr(os, "sysconf"):
+        return 2 << 30
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

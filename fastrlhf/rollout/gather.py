@@ -18,17 +18,18 @@ def gather_generation(part: Generation, *, values: bool) -> Generation:
     without prompts cannot tell)."""
     if distributed.size() == 1:
         return part
-    lengths = distributed.gather(torch.tensor([len(ids) for ids in part.response_ids], dtype=torch.int64)).tolist()
-    tokens = [token for ids in part.response_ids for token in ids]
     counts = torch.tensor(list(part.stats.values()), dtype=torch.float64)
     distributed.all_reduce_sum(counts)
+    sizes = [len(ids) for ids in part.response_ids]
+    lengths = distributed.gather(torch.tensor(sizes, dtype=torch.int64)).tolist()
 
-    def whole(pieces: list[Tensor]) -> list[Tensor]:
-        return list(distributed.gather(torch.cat([torch.zeros(0), *pieces])).split(lengths))
+    def whole(pieces: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """A piece of each response of this rank -> those of all responses."""
+        return list(distributed.gather(torch.cat([torch.zeros(0, dtype=dtype), *pieces])).split(lengths))
 
-    ids = distributed.gather(torch.tensor(tokens, dtype=torch.int64)).split(lengths)
+    tokens = whole([torch.tensor(ids) for ids in part.response_ids], torch.int64)
     return Generation(
-        response_ids=[row.tolist() for row in ids],
+        response_ids=[ids.tolist() for ids in tokens],
         log_probs=whole(part.log_probs),
         policy_log_probs=whole(part.policy_log_probs),
         finished=distributed.gather(torch.tensor(part.finished, dtype=torch.bool)).tolist(),

@@ -3,7 +3,7 @@
 Left out on purpose: beam search, repetition penalties and everything else of `generation_config`. A policy-gradient
 step needs samples of the policy itself, and the log-probs they were drawn with.
 
-A rollout is decoded in slots of a cache (`decoding.py`, `kv_cache.py`): each distinct prompt is computed once, packed
+A rollout is decoded in slots of a cache (`decoder.py`, `kv_cache.py`): each distinct prompt is computed once, packed
 with others; a sequence that ends leaves, and one that waits takes its place. Every sequence starts at position 0 of its
 slot, so a row is the same alone or in company.
 """
@@ -36,10 +36,7 @@ class SamplingParams:
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "min_new_tokens": (
-                0 <= self.min_new_tokens <= self.max_new_tokens,
-                "between 0 and max_new_tokens",
-            ),
+            "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "between 0 and max_new_tokens"),
         }
         for name, (good, expected) in checks.items():
             if not good:

@@ -106,11 +106,11 @@ def test_head_and_trunk_make_the_models_own_logits(model):
 
 
 def test_heads_carry_what_their_model_does_to_logits():
-    heads = {name: heads.lm_head(make()) for name, make in MODELS.items()}
-    assert heads["llama"].kwargs() == {"bias": None, "logit_scale": 1.0, "logit_softcap": None}
-    assert heads["gemma2"].logit_softcap == 2.0
-    assert heads["cohere"].logit_scale == heads["granite"].logit_scale == 0.25
-    assert heads["codegen"].bias.shape == (320,)
+    made = {name: heads.lm_head(make()) for name, make in MODELS.items()}
+    assert made["llama"].kwargs() == {"bias": None, "logit_scale": 1.0, "logit_softcap": None}
+    assert made["gemma2"].logit_softcap == 2.0
+    assert made["cohere"].logit_scale == made["granite"].logit_scale == 0.25
+    assert made["codegen"].bias.shape == (320,)
     tied = MODELS["llama-tied"]()
     assert heads.lm_head(tied).weight is tied.model.embed_tokens.weight
 

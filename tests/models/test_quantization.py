@@ -228,7 +228,7 @@ def test_bitsandbytes_is_imported_without_asking_the_hub(tmp_path):
     """A stand-in for the package `kernels` writes a file where it is asked for a kernel."""
     (tmp_path / "kernels.py").write_text(f"def get_kernel(*a, **k):\n    open({str(tmp_path / 'asked')!r}, 'w')\n")
     code = (
-        "import sys; from fastrlhf.hardware import bitsandbytes; b = bitsandbytes('x', 'y'); "
+        "import sys; from fastrlhf.runtime.hardware import bitsandbytes; b = bitsandbytes('x', 'y'); "
         "assert 'kernels' not in sys.modules; import kernels; assert kernels.get_kernel; "
         "assert b.functional.dequantize_4bit and b.optim.AdamW8bit"
     )

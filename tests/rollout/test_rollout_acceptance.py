@@ -11,11 +11,10 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-from fastrlhf.rollout import decoder, kv_cache
-from fastrlhf.rollout.cuda_graphs import StepGraphs
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.sampling import SamplingParams
 from tests import tiny
+from tests.rollout.decoding import before_forwards, cache_in, decode, replayed
 from tests.rollout.test_rollout_models import make
 
 RAGGED = [[5], [6, 7, 8], [9, 11] * 7, [10, 11], [12, 13, 14, 15] * 5]
@@ -57,58 +56,44 @@ def test_head_sizes_and_groups(size, heads):
         torch.testing.assert_close(log_probs.double(), want, atol=5e-5, rtol=0)
 
 
-def test_the_copies_of_a_prompt_hold_the_same_bits(llama, monkeypatch):
-    caches, first = [], []
-    forward = decoder.Decoder._forward
+def test_the_copies_of_a_prompt_hold_the_same_bits(llama):
+    stores = []
 
-    def look(self):
-        if not first:
-            first.append(1)
-            caches.extend((layer.keys.clone(), layer.values.clone()) for layer in self.cache.layers)
-        forward(self)
+    def look(**inputs: object) -> None:
+        cache = cache_in(inputs)
+        if cache.segments is None and not stores:  # the first decoding step
+            stores.extend(store.clone() for layer in cache.layers for store in (layer.keys, layer.values))
 
-    monkeypatch.setattr(decoder.Decoder, "_forward", look)
-    RolloutEngine(llama).generate([[5, 6, 7, 8]], SamplingParams(4, n=3, stop_token_ids=[]))
-    assert len(caches) == 2
-    for store in (store for pair in caches for store in pair):
+    with before_forwards(llama, look):
+        RolloutEngine(llama).generate([[5, 6, 7, 8]], SamplingParams(4, n=3, stop_token_ids=[]))
+    assert len(stores) == 4
+    for store in stores:
         assert store[0, :4].abs().sum() > 0
         assert torch.equal(store[0, :4], store[1, :4]) and torch.equal(store[0, :4], store[2, :4])
 
 
-def test_what_lies_in_unused_slots_never_changes_a_row(llama, monkeypatch):
+def test_what_lies_in_unused_slots_never_changes_a_row(llama):
     """Rows that only fill a bucket hold NaN; unused positions of used slots hold large garbage."""
     params = SamplingParams(9, stop_token_ids=[], seed=4)
     clean = RolloutEngine(llama).generate(RAGGED, params)
-    construct, forward = decoder.Decoder.__init__, decoder.Decoder._forward
+    used, buckets = len(RAGGED), []
 
-    def capture(step):
-        hidden = step()
-        return (lambda: hidden.copy_(step())), hidden
+    def poison(**inputs: object) -> None:
+        cache = cache_in(inputs)
+        if cache.segments is not None:
+            return
+        buckets.append(len(cache.lengths))
+        for store in (store for layer in cache.layers for store in (layer.keys, layer.values)):
+            store[used:] = float("nan")
+            for slot, length in enumerate(cache.lengths[:used].tolist()):
+                store[slot, length + 1 :] = 1e4
 
-    def init(self, model, head, cache, slots, *args):
-        construct(self, model, head, cache, 8, *args)  # five rows in a bucket of eight
-        self.graphs = StepGraphs(lambda count: self._step(count, self.cache.positions), 8, capture)
-
-    def poison(self):
-        count = len(self.rows)
-        for layer in self.cache.layers:
-            for store in (layer.keys, layer.values):
-                store[count:] = float("nan")
-                for slot in range(count):
-                    store[slot, int(self.lengths[slot]) + 1 :] = 1e4
-        forward(self)
-
-    monkeypatch.setattr(kv_cache.SlotCache, "__init__", _wider(kv_cache.SlotCache.__init__))
-    monkeypatch.setattr(decoder.Decoder, "__init__", init)
-    monkeypatch.setattr(decoder.Decoder, "_forward", poison)
-    dirty = RolloutEngine(llama).generate(RAGGED, params)
+    with before_forwards(llama, poison):
+        dirty = decode(llama, RAGGED, params, 8, capture=replayed)
+    assert set(buckets) == {8}  # five rows in a bucket of eight
     assert dirty.response_ids == clean.response_ids
     for a, b in zip(dirty.policy_log_probs, clean.policy_log_probs, strict=True):
         torch.testing.assert_close(a, b, atol=5e-5, rtol=0)
-
-
-def _wider(construct):
-    return lambda self, layers, slots, positions: construct(self, layers, max(slots, 8), positions)
 
 
 def test_after_an_update_it_is_a_fresh_engine_on_the_new_weights():

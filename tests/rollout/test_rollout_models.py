@@ -86,11 +86,15 @@ def test_greedy_tokens_and_sampled_log_probs(name):
         torch.testing.assert_close(out.policy_log_probs[i].double(), chosen, atol=1e-4, rtol=0)
 
 
-def test_a_model_that_skips_the_interface_and_goes_wrong_is_refused():
-    """Bloom has no positions to be told: its attention biases come from a mask it is not given."""
+def bloom() -> PreTrainedModel:
+    """It has no positions to be told: its attention biases come from a mask it is not given."""
     config = transformers.BloomConfig(**OTHER, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)
+    return transformers.BloomForCausalLM(config).eval()
+
+
+def test_a_model_that_skips_the_interface_and_goes_wrong_is_refused():
     with pytest.raises(RuntimeError, match="BloomForCausalLM does not use .* generation does not support it"):
-        RolloutEngine(transformers.BloomForCausalLM(config).eval()).generate(PROMPTS, SamplingParams(4))
+        RolloutEngine(bloom()).generate(PROMPTS, SamplingParams(4))
 
 
 def test_layers_that_are_no_attention_are_refused_before_any_forward():

@@ -8,14 +8,16 @@ import math
 import pytest
 import torch
 
-from fastrlhf.rollout import decoder
-from fastrlhf.rollout import decoder as decoding
-from fastrlhf.rollout.cuda_graphs import StepGraphs, bucket_of
+from fastrlhf.rollout import trunk
+from fastrlhf.rollout.cuda_graphs import bucket_of
 from fastrlhf.rollout.engine import RolloutEngine
+from fastrlhf.rollout.kv_cache import SlotCache
 from fastrlhf.rollout.sampling import Generation, SamplingParams
 from tests import tiny
+from tests.rollout.decoding import before_forwards, cache_in, decode, replayed
+from tests.rollout.test_rollout_models import bloom
 
-SHORT, LONG = 3, 24
+STOPS = list(range(0, 320, 12))  # about one token in twelve: replies of very different lengths
 
 
 @pytest.fixture(scope="module")
@@ -29,32 +31,18 @@ def prompts(count: int) -> list[list[int]]:
     return [torch.randint(3, 320, (length,), generator=draw).tolist() for length in lengths]
 
 
-def forced(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
-    """Sequence i draws the stop token (2) as its lengths[i]-th token, and not before."""
-    real, ends = decoding.sample_tokens, torch.tensor(lengths)
-
-    def draw(logits, *, offset, stream, **options):
-        sampled = real(logits, offset=offset, stream=stream, **options)
-        tokens = torch.where(offset + 1 >= ends[stream], 2, sampled.tokens.clamp(min=3))
-        return sampled._replace(tokens=tokens)
-
-    monkeypatch.setattr(decoding, "sample_tokens", draw)
-
-
 def same(one: Generation, other: Generation) -> None:
     assert one.response_ids == other.response_ids and one.finished == other.finished
     for a, b in zip(one.policy_log_probs, other.policy_log_probs, strict=True):
         torch.testing.assert_close(a, b, atol=5e-5, rtol=0)
 
 
-def test_no_step_is_spent_on_sequences_that_ended_or_places_that_wait(llama, monkeypatch):
-    """Log-normal lengths, the longest many times the median: rows x steps within a tenth of the true lengths."""
-    draw = torch.Generator().manual_seed(1)
-    lengths = (12 * torch.exp(0.7 * torch.randn(60, generator=draw))).round().clamp(1, 60).long().tolist()
-    forced(monkeypatch, lengths)
+def test_no_step_is_spent_on_sequences_that_ended_or_places_that_wait(llama):
+    """The longest reply is many times the median: rows x steps within a tenth of the true lengths."""
     engine = RolloutEngine(llama, max_batch_tokens=8 * 80)
-    out = engine.generate(prompts(60), SamplingParams(60, stop_token_ids=[2]))
-    assert [len(reply) for reply in out.response_ids] == lengths
+    out = engine.generate(prompts(60), SamplingParams(60, stop_token_ids=STOPS))
+    lengths = sorted(map(len, out.response_ids))
+    assert lengths[-1] > 5 * lengths[30]
     needed = sum(lengths) - len(lengths)  # the last token of a reply is not fed back
     assert needed <= out.stats["decode_row_steps"] <= 1.1 * needed
     assert out.stats["decode_steps"] <= 1.35 * needed / 8  # places are refilled: the batch stays full till the end
@@ -62,87 +50,65 @@ def test_no_step_is_spent_on_sequences_that_ended_or_places_that_wait(llama, mon
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 5, 8])
-def test_samples_of_a_prompt_share_one_prefill_however_few_places_there_are(llama, monkeypatch, budget):
+def test_samples_of_a_prompt_share_one_prefill_however_few_places_there_are(llama, budget):
     """7 samples a prompt, of different lengths: those that wait find the prompt's keys and values kept for them."""
-    lengths = [1 + (5 * i) % 11 for i in range(28)]
-    forced(monkeypatch, lengths)
-    params = SamplingParams(12, n=7, stop_token_ids=[2], seed=3)
+    params = SamplingParams(12, n=7, stop_token_ids=STOPS[::2], seed=3)
     asked = prompts(4)
     positions = max(map(len, asked)) + 12
     whole = RolloutEngine(llama).generate(asked, params)
+    assert len(set(map(len, whole.response_ids))) > 4
     split = RolloutEngine(llama, max_batch_tokens=budget * positions).generate(asked, params)
     same(whole, split)
     assert whole.stats["prefill_tokens"] == split.stats["prefill_tokens"] == sum(map(len, asked))
 
 
-def test_the_cache_keeps_within_its_budget(llama, monkeypatch):
-    sizes = []
-    original = decoder.Decoder.run
-    monkeypatch.setattr(
-        decoder.Decoder, "run", lambda self, rows: sizes.append((self.cache.slots, self.cache.positions))
-        or original(self, rows)
-    )  # fmt: skip
-    for budget in (64, 100, 200, 10_000):
-        RolloutEngine(llama, max_batch_tokens=budget).generate(prompts(6), SamplingParams(12, n=3, stop_token_ids=[]))
-    assert all(slots * positions <= budget for (slots, positions), budget in zip(sizes, (64, 100, 200, 10_000)))
-    assert sizes[-1][0] == 18
+@pytest.mark.parametrize("budget", [64, 100, 200, 10_000])
+def test_the_cache_keeps_within_its_budget(llama, budget):
+    engine = RolloutEngine(llama, max_batch_tokens=budget)
+    engine.generate(prompts(6), SamplingParams(12, n=3, stop_token_ids=[]))
+    assert engine.cache.slots * engine.cache.positions <= budget
+    assert engine.cache.slots == 18 or budget < 10_000
 
 
 def test_any_chunking_of_the_prompts_gives_the_same(llama, monkeypatch):
     params = SamplingParams(6, stop_token_ids=[], seed=1)
     whole = RolloutEngine(llama).generate(prompts(12), params)
-    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 25)
-    forwards = []
-    handle = llama.model.register_forward_pre_hook(
-        lambda module, args, kwargs: forwards.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    try:
+    sizes = []
+    # A patch: the size is a constant, and prompts of 8192 tokens are too many for a test.
+    monkeypatch.setattr(trunk, "PREFILL_TOKENS", 25)
+    with before_forwards(llama, lambda input_ids, **_: sizes.append(input_ids.numel())):
         same(whole, RolloutEngine(llama).generate(prompts(12), params))
-    finally:
-        handle.remove()
-    packed = forwards[: -(6 - 1)]
+    packed = sizes[: -(6 - 1)]
     assert len(packed) > 3 and sum(packed) == sum(map(len, prompts(12))) and max(packed) <= 25
 
 
-def test_rarer_looks_of_the_host_change_nothing(llama, monkeypatch):
+def test_rarer_looks_of_the_host_change_nothing(llama):
     """As on a GPU: sequences that ended go on, unseen, until the host looks."""
-    forced(monkeypatch, [1 + (7 * i) % 13 for i in range(20)])
-    params = SamplingParams(13, n=2, stop_token_ids=[2], seed=5)
-    each = RolloutEngine(llama, max_batch_tokens=6 * 40).generate(prompts(10), params)
-    plain = decoder.Decoder.__init__
-
-    def patient(self, *args):
-        plain(self, *args)
-        self.steps = 4
-
-    monkeypatch.setattr(decoder.Decoder, "__init__", patient)
-    same(each, RolloutEngine(llama, max_batch_tokens=6 * 40).generate(prompts(10), params))
+    params = SamplingParams(13, n=2, stop_token_ids=STOPS, seed=5)
+    each = RolloutEngine(llama).generate(prompts(10), params)
+    same(each, decode(llama, prompts(10), params, 6))
+    rare = decode(llama, prompts(10), params, 6, steps=4)
+    same(each, rare)
+    assert rare.stats["decode_row_steps"] > sum(map(len, each.response_ids))
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_steps_replayed_in_buckets_give_the_same(llama, monkeypatch, caplog, fails):
+def test_steps_replayed_in_buckets_give_the_same(llama, caplog, fails):
     """With a stand-in for the CUDA graph: fixed addresses, rows that only fill the bucket, and the way back."""
-    forced(monkeypatch, [1 + (7 * i) % 13 for i in range(40)])
-    params = SamplingParams(13, n=4, stop_token_ids=[2], seed=5)
-    plain = RolloutEngine(llama, max_batch_tokens=14 * 40).generate(prompts(10), params)
-    recorded, construct = [], decoder.Decoder.__init__
+    params = SamplingParams(13, n=4, stop_token_ids=STOPS, seed=5)
+    plain = RolloutEngine(llama).generate(prompts(10), params)
+    recorded = []
 
     def capture(step):
         if fails and len(recorded) == 1:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        hidden = step()
+        replay, hidden = replayed(step)
         recorded.append(len(hidden))
-        return (lambda: hidden.copy_(step())), hidden
+        return replay, hidden
 
-    def init(self, *args):
-        construct(self, *args)
-        self.steps = 3
-        self.graphs = StepGraphs(lambda count: self._step(count, self.cache.positions), self.slots, capture)
-
-    monkeypatch.setattr(decoder.Decoder, "__init__", init)
     with caplog.at_level(logging.WARNING):
-        same(plain, RolloutEngine(llama, max_batch_tokens=14 * 40).generate(prompts(10), params))
-    assert len(recorded) == len(set(recorded)) and set(recorded) <= {1, 2, 4, 8, 12, 16, 18}  # 18 places
+        same(plain, decode(llama, prompts(10), params, 18, steps=3, capture=capture))
+    assert len(recorded) == len(set(recorded)) and set(recorded) <= {1, 2, 4, 8, 12, 16, 18}
     assert (len(recorded) == 1) is fails
     assert ("decoding without CUDA graphs: operation not permitted when stream is capturing" in caplog.text) is fails
 
@@ -182,26 +148,99 @@ def test_nan_weights_do_not_outlive_themselves_in_the_cache(llama):
     same(engine.generate(prompts(3), params), good)
 
 
-def test_out_of_memory_halves_the_batch_once_and_keeps_what_had_ended(llama, monkeypatch, caplog):
-    forced(monkeypatch, lengths := [SHORT, LONG] * 4)
-    params = SamplingParams(LONG, stop_token_ids=[2], seed=2)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_cache_says_how_long_it_is(kind):
+    """What a model may ask: before a decoding step, the tokens of the longest sequence; before prompts, nothing."""
+    model, lengths = getattr(tiny, kind)(), []
+    with before_forwards(model, lambda **inputs: lengths.append(cache_in(inputs).get_seq_length())):
+        RolloutEngine(model).generate([[5, 6, 7], [8]], SamplingParams(4, stop_token_ids=[]))
+    assert lengths == [0, 3, 4, 5]
+    cache = SlotCache(1, 2, 8)
+    cache.decode(torch.arange(2), torch.tensor([1, 4]), 5)
+    assert cache.get_seq_length() == 4
+
+
+# ------------------------------------------------------------------------------------------------- out of memory
+
+MESSAGES = [
+    "CUDA out of memory. Tried to allocate 2.00 GiB",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+    "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes",
+]
+FAILURES = {"torch's own": torch.OutOfMemoryError("no memory"), **{text[:35]: RuntimeError(text) for text in MESSAGES}}
+
+
+def failing(error: Exception, when):
+    """For `before_forwards`: raises where when(rows of the forward) says so; prompts are packed in one row."""
+
+    def look(input_ids, **_: object) -> None:
+        if when(len(input_ids)):
+            raise error
+
+    return look
+
+
+@pytest.mark.parametrize("error", FAILURES.values(), ids=FAILURES)
+def test_out_of_memory_halves_the_batch_until_it_fits(llama, caplog, error):
+    """8 and 4 sequences are too many, 2 fit: whatever the allocator said."""
+    params = SamplingParams(8, stop_token_ids=STOPS, seed=2)
     good = RolloutEngine(llama).generate(prompts(8), params)
-    forward, calls = decoder.Decoder._forward, []
+    with caplog.at_level(logging.WARNING), before_forwards(llama, failing(error, lambda rows: rows > 2)):
+        engine = RolloutEngine(llama)
+        same(engine.generate(prompts(8), params), good)
+    assert [record.getMessage() for record in caplog.records] == [
+        "generation ran out of memory with 8 sequences: again with 4",
+        "generation ran out of memory with 4 sequences: again with 2",
+    ]
+    assert engine.cache.slots == 2
 
-    def failing(self):
-        calls.append(len(self.rows))
-        if len(calls) == SHORT + 4:
-            raise torch.OutOfMemoryError("no memory")
-        forward(self)
 
-    monkeypatch.setattr(decoder.Decoder, "_forward", failing)
-    with caplog.at_level(logging.WARNING):
-        out = RolloutEngine(llama).generate(prompts(8), params)
+def test_out_of_memory_keeps_what_had_ended(llama):
+    """The prompts of replies that were complete are not computed again."""
+    params, asked, calls = SamplingParams(24, stop_token_ids=STOPS, seed=2), prompts(8), []
+    good = RolloutEngine(llama).generate(asked, params)
+
+    def once(rows: int) -> bool:
+        calls.append(rows)
+        return len(calls) == 8
+
+    with before_forwards(llama, failing(torch.OutOfMemoryError("no memory"), once)):
+        out = RolloutEngine(llama).generate(asked, params)
     same(out, good)
-    assert [len(reply) for reply in out.response_ids] == lengths
-    assert "out of memory with 8 sequences: again with 4" in caplog.text
-    assert out.stats["prefill_tokens"] == sum(map(len, prompts(8))) + sum(map(len, prompts(8)[1::2]))
-    monkeypatch.setattr(decoder.Decoder, "_forward", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
-    with pytest.raises(torch.OutOfMemoryError):
-        RolloutEngine(llama).generate(prompts(8), params)
-    assert llama.config._attn_implementation != "fastrlhf"
+    again = [prompt for prompt, reply in zip(asked, good.response_ids, strict=True) if len(reply) > 7]
+    assert 0 < len(again) < 8
+    assert out.stats["prefill_tokens"] == sum(map(len, asked)) + sum(map(len, again))
+
+
+@pytest.mark.parametrize("error", FAILURES.values(), ids=FAILURES)
+def test_out_of_memory_with_one_sequence_is_an_error(llama, error):
+    with before_forwards(llama, failing(error, lambda rows: True)), pytest.raises(type(error)) as raised:
+        RolloutEngine(llama).generate(prompts(8), SamplingParams(8))
+    assert raised.value is error and llama.config._attn_implementation != "fastrlhf"
+
+
+def test_other_errors_pass_through_at_once(llama, caplog):
+    error, calls = RuntimeError("shapes do not match"), []
+    look = failing(error, lambda rows: calls.append(rows) or True)
+    with before_forwards(llama, look), pytest.raises(RuntimeError, match="shapes do not match"):
+        RolloutEngine(llama).generate(prompts(8), SamplingParams(8))
+    assert calls == [1] and caplog.records == []
+
+
+@pytest.mark.parametrize("error", [FAILURES["torch's own"], RuntimeError("CUDA error: out of memory")])
+def test_a_graph_that_finds_no_memory_is_no_reason_to_go_without(llama, error):
+    """It is passed on, for fewer sequences; and the self-check of a model does not call it unsupported."""
+
+    def capture(step):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        decode(llama, prompts(2), SamplingParams(3, stop_token_ids=[]), 2, capture=capture)
+    assert raised.value is error
+    unsure = bloom()
+    with before_forwards(unsure, failing(error, lambda rows: True)), pytest.raises(type(error)) as raised:
+        RolloutEngine(unsure).generate([[5, 6]], SamplingParams(3))
+    assert raised.value is error
