@@ -85,7 +85,7 @@ def test_a_cjk_character_is_never_merged_with_another():
 
 
 def test_the_rule_is_importable_without_torch():
-    code = "import sys; from fastrlhf.quickstart import rule; print('torch' in sys.modules)"
+    code = "import sys; from fastrlhf.quickstart.judge import rule; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
