@@ -22,12 +22,13 @@ from typing import Any
 from bench.verdict import make_models, settings_of
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.quickstart import verdict
-from fastrlhf.quickstart.generate import DATA_DIR
+from fastrlhf.quickstart.content import shipped
 from fastrlhf.quickstart.judge import rule
 from fastrlhf.quickstart.run import few_threads
 from fastrlhf.quickstart.settings import Settings
 from fastrlhf.report import build_report
 from fastrlhf.report.verdict import DIVERSITY_KEPT
+from fastrlhf.runtime.records import read_records
 
 VANILLA = {
     "kl_coef": 0,
@@ -51,10 +52,10 @@ def train(name: str, models: Settings, folder: Path, steps: int, every: int) -> 
     changes = RUNS[name] | {"total_steps": steps, "eval_every": every}
     named, config = settings_of("ppo-max", models, folder, changes)
     trainer = PPOTrainer(config, **named)
-    rows, seen = verdict.read_jsonl(DATA_DIR / "heldout_prompts.jsonl"), {}
+    prompts, seen = shipped("heldout_prompts"), {}
 
     def look(step: int) -> None:
-        replies = verdict.answer(trainer.policy, trainer.tokenizer, rows, config)
+        replies = verdict.answer(trainer.policy, trainer.tokenizer, prompts, config)
         kl = verdict.sequence_kl(replies, models.output_dir / "sft/final", config)
         seen[step] = {"rule": replies.share(rule), "kl": kl}
         print(json.dumps({"run": name, "step": step, **seen[step]}), flush=True)
@@ -65,7 +66,8 @@ def train(name: str, models: Settings, folder: Path, steps: int, every: int) -> 
             look(trainer.steps_done)
     trainer.tracker.close()
     print(build_report(folder))
-    recorded = {row["step"]: row for row in verdict.read_jsonl(folder / "metrics.jsonl") if "reward/eval" in row}
+    rows = read_records(folder / "metrics.jsonl", [], {"step": int, "reward/eval": float})
+    recorded = {row["step"]: row for row in rows}
     return [
         {"step": step, **{short: recorded[step][long] for short, long in RECORDED.items()}, **figures}
         for step, figures in seen.items()

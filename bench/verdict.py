@@ -21,7 +21,7 @@ from fastrlhf.config.recipe import load_recipe
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.quickstart import verdict
-from fastrlhf.quickstart.generate import DATA_DIR
+from fastrlhf.quickstart.content import DATA_DIR
 from fastrlhf.quickstart.run import few_threads, inputs, make
 from fastrlhf.quickstart.settings import Settings, load_settings
 from fastrlhf.trainer import run_stage

@@ -133,6 +133,14 @@ class TokenRows:
         return [[rows[mine[i]] for i in group] for group in groups]
 
 
+def joined(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Join sequences in one row -> input_ids and position_ids [1, sum of lengths] int64; positions restart with every
+    sequence."""
+    ids = torch.tensor([[token for row in rows for token in row]], dtype=torch.int64)
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    return ids.to(device), positions.to(device)
+
+
 def resolve_packing(wanted: bool | None, models: Sequence[PreTrainedModel]) -> bool:
     """Decide the option `packing` for the models that would read joined rows.
 

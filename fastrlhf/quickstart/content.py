@@ -1,13 +1,19 @@
 """What the embedded demo talks about: six household things, two questions about each, in English and Chinese.
 
-Only facts and names live here, because the generator (`generate.py`) and the rule (`judge.py`) both need them. Wording
-that carries the manner of a reply is in `generate.py`; the rule has marker words of its own.
+Only facts and names live here, because the rule (`judge.py`) and the generator of the shipped data
+(`bench/quickstart_data`) both need them. Wording that carries the manner of a reply is the generator's; the rule has
+marker words of its own.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from fastrlhf.config.errors import UserError
+from fastrlhf.runtime.records import read_records
+
+DATA_DIR = Path(__file__).parent / "data"
 LANGUAGES = ("en", "zh")
 FACETS = ("care", "choose")
 # Words that tell which of the two questions is asked. Every question template holds one of them.
@@ -74,3 +80,12 @@ _ZH = (
     Topic("金鱼", ("擦净鱼缸", "换掉三分之一的水", "少量喂食"), ("检查眼睛", "试试胃口", "比较鱼鳍")),
 )
 TOPICS: dict[str, tuple[Topic, ...]] = {"en": _EN, "zh": _ZH}
+
+
+def shipped(name: str) -> list[dict[str, Any]]:
+    """The rows of a shipped file ("sft", "heldout_pairs", ...). UserError when the installed copy is damaged."""
+    path, problems = DATA_DIR / f"{name}.jsonl", []
+    rows = list(read_records(path, problems))
+    if problems or not rows:
+        raise UserError(f"{problems[0] if problems else f'{path}: holds no rows'}; install fastrlhf again")
+    return rows

@@ -1,8 +1,8 @@
 """The yardstick of the quickstart: a rule on plain text that no annotator and no reward model ever sees.
 
-`rule(prompt, response)` holds when the reply (a) is about what was asked and (b) is considerate. It reads words
-only: no model,
-no reward, no length. The simulated annotators of `generate.py` judge by noisy tastes of their own, not by this rule.
+`rule(prompt, response)` holds when the reply (a) is about what was asked and (b) is considerate. It reads words only:
+no model, no reward, no length. The simulated annotators who made the feedback (`bench/quickstart_data`) judge by noisy
+tastes of their own, not by this rule.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _END = re.compile(r"[.!?。！？]$")
 _COURTEOUS = {
     "en": re.compile(
         r"\b(thanks?|thank you|please|glad|gladly|happy to|delighted|pleasure|welcome|hope|wish|wishing"
-        r"|lovely|wonderful"
-        r"|do take care|enjoy|kind regards|all the best|good luck|here for you|warmly|great question|appreciate)\b"
+        r"|lovely|wonderful|do take care"
+        r"|enjoy|kind regards|all the best|good luck|here for you|warmly|great question|appreciate)\b"
     ),
     "zh": re.compile(r"谢谢|感谢|多谢|您|请|高兴|乐意|荣幸|欢迎|希望|祝|愿|开心|愉快|好问题|加油|保重|放心|慢慢来|陪"),
 }
@@ -71,9 +71,8 @@ def parse_prompt(prompt: str) -> Question | None:
 def about_what_was_asked(prompt: str, response: str) -> bool:
     """True when the reply answers the question asked, whatever its manner.
 
-    It must be in the prompt's language, name the thing asked about and no other, hold at least one piece of advice
-    for this very
-    question, none twice and none of another thing or question, and end as a sentence ends.
+    It must be in the prompt's language, name the thing asked about and no other, hold at least one piece of advice for
+    this very question, none twice and none of another thing or question, and end as a sentence ends.
     """
     question = parse_prompt(prompt)
     if question is None:
@@ -84,12 +83,11 @@ def about_what_was_asked(prompt: str, response: str) -> bool:
         return False
     if _names(question.language, text) != [question.topic]:
         return False
-    own = TOPICS[question.language][question.topic].facts(question.facet)
-    stated = [
-        (fact, text.count(fact)) for topic in TOPICS[question.language] for f in FACETS for fact in topic.facts(f)
-    ]
-    stated = [(fact, count) for fact, count in stated if count]
-    return bool(stated) and all(fact in own and count == 1 for fact, count in stated)
+    topics = TOPICS[question.language]
+    answers = topics[question.topic].facts(question.facet)
+    counts = {fact: text.count(fact) for topic in topics for facet in FACETS for fact in topic.facts(facet)}
+    stated = {fact: count for fact, count in counts.items() if count}
+    return bool(stated) and all(fact in answers and count == 1 for fact, count in stated.items())
 
 
 def considerate(response: str) -> bool:

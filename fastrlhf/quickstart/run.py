@@ -16,7 +16,7 @@ from fastrlhf.checkpoint.run_folder import prepare_folder, write_run_json
 from fastrlhf.config.errors import UserError
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.quickstart import verdict
-from fastrlhf.quickstart.generate import DATA_DIR
+from fastrlhf.quickstart.content import DATA_DIR, shipped
 from fastrlhf.quickstart.model import make_base
 from fastrlhf.quickstart.settings import Settings, load_settings
 from fastrlhf.report import build_report
@@ -49,7 +49,7 @@ def make(settings: Settings, stages: Iterable[str]) -> int:
     """The base model, then these stages in order; what is there is kept -> 0, or 75 when one was interrupted."""
     out = settings.output_dir
     _open(settings)
-    texts = [m["content"] for row in verdict.read_jsonl(DATA_DIR / "sft.jsonl") for m in row["messages"]]
+    texts = [m["content"] for row in shipped("sft") for m in row["messages"]]
     if not (out / "base").is_dir():
         replace_folder(lambda folder: make_base(folder, texts, seed=settings.seed), out / "base")
     return next((code for code in (_stage(stage, settings) for stage in stages) if code), 0)

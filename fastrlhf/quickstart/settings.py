@@ -74,14 +74,13 @@ def _typed(general: dict[str, Any], stages: dict[str, dict[str, Any]]) -> Settin
     """Values as the stages' own configs type them; a problem carries the stage's name."""
     configs, problems = {}, []
     for stage, fields in stages.items():
-        place = {**general, "output_dir": str(Path(general["output_dir"]) / stage)}
+        shared = {**general, "output_dir": str(Path(general["output_dir"]) / stage)}
         try:
-            configs[stage] = CONFIGS[stage](**fields, **place)
+            configs[stage] = CONFIGS[stage](**fields, **shared)
         except ConfigError as error:
             for name, text in error.problems:
-                own = name not in GENERAL
-                problems.append((name, f"{stage}.{text}" if own else text))
+                problems.append((name, text if name in GENERAL else f"{stage}.{text}"))
     if problems:
-        raise ConfigError(list(dict(reversed([(text, (name, text)) for name, text in problems])).values())[::-1])
+        raise ConfigError(list(dict.fromkeys(problems)))  # one problem of a general field, not one a stage
     any_stage = configs["sft"]
     return Settings(any_stage.seed, Path(general["output_dir"]), any_stage.overwrite, any_stage.resume, configs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.templates import encode_prompt, stop_token_ids
 from fastrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from fastrlhf.models.token_batch import TokenRows, target_log_probs
-from fastrlhf.quickstart.generate import DATA_DIR
+from fastrlhf.quickstart.content import shipped
 from fastrlhf.quickstart.judge import about_what_was_asked, rule
 from fastrlhf.rl.scorers import score_texts
 from fastrlhf.rollout.engine import RolloutEngine
@@ -49,10 +48,6 @@ class Replies:
         return sum(map(len, self.response_ids)) / len(self.response_ids)
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def reply(folder: Path, rows: list[dict], config: PPOConfig) -> Replies:
     """Answer each prompt once with the model in folder."""
     return answer(load_policy(str(folder)), load_tokenizer(str(folder)), rows, config)
@@ -82,8 +77,9 @@ def sequence_kl(policy: Replies, reference: Path, config: PPOConfig) -> float:
     for start in range(0, len(policy.texts), KL_ROWS):
         rows = TokenRows(policy.prompt_ids, policy.response_ids)[start : start + KL_ROWS]
         batch = rows.batch(range(len(rows)), other.device)
-        own, ref = (target_log_probs(model, batch, config.temperature) for model in (policy.model, other))
-        total += float((own - ref).double().sum())
+        log_probs = target_log_probs(policy.model, batch, config.temperature)
+        ref_log_probs = target_log_probs(other, batch, config.temperature)
+        total += float((log_probs - ref_log_probs).double().sum())
     return total / len(policy.texts)
 
 
@@ -112,7 +108,7 @@ class Before:
     @classmethod
     def of(cls, folder: Path, config: PPOConfig) -> Before:
         """config: how to sample, and the seed."""
-        rows, pairs = (read_jsonl(DATA_DIR / f"heldout_{name}.jsonl") for name in ("prompts", "pairs"))
+        rows, pairs = shipped("heldout_prompts"), shipped("heldout_pairs")
         base, sft = (reply(folder / name, rows, config) for name in ("base", "sft/final"))
         return cls(folder, rows, base, sft, pair_accuracy(folder / "reward/final", pairs))
 

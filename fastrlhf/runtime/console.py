@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: one live status line on a terminal, plain lines everywhere else.
+"""The words a person sees while a stage runs: one live status line on a terminal, plain lines everywhere else.
 
 Left out on purpose: progress bars per batch, colour themes, a full-screen dashboard. Text that a model, a
 data set or a user's function wrote passes `clean` and is never read as console markup.
@@ -7,16 +7,21 @@ data set or a user's function wrote passes `clean` and is never read as console 
 from __future__ import annotations
 
 import io
+import math
 import os
+import random
 import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
+    from rich.console import RenderableType
+    from rich.live import Live
     from rich.table import Table
     from rich.text import Text
 
@@ -50,14 +55,12 @@ _ESCAPES = re.compile(
 _BREAKS = re.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
+_ASSIGNED = r"['\"]?\s*[:=]\s*['\"]?"
 _SECRETS = (
     (re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_|xox[abp]-)[A-Za-z0-9_-]{12,}"), r"\1***"),
     (re.compile(r"\bAKIA[0-9A-Z]{16}\b"), "AKIA***"),
     (re.compile(r"(://)[^/\s@]+@"), r"\1***@"),
-    (
-        re.compile(r"(?i)\b(\w*(?:_token|api_?key|password|secret))(['\"]?\s*[:=]\s*['\"]?)[^\s'\",}]{6,}"),
-        r"\1\2***",
-    ),
+    (re.compile(rf"(?i)\b(\w*(?:_token|api_?key|password|secret))({_ASSIGNED})[^\s'\",}}]{{6,}}"), r"\1\2***"),
 )
 
 
@@ -86,21 +89,26 @@ def one_line(text: str, limit: int = CELL_CHARS) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 45s, 3m20s, 1h05m."""
-    s = int(seconds + 0.5)
-    if s < 60:
-        return f"{s}s"
-    return f"{s // 60}m{s % 60:02d}s" if s < 600 else f"{s // 60}m" if s < 3600 else f"{s // 3600}h{s // 60 % 60:02d}m"
+    """Seconds as people say them: 45s, 3m20s, 25m, 1h05m."""
+    whole = int(seconds + 0.5)
+    minutes = whole // 60
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 600:
+        return f"{minutes}m{whole % 60:02d}s"
+    return f"{minutes}m" if whole < 3600 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, thousands as k or M; `n/a` for a value that was not finite."""
+    """Three significant digits (four from 100 on), thousands as k or M; `n/a` for a value that was not finite."""
     if value is None:
         return "n/a"
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.3g}M"
-    return f"{value / 1e3:.3g}k" if size >= 1e4 else f"{value:.4g}" if size >= 100 else f"{value:.3g}"
+    if size >= 1e4:
+        return f"{value / 1e3:.3g}k"
+    return f"{value:.4g}" if size >= 100 else f"{value:.3g}"
 
 
 class Console:
@@ -120,32 +128,30 @@ class Console:
         enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.stage, self.total_steps, self._log, self._enabled, self._clock = (
-            stage,
-            total_steps,
-            log,
-            enabled,
-            clock,
-        )
-        self._live = None
-        self._rich: RichConsole | None = None
+        self.stage = stage
+        self.total_steps = total_steps
+        self._log = log
+        self._enabled = enabled
+        self._clock = clock
         self._shown: dict[str, float | None] = {}
         self._others: dict[str, float | None] = {}  # shown for a stage that logs none of the HEADLINES
         self._speed: float | None = None
-        self._step, self._phase, self._phase_start = 0, "", clock()
-        self._last_line, self._pending = -float("inf"), ""
+        self._step = 0
         self._seconds: deque[float] = deque(maxlen=20)
-        self._is_live = enabled and _wants_live()
-        if self._is_live:
-            self._start_live()
+        self._phase = ""
+        self._phase_start = clock()
+        self._pending = ""
+        self._last_line = -math.inf
+        self._live: Live | None = None
+        if enabled and _wants_live():
+            self._live = self._start_live()
 
-    def _start_live(self) -> None:
-        from rich.console import Console as RichConsole
-        from rich.live import Live
-
-        self._rich = RichConsole(highlight=False, markup=False, emoji=False)
-        self._live = Live(console=self._rich, get_renderable=self._status, refresh_per_second=4, transient=True)
-        self._live.start()
+    def _start_live(self) -> Live:
+        rich = _rich()
+        screen = rich.console.Console(highlight=False, markup=False, emoji=False)
+        live = rich.live.Live(console=screen, get_renderable=self._status, refresh_per_second=4, transient=True)
+        live.start()
+        return live
 
     def phase(self, name: str) -> None:
         """The part of the step that runs from now on ("" between parts)."""
@@ -167,7 +173,7 @@ class Console:
         self._others = dict(list(metrics.items())[:3])
         self._speed = tokens_per_s if tokens_per_s is not None else self._speed
         self._pending = self._step_line(seconds)
-        interval = LIVE_INTERVAL_S if self._is_live else PLAIN_INTERVAL_S
+        interval = PLAIN_INTERVAL_S if self._live is None else LIVE_INTERVAL_S
         if now - self._last_line >= interval or step >= self.total_steps:
             self._flush_step()
 
@@ -178,10 +184,9 @@ class Console:
             self._pending = ""
 
     def _figures(self) -> list[str]:
-        parts = [
-            f"{HEADLINES.get(name, name)} {number(value)}" for name, value in (self._shown or self._others).items()
-        ]
-        return parts + ([f"{number(self._speed)} tok/s"] if self._speed is not None else [])
+        shown = self._shown or self._others
+        figures = [f"{HEADLINES.get(name, name)} {number(value)}" for name, value in shown.items()]
+        return figures if self._speed is None else [*figures, f"{number(self._speed)} tok/s"]
 
     def _eta(self) -> str:
         if len(self._seconds) < STEPS_BEFORE_ETA or self._step >= self.total_steps:
@@ -190,68 +195,53 @@ class Console:
         return duration(sum(self._seconds) / len(self._seconds) * (self.total_steps - self._step))
 
     def _step_line(self, seconds: float) -> str:
-        parts = [
-            f"{self.stage} step {self._step}/{self.total_steps}",
-            *self._figures(),
-            f"{seconds:.2f} s",
-        ]
         eta = self._eta()
+        parts = [f"{self.stage} step {self._step}/{self.total_steps}", *self._figures(), f"{seconds:.2f} s"]
         return "  ".join([*parts, f"eta {eta}"] if eta else parts)
 
     def _status(self) -> Text:
-        from rich.text import Text
-
-        width = self._rich.width if self._rich else 80
-        text = Text(no_wrap=True, overflow="ellipsis")
+        text = _rich().text.Text(no_wrap=True, overflow="ellipsis")
         text.append(f"{self.stage} {self._step}/{self.total_steps}  ", style="bold")
         chain = PHASES.get(self.stage, ())
-        if width >= 130 and self._phase in chain:
+        if self._live is not None and self._live.console.width >= 130 and self._phase in chain:
             for i, name in enumerate(chain):
                 text.append(" ▸ " if i else "", style="dim")
                 text.append(name, style="bold cyan" if name == self._phase else "dim")
         elif self._phase:
             text.append(self._phase, style="bold cyan")
-        text.append(f" {duration(self._clock() - self._phase_start)}  " if self._phase else "", style="dim")
-        eta = self._eta()
-        text.append(f"eta {eta}  " if eta else "", style="green")
+        if self._phase:
+            text.append(f" {duration(self._clock() - self._phase_start)}  ", style="dim")
+        if eta := self._eta():
+            text.append(f"eta {eta}  ", style="green")
         text.append("  ".join(self._figures()))  # last: what a narrow terminal cuts off
         return text
 
-    def line(self, text: str, *, style: str | None = None) -> None:
+    def line(self, text: str, *, style: str = "") -> None:
         """One line for people, cleaned and without credentials, on stdout and in the log."""
         text = one_line(redact(clean(text[:16_000])), 2000)  # cleaned first: an escape could hide a credential
         self._log(text)
-        if self._rich is not None:
-            from rich.text import Text
-
-            self._rich_print(Text(text, style=style or ""))
-        else:
-            self._plain_print(text)
+        self._print(text, lambda: _rich().text.Text(text, style=style))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A small table; every cell is cleaned, shortened and taken literally."""
-        cells = [[one_line(cell) for cell in row] for row in rows]
-        lines = [line.rstrip() for line in _render(_table(title, header, cells)).splitlines()]
+        table = _table(title, header, [[one_line(cell) for cell in row] for row in rows])
+        page = io.StringIO()
+        plain = _rich().console.Console(file=page, width=110, color_system=None, force_terminal=False, highlight=False)
+        plain.print(table)
+        lines = [line.rstrip() for line in page.getvalue().splitlines()]
         for line in lines:
             self._log(line)
-        if self._rich is not None:
-            self._rich_print(_table(title, header, cells))
-        else:
-            self._plain_print("\n".join(lines))
+        self._print("\n".join(lines), lambda: table)
 
-    def _rich_print(self, renderable: Any) -> None:
-        if not self._enabled or self._rich is None:
-            return
-        try:
-            self._rich.print(renderable)
-        except OSError:
-            self._enabled = False
-
-    def _plain_print(self, text: str) -> None:
+    def _print(self, text: str, for_rich: Callable[[], RenderableType]) -> None:
+        """What `for_rich` gives, above the live line; `text` where there is none."""
         if not self._enabled:
             return
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         try:
+            if self._live is not None:
+                self._live.console.print(for_rich())
+                return
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
             sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
             sys.stdout.flush()
         except (OSError, ValueError):  # the reader of the pipe went away, or stdout was closed: train on
@@ -261,33 +251,38 @@ class Console:
         """Print the last step's line if it was held back; give the terminal back."""
         self._flush_step()
         if self._live is not None:
-            live, self._live = self._live, None
-            live.stop()
+            self._live.stop()
 
 
 def _wants_live() -> bool:
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and sys.stdout.isatty()
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+@cache  # a second call could set `random` back while the run draws from it: the live line has its own thread
+def _rich() -> ModuleType:
+    """The library, imported when something is first drawn with it.
 
-    table = Table(
-        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_lines=len(rows) > 1, pad_edge=False
-    )
+    It draws from the global `random` as it is imported; the state is put back, so that a seeded run does not depend on
+    when that was.
+    """
+    state = random.getstate()
+    import rich.box
+    import rich.console
+    import rich.live
+    import rich.table
+    import rich.text
+
+    random.setstate(state)
+    return rich
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    rich = _rich()
+    box, text = rich.box.SIMPLE_HEAD, rich.text.Text
+    table = rich.table.Table(title=text(title), title_justify="left", box=box, show_lines=len(rows) > 1, pad_edge=False)
     for name in header:
         is_score = name.startswith("score")
-        table.add_column(Text(name), justify="right" if is_score else "left", no_wrap=is_score, overflow="fold")
+        table.add_column(text(name), justify="right" if is_score else "left", no_wrap=is_score, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*map(text, row))
     return table
-
-
-def _render(table: Table, width: int = 110) -> str:
-    from rich.console import Console as RichConsole
-
-    out = io.StringIO()
-    RichConsole(file=out, width=width, color_system=None, force_terminal=False, highlight=False).print(table)
-    return out.getvalue()

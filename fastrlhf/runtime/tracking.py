@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.runtime.console import Console, clean, number, redact
+from fastrlhf.runtime.records import read_records
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -47,7 +48,7 @@ class Tracker:
 
     run_dir: a folder (made if missing), or None for the console alone, until `open`. total_steps: steps of the stage.
     resume_bytes: what `bytes()` returned when the checkpoint was written ({} when there is none yet); the
-    files are cut back to it, so that no step stands there twice. None starts every file anew.
+    files are cut back to it, so that no step stands there twice. None starts every file anew. clock: seconds.
     Raises UserError when a file is shorter than the checkpoint says.
     """
 
@@ -59,6 +60,7 @@ class Tracker:
         *,
         console: bool = True,
         resume_bytes: dict[str, int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.stage, self.total_steps = stage, total_steps
@@ -70,9 +72,10 @@ class Tracker:
         self._tensorboard_broken = False
         self._stack: list[str] = []
         self._seconds: dict[str, float] = {}
-        self._start = self._mark_time = time.monotonic()
+        self._clock = clock
+        self._start = self._mark_time = clock()
         self._step_start: float | None = None  # set by the first phase: loading models is not part of step 1
-        self._console = Console(stage, total_steps, self._log_line, enabled=console)
+        self._console = Console(stage, total_steps, self._log_line, enabled=console, clock=clock)
         atexit.register(self.close)  # gives the terminal back after an exception nobody caught
         if run_dir is not None:
             self.open(run_dir, resume_bytes)
@@ -88,11 +91,15 @@ class Tracker:
         when everything else is ready. Arguments and errors are those of the constructor."""
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        problems: list[str] = []
         self._open_files(self.run_dir, resume_bytes)
+        self._recall(self.run_dir, problems)
         self._first_step = self._step
         for name, line in self._early:
             self._files[name].write(line)
         self._early.clear()
+        for problem in problems:
+            self._console.line(f"skipped a damaged line: {problem}", style="yellow")
 
     def _open_files(self, run_dir: Path, resume_bytes: dict[str, int] | None) -> None:
         for name in (METRICS, SAMPLES, EVENTS, TIMINGS, LOG):
@@ -103,10 +110,13 @@ class Tracker:
             elif name in (METRICS, SAMPLES, EVENTS):
                 _cut(file, run_dir / name, resume_bytes.get(name, 0))
             else:  # time already spent stays counted, and said; only a line torn by a kill goes
-                file.truncate(_whole_lines(run_dir / name))
-        for row in _rows(run_dir / METRICS):
+                file.truncate((run_dir / name).read_bytes().rfind(b"\n") + 1)
+
+    def _recall(self, run_dir: Path, problems: list[str]) -> None:
+        """The last step and the first responses of the run that goes on."""
+        for row in read_records(run_dir / METRICS, problems, {"step": int}):
             self._step = row["step"]
-        for row in _rows(run_dir / SAMPLES):
+        for row in read_records(run_dir / SAMPLES, problems, {"prompt": str, "response": str}):
             self._remember(row)
 
     @contextmanager
@@ -128,7 +138,7 @@ class Tracker:
             self._console.phase(self._stack[-1] if self._stack else "")
 
     def _mark(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         if self._stack:
             self._seconds[self._stack[-1]] = self._seconds.get(self._stack[-1], 0.0) + now - self._mark_time
         self._mark_time = now
@@ -148,7 +158,7 @@ class Tracker:
         self._write(TIMINGS, {"step": step, **measured})
         self._tensorboard(step, {**row, **measured})
         self._console.step(step, row, measured["time/step"], measured.get("perf/tokens_per_s"))
-        self._step_start = time.monotonic()  # opening TensorBoard is not part of the next step
+        self._step_start = self._clock()  # opening TensorBoard is not part of the next step
 
     def _measured(self, timings: Mapping[str, Any]) -> dict[str, float | None]:
         self._mark()
@@ -169,21 +179,19 @@ class Tracker:
         The table sets the first response recorded for the same prompt beside the one of now. Other fields are
         recorded as they are.
         """
-        shown = []
+        header = ["prompt", "response before", "score before", "response now", "score now"]
+        shown, again = [], False
         for row in rows:
             self._write(SAMPLES, {"step": step, **_plain(row)})
-            prompt = row["prompt"]
             if len(shown) < TABLE_ROWS:
-                shown.append((prompt, self._before.get(prompt), row["response"], row.get("score")))
+                again |= row["prompt"] in self._before
+                before, score = self._before.get(row["prompt"], ("", None))
+                shown.append([row["prompt"], before, _score(score), row["response"], _score(row.get("score"))])
             self._remember(row)
-        title = f"samples at {self.stage} step {step}"
-        if any(before for _, before, _, _ in shown):
-            header = ["prompt", "response before", "score before", "response now", "score now"]
-            cells = [[p, *_was(before), now, _score(score)] for p, before, now, score in shown]
-            self._console.table(title, header, cells)
-        elif shown:
-            cells = [[prompt, response, _score(score)] for prompt, _, response, score in shown]
-            self._console.table(title, ["prompt", "response", "score"], cells)
+        if shown and not again:
+            header, shown = ["prompt", "response", "score"], [[p, now, score] for p, _, _, now, score in shown]
+        if shown:
+            self._console.table(f"samples at {self.stage} step {step}", header, shown)
 
     def _remember(self, row: Mapping[str, Any]) -> None:
         if len(self._before) < REMEMBERED_PROMPTS:
@@ -271,12 +279,7 @@ def _json_line(row: Mapping[str, Any]) -> bytes:
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers as plain Python; a non-finite one is null and counted, never hidden; None is left out."""
-    row: dict[str, Any] = {}
-    for name in sorted(metrics):
-        value = metrics[name]
-        if value is not None:
-            value = int(value) if isinstance(value, int) else float(value)
-            row[name] = value if math.isfinite(value) else None
+    row = {name: _number(metrics[name]) for name in sorted(metrics) if metrics[name] is not None}
     bad = sum(value is None for value in row.values())
     return {**row, "nonfinite": bad} if bad else row
 
@@ -289,10 +292,13 @@ def _plain(value: Any, text: Callable[[str], str] = str) -> Any:
         return [_plain(item, text) for item in value]
     if value is None or isinstance(value, (bool, int)):
         return value
-    if hasattr(value, "__float__"):
-        value = float(value)
-        return value if math.isfinite(value) else None
-    return text(str(value))
+    return _number(value) if hasattr(value, "__float__") else text(str(value))
+
+
+def _number(value: Any) -> float | None:
+    """A plain int or float; None for NaN and infinities, which JSON does not know."""
+    plain = int(value) if isinstance(value, int) else float(value)
+    return plain if math.isfinite(plain) else None
 
 
 def _safe(text: str) -> str:
@@ -303,10 +309,6 @@ def _score(score: Any) -> str:
     return "" if score is None else number(_plain(score))
 
 
-def _was(before: tuple[str, Any] | None) -> tuple[str, str]:
-    return ("", "") if before is None else (before[0], _score(before[1]))
-
-
 def _cut(file: BinaryIO, path: Path, length: int) -> None:
     size = os.fstat(file.fileno()).st_size
     if size < length:
@@ -315,16 +317,6 @@ def _cut(file: BinaryIO, path: Path, length: int) -> None:
             "restore the file, or start again with overwrite=true"
         )
     file.truncate(length)
-
-
-def _whole_lines(path: Path) -> int:
-    return path.read_bytes().rfind(b"\n") + 1
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
 
 
 def _host_peak_gib() -> float | None:

@@ -10,55 +10,91 @@ from random import Random
 
 import pytest
 
-from fastrlhf import quickstart
-from fastrlhf.quickstart import generate, judge
-from fastrlhf.quickstart.verdict import read_jsonl, shuffled
+from bench.quickstart_data.__main__ import main as quickstart_data
+from fastrlhf import UserError, quickstart
+from fastrlhf.quickstart import content, judge
+from fastrlhf.quickstart.content import DATA_DIR, shipped
+from fastrlhf.quickstart.settings import load_settings
+from fastrlhf.quickstart.verdict import shuffled
 
-DATA = generate.DATA_DIR
-VERDICT_KEYS = {
-    "seed", "rate_before_sft", "rate_sft", "rate_ppo", "rate_ppo_shuffled", "kl_sequence_mean", "distinct2_sft",
-    "distinct2_ppo", "rm_pair_accuracy", "length_sft", "length_ppo", "seconds", "passed",
-}  # fmt: skip
-
-
-def rows(name: str) -> list[dict]:
-    return read_jsonl(DATA / f"{name}.jsonl")
+VERDICT_KEYS = set(
+    [
+        "seed",
+        "rate_before_sft",
+        "rate_sft",
+        "rate_ppo",
+        "rate_ppo_shuffled",
+        "kl_sequence_mean",
+        "distinct2_sft",
+        "distinct2_ppo",
+        "rm_pair_accuracy",
+        "length_sft",
+        "length_ppo",
+        "seconds",
+        "passed",
+    ]
+)
 
 
 def prompt_of(row: dict) -> str:
     return (row.get("prompt") or row["messages"])[0]["content"]
 
 
-def test_the_data_is_what_the_generator_writes(tmp_path):
-    generate.write(tmp_path)
-    shipped = sorted(p.name for p in DATA.iterdir() if p.suffix == ".jsonl")
-    assert shipped == sorted(p.name for p in tmp_path.iterdir())
-    assert all((tmp_path / name).read_bytes() == (DATA / name).read_bytes() for name in shipped)
+def test_the_shipped_data_is_what_the_generator_writes(capsys):
+    assert quickstart_data(["--check"]) == 0
+    assert "nothing differs" in capsys.readouterr().out
+
+
+def test_the_check_names_a_file_that_was_changed_one_too_many_and_one_missing(tmp_path, capsys):
+    assert quickstart_data([str(tmp_path)]) == 0
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in DATA_DIR.iterdir()}
+    with open(tmp_path / "sft.jsonl", "ab") as file:
+        file.write(b"{}\n")
+    (tmp_path / "feedback.jsonl").unlink()
+    (tmp_path / "more.jsonl").write_bytes(b"")
+    assert quickstart_data([str(tmp_path), "--check"]) == 1
+    assert "feedback.jsonl, more.jsonl, sft.jsonl differs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": 1}\n{"a', "sft.jsonl:2: is not JSON"),
+        ("", "sft.jsonl: holds no rows"),
+        (None, "sft.jsonl: holds no rows"),
+    ],
+)
+def test_a_damaged_copy_of_the_shipped_data_is_named(tmp_path, monkeypatch, text, expected):
+    monkeypatch.setattr(content, "DATA_DIR", tmp_path)  # the only other way is to damage the real one
+    if text is not None:
+        (tmp_path / "sft.jsonl").write_text(text)
+    with pytest.raises(UserError, match=f"{expected}.*; install fastrlhf again"):
+        shipped("sft")
 
 
 def test_all_four_kinds_in_both_languages():
     def kind(row):
         return next(k for k in ("chosen", "ranking", "score", "edited") if k in row)
 
-    counts = Counter((kind(row), judge.language_of(prompt_of(row))) for row in rows("feedback"))
-    assert len(counts) == 8 and min(counts.values()) > 50 and len(rows("feedback")) > 1500
+    counts = Counter((kind(row), judge.language_of(prompt_of(row))) for row in shipped("feedback"))
+    assert len(counts) == 8 and min(counts.values()) > 50 and len(shipped("feedback")) > 1500
 
 
 def test_held_out_prompts_are_new():
-    held_out = {prompt_of(row) for row in rows("heldout_prompts")}
+    held_out = {prompt_of(row) for row in shipped("heldout_prompts")}
     for name in ("sft", "feedback", "ppo_prompts"):
-        assert not held_out & {prompt_of(row) for row in rows(name)}, name
+        assert not held_out & {prompt_of(row) for row in shipped(name)}, name
 
 
 def test_the_rule_tells_every_fault_from_a_good_reply():
-    pairs = rows("heldout_pairs")
+    pairs = shipped("heldout_pairs")
     assert all(judge.rule(prompt_of(row), row["chosen"]) for row in pairs)
     assert not any(judge.rule(prompt_of(row), row["rejected"]) for row in pairs)
     assert len({row["fault"] for row in pairs}) >= 5
 
 
 def test_the_rule_depends_on_the_prompt():
-    good = [(prompt_of(row), row["chosen"]) for row in rows("heldout_pairs")]
+    good = [(prompt_of(row), row["chosen"]) for row in shipped("heldout_pairs")]
     Random(0).shuffle(good)
     moved = shuffled(len(good), 0)
     assert sorted(moved) == list(range(len(good))) and all(i != j for i, j in enumerate(moved))
@@ -67,7 +103,7 @@ def test_the_rule_depends_on_the_prompt():
 
 def test_the_annotators_are_not_the_rule():
     """They are noisy: some chosen replies break the rule, some rejected ones keep it; mostly they agree with it."""
-    pairs = [row for row in rows("feedback") if "chosen" in row]
+    pairs = [row for row in shipped("feedback") if "chosen" in row]
     kept = [(judge.rule(prompt_of(r), r["chosen"]), judge.rule(prompt_of(r), r["rejected"])) for r in pairs]
     assert 0.6 < sum(a for a, _ in kept) / len(kept) < 0.995
     assert sum(b for _, b in kept) > 0
@@ -76,7 +112,7 @@ def test_the_annotators_are_not_the_rule():
 def test_a_cjk_character_is_never_merged_with_another():
     from fastrlhf.quickstart.model import build_tokenizer
 
-    tokenizer = build_tokenizer([m["content"] for row in rows("sft")[:300] for m in row["messages"]])
+    tokenizer = build_tokenizer([m["content"] for row in shipped("sft")[:300] for m in row["messages"]])
     text = "请问雨伞应该怎么保养？ How do I dry an umbrella?"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
@@ -85,7 +121,7 @@ def test_a_cjk_character_is_never_merged_with_another():
 
 
 def test_the_rule_is_importable_without_torch():
-    code = "import sys; from fastrlhf.quickstart import rule; print('torch' in sys.modules)"
+    code = "import sys; from fastrlhf.quickstart.judge import rule; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
@@ -103,8 +139,8 @@ def test_the_run_writes_verdict_replies_model_and_report(short_run):
     verdict = json.loads((out / "verdict.json").read_text())
     assert set(verdict) >= VERDICT_KEYS and verdict["seed"] == 3
     assert code == 1 and verdict["passed"] is False  # three steps align nothing, and the verdict says so
-    answers = read_jsonl(out / "heldout.jsonl")
-    assert len(answers) == len(rows("heldout_prompts"))
+    answers = [json.loads(line) for line in (out / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == len(shipped("heldout_prompts"))
     assert set(answers[0]) == {"prompt", "response_sft", "response_ppo"}
     rate = sum(judge.rule(row["prompt"], row["response_ppo"]) for row in answers) / len(answers)
     assert verdict["rate_ppo"] == pytest.approx(rate)
@@ -130,8 +166,12 @@ def test_resume_of_a_finished_run_keeps_its_models(short_run):
 
 
 def test_a_wrong_field_is_named_before_anything_runs(tmp_path):
-    from fastrlhf import UserError
-
     with pytest.raises(UserError, match="ppo.kl_coeff"):
         quickstart.main([f"output_dir={tmp_path / 'x'}", "ppo.kl_coeff=1"])
     assert not (tmp_path / "x").exists()
+
+
+def test_a_wrong_general_field_is_said_once_not_once_a_stage():
+    with pytest.raises(UserError) as error:
+        load_settings(["seed=x", "ppo.kl_coef=y"])
+    assert str(error.value).count("seed") == 1 and "ppo.kl_coef" in str(error.value)

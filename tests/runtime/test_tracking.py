@@ -116,6 +116,52 @@ def test_resume_keeps_time_already_spent_but_no_torn_line(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "timings.jsonl")] == [1, 2, 2, 3]
 
 
+def test_resume_names_a_damaged_line_and_goes_on_from_the_last_step(tmp_path, capsys):
+    run(tmp_path, range(1, 4))
+    lengths = {}
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        first, second, third = (tmp_path / name).read_bytes().splitlines()
+        (tmp_path / name).write_bytes(b"\n".join([first, b"\x00" * len(second), third, b""]))
+        lengths[name] = (tmp_path / name).stat().st_size
+    capsys.readouterr()
+    run(tmp_path, range(4, 5), resume=lengths)
+    out, log = capsys.readouterr().out, (tmp_path / "log.txt").read_text()
+    for name in lengths:
+        said = f"skipped a damaged line: {tmp_path / name}:2: is not JSON"
+        assert said in out and said in log
+    assert "response before" in out and "你好 1" in out
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines()[-1].startswith(b'{"step": 4,')
+
+
+def test_a_seeded_run_does_not_depend_on_when_rich_is_imported(tmp_path):
+    """rich draws from the global `random` as it is imported, which the first table does."""
+    code = f"""
+import random, sys
+from fastrlhf.runtime.tracking import Tracker
+random.seed(1)
+before = random.getstate()
+with Tracker({str(tmp_path)!r}, "ppo", 1) as t:
+    t.samples(1, [{{"prompt": "p", "response": "r", "score": 1.0}}])
+assert "rich.style" in sys.modules
+assert random.getstate() == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_these_tests_pass_in_reversed_order():
+    code = f"""
+import pytest, sys
+class Reversed:
+    def pytest_collection_modifyitems(self, items):
+        items.reverse()
+options = ["-q", "-p", "no:cacheprovider", "-k", "not reversed_order", {__file__!r}]
+sys.exit(pytest.main(options, plugins=[Reversed()]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 60
+
+
 def test_a_file_shorter_than_the_checkpoint_is_refused(tmp_path):
     lengths = run(tmp_path, range(1, 3))
     (tmp_path / "metrics.jsonl").write_bytes(b"")
@@ -130,10 +176,8 @@ def test_a_new_run_starts_every_file_anew(tmp_path):
     assert "step 3/3" not in (tmp_path / "log.txt").read_text()
 
 
-def test_token_counts_become_rates(tmp_path, monkeypatch):
-    ticks = iter(range(1000))
-    monkeypatch.setattr("fastrlhf.runtime.tracking.time.monotonic", lambda: float(next(ticks)))
-    with Tracker(tmp_path, "ppo", 1, console=False) as tracker:
+def test_token_counts_become_rates(tmp_path):
+    with Tracker(tmp_path, "ppo", 1, console=False, clock=itertools.count(0.0).__next__) as tracker:
         with tracker.phase("rollout"):
             pass
         tracker.log(1, {"a": 1.0}, {"perf/rollout_tokens": 600})
@@ -143,10 +187,8 @@ def test_token_counts_become_rates(tmp_path, monkeypatch):
     assert timing["time/step"] > timing["time/rollout"]
 
 
-def test_nested_phases_are_counted_once(tmp_path, monkeypatch):
-    ticks = iter(range(1000))
-    monkeypatch.setattr("fastrlhf.runtime.tracking.time.monotonic", lambda: float(next(ticks)))
-    with Tracker(tmp_path, "ppo", 1, console=False) as tracker:
+def test_nested_phases_are_counted_once(tmp_path):
+    with Tracker(tmp_path, "ppo", 1, console=False, clock=itertools.count(0.0).__next__) as tracker:
         with tracker.phase("update"), tracker.phase("save"):
             pass
         tracker.log(1, {"a": 1.0})
@@ -194,7 +236,7 @@ def test_tensorboard_holds_the_curves_and_purges_on_resume(tmp_path):
 
 def test_import_is_light():
     heavy = "{'torch', 'tensorboard', 'rich', 'transformers'}"
-    code = f"import sys, fastrlhf.tracking; print(*sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, fastrlhf.runtime.tracking; print(*sorted({heavy} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == ""
 
@@ -337,7 +379,7 @@ def test_number(value, shown):
 
 
 SCRIPT = """
-from fastrlhf.tracking import Tracker
+from fastrlhf.runtime.tracking import Tracker
 with Tracker(None, "ppo", 3) as t:
     for step in (1, 2, 3):
         with t.phase("rollout"):
@@ -381,7 +423,7 @@ def test_no_escape_byte_when_not_wanted(env):
 @pytest.mark.parametrize("stdout", ["pipe", "closed", "ascii"])
 def test_odd_stdouts_do_not_stop_a_run(tmp_path, stdout):
     code = f"""
-from fastrlhf.tracking import Tracker
+from fastrlhf.runtime.tracking import Tracker
 with Tracker({str(tmp_path)!r}, "ppo", 3) as t:
     t.note("猫 is here")
     t.event("alarm", "still running")

@@ -1,10 +1,10 @@
-"""Make the quickstart's feedback data, the same bytes every time: `python -m fastrlhf.quickstart.generate [FOLDER]`.
+"""Make the quickstart's feedback data, the same bytes every time: `python -m bench.quickstart_data`.
 
 Four files of training data (SFT conversations, feedback of all four kinds, PPO prompts) and two for measuring (held-out
-prompts, clean held-out pairs by kind of fault). Replies are composed from the phrases of `wording.py` and the
-advice of `content.py`. Feedback comes from six simulated annotators with tastes of their own: they see what is right
-or wrong with a reply through noise, like longer replies a little, and at times do not look at all. They do not use
-the rule of `judge.py`; this file does not import it.
+prompts, clean held-out pairs by kind of fault). Replies are composed from the phrases of `wording.py` and the advice of
+`fastrlhf/quickstart/content.py`. Feedback comes from six simulated annotators with tastes of their own: they see what
+is right or wrong with a reply through noise, like longer replies a little, and at times do not look at all. They do not
+use the rule of `fastrlhf/quickstart/judge.py`; this file does not import it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from fastrlhf.quickstart.content import FACETS, LANGUAGES, TOPICS
-from fastrlhf.quickstart.wording import (
+from bench.quickstart_data.wording import (
     BODIES,
     CLOSERS,
     CONTEXTS,
@@ -28,8 +26,8 @@ from fastrlhf.quickstart.wording import (
     QUESTIONS,
     VAGUE,
 )
+from fastrlhf.quickstart.content import FACETS, LANGUAGES, TOPICS
 
-DATA_DIR = Path(__file__).parent / "data"
 SEED = 7
 SFT_PER_CELL, FEEDBACK_PER_CELL, PPO_PER_CELL = 48, 150, 12  # a cell: one language, topic and facet; there are 24
 CONSIDERATE_SHARE = 0.46  # of SFT replies; the rest is rude, and all of them answer the question
@@ -264,15 +262,25 @@ def generate() -> dict[str, list[dict]]:
     return files
 
 
-def write(folder: Path) -> None:
-    """Write every file of `generate()` into `folder` as UTF-8 JSON lines."""
-    folder.mkdir(parents=True, exist_ok=True)
+def encoded() -> dict[str, bytes]:
+    """Every file of `generate()` by name, as UTF-8 JSON lines."""
+    files = {}
     for name, rows in generate().items():
         lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
-        (folder / name).write_bytes("".join(lines).encode())
+        files[name] = "".join(lines).encode()
+    return files
 
 
-if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else DATA_DIR
-    write(target)
-    print(f"wrote {', '.join(sorted(p.name for p in target.glob('*.jsonl')))} to {target}")
+def write(folder: Path) -> list[str]:
+    """Write every file into `folder` -> their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = encoded()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return sorted(files)
+
+
+def differing(folder: Path) -> list[str]:
+    """Names of the files in `folder` that are not, byte for byte, what `write` would put there; missing ones too."""
+    files, there = encoded(), {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+    return sorted(name for name in files.keys() | there.keys() if files.get(name) != there.get(name))
