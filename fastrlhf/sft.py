@@ -25,7 +25,7 @@ from fastrlhf.data.templates import resolve_chat_template
 from fastrlhf.models import loading
 from fastrlhf.models.backbone import load_backbone
 from fastrlhf.models.lora import POLICY
-from fastrlhf.models.token_batch import Batch, target_log_probs
+from fastrlhf.models.token_batch import Batch, resolve_packing, target_log_probs
 from fastrlhf.runtime import batching, distributed
 from fastrlhf.runtime.batching import Sampler, micro_batches, pack
 from fastrlhf.runtime.guards import UpdateGuard, check_rows
@@ -72,6 +72,7 @@ class SFTTrainer:
             self.examples, self.eval_examples = _split(self.examples, config)
         self.model, self.adapters = load_backbone(model, config, [POLICY])
         check_rows(self.model, [e.ids for e in self.examples + self.eval_examples], config.max_tokens)
+        self.packed = resolve_packing(config.packing, [self.model])
         loading.make_trainable(self.model, config.gradient_checkpointing, frozen=self.adapters is not None)
         self.device = self.model.device
         self.backoff = Backoff(config, self.device)
@@ -157,11 +158,11 @@ class SFTTrainer:
         """This rank's rows of one example each, or of several where packing is on, grouped under the token budget."""
         examples = [examples[i] for i in batching.own([len(e.ids) for e in examples])]
         lengths = [len(e.ids) for e in examples]
-        rows = pack(lengths, self.config.max_tokens) if self.config.packing else [[i] for i in range(len(lengths))]
+        rows = pack(lengths, self.config.max_tokens) if self.packed else [[i] for i in range(len(lengths))]
         sizes = [sum(lengths[i] for i in row) for row in rows]
         for group in micro_batches(sizes, self.backoff.tokens):
             filled = [[examples[i] for i in rows[r]] for r in group]
-            if self.config.packing and "flash" in str(self.model.config._attn_implementation):
+            if self.packed and "flash" in str(self.model.config._attn_implementation):
                 filled = [[example for row in filled for example in row]]  # it keeps examples apart in one row only
             yield Batch.build(filled, self.device)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from fastrlhf.config.base import AUTO, StageConfig, config_fields
-from fastrlhf.config.errors import ConfigError, UserError
+from fastrlhf.config.base import StageConfig, config_fields
+from fastrlhf.config.errors import AUTO, ConfigError, UserError
 from fastrlhf.config.inputs import INPUTS
 from fastrlhf.config.stages import CONFIGS
 
@@ -232,27 +232,28 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Plain data, paths as text, other objects as "<name>"; no aliases, which the loader refuses."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _named(dumper: yaml.SafeDumper, value: object) -> yaml.Node:
+    return dumper.represent_str(f"<{getattr(value, '__qualname__', type(value).__qualname__)}>")
+
+
+_Dumper.add_multi_representer(object, _named)
+_Dumper.add_multi_representer(Path, lambda dumper, path: dumper.represent_str(str(path)))
+
+
 def resolved_yaml(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> str:
     """The recipe with every field filled in, as YAML that load_recipe reads back to the same values.
 
     Objects handed over in Python (a model, a function) cannot be written: they stand as "<...>".
     """
-    named = {name: _plain(inputs[name]) for name in INPUTS[stage] if inputs.get(name) is not None}
+    named = {name: inputs[name] for name in INPUTS[stage] if inputs.get(name) is not None}
     dumped = config.model_dump(mode="json")
     dumped |= {name: "auto" for name in AUTO if name in dumped and dumped[name] is None}
     fields = {field.name: dumped[field.name] for field in config_fields(type(config))}
-    return yaml.safe_dump(named | fields, sort_keys=False, allow_unicode=True, width=1000)
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, (list, tuple)):
-        whole = len(str(value)) <= MAX_BYTES // 4  # rows handed over in Python are data, not a recipe
-        return [_plain(item) for item in value] if whole else f"<list of {len(value)}>"
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    name = getattr(value, "__qualname__", None) or type(value).__qualname__
-    return f"<{name}>"
+    return yaml.dump(named | fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)

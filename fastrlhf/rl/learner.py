@@ -250,8 +250,6 @@ class Learner:
         """[B, T] of the tokens in the policy loss: importance weights, times what makes of a mean over the mini-batch's
         tokens the mean over responses of their means, or the sum over max_new_tokens (Liu et al. 2025, dr_grpo)."""
         kind, mask = self.config.loss_aggregation, experience.response_mask
-        if self.config.advantage == "dr_grpo" and kind == "token_mean":  # the paper's estimator comes with its own sum
-            kind = "constant"
         if kind == "token_mean":
             return experience.weights
         tokens = mask[rows].sum()

@@ -42,7 +42,9 @@ def test_penalties_of_length():
 
 def test_the_adaptive_controller():
     """Ziegler et al. 2019: proportional, clipped to 20%, in units of responses; its state survives."""
-    config = PPOConfig(kl_controller="adaptive", kl_coef=0.1, kl_target=6.0, kl_horizon=1000, rollout_batch_size=100)
+    config = PPOConfig(
+        kl_controller="adaptive", kl_coef=0.1, kl_controller_target=6.0, kl_horizon=1000, rollout_batch_size=100
+    )
     controller = KLController(config)
     controller.update(6.6)
     assert controller.coef == pytest.approx(0.1 * (1 + 0.1 * 0.1))
@@ -59,7 +61,7 @@ def test_the_adaptive_controller():
 
 
 def test_the_adaptive_coefficient_is_what_the_rewards_use():
-    t = trainer(kl_controller="adaptive", kl_target=0.01, kl_horizon=8, total_steps=4, learning_rate=1e-2)
+    t = trainer(kl_controller="adaptive", kl_controller_target=0.01, kl_horizon=8, total_steps=4, learning_rate=1e-2)
     coefs = [step.metrics["kl/coef"] for step in t]
     assert coefs[0] == 0.05 and coefs[1] == pytest.approx(0.05 * 0.8) and coefs[3] > coefs[2]
     rollout, _ = t._rollout([t.prompts[0]] * 4, 1, purpose="rollout")
