@@ -28,7 +28,7 @@ def letters(prompts, responses):
 
 def trainer(run=None, *, judge=None, reward=letters, eval_prompts=HELD_OUT, **fields: object) -> PPOTrainer:
     base = {"total_steps": 3, "rollout_batch_size": 8, "mini_batch_size": 8, "max_new_tokens": 10, "eval_every": 1,
-            "learning_rate": 2e-2, "critic_learning_rate": 1e-3, "save_every": 1,
+            "learning_rate": 2e-2, "critic_learning_rate": 1e-3, "save_every": 1 if run else 0,
             "output_dir": None if run is None else str(run)}  # fmt: skip
     return PPOTrainer(
         PPOConfig(**{**base, **fields}), policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=reward,
