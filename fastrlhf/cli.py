@@ -133,7 +133,7 @@ def _generate(verb: str, arguments: list[str]) -> int:
     parser = _parser(verb, "FOLDER --prompt TEXT [options]")
     parser.add_argument("model", metavar="FOLDER", help="model folder, hub id or GGUF file")
     parser.add_argument("--prompt", action="append", required=True, help="what to reply to; may be repeated")
-    parser.add_argument("--samples", type=int, default=1, help="replies to each prompt (default 1)")
+    parser.add_argument("--samples", dest="n", type=int, default=1, help="replies to each prompt (default 1)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (default 256)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default 1: off)")
@@ -146,7 +146,7 @@ def _generate(verb: str, arguments: list[str]) -> int:
     replies = _load("inference").generate(args.model, args.prompt, **options)
     for i, reply in enumerate(replies):
         if len(replies) > 1:
-            print(f"--- {_shown(args.prompt[i // args.samples])}")
+            print(f"--- {_shown(args.prompt[i // args.n])}")
         print(_shown(reply), flush=True)
     return EXIT_DONE
 
@@ -255,9 +255,9 @@ def _speaks() -> bool:
     return launch.local_rank() == 0 if distributed is None else distributed.first_to_say()
 
 
-def _first_line(verb: str, what: str) -> None:
+def _first_line(verb: str, text: str) -> None:
     if launch.rank() == 0:
-        print(f"fastrlhf {__version__} {verb}: {what}", flush=True)
+        print(f"fastrlhf {__version__} {verb}: {text}", flush=True)
 
 
 def _shown(text: str) -> str:
@@ -277,6 +277,5 @@ def _print_error(message: str) -> None:
 
 def _load(module: str) -> ModuleType:
     """A module of the package that needs torch. Its weights load without progress bars: ours is the console."""
-    transformers_logging = importlib.import_module("transformers.utils.logging")
-    transformers_logging.disable_progress_bar()
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
     return importlib.import_module(f"fastrlhf.{module}")

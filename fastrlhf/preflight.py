@@ -1,4 +1,4 @@
-"""`--dry-run`: read every data row, find every model and reward function, say what would run; load no weights."""
+"""`--dry-run`: read every data row, find every model and reward function, say how large the run is; load no weights."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _reference(inputs: Mapping[str, Any], config: PPOConfig) -> str:
 
 
 def _critic(inputs: Mapping[str, Any], config: PPOConfig) -> str:
-    reward, own = inputs["reward"], "a model of its own, initialised from"
+    reward, copied = inputs["reward"], "a model of its own, initialised from"
     if config.advantage != "gae":
         return f"none ({config.advantage} does without)"
     if config.critic == "shared_trunk":
@@ -101,13 +101,13 @@ def _critic(inputs: Mapping[str, Any], config: PPOConfig) -> str:
         or_copied = " (or the reward model's, where layers and ranks agree)" if _is_on_base(inputs, config) else ""
         return f"a new adapter on the policy's base, with a new head{or_copied}"
     if inputs.get("value_model") is not None:
-        return f"{own} value_model {inputs['value_model']}"
+        return f"{copied} value_model {inputs['value_model']}"
     if not isinstance(reward, str) or is_function_reference(reward):
-        return f"{own} the policy, with a new head (the reward is no model)"
+        return f"{copied} the policy, with a new head (the reward is no model)"
     tokenizer = load_tokenizer(inputs.get("tokenizer") or inputs["policy"])
     if load_tokenizer(reward).get_vocab() != tokenizer.get_vocab():
-        return f"{own} the policy, with a new head (the reward model reads other tokens)"
-    return f"{own} the reward model {reward}"
+        return f"{copied} the policy, with a new head (the reward model reads other tokens)"
+    return f"{copied} the reward model {reward}"
 
 
 def _reward(inputs: Mapping[str, Any], config: PPOConfig) -> str:

@@ -1,4 +1,4 @@
-"""What the typed configurations of all stages have in common: shared fields, coercion, help texts, errors.
+"""The base of every stage's typed configuration: shared fields, coercion, help texts, errors.
 
 Every field is flat, means the same in every stage that has it, and its docstring is its help text. A mistake
 is a UserError with one line a problem: the field, its value, what is expected. No torch is imported here.
@@ -20,7 +20,7 @@ Schedule = Literal["constant", "cosine", "linear", "inverse_sqrt"]
 
 
 class StageConfig(BaseModel):
-    """What SFT, reward model and PPO have in common."""
+    """The fields and checks that SFT, reward model and PPO share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     stage: ClassVar[str]
@@ -117,8 +117,8 @@ class StageConfig(BaseModel):
         return wrong
 
 
-CONFIGS: dict[str, type[StageConfig]] = {}  # by verb; config.py fills it
-_ELSEWHERE = {  # what other libraries and papers call it
+CONFIGS: dict[str, type[StageConfig]] = {}  # by verb; stages.py fills it
+_ELSEWHERE = {  # names of other libraries, of papers and of older versions
     "learning_rate": ("lr",),
     "kl_coef": ("beta", "init_kl_coef", "kl_loss_coef"),
     "kl_controller_target": ("kl_target",),
@@ -192,17 +192,17 @@ def unknown_field(cls: type[StageConfig], name: str) -> str:
 
 
 def _problems(cls: type[StageConfig], error: ValidationError, given: dict[str, Any]) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+    problems: list[tuple[str, str]] = []
     for problem in error.errors(include_url=False):
         name = str(problem["loc"][0]) if problem["loc"] else None
         if name is None:  # raised by _together: sentences already, a line each
-            found += [(line.split(" = ")[0], line) for line in str(problem["ctx"]["error"]).split("\n")]
+            problems += [(line.split(" = ")[0], line) for line in str(problem["ctx"]["error"]).split("\n")]
         elif problem["type"] == "extra_forbidden":
-            found.append((name, unknown_field(cls, name)))
-        elif name not in [known for known, _ in found]:
+            problems.append((name, unknown_field(cls, name)))
+        elif name not in [known for known, _ in problems]:
             expected = EXPECTED if name == "lora" else accepts(cls, name)
-            found.append((name, f"{name} = {shown(given[name])}: expected {expected}"))
-    return found
+            problems.append((name, f"{name} = {shown(given[name])}: expected {expected}"))
+    return problems
 
 
 def _kinds(cls: type[StageConfig], name: str) -> tuple[list[Any], bool]:

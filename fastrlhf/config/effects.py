@@ -59,17 +59,17 @@ ASKS_FOR_NOTHING = {  # beside the default
 
 def idle_options(config: BaseModel) -> Iterator[str]:
     """A sentence for each option of `config` that was given and does nothing, with the first row that says why."""
-    fields, said = type(config).model_fields, set()
+    fields, named = type(config).model_fields, set()
     for row in IDLE:
         chosen = getattr(config, row.choice, None)
         if chosen is None if row.values is None else chosen not in row.values:
             continue
         because = f"{row.choice} = {spelled(chosen, row.choice)} {row.because}, so this has no effect"
         for name in row.options.split():
-            if name not in fields or name in said:
+            if name not in fields or name in named:
                 continue
             value, default = getattr(config, name), fields[name].default
             if value not in (default, ASKS_FOR_NOTHING.get(name, default)):
-                said.add(name)
+                named.add(name)
                 remedy = f"leave it at {spelled(default, name)} or {row.instead}"
                 yield f"{name} = {spelled(value, name)}: {because}; {remedy}"

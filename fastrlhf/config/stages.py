@@ -209,21 +209,21 @@ CONFIGS |= {c.stage: c for c in (SFTConfig, RewardConfig, PPOConfig)}
 
 
 def updates_per_step(config: PPOConfig) -> int:
-    """ppo_epochs * ceil(rollout_batch_size / mini_batch_size), of the policy and of the critic."""
+    """Optimizer steps of policy and critic each in a PPO step: ppo_epochs * ceil(rollout_batch_size / mini_batch_size)."""
     return config.ppo_epochs * -(-config.rollout_batch_size // config.mini_batch_size)
 
 
 def policy_updates(config: PPOConfig) -> int:
-    """Of all steps behind the critic's warm-up."""
+    """Optimizer steps of the policy in a run; it stays as it is while the critic warms up."""
     return (config.total_steps - config.critic_warmup_steps) * updates_per_step(config)
 
 
 def pretraining_updates(config: PPOConfig) -> int:
-    """Of the critic over the stored rollouts of its warm-up, in all passes."""
+    """Optimizer steps of the critic over the stored rollouts of its warm-up, in all passes."""
     rows = config.critic_warmup_steps * config.rollout_batch_size
     return config.critic_pretrain_epochs * -(-rows // config.mini_batch_size)
 
 
 def critic_updates(config: PPOConfig) -> int:
-    """Of all steps, and of the passes at the end of the warm-up."""
+    """Optimizer steps of the critic in a run, those over the stored rollouts included."""
     return config.total_steps * updates_per_step(config) + pretraining_updates(config)

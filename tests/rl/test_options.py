@@ -138,9 +138,18 @@ def test_the_policy_loss_is_what_the_papers_write(level, aggregation, micro, cli
     """
     low, high, dual = clips
     t = trainer(
-        ratio_level=level, loss_aggregation=aggregation, micro_batch_tokens=micro, critic="shared_trunk", vf_coef=0.0,
-        importance_cap=None, max_grad_norm=1e9, entropy_coef=0.01, clip_range=low, clip_range_high=high, dual_clip=dual,
-    )  # fmt: skip
+        ratio_level=level,
+        loss_aggregation=aggregation,
+        micro_batch_tokens=micro,
+        critic="shared_trunk",
+        vf_coef=0.0,
+        importance_cap=None,
+        max_grad_norm=1e9,
+        entropy_coef=0.01,
+        clip_range=low,
+        clip_range_high=high,
+        dual_clip=dual,
+    )
     rollout, _ = t._rollout([t.prompts[i % 6] for i in range(8)], 1, purpose="rollout")
     rollout.response_ids = [ids[: 3 + i] for i, ids in enumerate(rollout.response_ids)]
     for name in ("log_probs", "policy_log_probs", "values"):
@@ -182,8 +191,17 @@ def test_the_kl_in_a_loss_of_sequence_ratios_is_that_of_token_ratios(estimator):
     """At ratio 1 both clips give the same gradient, so the KL's and the entropy's must agree too."""
     grads = []
     for level in ("token", "sequence"):
-        t = trainer(ratio_level=level, kl_in="loss", kl_estimator=estimator, kl_coef=0.3, critic="shared_trunk",
-                    vf_coef=0.0, whiten_advantages=False, gae_lambda=1.0, max_grad_norm=1e9)  # fmt: skip
+        t = trainer(
+            ratio_level=level,
+            kl_in="loss",
+            kl_estimator=estimator,
+            kl_coef=0.3,
+            critic="shared_trunk",
+            vf_coef=0.0,
+            whiten_advantages=False,
+            gae_lambda=1.0,
+            max_grad_norm=1e9,
+        )
         rollout, _ = t._rollout([t.prompts[i % 6] for i in range(8)], 1, purpose="rollout")
         rollout.scores = [float(i) for i in range(8)]
         plan = t._plan(rollout)
@@ -196,8 +214,9 @@ def test_the_kl_in_a_loss_of_sequence_ratios_is_that_of_token_ratios(estimator):
 
 def test_the_optimizer_gets_its_settings():
     weight = torch.nn.Parameter(torch.tensor([2.0]))
-    optimizer = Optimizer({"w": weight}, name="adamw", learning_rate=0.1, max_grad_norm=1e9, betas=(0.5, 0.75), eps=0.1,
-                          weight_decay=0.2)  # fmt: skip
+    optimizer = Optimizer(
+        {"w": weight}, name="adamw", learning_rate=0.1, max_grad_norm=1e9, betas=(0.5, 0.75), eps=0.1, weight_decay=0.2
+    )
     weight.grad = torch.tensor([3.0])
     optimizer.step(0.1)
     first, second = 0.5 * 3 / (1 - 0.5), 0.25 * 9 / (1 - 0.75)
@@ -322,10 +341,13 @@ def test_gradients_are_scaled_down_to_max_grad_norm():
     assert float((after - before).norm()) == pytest.approx(1e-3 * 1e-3, rel=1e-2)
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"adam_betas": (0.9, 1.0)}, "adam_betas = 0.9,1: both must be"),
-    ({"overlong_penalty": 300}, "overlong_penalty = 300: above max_new_tokens = 256"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"adam_betas": (0.9, 1.0)}, "adam_betas = 0.9,1: both must be"),
+        ({"overlong_penalty": 300}, "overlong_penalty = 300: above max_new_tokens = 256"),
+    ],
+)
 def test_contradictions_are_sentences(fields, message):
     with pytest.raises(UserError, match=message):
         PPOConfig(**fields)
@@ -338,16 +360,26 @@ def test_a_recipe_runs_shortened(name, tmp_path):
     _, full = load_recipe("ppo", name, inputs)
     written = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     assert all(name in PPOConfig.model_fields for name in written)
-    short = {"total_steps": 2, "rollout_batch_size": 8, "mini_batch_size": 4, "max_new_tokens": 6,
-             "max_prompt_tokens": 60, "critic_warmup_steps": min(full.critic_warmup_steps, 1), "eval_every": 0,
-             "samples_per_prompt": min(full.samples_per_prompt, 4), "output_dir": None, "save_every": 0}  # fmt: skip
+    short = {
+        "total_steps": 2,
+        "rollout_batch_size": 8,
+        "mini_batch_size": 4,
+        "max_new_tokens": 6,
+        "max_prompt_tokens": 60,
+        "critic_warmup_steps": min(full.critic_warmup_steps, 1),
+        "eval_every": 0,
+        "samples_per_prompt": min(full.samples_per_prompt, 4),
+        "output_dir": None,
+        "save_every": 0,
+    }
     if full.overlong_penalty is not None:
         short["overlong_penalty"] = 2
     policy = tiny.llama()
     before = policy.lm_head.weight.detach().clone()
     ptx = [{"text": text} for text in tiny.TEXTS] if full.ptx_coef else None
-    t = PPOTrainer(full.replace(**short), policy=policy, tokenizer=tiny.tokenizer(), reward=reward, prompts=PROMPTS,
-                   ptx_data=ptx)  # fmt: skip
+    t = PPOTrainer(
+        full.replace(**short), policy=policy, tokenizer=tiny.tokenizer(), reward=reward, prompts=PROMPTS, ptx_data=ptx
+    )
     steps = [step.metrics for step in t]
     assert len(steps) == 2 and steps[1]["update/skipped"] == 0
     assert ("ptx/loss" in steps[1]) == (name in ("ppo-max", "instructgpt"))
