@@ -209,7 +209,7 @@ CONFIGS |= {c.stage: c for c in (SFTConfig, RewardConfig, PPOConfig)}
 
 
 def updates_per_step(config: PPOConfig) -> int:
-    """Optimizer steps of policy and critic each in a PPO step: ppo_epochs * ceil(rollout_batch_size / mini_batch_size)."""
+    """Optimizer steps of each role in a PPO step: ppo_epochs * ceil(rollout_batch_size / mini_batch_size)."""
     return config.ppo_epochs * -(-config.rollout_batch_size // config.mini_batch_size)
 
 
