@@ -18,27 +18,18 @@ _HOME = {
     "RolloutEngine": "rollout.engine",
     "SamplingParams": "rollout.sampling",
 }
-__all__ = [
-    "PPOConfig",
-    "PPOTrainer",
-    "RewardConfig",
-    "RewardTrainer",
-    "RolloutEngine",
-    "SFTConfig",
-    "SFTTrainer",
-    "SamplingParams",
-    "UserError",
-    "__version__",
-]
+__all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
-    from fastrlhf.config.errors import UserError
-    from fastrlhf.config.stages import PPOConfig, RewardConfig, SFTConfig
-    from fastrlhf.ppo import PPOTrainer
-    from fastrlhf.reward_model import RewardTrainer
-    from fastrlhf.rollout.engine import RolloutEngine
-    from fastrlhf.rollout.sampling import SamplingParams
-    from fastrlhf.sft import SFTTrainer
+    from fastrlhf.config.errors import UserError as UserError
+    from fastrlhf.config.stages import PPOConfig as PPOConfig
+    from fastrlhf.config.stages import RewardConfig as RewardConfig
+    from fastrlhf.config.stages import SFTConfig as SFTConfig
+    from fastrlhf.ppo import PPOTrainer as PPOTrainer
+    from fastrlhf.reward_model import RewardTrainer as RewardTrainer
+    from fastrlhf.rollout.engine import RolloutEngine as RolloutEngine
+    from fastrlhf.rollout.sampling import SamplingParams as SamplingParams
+    from fastrlhf.sft import SFTTrainer as SFTTrainer
 
 
 def __getattr__(name: str) -> object:

@@ -12,27 +12,19 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import NoReturn
 
 from fastrlhf._version import __version__
+from fastrlhf.config.errors import UserError
 from fastrlhf.runtime import launch
 from fastrlhf.runtime.launch import RankLost
 
 EXIT_DONE, EXIT_BUG, EXIT_USER_ERROR, EXIT_KILLED = 0, 1, 2, 130
 MESSAGE_LINES = 4
 STAGES = {"sft": "sft", "reward": "reward_model", "ppo": "ppo"}  # verb -> module
-VERBS = {
-    "quickstart": "align a small model on embedded data, offline on a CPU: SFT, reward model, PPO, verdict",
-    "sft": "fine-tune a model on conversations or text",
-    "reward": "train a reward model on human feedback",
-    "ppo": "align a model with a reward model or a Python reward function",
-    "resume": "go on with an interrupted run",
-    "generate": "print a model's replies to prompts",
-    "score": "print a reward model's scores of responses",
-    "report": "write report.html of a run",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,11 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_KILLED
-    except ValueError as error:
-        from fastrlhf.config.errors import UserError  # here, because `fastrlhf --help` must not wait for pydantic
-
-        if not isinstance(error, UserError):
-            raise
+    except UserError as error:
         if "--debug" in arguments:
             traceback.print_exc()
         if _speaks():
@@ -75,14 +63,14 @@ def _run(arguments: list[str]) -> int:
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(VERBS)}"
-        _user_error(f"{verb}: no such command; {hint}")
-    run = _stage if verb in STAGES else globals()[f"_{verb}"]
+        raise UserError(f"{verb}: no such command; {hint}")
+    run, _ = VERBS[verb]
     return run(verb, arguments[1:])
 
 
 def _overview() -> str:
     width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:{width}}  {text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {verb:{width}}  {text}" for verb, (_, text) in VERBS.items())
     return (
         f"fastrlhf {__version__}: human feedback in, aligned model out\n\nusage: fastrlhf COMMAND ...\n\n{verbs}\n\n"
         "fastrlhf COMMAND --help shows a command's fields, defaults and options. --version shows the version.\n"
@@ -102,14 +90,10 @@ def _stage(verb: str, arguments: list[str]) -> int:
     parser.epilog = _fields_help(verb)
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file or the name of a packaged recipe")
     parser.add_argument("overrides", metavar="field=value", nargs="*", default=[], help="replaces what the recipe says")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check fields, data and models, print the whole recipe, stop"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="the same as overwrite=true")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="the same as skip_bad_rows=true")
+    parser.add_argument("--dry-run", action="store_true", help="check fields, data and models, print the recipe, stop")
+    _add_flags(parser, "overwrite", "skip_bad_rows")
     args = _parse(parser, arguments)
-    overrides = args.overrides + _flags(overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows)
-    inputs, config = recipe.load_recipe(verb, args.recipe, overrides)
+    inputs, config = recipe.load_recipe(verb, args.recipe, args.overrides + args.flags)
     recipe.check_paths(verb, inputs, config)
     if args.dry_run:
         for line in _load("preflight").check_inputs(verb, inputs, config):
@@ -122,14 +106,11 @@ def _stage(verb: str, arguments: list[str]) -> int:
 
 def _quickstart(verb: str, arguments: list[str]) -> int:
     parser = _parser(verb, "[field=value ...] [options]")
-    parser.add_argument(
-        "overrides", metavar="field=value", nargs="*", default=[], help="for example seed=1 output_dir=runs/first"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="the same as overwrite=true")
+    parser.add_argument("overrides", metavar="field=value", nargs="*", default=[], help="for example seed=1")
+    _add_flags(parser, "overwrite")
     args = _parse(parser, arguments)
     _first_line(verb, "embedded data, no network")
-    main = _load("quickstart").main
-    return main(args.overrides + _flags(overwrite=args.overwrite))
+    return _load("quickstart").main(args.overrides + args.flags)
 
 
 def _resume(verb: str, arguments: list[str]) -> int:
@@ -152,7 +133,7 @@ def _generate(verb: str, arguments: list[str]) -> int:
     parser = _parser(verb, "FOLDER --prompt TEXT [options]")
     parser.add_argument("model", metavar="FOLDER", help="model folder, hub id or GGUF file")
     parser.add_argument("--prompt", action="append", required=True, help="what to reply to; may be repeated")
-    parser.add_argument("--samples", type=int, default=1, help="replies to each prompt (default 1)")
+    parser.add_argument("--samples", dest="n", type=int, default=1, help="replies to each prompt (default 1)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (default 256)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default 1: off)")
@@ -161,12 +142,11 @@ def _generate(verb: str, arguments: list[str]) -> int:
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     args = _parse(parser, arguments)
     _check_model("FOLDER", args.model)
-    names = ("raw", "samples", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: value for name, value in vars(args).items() if name not in ("model", "prompt", "debug")}
     replies = _load("inference").generate(args.model, args.prompt, **options)
     for i, reply in enumerate(replies):
         if len(replies) > 1:
-            print(f"--- {_shown(args.prompt[i // args.samples])}")
+            print(f"--- {_shown(args.prompt[i // args.n])}")
         print(_shown(reply), flush=True)
     return EXIT_DONE
 
@@ -179,10 +159,9 @@ def _score(verb: str, arguments: list[str]) -> int:
     parser.add_argument("--raw", action="store_true", help="plain texts, without the chat template")
     args = _parse(parser, arguments)
     if len(args.prompt) != len(args.response):
-        _user_error(f"{len(args.prompt)} --prompt but {len(args.response)} --response: give one of each per score")
+        raise UserError(f"{len(args.prompt)} --prompt but {len(args.response)} --response: give one of each per score")
     _check_model("FOLDER", args.model)
-    score_texts = _load("inference").score
-    for score in score_texts(args.model, args.prompt, args.response, raw=args.raw):
+    for score in _load("inference").score(args.model, args.prompt, args.response, raw=args.raw):
         print(f"{score:.6g}")
     return EXIT_DONE
 
@@ -194,16 +173,28 @@ def _report(verb: str, arguments: list[str]) -> int:
     return importlib.import_module("fastrlhf.report").main(args.run_dir)
 
 
+VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
+    "quickstart": (_quickstart, "align a small model on embedded data, offline on a CPU: SFT, reward, PPO, verdict"),
+    "sft": (_stage, "fine-tune a model on conversations or text"),
+    "reward": (_stage, "train a reward model on human feedback"),
+    "ppo": (_stage, "align a model with a reward model or a Python reward function"),
+    "resume": (_resume, "go on with an interrupted run"),
+    "generate": (_generate, "print a model's replies to prompts"),
+    "score": (_score, "print a reward model's scores of responses"),
+    "report": (_report, "write report.html of a run"),
+}
+
+
 # ------------------------------------------------------------------------------------------------------------- parsing
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        _user_error(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _parser(verb: str, usage: str) -> _Parser:
-    parser = _Parser(prog=f"fastrlhf {verb}", usage=f"%(prog)s {usage}", description=VERBS[verb], allow_abbrev=False)
+    parser = _Parser(prog=f"fastrlhf {verb}", usage=f"%(prog)s {usage}", description=VERBS[verb][1], allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="print the traceback of a user error")
     return parser
 
@@ -215,12 +206,16 @@ def _parse(parser: _Parser, arguments: list[str]) -> argparse.Namespace:
         name = unknown[0].partition("=")[0]
         field = name.lstrip("-").replace("-", "_")
         hint = f"; a field is written {field}=VALUE" if hasattr(args, "overrides") else ""
-        _user_error(f"{name}: no such option{hint}; see {parser.prog} --help")
+        raise UserError(f"{name}: no such option{hint}; see {parser.prog} --help")
     return args
 
 
-def _flags(**flags: bool) -> list[str]:
-    return [f"{name}=true" for name, on in flags.items() if on]
+def _add_flags(parser: _Parser, *fields: str) -> None:
+    """Options that stand for field=true; `args.flags` lists those given."""
+    for field in fields:
+        text, option = f"{field}=true", "--" + field.replace("_", "-")
+        parser.add_argument(option, action="append_const", const=text, dest="flags", help=f"the same as {text}")
+    parser.set_defaults(flags=[])
 
 
 def _fields_help(stage: str) -> str:
@@ -228,9 +223,7 @@ def _fields_help(stage: str) -> str:
     from fastrlhf.config.inputs import INPUTS
     from fastrlhf.config.stages import CONFIGS
 
-    inputs = [
-        (name, f"{'required: ' if given.required else ''}{given.description}") for name, given in INPUTS[stage].items()
-    ]
+    inputs = [(name, "required: " * spec.required + spec.description) for name, spec in INPUTS[stage].items()]
     fields = [(f"{f.name}={f.default}", f"{f.description} ({f.accepts})") for f in config_fields(CONFIGS[stage])]
     return (
         f"inputs, in the recipe or as name=value:\n{_columns(inputs)}\n\n"
@@ -241,12 +234,8 @@ def _fields_help(stage: str) -> str:
 def _columns(rows: list[tuple[str, str]]) -> str:
     left = max(len(name) for name, _ in rows) + 4
     right = max(40, shutil.get_terminal_size().columns - left)
-    lines = []
-    for name, text in rows:
-        lines.append(
-            textwrap.fill(text, left + right, initial_indent=f"  {name}".ljust(left), subsequent_indent=" " * left)
-        )
-    return "\n".join(lines)
+    fill = partial(textwrap.fill, width=left + right, subsequent_indent=" " * left)
+    return "\n".join(fill(text, initial_indent=f"  {name}".ljust(left)) for name, text in rows)
 
 
 # -------------------------------------------------------------------------------------------------------------- output
@@ -257,7 +246,7 @@ def _check_model(argument: str, source: str) -> None:
 
     problem = path_problem(source, "model")
     if problem:
-        _user_error(f"{argument}: {problem}")
+        raise UserError(f"{argument}: {problem}")
 
 
 def _speaks() -> bool:
@@ -266,9 +255,9 @@ def _speaks() -> bool:
     return launch.local_rank() == 0 if distributed is None else distributed.is_first_reporter()
 
 
-def _first_line(verb: str, what: str) -> None:
+def _first_line(verb: str, text: str) -> None:
     if launch.rank() == 0:
-        print(f"fastrlhf {__version__} {verb}: {what}", flush=True)
+        print(f"fastrlhf {__version__} {verb}: {text}", flush=True)
 
 
 def _shown(text: str) -> str:
@@ -288,12 +277,5 @@ def _print_error(message: str) -> None:
 
 def _load(module: str) -> ModuleType:
     """A module of the package that needs torch. Its weights load without progress bars: ours is the console."""
-    transformers_logging = importlib.import_module("transformers.utils.logging")
-    transformers_logging.disable_progress_bar()
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
     return importlib.import_module(f"fastrlhf.{module}")
-
-
-def _user_error(message: str) -> NoReturn:
-    from fastrlhf.config.errors import UserError
-
-    raise UserError(message)

@@ -1,4 +1,4 @@
-"""What `fastrlhf generate` and `fastrlhf score` do once their arguments are parsed."""
+"""The work of `fastrlhf generate` and `fastrlhf score`, once their arguments are parsed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.sampling import SamplingParams
 
 
-def generate(
-    source: str, prompts: Sequence[str], *, raw: bool = False, samples: int = 1, **sampling: float
-) -> list[str]:
-    """Replies in the order of the prompts, `samples` to each; sampling: the fields of SamplingParams.
+def generate(source: str, prompts: Sequence[str], *, raw: bool = False, **sampling: float) -> list[str]:
+    """Replies in the order of the prompts, n to each; sampling: the fields of SamplingParams.
 
     UserError for settings that cannot be and for prompts that are empty or too long for the model.
     """
     try:
-        params = SamplingParams(n=samples, **sampling)
+        params = SamplingParams(**sampling)
         tokenizer = load_tokenizer(source)
         prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in _as_asked(tokenizer, prompts, raw)]
         model = load_policy(source)

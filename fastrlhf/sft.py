@@ -23,7 +23,7 @@ from fastrlhf.data.templates import resolve_chat_template
 from fastrlhf.models.backbone import load_backbone
 from fastrlhf.models.loading import make_trainable, tokenizer_for
 from fastrlhf.models.lora import POLICY
-from fastrlhf.models.token_batch import TokenBatch, target_log_probs, target_row
+from fastrlhf.models.token_batch import TokenBatch, resolve_packing, target_log_probs, target_row
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches, pack
 from fastrlhf.runtime.guards import check_rows
@@ -65,6 +65,7 @@ class SFTTrainer(SupervisedTrainer):
 
         self.model, self.adapters = load_backbone(model, config, [POLICY], self.tracker.note)
         check_rows(self.model, [e.ids for e in examples + self.eval_examples], config.max_tokens)
+        self.joined = resolve_packing(config.packing, [self.model])
         make_trainable(self.model, config.gradient_checkpointing, frozen=self.adapters is not None)
         trained = self.model if self.adapters is None else self.adapters.parameters(POLICY)
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
@@ -82,11 +83,11 @@ class SFTTrainer(SupervisedTrainer):
         """This rank's rows of one example each, or of several where packing is on, grouped under the token budget."""
         examples = [examples[i] for i in assign_rows([len(e.ids) for e in examples])]
         lengths = [len(e.ids) for e in examples]
-        rows = pack(lengths, self.config.max_tokens) if self.config.packing else [[i] for i in range(len(lengths))]
+        rows = pack(lengths, self.config.max_tokens) if self.joined else [[i] for i in range(len(lengths))]
         sizes = [sum(lengths[i] for i in row) for row in rows]
         for group in micro_batches(sizes, self.memory.tokens):
             filled = [[target_row(examples[i]) for i in rows[r]] for r in group]
-            if self.config.packing and "flash" in str(self.model.config._attn_implementation):
+            if self.joined and "flash" in str(self.model.config._attn_implementation):
                 filled = [[example for row in filled for example in row]]  # it keeps examples apart in one row only
             yield TokenBatch.build(filled, self.device)
 

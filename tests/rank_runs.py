@@ -33,7 +33,7 @@ FORMS = {
         "critic_warmup_steps": 2,
         "critic_pretrain_epochs": 2,
     },
-    "rloo": {"advantage": "rloo", "kl_in": "loss", "loss_aggregation": "sequence_mean"},
+    "rloo": {"advantage": "rloo", "critic_learning_rate": 0, "kl_in": "loss", "loss_aggregation": "sequence_mean"},
 }
 SUPERVISED = {"total_steps": 5, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 5, "micro_batch_tokens": 40}
 

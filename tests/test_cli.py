@@ -191,7 +191,7 @@ MISTAKES = {
     "score without response": (["score", "base", "--prompt", "x"], "arguments are required: --response"),
     "score unequal": (["score", "base", "--prompt=x", "--prompt=y", "--response=z"], "2 --prompt but 1 --response"),
     "quickstart field": (["quickstart", "sed=1"], "sed"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -210,6 +210,12 @@ def test_many_mistakes_are_cut_to_four_lines(run):
     assert code == 2 and len(err.splitlines()) == 4 and err.endswith("... and 3 more\n")
 
 
+def test_an_option_without_effect_is_named_with_its_place(run):
+    rloo = ("output_dir=fresh", "advantage=rloo", "samples_per_prompt=2")
+    code, _, err = run("ppo", "ppo.yaml", *rloo, "gae_lambda=0.9")
+    assert code == 2 and err.startswith("error: command line: gae_lambda = 0.9: advantage = rloo has no critic, so ")
+
+
 def test_debug_shows_the_traceback_too(run):
     code, _, err = run("ppo", "ppo.yaml", "seed=x", "--debug")
     assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: command line: seed")
@@ -217,8 +223,8 @@ def test_debug_shows_the_traceback_too(run):
 
 def test_a_bug_is_not_called_a_user_error(run, monkeypatch):
     """A ValueError of ours or of a library is no UserError: it keeps its traceback, and python exits with 1."""
-    monkeypatch.setitem(cli.VERBS, "zz", "a verb without a function")
-    with pytest.raises(KeyError):
+    monkeypatch.setitem(cli.VERBS, "zz", (lambda verb, arguments: int("x"), "a verb with a bug"))
+    with pytest.raises(ValueError, match="invalid literal"):
         run("zz")
 
 
@@ -231,8 +237,8 @@ def test_the_process_exits_with_the_code(workplace):
 
 def test_a_reply_that_the_terminal_cannot_show_is_no_crash(workplace):
     """An ASCII-only stream gets escapes."""
-    code = "import sys; from fastrlhf import cli; cli._overview = lambda: '你好'; sys.exit(cli.main(['--help']))"
+    code = "import sys; from fastrlhf import cli; cli.VERBS['zz'] = (None, '你好'); sys.exit(cli.main(['--help']))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={"PYTHONIOENCODING": "ascii"}
     )
-    assert (done.returncode, done.stdout) == (0, "\\u4f60\\u597d\n"), done.stderr
+    assert done.returncode == 0 and "  \\u4f60\\u597d\n" in done.stdout, done.stderr

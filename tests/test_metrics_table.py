@@ -39,15 +39,29 @@ def written(tmp_path_factory) -> dict[str, set[str]]:
     )
     RewardTrainer(reward, data=pairs, eval_data=pairs + scores, **common).train()
     ppo = PPOConfig(
-        total_steps=2, rollout_batch_size=4, mini_batch_size=4, max_new_tokens=6, eval_every=1, save_every=1,
-        target_kl=1e-9, learning_rate=1e-2, output_dir=str(folder / "ppo"), ptx_coef=1.0, critic_warmup_steps=1,
+        total_steps=2,
+        rollout_batch_size=4,
+        mini_batch_size=4,
+        max_new_tokens=6,
+        eval_every=1,
+        save_every=1,
+        target_kl=1e-9,
+        learning_rate=1e-2,
+        output_dir=str(folder / "ppo"),
+        ptx_coef=1.0,
+        critic_warmup_steps=1,
         critic_pretrain_epochs=1,
-    )  # fmt: skip
+    )
     PPOTrainer(
-        ppo, policy=tiny.llama(), tokenizer=tiny.tokenizer(), prompts=PROMPTS, eval_prompts=PROMPTS[:1],
-        reward=lambda prompts, responses: [float(len(r)) for r in responses], ptx_data=replies,
+        ppo,
+        policy=tiny.llama(),
+        tokenizer=tiny.tokenizer(),
+        prompts=PROMPTS,
+        eval_prompts=PROMPTS[:1],
+        reward=lambda prompts, responses: [float(len(r)) for r in responses],
+        ptx_data=replies,
         judge=lambda prompts, responses, baselines: [0.5] * len(responses),
-    ).train()  # fmt: skip
+    ).train()
     names: dict[str, set[str]] = {}
     for stage in ("sft", "reward", "ppo"):
         lines = [(folder / stage / f"{file}.jsonl").read_text().splitlines() for file in ("metrics", "timings")]

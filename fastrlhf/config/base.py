@@ -1,4 +1,4 @@
-"""What the typed configurations of all stages have in common: shared fields, coercion, help texts, errors.
+"""The base of every stage's typed configuration: shared fields, coercion, help texts, errors.
 
 Every field is flat, means the same in every stage that has it, and its docstring is its help text. A mistake
 is a UserError with one line a problem: the field, its value, what is expected. No torch is imported here.
@@ -12,14 +12,15 @@ from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_orig
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fastrlhf.config.errors import ConfigError
+from fastrlhf.config.effects import idle_options
+from fastrlhf.config.errors import ConfigError, shown, spelled
 from fastrlhf.config.inputs import EXPECTED, INPUTS, lora_options
 
 Schedule = Literal["constant", "cosine", "linear", "inverse_sqrt"]
 
 
 class StageConfig(BaseModel):
-    """What SFT, reward model and PPO have in common."""
+    """The fields and checks that SFT, reward model and PPO share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     stage: ClassVar[str]
@@ -77,7 +78,8 @@ class StageConfig(BaseModel):
 
     def replace(self, **changes: Any) -> StageConfig:
         """A copy with some fields changed, checked like a new one."""
-        return type(self)(**{**self.model_dump(), **changes})
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**given, **changes})
 
     @field_validator("*", mode="before")
     @classmethod
@@ -99,7 +101,7 @@ class StageConfig(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> StageConfig:
-        problems = self._contradictions()
+        problems = [*self._contradictions(), *idle_options(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -115,11 +117,11 @@ class StageConfig(BaseModel):
         return wrong
 
 
-CONFIGS: dict[str, type[StageConfig]] = {}  # by verb; config.py fills it
-AUTO = ("micro_batch_tokens", "packing", "probe")  # fields whose None is spelt auto
-_ELSEWHERE = {  # what other libraries and papers call it
+CONFIGS: dict[str, type[StageConfig]] = {}  # by verb; stages.py fills it
+_ELSEWHERE = {  # names of other libraries, of papers and of older versions
     "learning_rate": ("lr",),
     "kl_coef": ("beta", "init_kl_coef", "kl_loss_coef"),
+    "kl_controller_target": ("kl_target",),
     "gae_lambda": ("lam", "lambda", "lambd"),
     "clip_range": ("cliprange", "clip_eps", "epsilon"),
     "clip_range_value": ("cliprange_value",),
@@ -133,13 +135,8 @@ _ELSEWHERE = {  # what other libraries and papers call it
     "save_every": ("save_steps",),
     "eval_every": ("eval_steps",),
 }
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    tuple: "two numbers low,high",
-}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "two numbers low,high"}
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 class FieldHelp(NamedTuple):
@@ -173,13 +170,8 @@ def accepts(cls: type[StageConfig], name: str) -> str:
     if Any in kinds:
         return "a whole number, a mapping, or none"
     word = next(_WORDS[kind] for kind in kinds if kind in _WORDS)
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [
-        f"{sign} {getattr(mark, key)}"
-        for mark in cls.model_fields[name].metadata
-        for key, sign in signs.items()
-        if hasattr(mark, key)
-    ]
+    marks = cls.model_fields[name].metadata
+    bounds = [f"{sign} {getattr(mark, key)}" for mark in marks for key, sign in _SIGNS.items() if hasattr(mark, key)]
     return f"{word} {' and '.join(bounds)}".rstrip() + none
 
 
@@ -200,17 +192,17 @@ def unknown_field(cls: type[StageConfig], name: str) -> str:
 
 
 def _problems(cls: type[StageConfig], error: ValidationError, given: dict[str, Any]) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+    problems: list[tuple[str, str]] = []
     for problem in error.errors(include_url=False):
         name = str(problem["loc"][0]) if problem["loc"] else None
         if name is None:  # raised by _together: sentences already, a line each
-            found += [(line.split(" = ")[0], line) for line in str(problem["ctx"]["error"]).split("\n")]
+            problems += [(line.split(" = ")[0], line) for line in str(problem["ctx"]["error"]).split("\n")]
         elif problem["type"] == "extra_forbidden":
-            found.append((name, unknown_field(cls, name)))
-        elif name not in [known for known, _ in found]:
+            problems.append((name, unknown_field(cls, name)))
+        elif name not in [known for known, _ in problems]:
             expected = EXPECTED if name == "lora" else accepts(cls, name)
-            found.append((name, f"{name} = {shown(given[name])}: expected {expected}"))
-    return found
+            problems.append((name, f"{name} = {shown(given[name])}: expected {expected}"))
+    return problems
 
 
 def _kinds(cls: type[StageConfig], name: str) -> tuple[list[Any], bool]:
@@ -224,19 +216,3 @@ def _kinds(cls: type[StageConfig], name: str) -> tuple[list[Any], bool]:
         elif option is not type(None):
             kinds.append(get_origin(option) or option)
     return kinds, type(None) in options or Any in options
-
-
-def spelled(value: Any, name: str = "") -> str:
-    """A value as it is typed on the command line."""
-    if value is None:
-        return "auto" if name in AUTO else "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (tuple, list)):
-        return ",".join(spelled(part) for part in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,10 @@
-"""The errors that a user can mend."""
+"""The errors that a user can mend, and how they spell a value."""
 
 from __future__ import annotations
+
+from typing import Any
+
+AUTO = ("micro_batch_tokens", "packing", "probe", "loss_aggregation")  # fields whose None is spelt auto
 
 
 class UserError(ValueError):
@@ -15,3 +19,19 @@ class ConfigError(UserError):
         where = where or {}
         lines = [f"{where[name]}: {text}" if name in where else text for name, text in problems]
         super().__init__("\n".join(lines))
+
+
+def spelled(value: Any, name: str = "") -> str:
+    """A value as it is typed on the command line."""
+    if value is None:
+        return "auto" if name in AUTO else "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return ",".join(spelled(part) for part in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""What a recipe names besides the config: the arguments of the three trainers. Imports no torch."""
+"""The arguments of the three trainers, which a recipe names besides the config. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 
 class StageInput(NamedTuple):
-    """What a recipe names besides the config: an argument of the trainer."""
+    """An argument of the trainer, and whether it names a model, rows, a reward or a function."""
 
     required: bool
     kind: Literal["model", "data", "reward", "function"]

@@ -1,7 +1,7 @@
 """Recipes: a YAML file (packaged or the user's own) and field=value overrides, read into inputs and config.
 
-A recipe is flat: the trainer's arguments (policy, prompts, ...) stand beside the config's fields. What --dry-run
-prints and what is written to the run folder is a recipe again.
+A recipe is flat: the trainer's arguments (policy, prompts, ...) stand beside the config's fields. --dry-run prints a
+recipe again, and so is config.yaml of the run folder.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from fastrlhf.config.base import AUTO, StageConfig, config_fields
-from fastrlhf.config.errors import ConfigError, UserError
+from fastrlhf.config.base import StageConfig, config_fields
+from fastrlhf.config.errors import AUTO, ConfigError, UserError
 from fastrlhf.config.inputs import INPUTS
 from fastrlhf.config.stages import CONFIGS
 
@@ -56,14 +56,12 @@ def packaged_recipes() -> list[str]:
 def find_recipe(source: str) -> Path:
     """The file of a recipe: a path that exists, else a packaged recipe's name."""
     path = Path(source).expanduser()
-    packaged = RECIPES / f"{source}.yaml"
     if path.is_file():
         return path
     if source in packaged_recipes():
-        return packaged
-    names = ", ".join(packaged_recipes()) or "none"
+        return RECIPES / f"{source}.yaml"
     what = "is a folder, not a recipe" if path.is_dir() else "no such recipe"
-    raise UserError(f"{source}: {what} (tried {path.absolute()}); packaged recipes: {names}")
+    raise UserError(f"{source}: {what} (tried {path.absolute()}); packaged recipes: {', '.join(packaged_recipes())}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,10 +92,10 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         loader = _Loader(text)
         root = loader.get_single_node()
         for key, node in _pairs(root, path):
-            name, here = str(key.value), f"{path}:{key.start_mark.line + 1}"
+            name, line = str(key.value), f"{path}:{key.start_mark.line + 1}"
             if name in values:
-                raise UserError(f"{here}: {name}: given twice, first in line {where[name].rpartition(':')[2]}")
-            values[name], where[name] = _construct(loader, node, here), here
+                raise UserError(f"{line}: {name}: given twice, first in line {where[name].rpartition(':')[2]}")
+            values[name], where[name] = _construct(loader, node, line), line
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
@@ -106,11 +104,11 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return values, where
 
 
-def _construct(loader: _Loader, node: yaml.Node, here: str) -> Any:
+def _construct(loader: _Loader, node: yaml.Node, line: str) -> Any:
     try:
         return loader.construct_object(node, deep=True)
     except ValueError as error:  # a date or a number that cannot be
-        raise UserError(f"{here}: not a value: {error}") from None
+        raise UserError(f"{line}: not a value: {error}") from None
 
 
 def _read_text(path: Path) -> str:
@@ -186,9 +184,9 @@ def check_paths(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> N
     named = {name: (inputs.get(name), spec.kind) for name, spec in INPUTS[stage].items()}
     if str(config.chat_template).endswith(".jinja"):
         named["chat_template"] = (config.chat_template, "file")
-    found = {name: path_problem(value, kind) for name, (value, kind) in named.items() if isinstance(value, str)}
-    found["output_dir"] = _output_problem(config)
-    problems = [(name, f"{name}: {problem}") for name, problem in found.items() if problem]
+    wrong = {name: path_problem(value, kind) for name, (value, kind) in named.items() if isinstance(value, str)}
+    wrong["output_dir"] = _output_problem(config)
+    problems = [(name, f"{name}: {problem}") for name, problem in wrong.items() if problem]
     if problems:
         raise ConfigError(problems)
 
@@ -232,27 +230,28 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Plain data, paths as text, other objects as "<name>"; no aliases, which the loader refuses."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _named(dumper: yaml.SafeDumper, value: object) -> yaml.Node:
+    return dumper.represent_str(f"<{getattr(value, '__qualname__', type(value).__qualname__)}>")
+
+
+_Dumper.add_multi_representer(object, _named)
+_Dumper.add_multi_representer(Path, lambda dumper, path: dumper.represent_str(str(path)))
+
+
 def resolved_yaml(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> str:
     """The recipe with every field filled in, as YAML that load_recipe reads back to the same values.
 
     Objects handed over in Python (a model, a function) cannot be written: they stand as "<...>".
     """
-    named = {name: _plain(inputs[name]) for name in INPUTS[stage] if inputs.get(name) is not None}
+    named = {name: inputs[name] for name in INPUTS[stage] if inputs.get(name) is not None}
     dumped = config.model_dump(mode="json")
     dumped |= {name: "auto" for name in AUTO if name in dumped and dumped[name] is None}
     fields = {field.name: dumped[field.name] for field in config_fields(type(config))}
-    return yaml.safe_dump(named | fields, sort_keys=False, allow_unicode=True, width=1000)
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, (list, tuple)):
-        whole = len(str(value)) <= MAX_BYTES // 4  # rows handed over in Python are data, not a recipe
-        return [_plain(item) for item in value] if whole else f"<list of {len(value)}>"
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    name = getattr(value, "__qualname__", None) or type(value).__qualname__
-    return f"<{name}>"
+    return yaml.dump(named | fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)

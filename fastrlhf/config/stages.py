@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from fastrlhf.config.base import CONFIGS, Schedule, StageConfig, spelled
+from fastrlhf.config.base import CONFIGS, Schedule, StageConfig
+from fastrlhf.config.effects import GROUP_ESTIMATORS
 
 
 class SupervisedConfig(StageConfig):
@@ -31,8 +32,8 @@ class SFTConfig(SupervisedConfig):
     """shape of the learning rate after the warmup; cosine and linear fall to 0 at the last step"""
     mini_batch_size: int = Field(32, ge=1)
     """sequences of one optimizer step, over all devices"""
-    packing: bool = False
-    """join short sequences into rows of max_tokens; they do not attend to each other"""
+    packing: bool | None = False
+    """join sequences in rows without padding; they do not attend to each other (auto: where flash attention runs)"""
     format: Literal["auto", "text"] = "auto"
     """auto: conversations, loss on the assistant's tokens; text: plain text, loss on every token"""
     eval_fraction: float = Field(0.0, ge=0, lt=1)
@@ -96,6 +97,8 @@ class PPOConfig(StageConfig):
     """peak learning rate of the policy; 0 trains nothing"""
     critic_learning_rate: float = Field(5e-06, ge=0)
     """peak learning rate of the value model"""
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"] = "gae"
+    """estimator; all but gae do without a value model; grpo, dr_grpo and rloo need samples_per_prompt >= 2"""
     gamma: float = Field(1.0, ge=0, le=1)
     """discount per token"""
     gae_lambda: float = Field(0.95, ge=0, le=1)
@@ -107,15 +110,15 @@ class PPOConfig(StageConfig):
     kl_in: Literal["reward", "loss"] = "reward"
     """where the KL acts: in the token rewards or in the policy loss"""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
-    """adaptive: kl_coef follows kl_target"""
-    kl_target: float = Field(6.0, gt=0)
-    """kl/ref that the adaptive controller aims at, in nats a response"""
+    """adaptive: kl_coef follows kl_controller_target"""
+    kl_controller_target: float = Field(6.0, gt=0)
+    """kl/ref that the adaptive controller aims at, in nats a response (target_kl stops updates)"""
     kl_horizon: int = Field(10000, ge=1)
     """responses over which the adaptive controller corrects kl_coef"""
     kl_budget: float | None = Field(None, gt=0)
     """end the run once kl/ref is above this many nats a response"""
     target_kl: float | None = Field(None, gt=0)
-    """stop the updates of a step when kl/approx exceeds 1.5 times this"""
+    """stop the updates of a step when kl/approx exceeds 1.5 times this (kl_controller_target steers kl_coef)"""
     clip_range: float = Field(0.2, ge=0)
     """the policy ratio is clipped to 1 - clip_range .. 1 + clip_range"""
     clip_range_high: float | None = Field(None, ge=0)
@@ -124,8 +127,8 @@ class PPOConfig(StageConfig):
     """where the advantage is negative the loss stops at -dual_clip * advantage"""
     ratio_level: Literal["token", "sequence"] = "token"
     """what the clip compares: each token's ratio, or the geometric mean over a response (GSPO)"""
-    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    """policy loss: mean over tokens, mean over responses of their token means, or sum over max_new_tokens (Dr.GRPO)"""
+    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] | None = Field(None, validate_default=True)
+    """mean of tokens, mean of responses' means, or sum / max_new_tokens (auto: dr_grpo constant, else token_mean)"""
     clip_range_value: float | None = Field(0.2, ge=0)
     """value clip around the old values; none: no clip"""
     vf_coef: float = Field(1.0, ge=0)
@@ -158,8 +161,6 @@ class PPOConfig(StageConfig):
     """passes of the value model over the stored rollouts of the warm-up, at its end"""
     critic_max_grad_norm: float | None = Field(None, gt=0)
     """max_grad_norm of the value model; none: the same as the policy's"""
-    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"] = "gae"
-    """estimator; all but gae do without a value model; grpo, dr_grpo and rloo need samples_per_prompt >= 2"""
     old_log_probs: Literal["recompute", "rollout"] = "recompute"
     """old log-probs from a training forward pass (ratio exactly 1 at first) or from the rollout (faster)"""
     importance_cap: float | None = Field(2.0, ge=1)
@@ -169,7 +170,7 @@ class PPOConfig(StageConfig):
     ref_refresh_every: int = Field(0, ge=0)
     """steps after which the policy of then becomes the reference; 0: never"""
     packing: bool | None = None
-    """train on the sequences of a micro-batch joined in one row, without padding (auto: where flash attention runs)"""
+    """join sequences in rows without padding; they do not attend to each other (auto: where flash attention runs)"""
     probe: bool | None = None
     """before step 1, an update on the longest sequences allowed: memory runs out at once or never (auto: on a GPU)"""
     offload: bool = False
@@ -179,6 +180,12 @@ class PPOConfig(StageConfig):
     best_of_n: int = Field(0, ge=0)
     """before step 1, the reward of the best of 1, 2, 4 ... up to so many samples of the reference; 0: not measured"""
 
+    @field_validator("loss_aggregation")
+    @classmethod
+    def _aggregation(cls, value: str | None, info: ValidationInfo) -> str:
+        """Dr.GRPO comes with a sum of its own. Resolved here, config.yaml says what runs."""
+        return value or ("constant" if info.data.get("advantage") == "dr_grpo" else "token_mean")
+
     def _contradictions(self) -> list[str]:
         wrong = super()._contradictions()
         per_prompt, batch = self.samples_per_prompt, self.rollout_batch_size
@@ -186,34 +193,14 @@ class PPOConfig(StageConfig):
             wrong.append(f"samples_per_prompt = {per_prompt}: must divide rollout_batch_size = {batch}")
         if self.mini_batch_size > batch:
             wrong.append(f"mini_batch_size = {self.mini_batch_size}: above rollout_batch_size = {batch}")
-        if self.advantage in ("grpo", "dr_grpo", "rloo") and per_prompt < 2:
+        if self.advantage in GROUP_ESTIMATORS and per_prompt < 2:
             wrong.append(f"advantage = {self.advantage}: compares responses; set samples_per_prompt >= 2")
-        if self.kl_in == "loss" and self.kl_coef == 0:
-            wrong.append("kl_in = loss: has no effect with kl_coef = 0; set kl_coef above 0 or leave kl_in out")
-        if self.advantage != "gae" and self.critic == "shared_trunk":
-            wrong.append(f"critic = shared_trunk: advantage = {self.advantage} has no critic; leave critic out")
-        if self.kl_controller == "adaptive" and (self.kl_in == "loss" or self.kl_coef == 0):
-            wrong.append("kl_controller = adaptive: steers kl_coef in the reward; use kl_in = reward, kl_coef > 0")
         if self.overlong_penalty is not None and self.overlong_penalty > self.max_new_tokens:
             wrong.append(f"overlong_penalty = {self.overlong_penalty}: above max_new_tokens = {self.max_new_tokens}")
         if self.whiten_advantages == "group" and per_prompt < 2:
             wrong.append("whiten_advantages = group: a group needs samples_per_prompt >= 2")
-        if self.best_of_n and not self.eval_every:
-            wrong.append(f"best_of_n = {self.best_of_n}: measured at the first evaluation; set eval_every above 0")
-        return wrong + self._critic_contradictions()
-
-    def _critic_contradictions(self) -> list[str]:
-        wrong = []
-        warmup = f"critic_warmup_steps = {self.critic_warmup_steps}"
-        if self.advantage != "gae":
-            unused = {"critic_warmup_steps": 0, "bootstrap_truncated": False, "critic_max_grad_norm": None}
-            for name, off in unused.items():
-                if getattr(self, name) != off:
-                    said = f"{name} = {spelled(getattr(self, name))}"
-                    wrong.append(f"{said}: advantage = {self.advantage} has no critic; set it to {spelled(off)}")
-        if self.critic_pretrain_epochs and not self.critic_warmup_steps:
-            wrong.append(f"critic_pretrain_epochs = {self.critic_pretrain_epochs}: set critic_warmup_steps above 0 too")
         if self.critic_warmup_steps >= self.total_steps:
+            warmup = f"critic_warmup_steps = {self.critic_warmup_steps}"
             wrong.append(f"{warmup}: leaves the policy none of total_steps = {self.total_steps}")
         return wrong
 
@@ -222,21 +209,21 @@ CONFIGS |= {c.stage: c for c in (SFTConfig, RewardConfig, PPOConfig)}
 
 
 def updates_per_step(config: PPOConfig) -> int:
-    """ppo_epochs * ceil(rollout_batch_size / mini_batch_size), of the policy and of the critic."""
+    """Optimizer steps of each role in a PPO step: ppo_epochs * ceil(rollout_batch_size / mini_batch_size)."""
     return config.ppo_epochs * -(-config.rollout_batch_size // config.mini_batch_size)
 
 
 def policy_updates(config: PPOConfig) -> int:
-    """Of all steps behind the critic's warm-up."""
+    """Optimizer steps of the policy in a run; it stays as it is while the critic warms up."""
     return (config.total_steps - config.critic_warmup_steps) * updates_per_step(config)
 
 
 def pretraining_updates(config: PPOConfig) -> int:
-    """Of the critic over the stored rollouts of its warm-up, in all passes."""
+    """Optimizer steps of the critic over the stored rollouts of its warm-up, in all passes."""
     rows = config.critic_warmup_steps * config.rollout_batch_size
     return config.critic_pretrain_epochs * -(-rows // config.mini_batch_size)
 
 
 def critic_updates(config: PPOConfig) -> int:
-    """Of all steps, and of the passes at the end of the warm-up."""
+    """Optimizer steps of the critic in a run, those over the stored rollouts included."""
     return config.total_steps * updates_per_step(config) + pretraining_updates(config)

@@ -230,7 +230,7 @@ KL_ERROR_CLIP = 0.2  # the error is clipped to +-20%, as in the paper
 class KLController:
     """kl_coef, fixed or adaptive (Ziegler et al. 2019, sec. 2.2): after each step
 
-        coef *= 1 + clip(kl / kl_target - 1, +-0.2) * responses / kl_horizon
+        coef *= 1 + clip(kl / kl_controller_target - 1, +-0.2) * responses / kl_horizon
 
     with kl in nats a response (`kl/ref`) and the responses of all devices.
     """
@@ -242,7 +242,7 @@ class KLController:
         """kl: `kl/ref` of the step, measured before its updates."""
         if self.config.kl_controller == "fixed":
             return
-        error = min(max(kl / self.config.kl_target - 1.0, -KL_ERROR_CLIP), KL_ERROR_CLIP)
+        error = min(max(kl / self.config.kl_controller_target - 1.0, -KL_ERROR_CLIP), KL_ERROR_CLIP)
         self.coef *= 1.0 + error * self.config.rollout_batch_size / self.config.kl_horizon
 
     def state(self) -> dict[str, float]:

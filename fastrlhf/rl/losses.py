@@ -42,8 +42,6 @@ def token_weights(experience: Experience, mini_batch: MiniBatch, config: PPOConf
     their means (sequence_mean), or the sum over max_new_tokens (constant; Liu et al. 2025, dr_grpo).
     """
     kind, mask = config.loss_aggregation, experience.response_mask
-    if config.advantage == "dr_grpo" and kind == "token_mean":  # the paper's estimator comes with its own sum
-        kind = "constant"
     if kind == "token_mean":
         return experience.weights
     tokens = mask[mini_batch].sum()

@@ -16,7 +16,7 @@ FORMS = {
     "packed": {"packing": True},
     "shared trunk": {"critic": "shared_trunk"},
     "lora": {"lora": 4},
-    "no critic": {"advantage": "rloo", "samples_per_prompt": 2},
+    "no critic": {"advantage": "rloo", "samples_per_prompt": 2, "critic_learning_rate": 0},
 }
 TINY_STEP = 1e-6  # AdamW's first step moves a weight by it; bf16 between 0.25 and 0.5 has steps of 1/512
 

@@ -128,7 +128,13 @@ def test_the_rule_is_importable_without_torch():
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("quickstart") / "run"
-    short = ["sft.total_steps=3", "reward.total_steps=2", "reward.mini_batch_size=4", "ppo.total_steps=1"]
+    short = [
+        "sft.total_steps=3",
+        "reward.total_steps=2",
+        "reward.epochs=1",
+        "reward.mini_batch_size=4",
+        "ppo.total_steps=1",
+    ]
     small = ["ppo.rollout_batch_size=4", "ppo.mini_batch_size=4", "ppo.max_new_tokens=8", "ppo.eval_every=0"]
     code = quickstart.main([f"output_dir={out}", "seed=3", *short, *small])
     return out, code

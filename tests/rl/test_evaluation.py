@@ -28,7 +28,7 @@ def letters(prompts, responses):
 
 def trainer(run=None, *, judge=None, reward=letters, eval_prompts=HELD_OUT, **fields: object) -> PPOTrainer:
     base = {"total_steps": 3, "rollout_batch_size": 8, "mini_batch_size": 8, "max_new_tokens": 10, "eval_every": 1,
-            "learning_rate": 2e-2, "critic_learning_rate": 1e-3, "save_every": 1,
+            "learning_rate": 2e-2, "critic_learning_rate": 1e-3, "save_every": 1 if run else 0,
             "output_dir": None if run is None else str(run)}  # fmt: skip
     return PPOTrainer(
         PPOConfig(**{**base, **fields}), policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=reward,
@@ -157,7 +157,7 @@ def test_a_judges_mistakes_name_it_and_the_sample(returned, message):
     ({"judge": letters, "eval_prompts": None}, "judge: measured on held-out prompts; give eval_prompts"),
     ({"best_of_n": 4, "eval_prompts": None}, "best_of_n: measured on held-out prompts; give eval_prompts"),
     ({"judge": letters, "eval_every": 0}, "judge: measured in evaluations; set eval_every"),
-    ({"best_of_n": 4, "eval_every": 0}, "best_of_n = 4: measured at the first evaluation; set eval_every"),
+    ({"best_of_n": 4, "eval_every": 0}, "best_of_n = 4: eval_every = 0 evaluates nothing, .* set eval_every"),
     ({"judge": 3}, "judge: 3 is neither a function"),
     ({"judge": "no_such_module_x:f"}, "judge: cannot import 'no_such_module_x'"),
 ])  # fmt: skip

@@ -12,6 +12,7 @@ import yaml
 from fastrlhf import PPOConfig, PPOTrainer, UserError
 from fastrlhf.config.recipe import RECIPES, load_recipe
 from fastrlhf.models.token_batch import target_log_probs
+from fastrlhf.ppo import PPOStep
 from fastrlhf.rl.advantages import KLController, RunningMoments, shape_scores
 from fastrlhf.runtime.optim import Optimizer
 from tests import tiny
@@ -25,11 +26,19 @@ def reward(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def trainer(**fields: object) -> PPOTrainer:
-    base = {"total_steps": 2, "rollout_batch_size": 8, "mini_batch_size": 8, "max_new_tokens": 10, "eval_every": 0,
-            "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "ppo_epochs": 1}  # fmt: skip
-    return PPOTrainer(
-        PPOConfig(**{**base, **fields}), policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=reward, prompts=PROMPTS
-    )
+    base = {
+        "total_steps": 2,
+        "rollout_batch_size": 8,
+        "mini_batch_size": 8,
+        "max_new_tokens": 10,
+        "eval_every": 0,
+        "learning_rate": 1e-3,
+        "ppo_epochs": 1,
+    }
+    base |= {"critic_learning_rate": 1e-3} if fields.get("advantage", "gae") == "gae" else {}
+    inputs = {"policy": tiny.llama(), "tokenizer": tiny.tokenizer(), "reward": reward, "prompts": PROMPTS}
+    inputs |= {"ref_policy": fields.pop("ref_policy")} if "ref_policy" in fields else {}
+    return PPOTrainer(PPOConfig(**{**base, **fields}), **inputs)
 
 
 def test_penalties_of_length():
@@ -42,7 +51,9 @@ def test_penalties_of_length():
 
 def test_the_adaptive_controller():
     """Ziegler et al. 2019: proportional, clipped to 20%, in units of responses; its state survives."""
-    config = PPOConfig(kl_controller="adaptive", kl_coef=0.1, kl_target=6.0, kl_horizon=1000, rollout_batch_size=100)
+    config = PPOConfig(
+        kl_controller="adaptive", kl_coef=0.1, kl_controller_target=6.0, kl_horizon=1000, rollout_batch_size=100
+    )
     controller = KLController(config)
     controller.update(6.6)
     assert controller.coef == pytest.approx(0.1 * (1 + 0.1 * 0.1))
@@ -59,7 +70,7 @@ def test_the_adaptive_controller():
 
 
 def test_the_adaptive_coefficient_is_what_the_rewards_use():
-    t = trainer(kl_controller="adaptive", kl_target=0.01, kl_horizon=8, total_steps=4, learning_rate=1e-2)
+    t = trainer(kl_controller="adaptive", kl_controller_target=0.01, kl_horizon=8, total_steps=4, learning_rate=1e-2)
     coefs = [step.metrics["kl/coef"] for step in t]
     assert coefs[0] == 0.05 and coefs[1] == pytest.approx(0.05 * 0.8) and coefs[3] > coefs[2]
     rollout, _ = t._rollout([t.prompts[0]] * 4, 1, purpose="rollout")
@@ -100,11 +111,11 @@ def gradient(t: PPOTrainer, rollout, experience, plan) -> list[torch.Tensor]:
     return kept
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+@pytest.mark.parametrize("aggregation", [None, "token_mean", "sequence_mean", "constant"])
 def test_dr_grpo_is_summed_over_the_longest_length_and_measured_as_every_estimator(aggregation):
-    """Liu et al. 2025: its own sum in place of the token mean, divided by its constant once; ratio: a token mean."""
-    grads = {}
-    for advantage, asked in (("dr_grpo", aggregation), ("rloo", aggregation), ("rloo", "constant")):
+    """Liu et al. 2025: its own sum where none is given, divided by its constant once; ratio: a token mean."""
+    grads = []
+    for advantage, asked in (("dr_grpo", aggregation), ("rloo", aggregation or "constant")):
         t = trainer(advantage=advantage, samples_per_prompt=4, loss_aggregation=asked, max_grad_norm=1e9)
         rollout, _ = t._rollout(t.prompts[:2], 4, purpose="rollout")
         rollout.scores = [float(i) for i in range(8)]
@@ -113,20 +124,32 @@ def test_dr_grpo_is_summed_over_the_longest_length_and_measured_as_every_estimat
         experience.advantages = experience.token_mask.float()
         stats = t.learner.accumulate(rollout, experience, plan[0][0], policy=True, critic=False)[0]["policy"]
         assert float(stats[4]) == pytest.approx(1.0)
-        grads[advantage, asked] = torch.cat([p.grad.flatten() for p in t.policy.parameters()])
-    want = grads["rloo", "constant" if aggregation == "token_mean" else aggregation]
-    torch.testing.assert_close(grads["dr_grpo", aggregation], want)
+        grads.append(torch.cat([p.grad.flatten() for p in t.policy.parameters()]))
+    torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("micro", [1, 10_000])
+@pytest.mark.parametrize(("micro", "clips"), [(1, (0.2, None, None)), (10_000, (0.1, 0.28, 1.2))])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
-def test_the_policy_loss_is_what_the_papers_write(level, aggregation, micro):
-    """Row by row, in plain torch: clip of a token's or a response's ratio, mean over tokens or responses, or a sum."""
+def test_the_policy_loss_is_what_the_papers_write(level, aggregation, micro, clips):
+    """Row by row, in plain torch: clip of a token's or a response's ratio, mean over tokens or responses, or a sum.
+
+    clips: clip_range, clip_range_high, dual_clip, the last two as DAPO's higher side and Ye et al. 2020.
+    """
+    low, high, dual = clips
     t = trainer(
-        ratio_level=level, loss_aggregation=aggregation, micro_batch_tokens=micro, critic="shared_trunk", vf_coef=0.0,
-        importance_cap=None, max_grad_norm=1e9, entropy_coef=0.01,
-    )  # fmt: skip
+        ratio_level=level,
+        loss_aggregation=aggregation,
+        micro_batch_tokens=micro,
+        critic="shared_trunk",
+        vf_coef=0.0,
+        importance_cap=None,
+        max_grad_norm=1e9,
+        entropy_coef=0.01,
+        clip_range=low,
+        clip_range_high=high,
+        dual_clip=dual,
+    )
     rollout, _ = t._rollout([t.prompts[i % 6] for i in range(8)], 1, purpose="rollout")
     rollout.response_ids = [ids[: 3 + i] for i, ids in enumerate(rollout.response_ids)]
     for name in ("log_probs", "policy_log_probs", "values"):
@@ -146,7 +169,8 @@ def test_the_policy_loss_is_what_the_papers_write(level, aggregation, micro):
         log_probs = target_log_probs(t.policy, batch, 1.0)
         old, gain = experience.old_log_probs[i, :length], experience.advantages[i, :length]
         ratio = (log_probs - old).exp() if level == "token" else (log_probs - old).mean().exp().expand(length)
-        terms.append(torch.maximum(-gain * ratio, -gain * ratio.clamp(0.8, 1.2)))
+        term = torch.maximum(-gain * ratio, -gain * ratio.clamp(1 - low, 1 + (high or low)))
+        terms.append(torch.where(gain < 0, term.clamp(max=-gain * dual), term) if dual else term)
         table = t.policy(batch.input_ids).logits[0].log_softmax(-1)[len(rollout.prompt_ids[i]) - 1 : -1]
         entropies.append(-(table.exp() * table).sum(-1))
         tokens += length
@@ -167,8 +191,17 @@ def test_the_kl_in_a_loss_of_sequence_ratios_is_that_of_token_ratios(estimator):
     """At ratio 1 both clips give the same gradient, so the KL's and the entropy's must agree too."""
     grads = []
     for level in ("token", "sequence"):
-        t = trainer(ratio_level=level, kl_in="loss", kl_estimator=estimator, kl_coef=0.3, critic="shared_trunk",
-                    vf_coef=0.0, whiten_advantages=False, gae_lambda=1.0, max_grad_norm=1e9)  # fmt: skip
+        t = trainer(
+            ratio_level=level,
+            kl_in="loss",
+            kl_estimator=estimator,
+            kl_coef=0.3,
+            critic="shared_trunk",
+            vf_coef=0.0,
+            whiten_advantages=False,
+            gae_lambda=1.0,
+            max_grad_norm=1e9,
+        )
         rollout, _ = t._rollout([t.prompts[i % 6] for i in range(8)], 1, purpose="rollout")
         rollout.scores = [float(i) for i in range(8)]
         plan = t._plan(rollout)
@@ -181,8 +214,9 @@ def test_the_kl_in_a_loss_of_sequence_ratios_is_that_of_token_ratios(estimator):
 
 def test_the_optimizer_gets_its_settings():
     weight = torch.nn.Parameter(torch.tensor([2.0]))
-    optimizer = Optimizer({"w": weight}, name="adamw", learning_rate=0.1, max_grad_norm=1e9, betas=(0.5, 0.75), eps=0.1,
-                          weight_decay=0.2)  # fmt: skip
+    optimizer = Optimizer(
+        {"w": weight}, name="adamw", learning_rate=0.1, max_grad_norm=1e9, betas=(0.5, 0.75), eps=0.1, weight_decay=0.2
+    )
     weight.grad = torch.tensor([3.0])
     optimizer.step(0.1)
     first, second = 0.5 * 3 / (1 - 0.5), 0.25 * 9 / (1 - 0.75)
@@ -193,11 +227,127 @@ def test_the_optimizer_gets_its_settings():
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.5, 0.6), 1e-3, 0.3)
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"adam_betas": (0.9, 1.0)}, "adam_betas = 0.9,1: both must be"),
-    ({"kl_controller": "adaptive", "kl_coef": 0.0}, "kl_controller = adaptive"),
-    ({"overlong_penalty": 300}, "overlong_penalty = 300: above max_new_tokens = 256"),
-])  # fmt: skip
+# ---------------------------------------------------------------------------- one step of the trainer, by hand
+#
+# The critic's head starts at 0 and the policy is its own reference, so that in step 1 every value and every KL is 0:
+# returns and advantages are the shaped scores, discounted back from the last token.
+
+
+def first_step(**fields: object) -> tuple[PPOTrainer, PPOStep]:
+    t = trainer(**fields)
+    return t, next(iter(t))
+
+
+def discounted(step: PPOStep, shaped: list[float], discount: float) -> torch.Tensor:
+    """Returns of all response tokens, one row behind the other."""
+    lengths = [len(ids) for ids in step.rollout.response_ids]
+    rows = [[s * discount ** (n - 1 - i) for i in range(n)] for s, n in zip(shaped, lengths, strict=True)]
+    return torch.tensor([x for row in rows for x in row], dtype=torch.float64)
+
+
+def shaped(step: PPOStep, fields: dict[str, float]) -> list[float]:
+    """docs/options.md, "Rewards", in its order, for the first batch of scores."""
+    scores = torch.tensor(step.rollout.scores, dtype=torch.float64)
+    if "reward_scaling" in fields:
+        centre = scores.mean() if fields["reward_scaling"] == "running_norm" else 0.0
+        scores = (scores - centre) / scores.std()
+    scores = scores.clamp(-fields.get("reward_clip", torch.inf), fields.get("reward_clip", torch.inf))
+    unfinished = torch.tensor([0.0 if done else 1.0 for done in step.rollout.finished], dtype=torch.float64)
+    lengths = torch.tensor([float(len(ids)) for ids in step.rollout.response_ids], dtype=torch.float64)
+    scores = scores - fields.get("missing_eos_penalty", 0.0) * unfinished - fields.get("length_penalty", 0.0) * lengths
+    if "overlong_penalty" in fields:
+        last = fields["overlong_penalty"]
+        scores = scores - ((lengths - (10 - last)) / last).clamp(0, 1)
+    return scores.tolist()
+
+
+SHAPING = [
+    {},
+    {"gamma": 0.5, "gae_lambda": 1.0},
+    {"gae_lambda": 0.5},
+    {"gamma": 0.9, "gae_lambda": 0.0},
+    {"reward_scaling": "running_std"},
+    {"reward_scaling": "running_norm", "reward_clip": 0.5},
+    {"reward_clip": 0.3},
+    {"missing_eos_penalty": 2.0},
+    {"length_penalty": 0.25},
+    {"overlong_penalty": 4},
+]
+
+
+@pytest.mark.parametrize("fields", SHAPING, ids=str)
+def test_the_critic_learns_the_shaped_scores_discounted(fields):
+    """value/loss of values 0 is half the mean square of the returns."""
+    _, step = first_step(**fields)
+    discount = fields.get("gamma", 1.0) * fields.get("gae_lambda", 0.95)
+    returns = discounted(step, shaped(step, fields), discount)
+    assert step.metrics["value/loss"] == pytest.approx(float(returns.square().mean()) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("clip", [None, 0.4])
+@pytest.mark.parametrize("whiten", [False, True])
+def test_the_policy_is_trained_on_advantages_whitened_then_clipped(whiten, clip):
+    """At ratio 1 the policy loss is minus the mean of the advantages."""
+    _, step = first_step(whiten_advantages=whiten, advantage_clip=clip)
+    advantages = discounted(step, step.rollout.scores, 0.95)
+    if whiten:
+        advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
+    if clip is not None:
+        advantages = advantages.clamp(-clip, clip)
+    assert step.metrics["policy/loss"] == pytest.approx(-float(advantages.mean()), rel=1e-4, abs=1e-5)
+
+
+def test_entropy_bonus_and_kl_are_terms_of_the_loss():
+    """Each changes the loss of the first update by its coefficient times what the step measures of it."""
+    plain, entropy, kl = (
+        first_step(ref_policy=tiny.llama(seed=1), kl_in="loss", kl_coef=coef, entropy_coef=bonus)[1].metrics
+        for coef, bonus in ((1e-9, 0.0), (1e-9, 0.5), (0.5, 0.0))
+    )
+    assert plain["policy/loss"] - entropy["policy/loss"] == pytest.approx(0.5 * entropy["policy/entropy"], rel=1e-4)
+    nats_a_token = kl["kl/ref"] / kl["length/mean"]
+    assert kl["policy/loss"] - plain["policy/loss"] == pytest.approx(0.5 * nats_a_token, rel=1e-4)
+
+
+def test_the_value_loss_is_weighted_and_clipped_around_the_old_values():
+    half, whole = (first_step(vf_coef=weight)[1].metrics for weight in (0.5, 1.0))
+    assert whole["value/grad_norm"] == pytest.approx(2 * half["value/grad_norm"], rel=1e-5)
+    assert whole["value/loss"] == half["value/loss"]
+    many = {"ppo_epochs": 4, "critic_learning_rate": 1e-2}
+    assert first_step(**many, clip_range_value=None)[1].metrics["value/clip_frac"] == 0.0
+    assert first_step(**many, clip_range_value=1e-3)[1].metrics["value/clip_frac"] > 0.5
+
+
+def test_the_temperature_is_that_of_sampling_and_of_every_log_prob():
+    """One that sampling alone knew would show as a mismatch between decoding and the training forward."""
+    cold, warm = (first_step(temperature=degree)[1].metrics for degree in (0.5, 1.0))
+    assert cold["policy/entropy"] < warm["policy/entropy"] - 0.3
+    assert max(cold["rollout/mismatch_max"], warm["rollout/mismatch_max"]) < 1e-4
+
+
+def test_the_learning_rate_follows_its_schedule():
+    """Two steps of warm-up, then half a cosine over the other four: 1/2, 1, 1, 0.854, 1/2, 0.146 of the peak."""
+    t = trainer(total_steps=6, lr_schedule="cosine", warmup_steps=2)
+    rates = [t.learner.policy_optimizer.inner.param_groups[0]["lr"] for _ in t]
+    assert rates == pytest.approx([1e-3 * x for x in (0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447)], rel=1e-5)
+
+
+def test_gradients_are_scaled_down_to_max_grad_norm():
+    """With an eps far above the gradient AdamW's first step is learning_rate / eps times what was clipped."""
+    t = trainer(max_grad_norm=1e-3, adam_eps=1.0)
+    before = torch.cat([p.detach().flatten().clone() for p in t.policy.parameters()])
+    step = next(iter(t))
+    after = torch.cat([p.detach().flatten() for p in t.policy.parameters()])
+    assert step.metrics["policy/grad_norm"] > 0.1  # as it was before
+    assert float((after - before).norm()) == pytest.approx(1e-3 * 1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"adam_betas": (0.9, 1.0)}, "adam_betas = 0.9,1: both must be"),
+        ({"overlong_penalty": 300}, "overlong_penalty = 300: above max_new_tokens = 256"),
+    ],
+)
 def test_contradictions_are_sentences(fields, message):
     with pytest.raises(UserError, match=message):
         PPOConfig(**fields)
@@ -210,16 +360,26 @@ def test_a_recipe_runs_shortened(name, tmp_path):
     _, full = load_recipe("ppo", name, inputs)
     written = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     assert all(name in PPOConfig.model_fields for name in written)
-    short = {"total_steps": 2, "rollout_batch_size": 8, "mini_batch_size": 4, "max_new_tokens": 6,
-             "max_prompt_tokens": 60, "critic_warmup_steps": min(full.critic_warmup_steps, 1), "eval_every": 0,
-             "samples_per_prompt": min(full.samples_per_prompt, 4), "output_dir": None, "save_every": 0}  # fmt: skip
+    short = {
+        "total_steps": 2,
+        "rollout_batch_size": 8,
+        "mini_batch_size": 4,
+        "max_new_tokens": 6,
+        "max_prompt_tokens": 60,
+        "critic_warmup_steps": min(full.critic_warmup_steps, 1),
+        "eval_every": 0,
+        "samples_per_prompt": min(full.samples_per_prompt, 4),
+        "output_dir": None,
+        "save_every": 0,
+    }
     if full.overlong_penalty is not None:
         short["overlong_penalty"] = 2
     policy = tiny.llama()
     before = policy.lm_head.weight.detach().clone()
     ptx = [{"text": text} for text in tiny.TEXTS] if full.ptx_coef else None
-    t = PPOTrainer(full.replace(**short), policy=policy, tokenizer=tiny.tokenizer(), reward=reward, prompts=PROMPTS,
-                   ptx_data=ptx)  # fmt: skip
+    t = PPOTrainer(
+        full.replace(**short), policy=policy, tokenizer=tiny.tokenizer(), reward=reward, prompts=PROMPTS, ptx_data=ptx
+    )
     steps = [step.metrics for step in t]
     assert len(steps) == 2 and steps[1]["update/skipped"] == 0
     assert ("ptx/loss" in steps[1]) == (name in ("ppo-max", "instructgpt"))

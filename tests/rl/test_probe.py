@@ -20,7 +20,7 @@ FORMS = {
     "packed": {"packing": True},
     "shared trunk": {"critic": "shared_trunk"},
     "lora": {"lora": 4},
-    "no critic": {"advantage": "rloo", "samples_per_prompt": 2},
+    "no critic": {"advantage": "rloo", "samples_per_prompt": 2, "critic_learning_rate": 0},
     "ptx": {"ptx_coef": 0.5},
     "sequence ratio": {"ratio_level": "sequence", "loss_aggregation": "sequence_mean", "kl_in": "loss"},
 }

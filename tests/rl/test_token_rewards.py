@@ -93,10 +93,10 @@ def by_hand(scores, mask, log_probs, ref, values, tokens, *, gamma, lam, kl_coef
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_token_rewards_act_where_they_fall(batch, advantage, gamma):
     scores, mask, log_probs, ref, values, tokens = batch
-    config = PPOConfig(advantage=advantage, gamma=gamma, gae_lambda=0.7, kl_coef=0.3, whiten_advantages=False)
+    lam = 0.7 if advantage == "gae" else 1.0
+    config = PPOConfig(advantage=advantage, gamma=gamma, gae_lambda=lam, kl_coef=0.3, whiten_advantages=False)
     got, returns = advantages.estimate_advantages(scores, log_probs, ref, values, mask, config, token_rewards=tokens)
     critic = values if advantage == "gae" else torch.zeros_like(values)
-    lam = 0.7 if advantage == "gae" else 1.0
     want = by_hand(scores, mask, log_probs, ref, critic, tokens, gamma=gamma, lam=lam, kl_coef=0.3)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(returns, (want + critic) * mask, rtol=1e-12, atol=1e-12)

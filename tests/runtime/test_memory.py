@@ -75,7 +75,7 @@ def rolled_out(**fields: object) -> tuple:
 
 PLACES = [(0, 0), (0, 1), (1, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1), (5, 0), (5, 1)]  # mini-batch, micro-batch
 FORMS = {
-    "policy alone": {"advantage": "rloo", "samples_per_prompt": 2},
+    "policy alone": {"advantage": "rloo", "samples_per_prompt": 2, "critic_learning_rate": 0},
     "shared trunk": {"critic": "shared_trunk"},
     "lora, packed": {"lora": 4, "critic": "shared_trunk", "packing": True},
     "critic": {},  # memory runs out in the critic
