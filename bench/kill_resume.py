@@ -37,9 +37,7 @@ import yaml  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from torch.utils import tensorboard  # noqa: E402, F401 (imported once here, not in every child)
 
-from fastrlhf import (
-    sft,  # noqa: E402, F401 (the same)
-)
+from fastrlhf import sft  # noqa: E402, F401 (the same)
 
 STAGES = ("sft", "reward", "ppo")
 CALLS = ("rename", "replace", "fsync", "mkdir", "chmod", "unlink", "rmdir")
@@ -48,6 +46,15 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
 EXIT_INTERRUPTED = 75
 
 READS = {
@@ -96,11 +103,7 @@ def make_inputs(folder: Path) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|pad|>")
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
-        "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
-    }  # fmt: skip
+    shape = {**SHAPE, "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
     policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, tie_word_embeddings=True))
     judge = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**shape, num_labels=1))
     for name, model in (("model", policy), ("reward", judge)):
@@ -254,10 +257,8 @@ class Experiment:
         for kind in kinds:
             left = 1 - (last_step(run) or 0) / FIELDS[self.stage]["total_steps"]
             when = rng.uniform(0, max(left, 0.1) * (self.calls if kind == "call" else self.seconds))
-            while not self._kill(
-                run, when, kind == "call"
-            ):  # faster than the reference: it must be killed all the same
-                shutil.rmtree(run)
+            while not self._kill(run, when, kind == "call"):
+                shutil.rmtree(run)  # it was faster than the reference, and must be killed all the same
                 when /= 2
             where.append(f"{kind} {when:.2f}, newest checkpoint {last_step(run)}")
         self.finish(run)
@@ -271,9 +272,9 @@ class Experiment:
 
     def differences(self, run: Path) -> list[str]:
         """Files that are not byte for byte those of the reference run: results, last checkpoints, metrics, samples."""
-        expected, found = comparable(self.reference), comparable(run)
-        names = sorted(expected.keys() | found.keys())
-        return [name for name in names if expected.get(name) != found.get(name)]
+        expected, actual = comparable(self.reference), comparable(run)
+        names = sorted(expected.keys() | actual.keys())
+        return [name for name in names if expected.get(name) != actual.get(name)]
 
 
 def last_step(run: Path) -> int | None:
@@ -281,7 +282,7 @@ def last_step(run: Path) -> int | None:
 
 
 def comparable(run: Path) -> dict[str, bytes]:
-    """What the seed alone determines, by relative path. Left out: wall clock, log, the recipe (it names the folder)."""
+    """Files that the seed alone determines, by relative path; no wall clock, log or recipe (it names the folder)."""
     kept = {"metrics.jsonl", "samples.jsonl", "events.jsonl"}
     folders = {"checkpoints", "final", "best"}
     paths = (path for path in sorted(run.rglob("*")) if path.is_file())
@@ -349,8 +350,8 @@ def sweep(stage: str, inputs: Path) -> dict[str, Any]:
         code = experiment.child(run, kill_at=call).wait()
         if code != -signal.SIGKILL:
             raise RuntimeError(f"{run} ended with {code} before call {call} of {experiment.calls}")
-        found = experiment.differences(experiment.finish(run))
-        different |= {run.name: found} if found else {}
+        names = experiment.differences(experiment.finish(run))
+        different |= {run.name: names} if names else {}
         shutil.rmtree(run)
     return {
         "stage": stage,

@@ -8,10 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastrlhf.checkpoint.state import optimizer_tensors, rng_tensors
 from fastrlhf.checkpoint.store import CheckpointStore

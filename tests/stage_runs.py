@@ -24,7 +24,8 @@ def letters(prompts: list[str], responses: list[str]) -> list[float]:
 
 def build(stage: str, **fields: object) -> Trainer:
     """A trainer of a tiny model; the numbers depend on the stage and the fields alone."""
-    fields, tokenizer = {**COMMON, **fields}, tiny.tokenizer()
+    common = COMMON if fields.get("output_dir") else {**COMMON, "save_every": 0}
+    fields, tokenizer = {**common, **fields}, tiny.tokenizer()
     if stage == "sft":
         rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
         held = {"data": rows, "eval_data": rows[:2]}

@@ -19,7 +19,9 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
 )
+from transformers.utils import logging
 
+from fastrlhf.checkpoint.quiet import quiet_loading
 from fastrlhf.checkpoint.state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
 from fastrlhf.checkpoint.store import CheckpointStore, manifest_text
 from fastrlhf.config.errors import UserError
@@ -162,6 +164,19 @@ def test_another_model_is_refused_by_the_first_weight(
     assert equal(before, model.state_dict())
 
 
+def test_state_comes_back_in_the_order_of_the_parameters(tmp_path: Path) -> None:
+    """In the file 10 stands before 2; an optimizer's own steps would have met 2 first."""
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(12)]
+    optimizer, other = (torch.optim.SGD(parameters, lr=1, momentum=0.9) for _ in range(2))
+    for index, parameter in enumerate(parameters):
+        optimizer.state[parameter]["momentum_buffer"] = torch.full((1,), float(index))
+    tensors, data = optimizer_tensors(optimizer, "p")
+    store = CheckpointStore(tmp_path)
+    store.save(1, models={}, tensors={"optimizer": tensors}, state=data)
+    load_optimizer_tensors(other, store.latest().tensors("optimizer"), store.latest().state)
+    assert [float(entry["momentum_buffer"]) for entry in other.state.values()] == list(range(12))
+
+
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     checkpoint = store_with(tmp_path, tiny()).latest()
     with pytest.raises(UserError, match="no model called 'value'"):
@@ -269,6 +284,16 @@ def test_other_library_versions_are_noted(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     assert store.latest().step == 1
     assert len(store.notes) == 1 and "torch 1.0 -> " in store.notes[0]
+
+
+def test_the_progress_bars_are_hidden_and_come_back_even_after_an_error() -> None:
+    for shown in (logging.enable_progress_bar, logging.disable_progress_bar):
+        shown()
+        before = logging.is_progress_bar_enabled()
+        with pytest.raises(OSError), quiet_loading():
+            assert not logging.is_progress_bar_enabled()
+            raise OSError
+        assert logging.is_progress_bar_enabled() == before
 
 
 def test_an_empty_run_has_no_checkpoint(tmp_path: Path) -> None:

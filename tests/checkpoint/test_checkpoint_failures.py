@@ -51,14 +51,14 @@ def test_every_damage_is_found_and_the_previous_checkpoint_is_used(tmp_path: Pat
     rng = random.Random(0)
     kinds = ["flip"] * 8 + ["truncate"] * 4 + ["grow", "delete"]
     for kind, name in [(kind, name) for name in names for kind in kinds]:
-        keep = (newest / name).read_bytes()
+        original = (newest / name).read_bytes()
         damage(newest / name, kind, rng)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = CheckpointStore(tmp_path).latest()
-        assert found is not None and found.step == 1, (kind, name)
+            latest = CheckpointStore(tmp_path).latest()
+        assert latest is not None and latest.step == 1, (kind, name)
         assert len(caught) == 1 and name in str(caught[0].message) and "step-000002" in str(caught[0].message)
-        (newest / name).write_bytes(keep)
+        (newest / name).write_bytes(original)
     assert CheckpointStore(tmp_path).latest().step == 2
 
 
@@ -134,8 +134,8 @@ def test_no_moment_of_a_save_loses_the_run(tmp_path: Path, again: bool) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a half-written or half-removed folder must not even be seen
             opened = CheckpointStore(run)
-            found = opened.latest()
-        steps.add((found.step, found.state["try"]))
+            latest = opened.latest()
+        steps.add((latest.step, latest.state["try"]))
         assert len(opened.steps()) >= 2 and not list(run.rglob(".*"))
         shutil.rmtree(run)
         if not killed:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrlhf.config.errors import UserError
-from fastrlhf.data.dataset import Counts, encode_rows, load_conversations, load_feedback, load_prompts, split_heldout
+from fastrlhf.data.dataset import Counts, load_conversations, load_feedback, load_prompts, split_heldout
 from fastrlhf.data.rows import read_rows
 from fastrlhf.runtime.batching import Sampler, pack
 
@@ -99,7 +99,7 @@ def test_messages_survive_parquet(tmp_path):
     assert [item.messages for item in items] == [messages] * 3
 
 
-def test_json_forms(tmp_path):
+def test_json_is_an_object_an_array_or_lines(tmp_path):
     one = tmp_path / "one.json"
     one.write_text('\n {"prompt":\n "a"}\n', encoding="utf-8")
     assert list(read_rows(one)) == [(f"{one}:2", {"prompt": "a"})]
@@ -143,25 +143,29 @@ BROKEN = {
 }
 
 
+def broken(name: str, folder: Path) -> tuple[Path, str]:
+    """The file of that name in BROKEN, and how the message about it begins."""
+    file, content, says = BROKEN[name]
+    path = folder / file
+    path.write_bytes(content)
+    return path, f"{path}{says}"
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_row_is_named_by_file_and_line(name, tmp_path):
-    file, content, says = BROKEN[name]
-    path = tmp_path / file
-    path.write_bytes(content)
+    path, says = broken(name, tmp_path)
     with pytest.raises(UserError) as error:
         load_prompts(path)
-    assert str(error.value).startswith(f"{path}{says}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["broken line", "not UTF-8", "NUL", "too many cells", "empty cell"])
 def test_skip_bad_rows_counts_them(name, tmp_path):
-    file, content, says = BROKEN[name]
-    path = tmp_path / file
-    path.write_bytes(content)
+    path, says = broken(name, tmp_path)
     items, counts = load_prompts(path, skip_bad_rows=True)
     assert [item.prompt for item in items] == ["a"]
     assert (counts.read, counts.used, counts.dropped) == (2, 1, {"malformed": 1})
-    assert counts.malformed[0].startswith(f"{path}{says}") and counts.malformed[0] in counts.line()
+    assert counts.malformed[0].startswith(says) and counts.malformed[0] in counts.line()
 
 
 def test_skip_bad_rows_never_leaves_nothing():
@@ -185,7 +189,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_unreadable_sources(name, tmp_path, monkeypatch):
+def test_a_source_that_cannot_be_read_is_named_and_says_why(name, tmp_path, monkeypatch):
     content, says = UNREADABLE[name]
     monkeypatch.chdir(tmp_path)
     if content is not None:
@@ -196,7 +200,7 @@ def test_unreadable_sources(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source", [7, None, b"f", {"prompt": ["a"]}])
-def test_sources_of_the_wrong_type(source):
+def test_a_source_of_the_wrong_type_is_refused(source):
     with pytest.raises(UserError, match=f"not {type(source).__name__}"):
         load_prompts(source)
 
@@ -309,20 +313,20 @@ def test_packing_refuses_what_fits_nowhere(lengths):
 @settings(max_examples=100, deadline=None)
 def test_held_out_groups_stay_together_and_nothing_is_lost(keys, fraction, seed):
     items = list(enumerate(keys))
-    train, held = split_heldout(items, fraction, seed, key=lambda item: item[1])
-    assert sorted(train + held) == items and train == sorted(train) and held == sorted(held)
+    train, held_out = split_heldout(items, fraction, seed, key=lambda item: item[1])
+    assert sorted(train + held_out) == items and train == sorted(train) and held_out == sorted(held_out)
     groups = len(set(keys))
     if groups > 1:
-        assert not {k for _, k in train} & {k for _, k in held}
-        assert bool(held) == (fraction > 0) and train
-        assert len(held) <= max(round(fraction * len(items)), min(Counter(keys).values()))
-    assert (train, held) == split_heldout(items, fraction, seed, key=lambda item: item[1])
+        assert not {k for _, k in train} & {k for _, k in held_out}
+        assert bool(held_out) == (fraction > 0) and train
+        assert len(held_out) <= max(round(fraction * len(items)), min(Counter(keys).values()))
+    assert (train, held_out) == split_heldout(items, fraction, seed, key=lambda item: item[1])
 
 
-def test_held_out_share_and_seed():
-    train, held = split_heldout(range(100), 0.1, 0)
-    assert (len(train), len(held)) == (90, 10)
-    assert held != split_heldout(range(100), 0.1, 1)[1]
+def test_the_held_out_share_is_exact_and_depends_on_the_seed():
+    train, held_out = split_heldout(range(100), 0.1, 0)
+    assert (len(train), len(held_out)) == (90, 10)
+    assert held_out != split_heldout(range(100), 0.1, 1)[1]
     assert split_heldout(range(100), 0.0, 0) == (list(range(100)), [])
     assert split_heldout(["a"], 0.5, 0) == (["a"], [])
 
@@ -331,6 +335,12 @@ def test_held_out_share_and_seed():
 
 EMPTY_TURN, NOT_LIKED = "transcripts with an empty last turn", "replies that were not liked"
 CUT, REPEATED = "prompts cut behind their last human turn", "repeat an earlier prompt"
+
+
+def real(name: str) -> Path:
+    if not (REAL / name).exists():
+        pytest.skip("../shared/data is not there")
+    return REAL / name
 
 
 @pytest.mark.real
@@ -357,9 +367,7 @@ CUT, REPEATED = "prompts cut behind their last human turn", "repeat an earlier p
     ],
 )
 def test_real_files_are_read_to_the_last_row(load, name, read, dropped, noted):
-    if not (REAL / name).exists():
-        pytest.skip("../shared/data is not there")
-    items, counts = load(REAL / name)
+    items, counts = load(real(name))
     print(f"{name}: {counts.line()}")
     assert (counts.read, counts.dropped, counts.noted) == (read, dropped, noted)
     assert len(items) == counts.used == read - sum(dropped.values())
@@ -367,9 +375,7 @@ def test_real_files_are_read_to_the_last_row(load, name, read, dropped, noted):
 
 @pytest.mark.real
 def test_real_moss_rlhf_lists_as_sft_need_a_reply():
-    path = REAL / "moss_rlhf_ppo" / "train.json"
-    if not path.exists():
-        pytest.skip("../shared/data is not there")
+    path = real("moss_rlhf_ppo/train.json")
     with pytest.raises(UserError, match=r"train.json:82: a conversation must end with a reply"):
         load_conversations(path)
     items, counts = load_conversations(path, skip_bad_rows=True)
@@ -379,9 +385,7 @@ def test_real_moss_rlhf_lists_as_sft_need_a_reply():
 @pytest.mark.real
 def test_real_hh_texts_are_all_there():
     """Nothing of a transcript is lost in the split but tags and the blanks around turns."""
-    path = REAL / "hh_harmless_1000.jsonl.gz"
-    if not path.exists():
-        pytest.skip("../shared/data is not there")
+    path = real("hh_harmless_1000.jsonl.gz")
     rows = [row for _, row in read_rows(path)]
     for item in load_feedback(path)[0]:
         row = rows[int(item.where.rsplit(":", 1)[1]) - 1]
@@ -389,18 +393,3 @@ def test_real_hh_texts_are_all_there():
             turns = [*(m["content"] for m in item.prompt), reply]
             bare = text.replace("\n\nHuman:", "").replace("\n\nAssistant:", "")
             assert "".join("".join(turns).split()) == "".join(bare.split())
-
-
-def test_a_conversation_the_template_refuses_is_named_by_its_line():
-    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
-    prompts, counts = load_prompts(rows)
-
-    def encode(prompt):
-        if prompt.prompt == "b":
-            raise UserError("the chat template refuses it")
-        return prompt.prompt.upper()
-
-    with pytest.raises(UserError, match=r"row 2.*the chat template refuses it.*skip_bad_rows=true"):
-        list(encode_rows(prompts, encode, counts, skip_bad_rows=False))
-    assert [encoded for _, encoded in encode_rows(prompts, encode, counts, skip_bad_rows=True)] == ["A", "C"]
-    assert counts.used == 2 and "1 malformed" in counts.line() and "row 2" in counts.malformed[0]

@@ -20,7 +20,7 @@ def parse(row, score_range=(1.0, 5.0)):
     return parse_feedback(row, WHERE, score_range)
 
 
-def test_pair():
+def test_a_pair_keeps_its_margin_and_its_messages():
     row = {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?", "margin": 2, "annotator": "a7"}
     assert parse(row) == Feedback("pair", "Hi", ("Hello!", "What?"), ((0,), (1,)), None, 2.0, WHERE)
     assert parse({**row, "margin": None}).margin is None
@@ -174,7 +174,7 @@ def test_no_row_does_anything_but_parse_or_say_why_not(row):
 # ------------------------------------------------------------------------------------------------ SFT examples, prompts
 
 
-def test_conversation_forms():
+def test_a_conversation_is_a_pair_messages_or_text():
     plain = parse_conversation({"prompt": "Hi", "response": "Hello!"}, WHERE)
     assert (plain.prompt, plain.response, plain.messages, plain.text) == ("Hi", "Hello!", None, None)
     chat = parse_conversation({"prompt": MESSAGES, "response": "好"}, WHERE)
@@ -202,7 +202,7 @@ def test_conversation_forms():
         ({"text": ""}, "auto", 'field "text" is empty'),
     ],
 )
-def test_bad_conversations(row, format_, says):
+def test_a_bad_conversation_says_what_is_wrong(row, format_, says):
     with pytest.raises(BadRow) as error:
         parse_conversation(row, WHERE, format_)
     assert says in str(error.value)
@@ -218,7 +218,7 @@ def test_bad_conversations(row, format_, says):
         (3, "a row must be a JSON object"),
     ],
 )
-def test_bad_prompts(row, says):
+def test_a_bad_prompt_says_what_is_wrong(row, says):
     with pytest.raises(BadRow) as error:
         parse_prompt(row, WHERE)
     assert says in str(error.value)

@@ -122,10 +122,10 @@ def test_every_conversation_format_gives_the_same_tokens(name, tokenizer):
     ids, mask = encode_conversation(tokenizer, conversation.messages)
     text = f"<s><|Human|>{Q1}</s><|MOSS|>{A1}</s><|Human|>{Q2}</s><|MOSS|>{GOOD}</s>"
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode([i for i, own in zip(ids, mask) if own]) == f"{A1}</s>{GOOD}</s>"
+    assert tokenizer.decode([i for i, target in zip(ids, mask) if target]) == f"{A1}</s>{GOOD}</s>"
 
 
-def test_golden_ids(tokenizer):
+def test_the_ids_of_a_chinese_conversation_are_known(tokenizer):
     """Tags and stop tokens are single ids, the Chinese text between them is what the bytes' merges give."""
     messages = parse_conversation({"conversations": SHAREGPT[:2]}, "file:1").messages
     ids, mask = encode_conversation(tokenizer, messages)
@@ -154,7 +154,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_prompts(name):
+def test_every_format_gives_its_prompt(name):
     row, expected, note = PROMPTS[name]
     prompt = parse_prompt(row, "file:3")
     assert prompt.prompt == expected and prompt.where == "file:3"
@@ -275,7 +275,7 @@ def test_bad_rows_say_where_and_what(name):
         ({"turn_1": {"Human": "<|Human|>: a<eoh>", "MOSS": "<|MOSS|>: <eom>"}}, "empty"),
     ],
 )
-def test_bad_moss_rows(chat, says):
+def test_a_bad_moss_row_says_what_is_wrong(chat, says):
     with pytest.raises(BadRow) as error:
         parse_conversation({"chat": chat}, "moss.json:1")
     assert says in str(error.value)

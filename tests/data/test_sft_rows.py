@@ -9,15 +9,7 @@ import pytest
 
 from fastrlhf import UserError
 from tests import tiny
-from tests.sft_runs import (
-    SINGLE,
-    config,
-    log,
-    trainer,
-)
-
-# ----------------------------------------------------------------------------------------------- rows that do not fit
-
+from tests.sft_runs import SINGLE, config, log, trainer
 
 LONG = {"prompt": tiny.chat("the cat"), "response": " ".join(tiny.TEXTS[:3])}
 

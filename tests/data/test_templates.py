@@ -84,24 +84,24 @@ def preset_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_text_of_a_whole_conversation(name):
+def test_a_preset_writes_a_whole_conversation_as_documented(name):
     tokenizer = preset_tokenizer(name)
     ids, _ = encode_conversation(tokenizer, CHAT)
     assert tokenizer.decode(ids) == TEXTS[name]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_mask_is_what_the_assistant_says_and_its_stop_tokens(name):
+def test_the_mask_of_a_preset_is_what_the_assistant_says_and_its_stop_tokens(name):
     tokenizer = preset_tokenizer(name)
     ids, mask = encode_conversation(tokenizer, CHAT)
-    said = [i for i, own in zip(ids, mask) if own]
+    said = [i for i, target in zip(ids, mask) if target]
     space = ["Ġ"] if name == "moss" else []
     assert pieces(tokenizer, said) == [*REPLIES[name], *space, "å¥½", REPLIES[name][1]]
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("conversation", [CHAT[1:3], CHAT[:3], CHAT])
-def test_conversation_is_prompt_and_response(name, conversation):
+def test_a_conversation_is_its_prompt_and_its_response(name, conversation):
     tokenizer = preset_tokenizer(name)
     ids, mask = encode_conversation(tokenizer, conversation)
     prompt = encode_prompt(tokenizer, conversation[:-1])
@@ -113,7 +113,7 @@ def test_conversation_is_prompt_and_response(name, conversation):
     assert prompt == stock
 
 
-def test_golden_ids_english_and_chinese():
+def test_the_ids_of_english_and_chinese_turns_are_known():
     tokenizer = preset_tokenizer("moss-rlhf-zh")
     eos, bos, human, moss = tokenizer.convert_tokens_to_ids(["</s>", "<s>", "<|Human|>", "<|MOSS|>"])
     assert (eos, bos, human, moss) == (266, 267, 268, 269)
@@ -132,7 +132,7 @@ def test_moss_tool_conversation_is_written_in_its_own_tags():
         "<|Human|>: Hi<eoh>\n<|Inner Thoughts|>: ok<eot>\n<|Commands|>: Hi<eoc>\n<|Results|>:\n4\n<eor>\n"
         "<|MOSS|>: ok<eom>"
     )
-    assert tokenizer.decode([i for i, own in zip(ids, mask) if own]) == call + " ok<eom>"
+    assert tokenizer.decode([i for i, target in zip(ids, mask) if target]) == call + " ok<eom>"
 
 
 # Shapes of the chat templates of current models, reduced to what matters here.
@@ -168,12 +168,12 @@ NO_STOP = (
         (NO_STOP, "ok", "好</s>"),
     ],
 )
-def test_templates_of_other_shapes(template, first, last):
+def test_templates_of_other_shapes_are_masked_too(template, first, last):
     tokenizer = build(extra=("<|eot|>", "<|start|>", "<|end|>"))
     tokenizer.chat_template = template
     assert resolve_chat_template(tokenizer, None) == "the tokenizer's own"
     ids, mask = encode_conversation(tokenizer, CHAT[1:])
-    assert tokenizer.decode([i for i, own in zip(ids, mask) if own]) == first + last
+    assert tokenizer.decode([i for i, target in zip(ids, mask) if target]) == first + last
     assert ids == encode_prompt(tokenizer, CHAT[1:-1]) + encode_response(tokenizer, CHAT[1:-1], "好")
 
 
@@ -232,7 +232,7 @@ def test_a_token_across_the_border_of_an_earlier_turn_is_not_trained_on():
     messages = [USER, {"role": "assistant", "content": "\nok"}, USER, ASSISTANT]
     ids, mask = encode_conversation(tokenizer, messages)
     assert TWO_LINES in ids
-    assert pieces(tokenizer, [i for i, own in zip(ids, mask) if own]) == ["ok", "</s>", "ok", "</s>"]
+    assert pieces(tokenizer, [i for i, target in zip(ids, mask) if target]) == ["ok", "</s>", "ok", "</s>"]
 
 
 @pytest.mark.parametrize("pad", [None, "</s>"])
@@ -240,7 +240,7 @@ def test_pad_plays_no_part(pad):
     tokenizer = build(pad=pad)
     resolve_chat_template(tokenizer, "default")
     ids, mask = encode_conversation(tokenizer, CHAT)
-    assert [own for i, own in zip(ids, mask) if i == tokenizer.eos_token_id] == [True, True]
+    assert [target for i, target in zip(ids, mask) if i == tokenizer.eos_token_id] == [True, True]
 
 
 # ------------------------------------------------------------------------------ resolve and round trip
@@ -275,7 +275,7 @@ def test_default_begins_with_bos_only_where_the_tokenizer_adds_one():
     assert has.bos_token_id not in encode_prompt(has, [USER])
 
 
-def test_template_file(tmp_path):
+def test_a_template_may_be_a_file(tmp_path):
     path = tmp_path / "own.jinja"
     path.write_text(MISTRAL, encoding="utf-8")
     tokenizer = build()
@@ -340,7 +340,7 @@ def test_end_of_turn_follows_a_changed_template():
     assert end_of_turn(tokenizer) == "</s>"
 
 
-def test_render_prompt():
+def test_a_prompt_is_rendered_as_people_read_it():
     tokenizer = build()
     assert render_prompt(tokenizer, "as it is ") == "as it is "
     assert render_prompt(tokenizer, [USER]) == "Hi"

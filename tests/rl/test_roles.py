@@ -267,7 +267,7 @@ def test_gpt2_and_chosen_layers():
 
 def test_mistakes_are_sentences(monkeypatch):
     with pytest.raises(UserError, match="value_model: advantage = rloo has no critic; leave value_model out"):
-        trainer(advantage="rloo", samples_per_prompt=2, value_model="does/not/exist")
+        trainer(advantage="rloo", samples_per_prompt=2, critic_learning_rate=0, value_model="does/not/exist")
     with pytest.raises(UserError, match=r"lora = .*: expected a rank, or \{r: rank"):
         PPOConfig(lora={"r": 8, "dropout": 0.1})
     with pytest.raises(UserError, match="value_model: with critic = shared_trunk the critic reads the policy's base"):
