@@ -276,6 +276,5 @@ def _print_error(message: str) -> None:
 
 
 def _load(module: str) -> ModuleType:
-    """A module of the package that needs torch. Its weights load without progress bars: ours is the console."""
-    importlib.import_module("transformers.utils.logging").disable_progress_bar()
+    """A module of the package that needs torch."""
     return importlib.import_module(f"fastrlhf.{module}")

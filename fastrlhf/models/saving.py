@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.checkpoint.quiet import quiet_loading
 from fastrlhf.data.templates import stop_token_ids
 
 
@@ -71,7 +72,8 @@ def write_model(
     elif model.config.pad_token_id is not None:
         tokenizer = _padding_with(tokenizer, model.config.pad_token_id)
     if adapter is None:
-        model.save_pretrained(folder, state_dict=weights)
+        with quiet_loading():
+            model.save_pretrained(folder, state_dict=weights)
     else:
         adapter(Path(folder))
         if model.can_generate():

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from fastrlhf.checkpoint.quiet import quiet_loading
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.sources import is_packaged, packaged_file
 from fastrlhf.models import adapter_folder
@@ -46,7 +47,9 @@ def load_pretrained(auto: type, source: str, role: str, **kwargs: object) -> Pre
     if not extra:  # a folder or hub id: safetensors only, a pickle can run code
         options["use_safetensors"] = True
     try:
-        with redirect_stderr(io.StringIO()) if extra and not sys.stderr.isatty() else nullcontext():  # its progress bar
+        # Reading a GGUF file draws a bar of its own, which into a file is a line a tensor.
+        silent = redirect_stderr(io.StringIO()) if extra and not sys.stderr.isatty() else nullcontext()
+        with silent, quiet_loading():
             model, info = auto.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{role}: cannot load {str(source)!r}: {reason(error)}") from error

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from fastrlhf.checkpoint.quiet import quiet_loading
+
 VOCAB_SIZE, HIDDEN_SIZE, INTERMEDIATE_SIZE, LAYERS = 1280, 160, 448, 3
 PAD, END, USER, ASSISTANT, SYSTEM = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
 CHAT_TEMPLATE = (
@@ -79,5 +81,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2ForCau
 def make_base(folder: Path, texts: Iterable[str], *, seed: int) -> None:
     """Write the tokenizer and the untrained model into `folder`, as stock transformers loads them."""
     tokenizer = build_tokenizer(texts)
-    build_model(tokenizer, seed=seed).save_pretrained(folder)
+    with quiet_loading():
+        build_model(tokenizer, seed=seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
