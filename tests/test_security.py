@@ -72,13 +72,8 @@ def test_the_finder_finds():
     imports = ("import pickle", "from dill import loads", "import a.b, shelve")
     for bad in (*calls, *imports, "g(trust_remote_code=flag)"):
         assert forbidden(bad), bad
-    for good in (
-        "model.eval()",
-        "re.compile(x)",
-        "torch.compile(f)",
-        "g(trust_remote_code=False)",
-        "yaml.safe_load(f)",
-    ):
+    harmless = ("model.eval()", "re.compile(x)", "torch.compile(f)", "yaml.safe_load(f)", "g(trust_remote_code=False)")
+    for good in harmless:
         assert not forbidden(good), good
 
 
