@@ -89,6 +89,16 @@ def test_the_mean_is_over_tokens_not_over_micro_batches():
     assert abs(expected - sum(losses) / 2) > 1e-3
 
 
+def test_packing_is_resolved_and_checked_as_in_ppo():
+    """auto: not without flash attention; true: not for a model whose packed rows would see each other."""
+    assert trainer(config(packing=None)).packed is False and trainer(config(packing=True)).packed is True
+    leaking = tiny.llama()
+    forward = leaking.model.forward
+    leaking.model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(UserError, match="packing: LlamaForCausalLM would let packed .* packing=false"):
+        trainer(config(packing=True), model=leaking)
+
+
 def test_flash_attention_gets_packed_examples_in_one_row():
     """It finds the borders between examples only where the batch is a single row."""
     t = trainer(config(packing=True, max_tokens=40))

@@ -96,6 +96,40 @@ def test_the_option_is_accepted_where_nothing_switches_it_off(name):
             assert getattr(cls(**{**NEEDED.get(name, {}), **acting, name: GIVEN[name]}), name) == GIVEN[name]
 
 
+CRITIC = """critic critic_learning_rate critic_max_grad_norm critic_warmup_steps critic_pretrain_epochs
+bootstrap_truncated clip_range_value vf_coef gae_lambda"""
+SWITCHED_OFF = [
+    (PPOConfig, {"advantage": "grpo", "samples_per_prompt": 2}, f"{CRITIC} gamma whiten_advantages"),
+    (PPOConfig, {"advantage": "dr_grpo", "samples_per_prompt": 2}, f"{CRITIC} gamma whiten_advantages"),
+    (PPOConfig, {"advantage": "rloo", "samples_per_prompt": 2}, f"{CRITIC} gamma whiten_advantages"),
+    (PPOConfig, {"advantage": "reinforce++", "samples_per_prompt": 2}, CRITIC),
+    (PPOConfig, {"gamma": 0}, "gae_lambda bootstrap_truncated"),
+    (PPOConfig, {"critic_warmup_steps": 0}, "critic_pretrain_epochs"),
+    (PPOConfig, {"kl_coef": 0}, "kl_in kl_estimator kl_controller"),
+    (PPOConfig, {"kl_in": "loss"}, "kl_controller"),
+    (PPOConfig, {"kl_controller": "fixed"}, "kl_controller_target kl_horizon"),
+    (PPOConfig, {"old_log_probs": "rollout"}, "importance_cap"),
+    (PPOConfig, {"eval_every": 0}, "eval_temperature best_of_n"),
+    (SFTConfig, {"total_steps": 9}, "epochs"),
+    (RewardConfig, {"total_steps": 9}, "epochs"),
+    (RewardConfig, {"head_only": True}, "gradient_checkpointing"),
+    *((cls, {"output_dir": None}, "save_every overwrite resume") for cls in CONFIGS.values()),
+]
+
+
+@pytest.mark.parametrize(("cls", "choice", "options"), SWITCHED_OFF, ids=case_name)
+def test_a_choice_switches_off_these_options_and_no_other(cls, choice, options):
+    """Written out once more, beside the table. Everything else is as lets most options act."""
+    acting = {name: value for name, value in {**ACTING, "samples_per_prompt": 2}.items() if name in cls.model_fields}
+    refused = set()
+    for name in GIVEN.keys() & cls.model_fields.keys() - choice.keys():
+        try:
+            cls(**{**acting, **choice, name: GIVEN[name]})
+        except UserError as error:
+            refused |= {name} & {line.split(" = ")[0] for line in str(error).splitlines()}
+    assert refused == set(options.split())
+
+
 @pytest.mark.parametrize("cls", ALWAYS, ids=lambda cls: cls.__name__)
 def test_every_field_always_acts_or_stands_in_the_table(cls):
     in_table = {name for row in IDLE if row.choice in cls.model_fields for name in row.options.split()}
