@@ -14,7 +14,7 @@ from typing import Any
 from fastrlhf.report.charts import figures, other_figures
 from fastrlhf.report.folder import TITLES, StageRun, load, read_json
 from fastrlhf.report.page import render
-from fastrlhf.report.tables import Note, commands, config, damage, events, facts, heldout, samples, time
+from fastrlhf.report.tables import commands, config, damage, events, facts, heldout, samples, time
 from fastrlhf.report.verdict import head
 
 TEXT_LIMIT = 700  # characters shown of a text
@@ -41,7 +41,7 @@ def build_report(run_dir: str | Path) -> Path:
         stages=[_section(stage) for stage in stages],
         heldout=replies,
         heldout_count=reply_count,
-        notes=[*damage(problems), *_notes(stages)],
+        notes=[*damage(problems), *(note for stage in stages for note in events(stage, named=len(stages) > 1))],
         commands=commands(run_dir, stages, run),
         facts=facts(run),
         command=f"fastrlhf report {shlex.quote(str(run_dir))}",
@@ -54,23 +54,10 @@ def build_report(run_dir: str | Path) -> Path:
 
 def _section(stage: StageRun) -> dict[str, Any]:
     """The values of one stage's parts of the page."""
-    drawn = figures(stage)
-    others, others_left = other_figures(stage)
-    return {
-        "name": stage.name,
-        "title": TITLES[stage.name],
-        "figures": drawn,
-        "others": others,
-        "others_left": others_left,
-        "samples": samples(stage),
-        "time": time(stage),
-        "config": config(stage),
-    }
-
-
-def _notes(stages: list[StageRun]) -> list[Note]:
-    named = len(stages) > 1
-    return [note for stage in stages for note in events(stage, f"{stage.name}, " if named else "")]
+    about = {"name": stage.name, "title": TITLES[stage.name], "figures": figures(stage)}
+    others, others_left = other_figures(stage)  # what the figures above left over
+    values = {"samples": samples(stage), "time": time(stage), "config": config(stage)}
+    return about | values | {"others": others, "others_left": others_left}
 
 
 def main(run_dir: str | Path) -> int:

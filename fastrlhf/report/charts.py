@@ -90,13 +90,10 @@ def other_figures(stage: StageRun) -> tuple[list[dict[str, Any]], int]:
     return [_curves(stage, chart) for chart in charts], len(names) - len(charts)
 
 
-def _figure(chart: Chart, plot: dict[str, Any], legend: dict[str, bool] | None = None) -> dict[str, Any]:
-    hint = HINTS.get(chart.id, "")
-    return {"id": chart.id, "title": chart.title, "hint": hint, "plot": plot, "legend": legend or {}, "missing": ""}
-
-
-def _missing(chart: Chart, why: str) -> dict[str, Any]:
-    return {"id": chart.id, "title": chart.title, "missing": why}
+def _figure(chart: Chart, **shown: Any) -> dict[str, Any]:
+    """The values of a figure. shown: plot and legend (label -> whether held out), or missing (why there is no plot)."""
+    values = {"id": chart.id, "title": chart.title, "hint": HINTS.get(chart.id, ""), "missing": "", "legend": {}}
+    return values | shown
 
 
 def _curves(stage: StageRun, chart: Chart) -> dict[str, Any]:
@@ -108,20 +105,21 @@ def _curves(stage: StageRun, chart: Chart) -> dict[str, Any]:
         panels += [Panel(unit, series)] if series else []
     if not panels:
         names = " or ".join(name for _, *both in chart.panels for name in both if name)
-        return _missing(chart, f"no step recorded {names}.")
+        return _figure(chart, missing=f"no step recorded {names}.")
     plot = curves(chart.id, chart.title, panels, "PPO step" if stage.name == "ppo" else "training step")
-    return _figure(chart, plot, {series.label: series.held_out for panel in panels for series in panel.series})
+    legend = {series.label: series.held_out for panel in panels for series in panel.series}
+    return _figure(chart, plot=plot, legend=legend)
 
 
 def _reward_against_kl(stage: StageRun, chart: Chart) -> dict[str, Any]:
     reward, kl = dict(stage.points("reward/mean")), dict(stage.points("kl/ref"))
     both = [(kl[step], reward[step]) for step in sorted(kl.keys() & reward.keys())]
     if not both:
-        return _missing(chart, "no step recorded both reward/mean and kl/ref.")
+        return _figure(chart, missing="no step recorded both reward/mean and kl/ref.")
     best = best_of_n(stage)
     plot = path_plot(chart.id, chart.title, both, "KL to the reference (nats per response)", "mean score", best)
     legend = {"PPO": False, "best of 1, 2, 4, ... samples of the reference, held-out prompts": True}
-    return _figure(chart, plot, legend if best else {})
+    return _figure(chart, plot=plot, legend=legend if best else {})
 
 
 def _margins(stage: StageRun, chart: Chart) -> dict[str, Any] | None:
@@ -130,4 +128,4 @@ def _margins(stage: StageRun, chart: Chart) -> dict[str, Any] | None:
     if not histogram:
         return None
     plot = bars(chart.id, chart.title, list(histogram.items()), "score of the better minus the worse", "pairs")
-    return _figure(chart, plot)
+    return _figure(chart, plot=plot)

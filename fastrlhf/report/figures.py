@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from fastrlhf.runtime.console import number
 
@@ -24,8 +24,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 Points = Sequence[tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One curve: (step, value) points in order; held-out ones have a colour of their own and a mark at each point."""
 
     label: str
@@ -34,8 +33,7 @@ class Series:
     colour: str = ""
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One pair of axes: what its y axis is (with the unit) and the curves in it.
 
     span: values that must fit on the y axis besides the curves' own, so that panels can share a scale.
@@ -46,8 +44,7 @@ class Panel:
     span: Sequence[float] = ()
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """A linear axis: `low` stands at `start` and `high` at `end`, in SVG units."""
 
     low: float
@@ -133,8 +130,8 @@ def bars(figure_id: str, title: str, counts: Sequence[tuple[str, int]], x_label:
         lines.append(_line(name, SECOND if name.startswith("-") else FIRST, [], bars=[box]))
         texts += [(x.at(i), round(y.at(count) - 3, 1), count, "small ink")] if count else []
     names = [(x.at(i), _bin(name)) for i, (name, _) in enumerate(counts)]
-    panel = _axes(0, unit, x, y, x_label, []) | {"x_ticks": names, "slanted": True, "lines": lines, "texts": texts}
-    return _figure(figure_id, title, [panel])
+    below = {"x_ticks": names, "slanted": True, "foot": FOOT}
+    return _figure(figure_id, title, [_axes(0, unit, x, y, x_label, []) | below | {"lines": lines, "texts": texts}])
 
 
 def _figure(figure_id: str, title: str, panels: list[dict[str, Any]]) -> dict[str, Any]:
@@ -148,21 +145,16 @@ def _axes(key: int, unit: str, x: Scale, y: Scale, x_label: str, x_ticks: Sequen
     if tiny < -3 or (tiny < 0 and max(map(len, y_labels)) > LABEL_CHARS):
         power = tiny  # 0.00024 is hard to read and too wide: 2.4, and the power beside the unit
         y_labels = _tick_labels([height / 10.0**power for height in heights])
-    return {
+    box = {"left": x.start, "right": x.end, "top": round(y.end, 1), "bottom": round(y.start, 1)}
+    return box | {
         "key": key,
         "unit": f"{unit} × 10{str(power).translate(_SUPERSCRIPT)}" if power else unit,
-        "left": x.start,
-        "right": x.end,
-        "top": round(y.end, 1),
-        "bottom": round(y.start, 1),
-        "foot": round(y.start + FOOT - BOTTOM, 1),
         "y_ticks": [(y.at(height), label) for height, label in zip(heights, y_labels, strict=True)],
         "zero": y.at(0.0) if y.low < 0 < y.high else None,
         "x_label": x_label,
+        "foot": round(y.start + FOOT - BOTTOM, 1),
         "x_ticks": [(x.at(tick), label) for tick, label in zip(x_ticks, _tick_labels(x_ticks), strict=True)],
-        "slanted": False,
-        "legend": False,
-        "texts": [],
+        **{"slanted": False, "legend": False, "texts": []},
     }
 
 
@@ -222,15 +214,11 @@ def _thin(points: Points, limit: int) -> Points:
         return list(points)
     inner, groups = points[1:-1], limit - 2
     cuts = [len(inner) * i // groups for i in range(groups + 1)]
-    means = [_mean(inner[a:b]) for a, b in zip(cuts, cuts[1:])]
+    means = [(fmean(x for x, _ in inner[a:b]), fmean(y for _, y in inner[a:b])) for a, b in zip(cuts, cuts[1:])]
     return [points[0], *means, points[-1]]
-
-
-def _mean(group: Points) -> tuple[float, float]:
-    return sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)
 
 
 def _smooth(values: Sequence[float], radius: int) -> list[float]:
     """Centred moving average; at both ends over the half of the window that exists."""
     windows = (values[max(0, i - radius) : i + radius + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+    return [fmean(window) for window in windows]

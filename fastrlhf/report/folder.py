@@ -41,10 +41,8 @@ class StageRun:
     @property
     def total_steps(self) -> int | None:
         """Planned steps; None when nothing in the folder says so (an SFT run counted in epochs)."""
-        for source in (self.run, self.config):
-            if isinstance(source.get("total_steps"), int):
-                return source["total_steps"]
-        return None
+        known = [source.get("total_steps") for source in (self.run, self.config)]
+        return next((steps for steps in known if isinstance(steps, int)), None)
 
     @property
     def finished(self) -> bool | None:
@@ -63,6 +61,16 @@ class StageRun:
 
     def metric_names(self) -> list[str]:
         return sorted({name for row in self.metrics for name in row} - {"step", "nonfinite"})
+
+    @cached_property
+    def timed(self) -> dict[str, list[float]]:
+        """All that timings.jsonl recorded of each figure, in its order."""
+        values: dict[str, list[float]] = {}
+        for row in self.timings:
+            for name in row.keys() - {"step", "nonfinite"}:
+                if is_number(row[name]):
+                    values.setdefault(name, []).append(row[name])
+        return values
 
     def nonfinite(self) -> dict[str, list[int]]:
         """Steps at which a metric was not finite, by metric."""
@@ -94,11 +102,11 @@ def load(run_dir: Path) -> list[StageRun]:
 
 def _load_stage(folder: Path) -> StageRun:
     problems: list[str] = []
-    metrics = list(read_records(folder / "metrics.jsonl", problems, {"step": int}))
-    others = [list(read_records(folder / f"{name}.jsonl", problems)) for name in ("timings", "samples", "events")]
+    by_step = [list(read_records(folder / f"{n}.jsonl", problems, {"step": int})) for n in ("metrics", "timings")]
+    texts = [list(read_records(folder / f"{n}.jsonl", problems)) for n in ("samples", "events")]
     run = read_json(folder / "run.json", problems)
-    name = run["verb"] if run.get("verb") in STAGES else _stage_name(folder, metrics)
-    return StageRun(folder, name, metrics, *others, run, _config(folder / "config.yaml", problems), problems)
+    name = run["verb"] if run.get("verb") in STAGES else _stage_name(folder, by_step[0])
+    return StageRun(folder, name, *by_step, *texts, run, _config(folder / "config.yaml", problems), problems)
 
 
 def _stage_name(folder: Path, metrics: Sequence[dict[str, Any]]) -> str:
@@ -137,11 +145,7 @@ def ends(points: Points) -> tuple[float, float, int]:
 
 def phase_seconds(stage: StageRun) -> dict[str, float]:
     """Seconds by phase over the run, steps repeated after a kill included; "other" is the rest of the steps' time."""
-    spent: dict[str, float] = {}
-    for row in stage.timings:
-        for name, value in row.items():
-            if name.startswith("time/") and is_number(value):
-                spent[name[5:]] = spent.get(name[5:], 0.0) + value
+    spent = {name[5:]: sum(values) for name, values in sorted(stage.timed.items()) if name.startswith("time/")}
     steps = spent.pop("step", 0.0)
     spent.pop("elapsed", None)
     other = steps - sum(spent.values())
@@ -150,11 +154,8 @@ def phase_seconds(stage: StageRun) -> dict[str, float]:
 
 def peak_gib(stage: StageRun) -> float | None:
     """The device's peak where there is one, else the process's."""
-    for name in ("mem/peak_gib", "mem/host_peak_gib"):
-        values = [row[name] for row in stage.timings if is_number(row.get(name))]
-        if values:
-            return max(values)
-    return None
+    values = stage.timed.get("mem/peak_gib") or stage.timed.get("mem/host_peak_gib")
+    return max(values) if values else None
 
 
 def is_histogram(value: Any) -> bool:

@@ -43,10 +43,11 @@ def samples(stage: StageRun) -> list[dict[str, Any]]:
         if "prompt" in row and "response" in row:
             seen.setdefault(str(row["prompt"]), [row, row])[1] = row
     in_order = sorted(seen.items(), key=lambda item: item[1][0] is item[1][1])
-    return [
-        {"prompt": prompt, "before": _sample(first), "after": None if last is first else _sample(last, first)}
-        for prompt, (first, last) in in_order[:SAMPLES_SHOWN]
-    ]
+    rows = []
+    for prompt, (first, last) in in_order[:SAMPLES_SHOWN]:
+        after = None if last is first else _sample(last, first)
+        rows.append({"prompt": prompt, "before": _sample(first), "after": after})
+    return rows
 
 
 def _sample(row: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -68,30 +69,22 @@ def time(stage: StageRun) -> dict[str, Any]:
 
 
 def _machine(stage: StageRun) -> list[tuple[str, str]]:
-    values: dict[str, list[float]] = {}
-    for row in stage.timings:
-        for name, value in row.items():
-            if not name.startswith("time/") and name not in ("step", "nonfinite") and is_number(value):
-                values.setdefault(name, []).append(value)
-    figures = {name: max(v) if name.startswith("mem/") else median_high(v) for name, v in sorted(values.items())}
+    values = {name: measured for name, measured in sorted(stage.timed.items()) if not name.startswith("time/")}
+    figures = {name: max(v) if name.startswith("mem/") else median_high(v) for name, v in values.items()}
     rows = [(MACHINE.get(name, name), figure_of(value)) for name, value in figures.items()]
     return rows or [("nothing was recorded", "")]
 
 
 def config(stage: StageRun) -> dict[str, Any]:
     """The inputs, the fields that differ from their defaults, and the text of config.yaml."""
-    given, fields = stage.config, CONFIGS[stage.name].model_fields
-    changed = {name: field.default for name, field in fields.items() if name in given}
-    path = stage.dir / "config.yaml"
-    return {
-        "inputs": [(name, _value(given[name])) for name in INPUTS[stage.name] if name in given],
-        "changed": [
-            (name, _value(given[name]), _value(default))
-            for name, default in changed.items()
-            if not _same(given[name], default)
-        ],
-        "text": path.read_bytes()[:CONFIG_BYTES].decode("utf-8", "replace") if path.is_file() else "",
-    }
+    given, fields, path = stage.config, CONFIGS[stage.name].model_fields, stage.dir / "config.yaml"
+    pairs = {name: (given[name], field.default) for name, field in fields.items() if name in given}
+    changed = [
+        (name, _value(value), _value(default)) for name, (value, default) in pairs.items() if not _same(value, default)
+    ]
+    inputs = [(name, _value(given[name])) for name in INPUTS[stage.name] if name in given]
+    text = path.read_bytes()[:CONFIG_BYTES].decode("utf-8", "replace") if path.is_file() else ""
+    return {"inputs": inputs, "changed": changed, "text": text}
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -114,9 +107,9 @@ class Note(NamedTuple):
     colour: str = "warn"
 
 
-def events(stage: StageRun, prefix: str) -> list[Note]:
-    """What a person should have been told: alarms, skipped updates, values that were not finite, damaged files."""
-    notes = []
+def events(stage: StageRun, *, named: bool) -> list[Note]:
+    """All that a person should have been told: alarms, skipped updates, values that were not finite, damaged files."""
+    notes, prefix = [], f"{stage.name}, " if named else ""
     for name, steps in stage.nonfinite().items():
         shown = ", ".join(map(str, steps[:10])) + (", …" if len(steps) > 10 else "")
         notes.append(Note(f"{prefix}metrics", "not finite", f"{name} at step {shown}", "bad"))

@@ -49,10 +49,10 @@ def _state(stage: StageRun, prefix: str) -> tuple[str, str]:
 def _sentence(stage: StageRun) -> str:
     steps = f"{stage.last_step} {'PPO ' if stage.name == 'ppo' else ''}step{'s' if stage.last_step != 1 else ''}"
     tell = {"ppo": _ppo_sentence, "sft": _sft_sentence}.get(stage.name, _rm_sentence)
-    said = tell(stage, steps)
+    text = tell(stage, steps)
     if stage.finished is False:
-        return f"Not finished (step {stage.last_step} of {stage.total_steps}): {said[:1].lower()}{said[1:]}"
-    return said
+        return f"Not finished (step {stage.last_step} of {stage.total_steps}): {text[:1].lower()}{text[1:]}"
+    return text
 
 
 def _change(before: float, after: float) -> str:
@@ -69,18 +69,18 @@ def _from_to(what: str, before: float, after: float) -> str:
 
 
 def _ppo_sentence(stage: StageRun, steps: str) -> str:
-    held, train = stage.points("reward/eval"), stage.points("reward/mean")
-    if not held and not train:
+    held_out, train = stage.points("reward/eval"), stage.points("reward/mean")
+    if not held_out and not train:
         return f"No reward was recorded in {steps}."
-    what, points = ("Held-out reward", held) if len(held) > 1 else ("Reward", train or held)
+    what, points = ("Held-out reward", held_out) if len(held_out) > 1 else ("Reward", train or held_out)
     before, after, _ = ends(points)
-    said = f"{_from_to(what, before, after)} in {steps}"
+    text = f"{_from_to(what, before, after)} in {steps}"
     kl, length = stage.points("kl/ref"), stage.points("length/mean")
     if kl:
-        said += f", {figure_of(ends(kl)[1])} nats of KL from the reference policy"
+        text += f", {figure_of(ends(kl)[1])} nats of KL from the reference policy"
     if length:
-        said += f"; {_from_to('response length', *ends(length)[:2])} tokens"
-    return f"{said}.{_over_optimised(stage)}"
+        text += f"; {_from_to('response length', *ends(length)[:2])} tokens"
+    return f"{text}.{_over_optimised(stage)}"
 
 
 def _over_optimised(stage: StageRun) -> str:
@@ -99,15 +99,15 @@ def _over_optimised(stage: StageRun) -> str:
 
 def _sft_sentence(stage: StageRun, steps: str) -> str:
     train, perplexity = stage.points("loss/train"), stage.points("perplexity/eval")
-    said = f"{_from_to('Training loss', *ends(train)[:2])} nats per token" if train else "No loss was recorded"
-    held = f"; held-out perplexity is {figure_of(perplexity[-1][1])}" if perplexity else ""
-    return f"{said} in {steps}{held}."
+    text = f"{_from_to('Training loss', *ends(train)[:2])} nats per token" if train else "No loss was recorded"
+    held_out = f"; held-out perplexity is {figure_of(perplexity[-1][1])}" if perplexity else ""
+    return f"{text} in {steps}{held_out}."
 
 
 def _rm_sentence(stage: StageRun, steps: str) -> str:
-    held, train = stage.points("accuracy/eval"), stage.points("accuracy/train")
-    if held:
-        return f"The reward model ranks {held[-1][1]:.1%} of held-out pairs as people did, after {steps}."
+    held_out, train = stage.points("accuracy/eval"), stage.points("accuracy/train")
+    if held_out:
+        return f"The reward model ranks {held_out[-1][1]:.1%} of held-out pairs as people did, after {steps}."
     if train:
         return f"The reward model ranks {ends(train)[1]:.1%} of training pairs as people did, after {steps}."
     return _sft_sentence(stage, steps)
@@ -164,15 +164,16 @@ def _quickstart_sentence(verdict: dict[str, Any]) -> str:
 
 def _quickstart_tiles(verdict: dict[str, Any]) -> list[Tile]:
     """The bars of the quickstart, each with what was measured; verdict.json alone decides about `passed`."""
-    get = {name: value for name, value in verdict.items() if is_number(value)}.get
+
+    def get(name: str) -> float:
+        return verdict[name] if is_number(verdict.get(name)) else math.nan
+
     faults = verdict.get("rm_pair_accuracy_by_fault")
-    worst = min(faults.values()) if isinstance(faults, dict) and faults else get("rm_pair_accuracy")
-
-    def ratio(a: str, b: str) -> float | None:
-        above, below = get(a), get(b)
-        return above / below if above is not None and below else None
-
-    high, diversity, length = math.inf, ratio("distinct2_ppo", "distinct2_sft"), ratio("length_ppo", "length_sft")
+    worst = min(filter(is_number, faults.values()), default=math.nan) if isinstance(faults, dict) else math.nan
+    worst = get("rm_pair_accuracy") if math.isnan(worst) else worst
+    diversity = get("distinct2_ppo") / (get("distinct2_sft") or math.nan)
+    length = get("length_ppo") / (get("length_sft") or math.nan)
+    high = math.inf
     measured = [
         ("Rule holds after PPO", get("rate_ppo"), 0.88, high, _percent, " of held-out replies"),
         ("Rule holds after SFT", get("rate_sft"), 0.0, 0.65, _percent, ", so that PPO has work to do"),
@@ -185,13 +186,13 @@ def _quickstart_tiles(verdict: dict[str, Any]) -> list[Tile]:
     ]
     tiles = []
     for name, value, low, high, show, note in measured:
-        met = value is not None and low <= value <= high
-        shown = f"{'n/a' if value is None else show(value)} {'✓' if met else '✗'}"
+        met = low <= value <= high  # never for NaN: a bar that was not measured is missed
+        shown = f"{'n/a' if math.isnan(value) else show(value)} {'✓' if met else '✗'}"
         word, bar = ("at least", low) if math.isinf(high) else ("at most", high)
         limit = f"{bar:g}" if show is figure_of else show(bar)
         tiles.append(Tile(name, (shown,), f"bar: {word} {limit}{note}", not met))
     seconds = get("seconds")
-    return tiles if seconds is None else [*tiles, Tile("Time", (duration(seconds),), "the whole pipeline")]
+    return tiles if math.isnan(seconds) else [*tiles, Tile("Time", (duration(seconds),), "the whole pipeline")]
 
 
 def _percent(share: float) -> str:
