@@ -27,6 +27,8 @@ from fastrlhf.quickstart.judge import rule
 from fastrlhf.quickstart.run import few_threads
 from fastrlhf.quickstart.settings import Settings
 from fastrlhf.report import build_report
+from fastrlhf.report.figures import Panel, Scale, Series, curve_panel
+from fastrlhf.report.page import render
 from fastrlhf.report.verdict import DIVERSITY_KEPT
 from fastrlhf.runtime.records import read_records
 
@@ -81,37 +83,39 @@ def over_optimised(rows: list[dict[str, float]]) -> bool:
     return last["reward"] > first["reward"] and worse
 
 
+LINES = (  # a row of the figure: its unit and span, and its curves: key, label, colour
+    ("reward-model score", (), (("reward", "reward-model score", "#2a6fd0"),)),
+    (
+        "share",
+        (0, 1),
+        (("rule", "replies that keep the rule", "#17764a"), ("kept", "distinct-2 against SFT's", "#d9601f")),
+    ),
+    ("nats a reply", (), (("kl", "KL to the SFT model", "#7a4fb5"),)),
+    ("tokens", (), (("length", "reply length", "#6c707a"),)),
+)
+
+
 def draw(figures: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Reward, rule rate with distinct-2, and KL with length against steps: a column a run, the same axes in a row."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    lines = [
-        ("reward-model score", (("reward", "reward-model score", "#2a6fd0"),)),
-        ("share", (("rule", "replies that keep the rule", "#17764a"), ("kept", "distinct-2 against SFT's", "#d9601f"))),
-        ("nats a reply", (("kl", "KL to the SFT model", "#7a4fb5"),)),
-        ("tokens", (("length", "reply length", "#6c707a"),)),
-    ]
-    style = {"svg.fonttype": "none", "svg.hashsalt": "fastrlhf", "font.size": 10, "axes.grid": True,
-             "grid.color": "#e3e3df", "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
-    with matplotlib.rc_context(style):
-        page = Figure(figsize=(8.4, 8.6), layout="constrained", facecolor="white")
-        FigureCanvasSVG(page)
-        axes = page.subplots(len(lines), len(figures), sharex=True, sharey="row", squeeze=False)
-        for column, (name, run) in enumerate(figures.items()):
-            rows = [row | {"kept": row["distinct2"] / run[0]["distinct2"]} for row in run]
-            axes[0][column].set_title(TITLES[name], fontweight="bold")
-            axes[-1][column].set_xlabel("PPO step")
-            for axis, (unit, curves) in zip(axes[:, column], lines, strict=True):
-                for key, label, colour in curves:
-                    xs, ys = [row["step"] for row in rows], [row[key] for row in rows]
-                    axis.plot(xs, ys, color=colour, label=label, marker="o", markersize=3, linewidth=1.8)
-                if column == 0:
-                    axis.set_ylabel(unit)
-                    axis.set_ylim(bottom=0 if unit == "share" else None)
-                    axis.legend(loc="best", frameon=False, fontsize=9)
-        page.savefig(path, metadata={"Date": None})
+    runs = {
+        name: [row | {"kept": row["distinct2"] / run[0]["distinct2"]} for row in run] for name, run in figures.items()
+    }
+    panels, texts, column, row_height = [], [], 430, 170
+    for i, (name, rows) in enumerate(runs.items()):
+        left = 54 + i * column
+        x = Scale.around([row["step"] for row in rows], left, left + column - 70)
+        texts.append((left + (column - 70) / 2, 20, TITLES[name], "ink"))
+        for j, (unit, span, curves) in enumerate(LINES):
+            top = 55 + j * row_height
+            series = [Series(label, [(row["step"], row[key]) for row in rows], True, c) for key, label, c in curves]
+            shared = [*span, *(row[key] for run in runs.values() for row in run for key, *_ in curves)]
+            x_label = "PPO step" if j == len(LINES) - 1 else ""
+            panel = curve_panel(Panel(unit, series, shared), len(panels), x, top, top + row_height - 45, x_label)
+            panels.append(panel | {"legend": i == 0})
+    panels[0]["texts"] = texts
+    size = {"width": len(runs) * column, "height": 65 + len(LINES) * row_height}
+    figure = {"id": "fig", "title": "Over-optimisation", "panels": panels} | size
+    path.write_text(render("standalone.svg", figure=figure), encoding="utf-8")
 
 
 def table(figures: dict[str, list[dict[str, float]]]) -> str:

@@ -91,13 +91,20 @@ def _slow_down(path, stage, draw):
 def ppo_metrics(t, draw):
     rise = 1 - math.exp(-3 * t)
     return {
-        "reward/mean": -0.8 + 2.4 * rise + draw.gauss(0, 0.15), "reward/std": 1 + draw.random() / 5,
-        "kl/ref": 7 * t**0.8 * (1 + draw.gauss(0, 0.06)), "kl/approx": 0.004 + abs(draw.gauss(0, 0.002)),
-        "policy/loss": draw.gauss(-0.01, 0.01), "policy/clip_frac": abs(draw.gauss(0.1, 0.02)),
-        "policy/entropy": 2.1 - rise + draw.gauss(0, 0.03), "policy/grad_norm": 1 + draw.random(),
-        "value/loss": 0.4 * math.exp(-4 * t) + 0.05 + abs(draw.gauss(0, 0.02)), "value/explained_var": 0.8 * rise,
-        "length/mean": 24 + 7 * rise + draw.gauss(0, 1), "rollout/mismatch": 0.0, "update/skipped": 0.0,
-    }  # fmt: skip
+        "reward/mean": -0.8 + 2.4 * rise + draw.gauss(0, 0.15),
+        "reward/std": 1 + draw.random() / 5,
+        "kl/ref": 7 * t**0.8 * (1 + draw.gauss(0, 0.06)),
+        "kl/approx": 0.004 + abs(draw.gauss(0, 0.002)),
+        "policy/loss": draw.gauss(-0.01, 0.01),
+        "policy/clip_frac": abs(draw.gauss(0.1, 0.02)),
+        "policy/entropy": 2.1 - rise + draw.gauss(0, 0.03),
+        "policy/grad_norm": 1 + draw.random(),
+        "value/loss": 0.4 * math.exp(-4 * t) + 0.05 + abs(draw.gauss(0, 0.02)),
+        "value/explained_var": 0.8 * rise,
+        "length/mean": 24 + 7 * rise + draw.gauss(0, 1),
+        "rollout/mismatch": 0.0,
+        "update/skipped": 0.0,
+    }
 
 
 METRICS = {
@@ -126,11 +133,22 @@ EVALS = {
 
 
 VERDICT = {
-    "seed": 0, "rate_before_sft": 0.0, "rate_sft": 0.52, "rate_ppo": 0.93, "rate_ppo_shuffled": 0.03,
-    "kl_sequence_mean": 6.1, "distinct2_sft": 0.31, "distinct2_ppo": 0.22, "rm_pair_accuracy": 0.91,
-    "length_sft": 24.0, "length_ppo": 28.0, "seconds": 251.0, "passed": True, "on_topic_sft": 0.97,
+    "seed": 0,
+    "rate_before_sft": 0.0,
+    "rate_sft": 0.52,
+    "rate_ppo": 0.93,
+    "rate_ppo_shuffled": 0.03,
+    "kl_sequence_mean": 6.1,
+    "distinct2_sft": 0.31,
+    "distinct2_ppo": 0.22,
+    "rm_pair_accuracy": 0.91,
+    "length_sft": 24.0,
+    "length_ppo": 28.0,
+    "seconds": 251.0,
+    "passed": True,
+    "on_topic_sft": 0.97,
     "rm_pair_accuracy_by_fault": {"rude": 0.95, "off topic": 0.88},
-}  # fmt: skip
+}
 
 
 def write_quickstart(folder):

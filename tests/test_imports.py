@@ -37,8 +37,8 @@ TRAINING = ("ppo", "reward_model", "sft")
 VERB_FOLDERS = ("fastrlhf.report", "fastrlhf.quickstart")  # a verb is its folder's `main`
 USERS_OF_KERNELS = {"models", "rollout", "rl"}
 FILES_IN_A_FOLDER = range(4, 14)
-REPORT_NEEDS = {"fastrlhf", "matplotlib"}
-HEAVY = ("torch", "transformers", "datasets", "pydantic", "yaml", "rich", "matplotlib", "numpy", "triton")
+REPORT_NEEDS = {"fastrlhf", "jinja2"}
+HEAVY = ("torch", "transformers", "datasets", "pydantic", "yaml", "rich", "jinja2", "numpy", "triton")
 
 
 def imports(source: str, module: str, *, package: bool = False) -> set[str]:

@@ -60,7 +60,8 @@ def test_every_source_file_is_in_the_wheel(files):
 def test_data_is_in_the_wheel(files):
     assert {"fastrlhf/py.typed", "fastrlhf_kernels/py.typed"} <= files
     data = [*(ROOT / "fastrlhf/recipes").glob("*.yaml"), *(ROOT / "fastrlhf/quickstart").rglob("*.[jy][sa][om]*")]
-    assert any(path.parent.name == "recipes" for path in data) and any(path.parent.name == "data" for path in data)
+    data += (ROOT / "fastrlhf/report/templates").iterdir()
+    assert {"recipes", "data", "templates"} <= {path.parent.name for path in data}
     for path in data:
         assert path.relative_to(ROOT).as_posix() in files, path
 
@@ -73,6 +74,11 @@ def test_it_runs_from_the_wheel_alone(wheel, tmp_path):
         "from fastrlhf.config.recipe import packaged_recipes, read_recipe, RECIPES\n"
         f"root = pathlib.Path({str(tmp_path)!r})\n"
         "assert all(root in pathlib.Path(m.__file__).parents for m in (fastrlhf, fastrlhf_kernels))\n"
+        "from fastrlhf.quickstart.content import shipped\n"
+        "from fastrlhf.report import build_report\n"
+        "assert shipped('sft')\n"
+        "pathlib.Path('metrics.jsonl').write_text('{\"step\": 1, \"loss/train\": 0.5}')\n"
+        "assert '</svg>' in build_report('.').read_text()\n"
         "assert packaged_recipes() and all(read_recipe(RECIPES / f'{n}.yaml') for n in packaged_recipes())\n"
         "print(fastrlhf.__version__)"
     )

@@ -7,6 +7,7 @@ marker words of its own.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,48 +39,38 @@ class Topic(NamedTuple):
         return self.care if facet == "care" else self.choose
 
 
-# Advice is "do this to that": what is done tells the question, what it is done to tells the thing.
-_EN = (
-    Topic(
-        "bicycle",
-        ("oil the chain", "clean the mudguards", "dry the saddle"),
-        ("check the frame size", "test the brakes", "compare the gears"),
-    ),
-    Topic(
-        "guitar",
-        ("oil the fretboard", "clean the strings", "dry the wooden body"),
-        ("check the neck", "test the tone", "compare the tuning pegs"),
-    ),
-    Topic(
-        "umbrella",
-        ("oil the hinge", "clean the handle", "dry the canopy"),
-        ("check the ribs", "test the button", "compare the width"),
-    ),
-    Topic(
-        "kettle",
-        ("clean the filter", "remove the limescale", "dry the lid"),
-        ("check the spout", "test the switch", "compare the steel"),
-    ),
-    Topic(
-        "clock",
-        ("oil the spring", "clean the dial", "replace the battery"),
-        ("check the numbers", "test the alarm", "compare the ticking"),
-    ),
-    Topic(
-        "goldfish",
-        ("clean the tank", "replace a third of the water", "feed tiny flakes"),
-        ("check the eyes", "test the appetite", "compare the fins"),
-    ),
-)
-_ZH = (
-    Topic("自行车", ("给链条上油", "擦净挡泥板", "晾干车座"), ("检查车架尺寸", "试试刹车", "比较变速档位")),
-    Topic("吉他", ("给指板上油", "擦净琴弦", "晾干琴身"), ("检查琴颈", "试试音色", "比较弦钮")),
-    Topic("雨伞", ("给关节上油", "擦净手柄", "晾干布面"), ("检查骨架", "试试按钮", "比较宽度")),
-    Topic("水壶", ("擦净滤网", "除去水垢", "晾干盖子"), ("检查壶嘴", "试试开关", "比较钢材")),
-    Topic("闹钟", ("给发条上油", "擦净表盘", "换掉电池"), ("检查数字", "试试铃声", "比较走时")),
-    Topic("金鱼", ("擦净鱼缸", "换掉三分之一的水", "少量喂食"), ("检查眼睛", "试试胃口", "比较鱼鳍")),
-)
-TOPICS: dict[str, tuple[Topic, ...]] = {"en": _EN, "zh": _ZH}
+# Advice is "do this to that": what is done tells the question, what it is done to tells the thing. An entry is the name
+# of a topic: how to care for it; how to choose it.
+_EN = """
+bicycle: oil the chain, clean the mudguards, dry the saddle;
+    check the frame size, test the brakes, compare the gears
+guitar: oil the fretboard, clean the strings, dry the wooden body;
+    check the neck, test the tone, compare the tuning pegs
+umbrella: oil the hinge, clean the handle, dry the canopy;
+    check the ribs, test the button, compare the width
+kettle: clean the filter, remove the limescale, dry the lid;
+    check the spout, test the switch, compare the steel
+clock: oil the spring, clean the dial, replace the battery;
+    check the numbers, test the alarm, compare the ticking
+goldfish: clean the tank, replace a third of the water, feed tiny flakes;
+    check the eyes, test the appetite, compare the fins
+"""
+_ZH = """
+自行车: 给链条上油, 擦净挡泥板, 晾干车座; 检查车架尺寸, 试试刹车, 比较变速档位
+吉他: 给指板上油, 擦净琴弦, 晾干琴身; 检查琴颈, 试试音色, 比较弦钮
+雨伞: 给关节上油, 擦净手柄, 晾干布面; 检查骨架, 试试按钮, 比较宽度
+水壶: 擦净滤网, 除去水垢, 晾干盖子; 检查壶嘴, 试试开关, 比较钢材
+闹钟: 给发条上油, 擦净表盘, 换掉电池; 检查数字, 试试铃声, 比较走时
+金鱼: 擦净鱼缸, 换掉三分之一的水, 少量喂食; 检查眼睛, 试试胃口, 比较鱼鳍
+"""
+
+
+def _topics(text: str) -> tuple[Topic, ...]:
+    parts = re.findall(r"(\S+): (.+);\s+(.+)", text)
+    return tuple(Topic(name, tuple(care.split(", ")), tuple(choose.split(", "))) for name, care, choose in parts)
+
+
+TOPICS: dict[str, tuple[Topic, ...]] = {"en": _topics(_EN), "zh": _topics(_ZH)}
 
 
 def shipped(name: str) -> list[dict[str, Any]]:

@@ -6,14 +6,18 @@ Reads files only, so it works while a run trains, after it was killed, and on an
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
-from fastrlhf.report.charts import stage_section
-from fastrlhf.report.folder import load, read_json
-from fastrlhf.report.page import page
-from fastrlhf.report.tables import config, environment, events, samples, time
+from fastrlhf.report.charts import figures, other_figures
+from fastrlhf.report.folder import TITLES, StageRun, load, read_json
+from fastrlhf.report.page import render
+from fastrlhf.report.tables import commands, config, damage, events, facts, heldout, samples, time
 from fastrlhf.report.verdict import head
+
+TEXT_LIMIT = 700  # characters shown of a text
 
 
 def build_report(run_dir: str | Path) -> Path:
@@ -22,24 +26,38 @@ def build_report(run_dir: str | Path) -> Path:
     Raises UserError when the folder is missing or holds no metrics.
     """
     run_dir = Path(run_dir)
-    stages = load(run_dir)
-    verdict = read_json(run_dir / "verdict.json")
-    shown = list(reversed(stages))  # what came out first; how it came about below
-    sections = [
-        head(run_dir, shown, verdict),
-        samples(run_dir, shown),
-        *(stage_section(stage) for stage in shown),
-        time(shown),
-        config(shown),
-        events(shown),
-        environment(run_dir, shown),
-    ]
-    body = "\n".join(section for section in sections if section)
-    target = run_dir / "report.html"
-    partial = run_dir / ".report.html.partial"
-    partial.write_text(page(f"{run_dir.resolve().name}: fastrlhf report", body), encoding="utf-8")
+    stages = load(run_dir)[::-1]  # what came out first; how it came about below
+    problems: list[str] = []
+    verdict = read_json(run_dir / "verdict.json", problems)
+    run = read_json(run_dir / "run.json", problems) or stages[0].run
+    replies, reply_count = heldout(run_dir, problems)
+    problems = [problem for problem in problems if problem not in stages[0].problems]  # a single stage names run.json
+    html = render(
+        "report.html",
+        title=run_dir.resolve().name,
+        run_dir=run_dir,
+        text_limit=TEXT_LIMIT,
+        head=head(run_dir, stages, verdict),
+        stages=[_section(stage) for stage in stages],
+        heldout=replies,
+        heldout_count=reply_count,
+        notes=[*damage(problems), *(note for stage in stages for note in events(stage, named=len(stages) > 1))],
+        commands=commands(run_dir, stages, run),
+        facts=facts(run),
+        command=f"fastrlhf report {shlex.quote(str(run_dir))}",
+    )
+    target, partial = run_dir / "report.html", run_dir / ".report.html.partial"
+    partial.write_text(html, encoding="utf-8")
     os.replace(partial, target)
     return target
+
+
+def _section(stage: StageRun) -> dict[str, Any]:
+    """The values of one stage's parts of the page."""
+    about = {"name": stage.name, "title": TITLES[stage.name], "figures": figures(stage)}
+    others, others_left = other_figures(stage)  # what the figures above left over
+    values = {"samples": samples(stage), "time": time(stage), "config": config(stage)}
+    return about | values | {"others": others, "others_left": others_left}
 
 
 def main(run_dir: str | Path) -> int:

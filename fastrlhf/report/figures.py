@@ -1,190 +1,202 @@
-"""Curves as inline SVG: drawn by matplotlib, coloured by the page's CSS, the same bytes for the same numbers.
+"""Where everything in a plot stands; templates/figure.svg writes it, the same bytes for the same numbers.
 
 Left out on purpose: interactivity. The numbers stand in metrics.jsonl beside the report.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from fastrlhf.runtime.console import number
 
 WIDTH, HEIGHT = 400, 225  # SVG units; text of 12 units stays readable on a phone
-MAX_POINTS = 400
+LEFT, RIGHT, TOP, BOTTOM, FOOT = 54, 386, 23, 184, 217  # the plot within them, and the line of the x axis's name
+MAX_POINTS, MAX_PATH = 400, 150
 SMOOTH_FROM = 40  # shorter runs are shown as they are
-# Stand-ins that no other drawing uses: replaced by CSS variables, so that one figure serves light and dark pages.
-_COLOURS = {
-    "#010203": "var(--ink)",
-    "#010204": "var(--muted)",
-    "#010205": "var(--line)",
-    "#010206": "var(--series-1)",
-    "#010207": "var(--series-2)",
-    "#010208": "var(--card)",
-}
-INK, MUTED, LINE, FIRST, SECOND, CARD = _COLOURS
+LABEL_CHARS = 6  # of a tick, left of the plot
+MARKS_BELOW = 12  # a curve of fewer points shows each
+STEPS = (1, 2, 2.5, 5, 10)
+FIRST, SECOND = "var(--series-1)", "var(--series-2)"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fastrlhf",
-    "text.parse_math": False,
-    "font.size": 12,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": MUTED,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.grid.axis": "y",
-    "grid.color": LINE,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "text.color": INK,
-    "figure.facecolor": "none",
-    "lines.solid_capstyle": "round",
-}
+Points = Sequence[tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One curve: (step, value) points in order; held-out ones have a colour of their own and a mark at each point."""
 
     label: str
-    points: Sequence[tuple[float, float]]
+    points: Points
     held_out: bool = False
+    colour: str = ""
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes: what its y axis is (with the unit) and the curves in it."""
+class Panel(NamedTuple):
+    """One pair of axes: what its y axis is (with the unit) and the curves in it.
+
+    span: values that must fit on the y axis besides the curves' own, so that panels can share a scale.
+    """
 
     unit: str
     series: Sequence[Series]
+    span: Sequence[float] = ()
 
 
-def curves(figure_id: str, title: str, panels: Sequence[Panel], x_label: str) -> str:
-    """Panels above each other over one x axis, as an <svg> element."""
-    import matplotlib
+class Scale(NamedTuple):
+    """A linear axis: `low` stands at `start` and `high` at `end`, in SVG units."""
 
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _canvas(len(panels))
-        for i, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
-            for j, series in enumerate(panel.series):
-                _curve(axis, series, SECOND if series.held_out else FIRST, f"series-{i}-{j}")
-            _dress(axis, panel.unit, whole_x=True, ticks=5 if len(panels) == 1 else 3)
-            axis.tick_params(labelbottom=i == len(panels) - 1)
-        axes[-1].set_xlabel(x_label, loc="right")
-        return _svg(figure, figure_id, title)
+    low: float
+    high: float
+    start: float
+    end: float
+
+    @classmethod
+    def around(cls, values: Sequence[float], start: float, end: float, margin: float = 0.05) -> Scale:
+        """Room for all values and `margin` of it on both sides."""
+        low, high = max(min(values), -1e300), min(max(values), 1e300)  # the difference must be finite too
+        middle = abs(low / 2 + high / 2)
+        if high - low < 1e-9 * max(1.0, middle):  # a constant curve: a line in the middle, not noise blown up
+            spread = 0.1 * middle if 1e-9 * middle > max(high - low, 1e-300) else 0.01
+            low, high = low - spread, high + spread
+        pad = margin * (high - low)
+        return cls(low - pad, high + pad, start, end)
+
+    def at(self, value: float) -> float:
+        """The place of a value, to a tenth of a unit; at the nearer end for one beyond the scale."""
+        inside = min(max(value, self.low), self.high)
+        return round(self.start + (inside - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+
+    def ticks(self, most: int, *, whole: bool = False) -> list[float]:
+        """Round values on the axis, at most `most` steps apart; `whole`: whole numbers only."""
+        rough = (self.high - self.low) / most
+        power = 10.0 ** math.floor(math.log10(rough))
+        steps = [power * m for m in STEPS if power * m >= rough * 0.999 and not (whole and power * m % 1)]
+        step = steps[0] if steps else 1.0
+        return [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+
+
+def curves(figure_id: str, title: str, panels: Sequence[Panel], x_label: str) -> dict[str, Any]:
+    """Panels above each other over one x axis, as figure.svg draws them."""
+    x = Scale.around([a for panel in panels for series in panel.series for a, _ in series.points], LEFT, RIGHT)
+    gap = 32
+    height = (BOTTOM - TOP - gap * (len(panels) - 1)) / len(panels)
+    drawn = []
+    for i, panel in enumerate(panels):
+        top = TOP + i * (height + gap)
+        name = x_label if i == len(panels) - 1 else ""
+        drawn.append(curve_panel(panel, i, x, top, top + height, name))
+    return _figure(figure_id, title, drawn)
+
+
+def curve_panel(panel: Panel, key: int, x: Scale, top: float, bottom: float, x_label: str) -> dict[str, Any]:
+    """One panel of curves between two heights; x_label "": another panel below names the x axis."""
+    values = [b for series in panel.series for _, b in series.points]
+    y = Scale.around([*values, *panel.span], bottom, top)
+    axes = _axes(key, panel.unit, x, y, x_label, x.ticks(6, whole=True))
+    return axes | {"lines": [_curve(series, x, y) for series in panel.series]}
 
 
 def path_plot(
-    figure_id: str, title: str, points: Sequence[tuple[float, float]], x_label: str, unit: str,
-    beside: Sequence[tuple[float, float]] = (),
-) -> str:  # fmt: skip
+    figure_id: str, title: str, points: Points, x_label: str, unit: str, beside: Points = ()
+) -> dict[str, Any]:
     """y against x in the order of the steps: pale at the start, full at the end, both ends named; `beside`: a dashed
     curve to compare with."""
-    import matplotlib
-
-    shown = _thin(points, 150)
-    xs, ys = [x for x, _ in shown], [y for _, y in shown]
-    with matplotlib.rc_context(_STYLE):
-        figure, (axis,) = _canvas(1)
-        axis.plot(xs, ys, color=FIRST, linewidth=1, alpha=0.3, gid="series-0-0")
-        alphas = [0.15 + 0.85 * i / max(1, len(xs) - 1) for i in range(len(xs))]
-        axis.scatter(xs, ys, s=16, color=FIRST, alpha=alphas, linewidths=0, gid="series-0-1")
-        axis.scatter([xs[-1]], [ys[-1]], s=60, color=FIRST, edgecolors=CARD, linewidths=1.5, zorder=4)
-        if beside:
-            xs_beside, ys_beside = zip(*beside, strict=True)
-            axis.plot(xs_beside, ys_beside, color=SECOND, linewidth=1.4, linestyle=(0, (4, 3)), marker="o",
-                      markersize=3.5, markeredgewidth=0, gid="series-1-0")  # fmt: skip
-        axis.margins(x=0.1, y=0.14)
-        ends = [("start", 0), ("end", -1)] if len(xs) > 1 else [("end", -1)]
-        for name, i in ends:
-            text = axis.annotate(name, (xs[i], ys[i]), xytext=(0, 10), textcoords="offset points", ha="center")
-            text.set_gid(f"halo-{name}")
-        _dress(axis, unit, whole_x=False)
-        axis.set_xlabel(x_label, loc="right")
-        return _svg(figure, figure_id, title)
+    shown = _thin(points, MAX_PATH)
+    xs, ys = zip(*shown, *beside, strict=True)
+    x, y = Scale.around(xs, LEFT, RIGHT, 0.1), Scale.around(ys, BOTTOM, TOP, 0.14)
+    places = [(x.at(a), y.at(b)) for a, b in shown]
+    growing = [round(0.15 + 0.85 * i / max(1, len(places) - 1), 2) for i in range(len(places))]
+    marks = [(a, b, 2, opacity) for (a, b), opacity in zip(places, growing, strict=True)]
+    marks[-1] = (*places[-1], 4.5, 1)
+    lines = [_line("path", FIRST, places, style="faint", marks=marks)]
+    if beside:
+        others = [(x.at(a), y.at(b)) for a, b in beside]
+        lines.append(_line("beside", SECOND, others, style="dashed", marks=_marks(others, 1.8)))
+    ends = {"start": places[0], "end": places[-1]} if len(places) > 1 else {"end": places[-1]}
+    texts = [(a, round(b - 9, 1), name, "halo") for name, (a, b) in ends.items()]
+    panel = _axes(0, unit, x, y, x_label, x.ticks(6)) | {"lines": lines, "texts": texts}
+    return _figure(figure_id, title, [panel])
 
 
-def bars(figure_id: str, title: str, counts: Sequence[tuple[str, int]], x_label: str, unit: str) -> str:
+def bars(figure_id: str, title: str, counts: Sequence[tuple[str, int]], x_label: str, unit: str) -> dict[str, Any]:
     """Counts by bin; bins whose name begins with a minus are drawn in the second colour."""
-    import matplotlib
+    bottom = BOTTOM - 26  # the slanted names of the bins need room
+    x, y = Scale(-0.6, len(counts) - 0.4, LEFT, RIGHT), Scale(0, 1.12 * max(1, *(n for _, n in counts)), bottom, TOP)
+    lines, texts, width = [], [], round(x.at(0.9) - x.at(0), 1)
+    for i, (name, count) in enumerate(counts):
+        box = (x.at(i - 0.45), y.at(count), width, round(bottom - y.at(count), 1))
+        lines.append(_line(name, SECOND if name.startswith("-") else FIRST, [], bars=[box]))
+        texts += [(x.at(i), round(y.at(count) - 3, 1), count, "small ink")] if count else []
+    names = [(x.at(i), _bin(name)) for i, (name, _) in enumerate(counts)]
+    below = {"x_ticks": names, "slanted": True, "foot": FOOT}
+    return _figure(figure_id, title, [_axes(0, unit, x, y, x_label, []) | below | {"lines": lines, "texts": texts}])
 
-    with matplotlib.rc_context(_STYLE):
-        figure, (axis,) = _canvas(1, bottom=0.3)
-        places, heights = range(len(counts)), [count for _, count in counts]
-        colours = [SECOND if name.startswith("-") else FIRST for name, _ in counts]
-        drawn = axis.bar(places, heights, width=0.9, color=colours, linewidth=0)
-        for i, patch in enumerate(drawn):
-            patch.set_gid(f"series-0-{i}")
-        axis.bar_label(drawn, [str(count) if count else "" for count in heights], color=INK, padding=1, fontsize=10)
-        axis.set_title(unit, loc="left", fontsize=12, pad=6)
-        axis.set_xticks(places, [_bin(name) for name, _ in counts], rotation=40, ha="right", fontsize=10)
-        axis.set_xlabel(x_label, loc="right")
-        axis.margins(y=0.12)
-        return _svg(figure, figure_id, title)
+
+def _figure(figure_id: str, title: str, panels: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"id": figure_id, "title": title, "width": WIDTH, "height": HEIGHT, "panels": panels}
+
+
+def _axes(key: int, unit: str, x: Scale, y: Scale, x_label: str, x_ticks: Sequence[float]) -> dict[str, Any]:
+    tiny = math.floor(math.log10(max(abs(y.low), abs(y.high))))
+    heights = y.ticks(6 if y.start - y.end > 100 else 4)
+    y_labels, power = _tick_labels(heights), 0
+    if tiny < -3 or (tiny < 0 and max(map(len, y_labels)) > LABEL_CHARS):
+        power = tiny  # 0.00024 is hard to read and too wide: 2.4, and the power beside the unit
+        y_labels = _tick_labels([height / 10.0**power for height in heights])
+    box = {"left": x.start, "right": x.end, "top": round(y.end, 1), "bottom": round(y.start, 1)}
+    return box | {
+        "key": key,
+        "unit": f"{unit} × 10{str(power).translate(_SUPERSCRIPT)}" if power else unit,
+        "y_ticks": [(y.at(height), label) for height, label in zip(heights, y_labels, strict=True)],
+        "zero": y.at(0.0) if y.low < 0 < y.high else None,
+        "x_label": x_label,
+        "foot": round(y.start + FOOT - BOTTOM, 1),
+        "x_ticks": [(x.at(tick), label) for tick, label in zip(x_ticks, _tick_labels(x_ticks), strict=True)],
+        **{"slanted": False, "legend": False, "texts": []},
+    }
+
+
+def _curve(series: Series, x: Scale, y: Scale) -> dict[str, Any]:
+    shown = _thin(series.points, MAX_POINTS)
+    places = [(x.at(a), y.at(b)) for a, b in shown]
+    colour = series.colour or (SECOND if series.held_out else FIRST)
+    marks = _marks(places, 2.2) if series.held_out or len(places) < MARKS_BELOW else []
+    if series.held_out or len(places) < SMOOTH_FROM:
+        return _line(series.label, colour, places, marks=marks)
+    means = _smooth([b for _, b in shown], max(2, len(shown) // 25))
+    smooth = [(a, y.at(mean)) for (a, _), mean in zip(places, means, strict=True)]
+    return _line(series.label, colour, smooth, raw=_joined(places), marks=marks)
+
+
+def _line(label: str, colour: str, places: Points, *, style: str = "", raw: str = "", **parts: Any) -> dict[str, Any]:
+    points = _joined(places) if len(places) > 1 else ""
+    return {
+        "label": label,
+        "colour": colour,
+        "points": points,
+        "style": style,
+        "raw": raw,
+        "marks": [],
+        "bars": [],
+    } | parts
+
+
+def _marks(places: Points, radius: float) -> list[tuple[float, float, float, float]]:
+    return [(a, b, radius, 1) for a, b in places]
+
+
+def _joined(places: Points) -> str:
+    return " ".join(f"{a:g},{b:g}" for a, b in places)
 
 
 def _bin(name: str) -> str:
     """ "-inf..-1" as "< −1", "0..1" as "0 to 1"."""
     low, _, high = name.replace("-inf", "").replace("-", "\u2212").partition("..")
-    return f"< {high}" if not low else f"≥ {low}" if high in ("inf", "") else f"{low} to {high}"
-
-
-def _canvas(rows: int, bottom: float = 0.185):
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
-    FigureCanvasSVG(figure)  # no pyplot: nothing global, no window system
-    # Fixed margins: measuring every label first doubles the time, and the labels are short by construction.
-    figure.subplots_adjust(left=0.135, right=0.965, top=0.9, bottom=bottom, hspace=0.5)
-    return figure, figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-
-
-def _curve(axis, series: Series, colour: str, gid: str) -> None:
-    shown = _thin(series.points, MAX_POINTS)
-    xs, ys = [x for x, _ in shown], [y for _, y in shown]
-    marks = {"marker": "o", "markersize": 4.5, "markeredgewidth": 0} if series.held_out or len(xs) < 12 else {}
-    if len(xs) >= SMOOTH_FROM and not series.held_out:
-        axis.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.35)
-        ys = _smooth(ys, max(2, len(ys) // 25))
-    axis.plot(xs, ys, color=colour, linewidth=1.8, gid=gid, **marks)
-
-
-def _dress(axis, unit: str, *, whole_x: bool, ticks: int = 5) -> None:
-    from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
-
-    low, high = axis.get_ylim()
-    middle = abs(low + high) / 2
-    if high - low < 1e-9 * max(1.0, middle):  # a constant curve: a line in the middle, not noise blown up
-        spread = max(1e-3, middle * 0.1)
-        axis.set_ylim(low - spread, high + spread)
-    if low < 0 < high:
-        axis.axhline(0, color=MUTED, linewidth=0.8, zorder=0.5)
-    low, high = axis.get_ylim()
-    tiny = math.floor(math.log10(max(abs(low), abs(high))))
-    power = tiny if tiny < -3 else 0  # 0.00024 is hard to read and too wide: 2.4, and the power beside the unit
-    axis.set_title(
-        f"{unit} × 10{str(power).translate(_SUPERSCRIPT)}" if power else unit, loc="left", fontsize=12, pad=6
-    )
-    for line, count, whole in ((axis.xaxis, 6, whole_x), (axis.yaxis, ticks, False)):
-        low, high = line.get_view_interval()
-        places = [v for v in MaxNLocator(count, integer=whole).tick_values(low, high) if low <= v <= high]
-        line.set_major_locator(FixedLocator(places))
-        scale = 10.0**power if line is axis.yaxis else 1.0
-        line.set_major_formatter(FixedFormatter(_tick_labels([place / scale for place in places])))
+    if not low:
+        return f"< {high}"
+    return f"≥ {low}" if high in ("inf", "") else f"{low} to {high}"
 
 
 def _tick_labels(values: Sequence[float]) -> list[str]:
@@ -196,37 +208,17 @@ def _tick_labels(values: Sequence[float]) -> list[str]:
     return [text.replace("-", "\u2212", 1) if places is not None else text for text in texts]
 
 
-def _thin(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
+def _thin(points: Points, limit: int) -> Points:
     """At most `limit` points: means of equal groups of neighbours; the first and the last stay as they are."""
     if len(points) <= limit:
         return list(points)
     inner, groups = points[1:-1], limit - 2
     cuts = [len(inner) * i // groups for i in range(groups + 1)]
-    means = [_mean(inner[a:b]) for a, b in zip(cuts, cuts[1:])]
-    return [tuple(points[0]), *means, tuple(points[-1])]
-
-
-def _mean(group: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    return sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)
+    means = [(fmean(x for x, _ in inner[a:b]), fmean(y for _, y in inner[a:b])) for a, b in zip(cuts, cuts[1:])]
+    return [points[0], *means, points[-1]]
 
 
 def _smooth(values: Sequence[float], radius: int) -> list[float]:
     """Centred moving average; at both ends over the half of the window that exists."""
     windows = (values[max(0, i - radius) : i + radius + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
-def _svg(figure, figure_id: str, title: str) -> str:
-    """The figure as an element for an HTML page: no prologue, ids of its own, CSS colours and the page's font."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r"font-family:[^;\"]*;?|font: (\S+) [^;\"]*", lambda m: f"font-size: {m[1]}" if m[1] else "", text)
-    text = text.replace("xlink:href", "href")
-    text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{figure_id}-", text)
-    text = re.sub("|".join(_COLOURS), lambda match: _COLOURS[match[0]], text)
-    box = re.search(r'viewBox="([^"]+)"', text)[1]
-    head = f'<svg viewBox="{box}" role="img" aria-label="{escape(title, quote=True)}">'
-    return re.sub(r"<svg[^>]*>", lambda _: head, text, count=1).strip()
+    return [fmean(window) for window in windows]

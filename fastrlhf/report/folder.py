@@ -1,10 +1,9 @@
-"""A run folder as the report reads it: whatever is there, whole lines only, nothing assumed to be finished."""
+"""A run folder as the report reads it: whatever is there, nothing assumed to be finished, damage named."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.recipe import read_recipe
+from fastrlhf.runtime.records import parse, read_records
 
 TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 STAGES = ("sft", "reward", "ppo")  # in the order of the pipeline
@@ -21,7 +21,7 @@ _OWN_METRICS = (("ppo", "kl/ref"), ("ppo", "reward/mean"), ("reward", "accuracy/
 
 @dataclass
 class StageRun:
-    """The files of one stage; absent ones are empty."""
+    """The files of one stage; absent ones are empty. problems: FILE:LINE and reason of what could not be read."""
 
     dir: Path
     name: str
@@ -31,7 +31,7 @@ class StageRun:
     events: list[dict[str, Any]]
     run: dict[str, Any]
     config: dict[str, Any]
-    torn_lines: int = 0
+    problems: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
 
     @cached_property
@@ -41,10 +41,8 @@ class StageRun:
     @property
     def total_steps(self) -> int | None:
         """Planned steps; None when nothing in the folder says so (an SFT run counted in epochs)."""
-        for source in (self.run, self.config):
-            if isinstance(source.get("total_steps"), int):
-                return source["total_steps"]
-        return None
+        known = [source.get("total_steps") for source in (self.run, self.config)]
+        return next((steps for steps in known if isinstance(steps, int)), None)
 
     @property
     def finished(self) -> bool | None:
@@ -58,11 +56,21 @@ class StageRun:
     def points(self, name: str) -> Points:
         """(step, value) of a metric, in order of the steps, without the values that were not finite."""
         self.used.add(name)
-        found = {row["step"]: row[name] for row in self.metrics if _number(row.get(name))}
-        return sorted(found.items())
+        values = {row["step"]: row[name] for row in self.metrics if is_number(row.get(name))}
+        return sorted(values.items())
 
     def metric_names(self) -> list[str]:
         return sorted({name for row in self.metrics for name in row} - {"step", "nonfinite"})
+
+    @cached_property
+    def timed(self) -> dict[str, list[float]]:
+        """All that timings.jsonl recorded of each figure, in its order."""
+        values: dict[str, list[float]] = {}
+        for row in self.timings:
+            for name in row.keys() - {"step", "nonfinite"}:
+                if is_number(row[name]):
+                    values.setdefault(name, []).append(row[name])
+        return values
 
     def nonfinite(self) -> dict[str, list[int]]:
         """Steps at which a metric was not finite, by metric."""
@@ -93,14 +101,12 @@ def load(run_dir: Path) -> list[StageRun]:
 
 
 def _load_stage(folder: Path) -> StageRun:
-    torn: list[int] = []
-    files = [list(_rows(folder / f"{name}.jsonl", torn)) for name in ("metrics", "timings", "samples", "events")]
-    metrics, timings, samples, events = files
-    run = read_json(folder / "run.json")
-    steps = [row for row in metrics if isinstance(row.get("step"), int)]
-    name = run["verb"] if run.get("verb") in STAGES else _stage_name(folder, steps)
-    config = _config(folder / "config.yaml")
-    return StageRun(folder, name, steps, timings, samples, events, run, config, torn_lines=len(torn))
+    problems: list[str] = []
+    by_step = [list(read_records(folder / f"{n}.jsonl", problems, {"step": int})) for n in ("metrics", "timings")]
+    texts = [list(read_records(folder / f"{n}.jsonl", problems)) for n in ("samples", "events")]
+    run = read_json(folder / "run.json", problems)
+    name = run["verb"] if run.get("verb") in STAGES else _stage_name(folder, by_step[0])
+    return StageRun(folder, name, *by_step, *texts, run, _config(folder / "config.yaml", problems), problems)
 
 
 def _stage_name(folder: Path, metrics: Sequence[dict[str, Any]]) -> str:
@@ -110,45 +116,24 @@ def _stage_name(folder: Path, metrics: Sequence[dict[str, Any]]) -> str:
     return next((stage for stage, metric in _OWN_METRICS if metric in names), "sft")
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path, problems: list[str]) -> dict[str, Any]:
     """The resolved recipe; {} when there is none or it was damaged by hand."""
     if not path.is_file():
         return {}
     try:
         return read_recipe(path)[0]
-    except UserError:
+    except UserError as error:
+        problems.append(str(error))
         return {}
 
 
-def _rows(path: Path, torn: list[int]) -> Iterator[dict[str, Any]]:
-    """Rows of a JSON Lines file; the numbers of unreadable lines (a kill tears the last one) go to `torn`."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for i, line in enumerate(file, start=1):
-            row = _parsed(line)
-            if isinstance(row, dict):
-                yield row
-            elif line.strip():
-                torn.append(i)
-
-
-def _parsed(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; {} when it is absent or something else."""
-    value = _parsed(path.read_bytes()) if path.is_file() else None
-    return value if isinstance(value, dict) else {}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Every readable row of a JSON Lines file; [] when it is absent."""
-    return list(_rows(path, []))
+def read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+    """A JSON object from a file; {} when it is absent, or damaged, which `problems` then says."""
+    value = parse(path.read_bytes()) if path.is_file() else {}
+    if isinstance(value, str):
+        problems.append(f"{path}: {value}")
+        return {}
+    return value
 
 
 def ends(points: Points) -> tuple[float, float, int]:
@@ -160,11 +145,7 @@ def ends(points: Points) -> tuple[float, float, int]:
 
 def phase_seconds(stage: StageRun) -> dict[str, float]:
     """Seconds by phase over the run, steps repeated after a kill included; "other" is the rest of the steps' time."""
-    spent: dict[str, float] = {}
-    for row in stage.timings:
-        for name, value in row.items():
-            if name.startswith("time/") and isinstance(value, (int, float)):
-                spent[name[5:]] = spent.get(name[5:], 0.0) + value
+    spent = {name[5:]: sum(values) for name, values in sorted(stage.timed.items()) if name.startswith("time/")}
     steps = spent.pop("step", 0.0)
     spent.pop("elapsed", None)
     other = steps - sum(spent.values())
@@ -173,11 +154,8 @@ def phase_seconds(stage: StageRun) -> dict[str, float]:
 
 def peak_gib(stage: StageRun) -> float | None:
     """The device's peak where there is one, else the process's."""
-    for name in ("mem/peak_gib", "mem/host_peak_gib"):
-        values = [row[name] for row in stage.timings if isinstance(row.get(name), (int, float))]
-        if values:
-            return max(values)
-    return None
+    values = stage.timed.get("mem/peak_gib") or stage.timed.get("mem/host_peak_gib")
+    return max(values) if values else None
 
 
 def is_histogram(value: Any) -> bool:
@@ -189,8 +167,9 @@ def best_of_n(stage: StageRun) -> Points:
     """(KL in nats, mean score) of the best of 1, 2, 4, ... samples of the reference; [] where it was not measured."""
     curve = next((e.get("curve") for e in stage.events if e.get("kind") == "best_of_n"), None)
     rows = [row for row in curve if isinstance(row, dict)] if isinstance(curve, list) else []
-    return [(row["kl"], row["reward"]) for row in rows if _number(row.get("kl")) and _number(row.get("reward"))]
+    return [(row["kl"], row["reward"]) for row in rows if is_number(row.get("kl")) and is_number(row.get("reward"))]
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """True for an int or float that a float can hold and that is finite; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -42,7 +42,7 @@ def parse(data: bytes) -> dict[str, Any] | str:
     except UnicodeDecodeError:
         return "is not UTF-8"
     except json.JSONDecodeError as error:
-        return f"is not JSON ({error.msg.removesuffix(' at')} at column {error.pos + 1})"
+        return f"is not JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1})"
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists in lists in lists
         return f"cannot be read ({error})"
     return value if isinstance(value, dict) else f"is no JSON object but a {type(value).__name__}"

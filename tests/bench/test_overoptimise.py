@@ -57,4 +57,4 @@ def test_the_figure_draws_every_curve_of_both_runs(tmp_path):
     for text in ("Vanilla PPO, no KL", "PPO-max", "reward-model score", "distinct-2", "KL to the SFT model"):
         assert text in drawn[0]
     points = sum(len(run) for run in MEASURED.values())
-    assert drawn[0].count("<use") >= 5 * points  # a mark for each of the five figures of an evaluation
+    assert drawn[0].count("<circle") >= 5 * points  # a mark for each of the five figures of an evaluation

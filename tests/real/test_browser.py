@@ -103,7 +103,7 @@ def test_every_figure_is_drawn_and_nothing_overflows(finished, tmp_path):
 
 def test_the_probe_sees_what_is_broken(finished, tmp_path):
     html = re.sub(r'(<figure id="fig-kl">.*?)<svg.*?</svg>', r"\1", finished, count=1, flags=re.DOTALL)
-    html = html.replace('<g id="fig-length-series-0-0">', '<g id="fig-length-series-9-9"></g><g>', 1)
+    html = html.replace('<g id="fig-length-series-0-0"', '<g id="fig-length-series-9-9"></g><g', 1)
     html = html.replace("</main>", '<div style="width:3000px">wide</div><img src="file:///nothing.png"></main>')
     html = html.replace("</body>", "<script>broken(</script></body>")
     found, console = probe([html], tmp_path)

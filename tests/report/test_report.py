@@ -12,9 +12,9 @@ import pytest
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.report import build_report, main
-from fastrlhf.report.figures import Panel, Series, curves
+from fastrlhf.report.figures import Panel, Scale, Series, bars, curves, path_plot
 from fastrlhf.report.folder import ends
-from fastrlhf.report.tables import samples
+from fastrlhf.report.page import render
 from fastrlhf.runtime.tracking import Tracker
 from tests.run_folders import (
     PPO_FIGURES,
@@ -27,6 +27,11 @@ from tests.run_folders import (
     write_quickstart,
     write_stage,
 )
+
+SVG_ATTRIBUTES = {
+    *("class", "cx", "cy", "d", "dx", "height", "id", "opacity", "points", "r", "role", "style", "text-anchor"),
+    *("transform", "viewbox", "width", "x", "xmlns", "y", "aria-label"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -214,16 +219,45 @@ def test_commands_fit_how_the_run_was_started(tmp_path, quickstart):
 
 def test_a_run_torn_anywhere_still_gets_a_report(tmp_path):
     folder = write_stage(tmp_path / "run", "ppo", 12)
+    at = {}
     for name in ("metrics", "timings", "samples", "events"):
         with open(folder / f"{name}.jsonl", "ab") as file:
             file.write(b'{"step": 13, "rewa\xff')
+        at[name] = len((folder / f"{name}.jsonl").read_bytes().splitlines())
     with open(folder / "metrics.jsonl", "ab") as file:
-        file.write(b"\n[1, 2]\n" + b"[" * 100_000)
+        file.write(b'\n[1, 2]\n{"step": "x"}\n' + b"[" * 100_000)
     (folder / "config.yaml").write_text("seed: [1, &a")
     (folder / "run.json").write_text("{")
+    (folder / "heldout.jsonl").write_text("1\n")
     text = read(build_report(folder)).text
-    assert "5 unreadable line(s) skipped" in text or "6 unreadable line(s) skipped" in text
     assert "in 12 PPO steps" in text
+    named = {f"{folder}/{name}.jsonl:{line}: is not UTF-8" for name, line in at.items()} | {
+        f"{folder}/metrics.jsonl:{at['metrics'] + 1}: is no JSON object but a list",
+        f"{folder}/metrics.jsonl:{at['metrics'] + 2}: has no int 'step'",
+        f"{folder}/metrics.jsonl:{at['metrics'] + 3}: cannot be read",
+        f"{folder}/config.yaml",
+        f"{folder}/run.json: is not JSON",
+        f"{folder}/heldout.jsonl:1: is no JSON object but a int",
+    }
+    assert [problem for problem in named if problem not in text] == []
+    assert text.count("damaged") == len(named)
+
+
+def test_hundreds_of_damaged_lines_are_counted_and_the_first_named(tmp_path):
+    folder = write_stage(tmp_path / "run", "sft", 3)
+    with open(folder / "events.jsonl", "ab") as file:
+        file.write(b"garbage\n" * 300)
+    text = read(build_report(folder)).text
+    assert "events.jsonl:1: is not JSON" in text and "events.jsonl:300" not in text
+    assert "280 more lines or files" in text
+
+
+def test_a_number_that_no_float_can_hold_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        f'{{"step": 1, "reward/mean": 0.5, "kl/ref": 1{"0" * 400}}}\n{{"step": 2, "reward/mean": 1e999}}\n'
+    )
+    shown = figures(build_report(tmp_path))
+    assert 'class="missing"' in shown["fig-kl"] and shown["fig-reward"].count("<circle") == 1
 
 
 def test_metrics_alone_are_enough(tmp_path):
@@ -323,15 +357,81 @@ def test_ends_are_means_of_a_tenth(values, expected):
 
 def test_curves_keep_both_ends_and_are_deterministic():
     points = [(step, math.sin(step / 500)) for step in range(5000)]
-    drawn = [curves("fig-x", "t", [Panel("u", [Series("s", points, True)])], "step") for _ in range(2)]
-    assert drawn[0] == drawn[1]
-    marks = re.search(r'<g id="fig-x-series-0-0">(.*?)</g>\s*</g>', drawn[0], flags=re.DOTALL)[1]
-    assert 300 <= marks.count("<use") <= 400
-    assert 'href="#fig-x-' in marks and "#0102" not in drawn[0]
+    plots = [curves("fig-x", "t", [Panel("u", [Series("s", points, True)])], "step") for _ in range(2)]
+    assert plots[0] == plots[1]
+    (panel,) = plots[0]["panels"]
+    (line,) = panel["lines"]
+    ends = [tuple(map(float, line["points"].split()[i].split(","))) for i in (0, -1)]
+    assert 300 <= len(line["marks"]) <= 400
+    assert [line["marks"][i][:2] for i in (0, -1)] == ends
+    assert ends[0][0] - panel["left"] == pytest.approx(panel["right"] - ends[1][0], abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "whole", "expected"),
+    [
+        (0.0, 1.0, False, [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]),
+        (1.0, 120.0, True, [25, 50, 75, 100]),
+        (0.9, 3.1, True, [1, 2, 3]),
+        (-1.2, 13.0, True, [0, 5, 10]),
+        (2.5e-9, 6.0e-9, False, [3e-9, 4e-9, 5e-9, 6e-9]),
+        (-1e300, 1e300, False, [-1e300, -5e299, 0.0, 5e299, 1e300]),
+    ],
+)
+def test_ticks_are_round_numbers_within_the_axis(low, high, whole, expected):
+    assert Scale(low, high, 0, 100).ticks(5, whole=whole) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("values", [[0.25] * 5, [1e300, -1e300], [1.7e308, -1.7e308], [5e-324, 0.0], [7.0]])
+def test_every_finite_value_finds_its_place(values):
+    plot = curves("fig-x", "t", [Panel("u", [Series("s", list(enumerate(values)))])], "step")
+    (panel,) = plot["panels"]
+    for x, y, *_ in panel["lines"][0]["marks"]:
+        assert panel["left"] <= x <= panel["right"] and panel["top"] <= y <= panel["bottom"]
+    assert panel["y_ticks"] and "nan" not in repr(plot) and "inf" not in repr(plot)
+
+
+def test_the_path_of_reward_against_kl_names_its_ends_and_dashes_what_is_beside_it():
+    points, beside = [(0.1 * i, math.sqrt(i)) for i in range(30)], [(0.0, 0.0), (0.5, 3.0)]
+    (panel,) = path_plot("fig-x", "t", points, "KL", "score", beside)["panels"]
+    path, other = panel["lines"]
+    opacities = [opacity for *_, opacity in path["marks"]]
+    assert opacities == sorted(opacities) and opacities[0] < 0.2 and opacities[-1] == 1
+    assert [name for _, _, name, _ in panel["texts"]] == ["start", "end"]
+    assert other["style"] == "dashed" and len(other["marks"]) == 2 and other["colour"] != path["colour"]
+
+
+def test_bars_are_as_high_as_their_counts():
+    (panel,) = bars("fig-x", "t", [("-inf..-1", 0), ("-1..0", 10), ("0..inf", 20)], "margin", "pairs")["panels"]
+    heights = [box[3] for line in panel["lines"] for box in line["bars"]]
+    assert heights[0] == 0 and heights[2] == pytest.approx(2 * heights[1], abs=0.2)
+    assert [label for _, label in panel["x_ticks"]] == ["< −1", "−1 to 0", "≥ 0"]
+    assert panel["lines"][1]["colour"] != panel["lines"][2]["colour"]
+
+
+def test_what_a_template_shows_is_escaped_and_cleaned_wherever_it_stands():
+    hostile = "\"'<b>\x1b[31m\u202e hf_" + "aB3" * 10
+    line = {
+        "label": hostile,
+        "colour": hostile,
+        "points": hostile,
+        "style": hostile,
+        "raw": "",
+        "marks": [],
+        "bars": [],
+    }
+    (panel,) = bars("fig-x", "t", [("0..1", 1)], "x", "u")["panels"]
+    panel |= {"lines": [line], "unit": hostile, "x_label": hostile, "texts": [(0, 0, hostile, hostile)], "legend": True}
+    svg = render("standalone.svg", figure={"id": hostile, "title": hostile, "width": 1, "height": 1, "panels": [panel]})
+    assert Page(svg).tags.count("b") == 0 and "<b>" not in svg and "aB3" not in svg
+    assert not re.search("[\x1b\u202e]", svg)
+    assert {name for _, name, _ in Page(svg).attributes} <= SVG_ATTRIBUTES
 
 
 def test_samples_come_from_all_of_the_held_out_prompts(tmp_path):
     rows = [{"prompt": f"ask {i}", "response_sft": "a", "response_ppo": "b"} for i in range(240)]
     (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = re.findall(r"ask (\d+)", samples(tmp_path, []))
-    assert shown == [str(i) for i in range(0, 240, 20)]
+    write_stage(tmp_path / "sft", "sft", 2)
+    html = build_report(tmp_path).read_text(encoding="utf-8")
+    assert re.findall(r"ask (\d+)<", html) == [str(i) for i in range(0, 240, 20)]
+    assert "12 of 240 held-out prompts" in html

@@ -18,9 +18,9 @@ def read(path, required=None):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (b'{"step": 2, "rewa', "is not JSON (Unterminated string starting at column 13)"),
-        (b"garbage", "is not JSON (Expecting value at column 1)"),
-        (b"\x00\x00\x00\x00", "is not JSON (Expecting value at column 1)"),
+        (b'{"step": 2, "rewa', "is not JSON (Unterminated string starting at character 13)"),
+        (b"garbage", "is not JSON (Expecting value at character 1)"),
+        (b"\x00\x00\x00\x00", "is not JSON (Expecting value at character 1)"),
         (b"[1, 2]", "is no JSON object but a list"),
         (b"17", "is no JSON object but a int"),
         (b'{"step": 2, "a": "\xff\xfe"}', "is not UTF-8"),
