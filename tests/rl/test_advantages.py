@@ -188,3 +188,62 @@ def test_holes_change_no_advantage(batch, fields, whiten):
     for a, b in zip(near, far, strict=True):
         torch.testing.assert_close(b[:, places], a, rtol=1e-6, atol=1e-6)
         assert b[:, 1:3].abs().sum() == 0
+
+
+ALL = sorted(advantages.ESTIMATORS)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_clipped_advantages_keep_their_sign(batch, kind):
+    scores, log_probs, ref, values, mask = batch
+    fields = {"advantage": kind, "samples_per_prompt": 2}
+    plain, _ = advantages.estimate_advantages(scores, log_probs, ref, values, mask, config(**fields))
+    limit = round(min(float(plain.max()), -float(plain.min())) / 2, 3)  # so that both ends are at work
+    assert limit > 0.1
+    got, _ = advantages.estimate_advantages(
+        scores, log_probs, ref, values, mask, config(**fields, advantage_clip=limit)
+    )
+    want = [[max(-limit, min(limit, value)) for value in row] for row in plain.tolist()]
+    torch.testing.assert_close(got, torch.tensor(want), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("whiten", [False, True, "group"])
+@pytest.mark.parametrize("kind", ALL)
+def test_a_mask_of_exactly_one_token(batch, kind, whiten):
+    """In float64 by hand: reward less KL less value, unless it is compared with others, of which there are none."""
+    scores, log_probs, ref, values, _ = (x.double() for x in batch)
+    mask = torch.zeros(4, 3).bool()
+    mask[1, 2] = True  # behind two tokens that do not count
+    fields = {"advantage": kind, "samples_per_prompt": 2, "kl_coef": 0.3, "gamma": 0.9, "whiten_advantages": whiten}
+    scores = torch.where(mask.any(1), scores, torch.nan)
+    got, returns = advantages.estimate_advantages(scores, log_probs, ref, values, mask, config(**fields))
+    reward = float(scores[1] - 0.3 * (log_probs - ref)[1, 2])
+    value = {"gae": float(values[1, 2]), "reinforce++": 0.0}.get(kind)
+    alone = 0.0 if value is None or whiten else reward - value
+    want, wanted = torch.zeros(4, 3).double(), torch.zeros(4, 3).double()
+    want[1, 2], wanted[1, 2] = alone, 0.0 if value is None else reward
+    torch.testing.assert_close(got.double(), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(returns.double(), wanted, rtol=1e-12, atol=1e-12)
+    assert value is None or whiten or abs(alone) > 0.1  # there is a number to get right
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_responses_of_one_token_each(batch, kind):
+    """In float64 by hand; two prompts of two responses."""
+    scores, log_probs, ref, values, _ = (x.double() for x in batch)
+    log_probs, ref, values = log_probs[:, :1], ref[:, :1], values[:, :1]
+    fields = {"advantage": kind, "samples_per_prompt": 2, "kl_coef": 0.3, "whiten_advantages": False}
+    mask = torch.ones(4, 1).bool()
+    got, _ = advantages.estimate_advantages(scores, log_probs, ref, values, mask, config(**fields))
+    rewards = [float(scores[i] - 0.3 * (log_probs - ref)[i, 0]) for i in range(4)]
+    for i, reward in enumerate(rewards):
+        other = rewards[i ^ 1]
+        deviation = abs(reward - other) / 2**0.5
+        want = {
+            "gae": reward - float(values[i, 0]),
+            "reinforce++": reward,
+            "rloo": reward - other,
+            "dr_grpo": (reward - other) / 2,
+            "grpo": (reward - other) / 2 / (deviation + 1e-4),
+        }[kind]
+        assert float(got[i, 0]) == pytest.approx(want, rel=1e-12)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastrlhf import PPOConfig, PPOTrainer, UserError
+from fastrlhf import PPOConfig, UserError
 from tests import tiny
+from tests.runs import experience_of, ppo_trainer
 
 FORMS = {
     "separate": {},
@@ -21,20 +22,15 @@ ROWS = list(range(8))
 
 def experience(form: str, on: bool, micro: int = 10_000):
     """-> trainer, rollout of 8 rows of which some are cut, experience. gamma 1, lambda 0: A_t = r_t + V' - V_t."""
-    base = {"total_steps": 1, "rollout_batch_size": 8, "mini_batch_size": 8, "max_new_tokens": 24, "eval_every": 0,
-            "ppo_epochs": 1, "gae_lambda": 0.0, "whiten_advantages": False, "kl_coef": 0.0, "max_prompt_tokens": 104,
-            "micro_batch_tokens": micro}  # fmt: skip
-    t = PPOTrainer(
-        PPOConfig(**{**base, **FORMS[form], "bootstrap_truncated": on}), tokenizer=tiny.tokenizer(),
-        policy=tiny.gpt2() if form == "gpt2" else tiny.llama(), prompts=[tiny.chat(p) for p in tiny.PROMPTS],
-        reward=lambda prompts, responses: [1.0] * len(responses),
-    )  # fmt: skip
-    t.stop_ids = [1, *range(100, 112)]  # so that some replies end and others are cut
+    policy = tiny.gpt2() if form == "gpt2" else tiny.llama()
+    policy.generation_config.eos_token_id = [1, *range(100, 112)]  # so that some replies end and others are cut
+    options = {"gae_lambda": 0.0, "whiten_advantages": False, "kl_coef": 0.0, "bootstrap_truncated": on}
+    sizes = {"mini_batch_size": 8, "max_new_tokens": 24, "max_prompt_tokens": 104, "micro_batch_tokens": micro}
+    t = ppo_trainer(**FORMS[form], **options, **sizes, policy=policy, reward=lambda p, r: [1.0] * len(r))
     torch.nn.init.normal_(t.critic.head.weight, generator=torch.Generator().manual_seed(5))
-    rollout, _ = t._rollout([t.prompts[i % 6] for i in ROWS], 1, purpose="rollout")
+    rollout = t.rollout([t.prompts[i % 6] for i in ROWS], 1, purpose="rollout")
     assert set(rollout.finished) == {True, False}
-    rollout.scores = t._score(rollout)
-    return t, rollout, t._experience(rollout, t._plan(rollout)[0])[0]
+    return t, rollout, experience_of(t, rollout)[0]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -44,7 +40,7 @@ def test_a_cut_response_goes_on_with_the_value_of_its_end(form):
     assert again.response_ids == rollout.response_ids
     with torch.no_grad(), t.critic.active():
         for row in ROWS:
-            ids, last = rollout.prompt_ids[row] + rollout.response_ids[row], len(rollout.response_ids[row]) - 1
+            ids, last = rollout.rows.whole(row), len(rollout.response_ids[row]) - 1
             hidden = t.critic.trunk.base_model(torch.tensor([ids])).last_hidden_state
             weight, bias = t.critic.head.weight, t.critic.head.bias
             value = torch.nn.functional.linear(hidden, weight, bias)[0, :, 0]
@@ -67,8 +63,8 @@ def test_micro_batches_do_not_matter(form):
 def test_a_cut_response_that_fills_the_models_positions():
     """104 of GPT-2's 128 positions are the prompt, 24 the reply: the value of its end needs no position more."""
     t, rollout, _ = experience("gpt2", True)
-    rollout.prompt_ids = [[5] * (128 - len(ids)) for ids in rollout.response_ids]
-    values = t.critic.end_values(rollout, ROWS)
+    rows = [[5] * (128 - len(ids)) + ids for ids in rollout.response_ids]
+    values = t.critic.end_values(rows, rollout.finished)
     assert values.isfinite().all() and [float(v) == 0.0 for v in values] == rollout.finished
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from fastrlhf.rl.extras import WeightAverage
 from fastrlhf.runtime.optim import Optimizer
 from tests import tiny
-from tests.ppo_runs import PROMPTS, copies, resumed_equals_whole, same, trainer
+from tests.runs import PROMPTS, copies, ppo_trainer, resumed_equals_whole, same
 
 FORMS = {"whole": {}, "lora": {"lora": 4}, "shared trunk": {"critic": "shared_trunk"}}
 
@@ -17,24 +17,19 @@ FORMS = {"whole": {}, "lora": {"lora": 4}, "shared trunk": {"critic": "shared_tr
 @pytest.mark.parametrize("form", FORMS)
 def test_it_is_the_exponential_average_of_every_applied_update(form):
     """float64, from the weights at the start; a skipped update does not count."""
-    t = trainer(**FORMS[form], ema_decay=0.9, total_steps=2, ppo_epochs=2)
-    optimizer, seen = t.learner.policy_optimizer, []
+    t = ppo_trainer(**FORMS[form], ema_decay=0.9, total_steps=2, ppo_epochs=2)
+    optimizer, applied = t.learner.policy_optimizer, []
     want = [p.detach().double() for p in optimizer.params]
     assert same(t.learner.average.weights, copies(optimizer.params))
-    step = optimizer.step
 
-    def watched(learning_rate):
-        if len(seen) == 3:
-            optimizer.masters[0].grad.fill_(float("nan"))
-        result = step(learning_rate)
-        seen.append(result.applied)
-        if result.applied:
-            want[:] = [0.9 * e + 0.1 * p.detach().double() for e, p in zip(want, optimizer.params, strict=True)]
-        return result
+    def follow(*_):  # behind every update that is applied
+        applied.append(t.learner.policy_updates)
+        want[:] = [0.9 * e + 0.1 * p.detach().double() for e, p in zip(want, optimizer.params, strict=True)]
 
-    optimizer.step = watched
+    optimizer.inner.register_step_post_hook(follow)
+    optimizer.params[0].register_hook(lambda grad: grad * (torch.nan if t.learner.policy_updates == 3 else 1.0))
     t.train()
-    assert seen == [True] * 3 + [False] + [True] * 4
+    assert applied == [0, 1, 2, 4, 5, 6, 7] and t.learner.policy_updates == 8
     for got, expected in zip(t.learner.average.weights, want, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-7)
     assert not same(t.learner.average.weights, copies(optimizer.params))
@@ -62,7 +57,7 @@ def test_of_a_bf16_model_the_fp32_masters_are_averaged_and_its_bytes_come_back()
 
 
 def test_inside_the_model_is_the_average_and_behind_it_the_very_bytes_come_back():
-    t = trainer(ema_decay=0.9)
+    t = ppo_trainer(ema_decay=0.9)
     t.train()
     live, averages = copies(t.policy.parameters()), copies(t.learner.average.weights)
     places = [p.data_ptr() for p in t.policy.parameters()]
@@ -79,9 +74,9 @@ def test_inside_the_model_is_the_average_and_behind_it_the_very_bytes_come_back(
 def test_evaluation_and_every_export_use_the_average_and_nothing_else_does(form, tmp_path):
     """A decay near 1: the average stays where training started, while the live weights move."""
     fields = {**FORMS[form], "eval_every": 2, "total_steps": 4, "eval_prompts": PROMPTS[:3]}
-    live = trainer(**fields)
+    live = ppo_trainer(**fields)
     live_steps = [step.metrics for step in live]
-    t = trainer(**fields, ema_decay=1 - 1e-7, output_dir=str(tmp_path / "run"))
+    t = ppo_trainer(**fields, ema_decay=1 - 1e-7, output_dir=str(tmp_path / "run"))
     first = t.evaluate()
     steps = [step.metrics for step in t]
     assert steps[-1]["reward/eval"] == first["reward/eval"] and live_steps[-1]["reward/eval"] != first["reward/eval"]
@@ -93,13 +88,13 @@ def test_evaluation_and_every_export_use_the_average_and_nothing_else_does(form,
         saved = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         for name, tensor in start.items():
             torch.testing.assert_close(saved[name], tensor, rtol=0, atol=1e-5)
-    assert not same(copies(t.policy.parameters()), copies(trainer(**FORMS[form]).policy.parameters()))
+    assert not same(copies(t.policy.parameters()), copies(ppo_trainer(**FORMS[form]).policy.parameters()))
 
 
 def test_the_adapter_alone_is_saved_averaged_too(tmp_path):
     from safetensors.torch import load_file
 
-    t = trainer(lora=4, ema_decay=0.5)
+    t = ppo_trainer(lora=4, ema_decay=0.5)
     t.train()
     t.save(tmp_path / "adapter", adapter=True)
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

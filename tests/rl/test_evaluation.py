@@ -6,38 +6,27 @@ import itertools
 import json
 import math
 import random
+from functools import partial
 
 import numpy
 import pytest
 import torch
 
-from fastrlhf import PPOConfig, PPOTrainer, RolloutEngine, SamplingParams, UserError
+from fastrlhf import PPOConfig, RolloutEngine, SamplingParams, UserError
+from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.preflight import check_inputs
 from fastrlhf.report import build_report
 from fastrlhf.report.folder import StageRun, best_of_n
 from fastrlhf.rl.evaluation import best_of_n_curve, expected_best, quantile, win_rate
+from fastrlhf.runtime.batching import derive_seed
 from tests import tiny
+from tests.runs import PROMPTS, leave_after, letters, ppo_trainer, read, same, weights
 
-PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 HELD_OUT = [{"prompt": p, "wish": f"wish {i}"} for i, p in enumerate(PROMPTS[:4])]
-
-
-def letters(prompts, responses):
-    return [r.count("e") - 0.1 * len(r) for r in responses]
-
-
-def trainer(run=None, *, judge=None, reward=letters, eval_prompts=HELD_OUT, **fields: object) -> PPOTrainer:
-    base = {"total_steps": 3, "rollout_batch_size": 8, "mini_batch_size": 8, "max_new_tokens": 10, "eval_every": 1,
-            "learning_rate": 2e-2, "critic_learning_rate": 1e-3, "save_every": 1 if run else 0,
-            "output_dir": None if run is None else str(run)}  # fmt: skip
-    return PPOTrainer(
-        PPOConfig(**{**base, **fields}), policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=reward,
-        prompts=PROMPTS, eval_prompts=eval_prompts, judge=judge,
-    )  # fmt: skip
-
-
-def rows(run, name: str = "metrics") -> list[dict]:
-    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+trainer = partial(
+    ppo_trainer, total_steps=3, mini_batch_size=8, eval_every=1, learning_rate=2e-2, critic_learning_rate=1e-3,
+    ppo_epochs=2, save_every=1, eval_prompts=HELD_OUT,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ formulas
@@ -85,12 +74,12 @@ def test_the_curve_is_a_mean_over_prompts_with_enough_samples():
 
 
 def test_the_sft_model_ties_with_itself_and_the_metrics_are_those_of_its_replies(tmp_path):
-    t = trainer(tmp_path / "run", total_steps=2)
-    stop, prompts = t.stop_ids, [ids for _, ids in t.eval_prompts]
+    t = trainer(output_dir=str(tmp_path / "run"), total_steps=2)
+    prompts = [ids for _, ids in t.eval_prompts]
     t.train()
-    first, *_, last = rows(tmp_path / "run")
+    first, *_, last = read(tmp_path / "run" / "metrics.jsonl")
     assert first["step"] == 0 and first["win_rate/reward"] == 0.5
-    params = SamplingParams(10, stop_token_ids=stop, seed=_seed(t))
+    params = sampling(t)
     out = RolloutEngine(tiny.llama(), t.tokenizer).generate(prompts, params)
     replies = [t.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.response_ids]
     scores = letters(None, replies)
@@ -99,22 +88,21 @@ def test_the_sft_model_ties_with_itself_and_the_metrics_are_those_of_its_replies
                        ("reward/eval_p50", numpy.median(scores)), ("reward/eval_p90", numpy.quantile(scores, 0.9)),
                        ("length/eval", numpy.mean([len(ids) for ids in out.response_ids]))):  # fmt: skip
         assert first[name] == pytest.approx(float(want))
-    now = [row["score"] for row in rows(tmp_path / "run", "samples") if row["step"] == 2]
+    now = [row["score"] for row in read(tmp_path / "run" / "samples.jsonl") if row["step"] == 2]
     assert len(now) == 4 and last["win_rate/reward"] == win_rate(now, scores)
 
 
-def _seed(t: PPOTrainer) -> int:
-    from fastrlhf.runtime.batching import derive_seed
-
-    return derive_seed(t.config.seed, "eval", 0)
+def sampling(t, temperature: float = 1.0) -> SamplingParams:
+    """How replies to eval_prompts are sampled."""
+    stops = stop_token_ids(t.tokenizer, t.policy.generation_config)
+    return SamplingParams(10, temperature=temperature, stop_token_ids=stops, seed=derive_seed(0, "eval", 0))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_evaluation_has_a_temperature_of_its_own(temperature):
     t = trainer(total_steps=1, eval_temperature=temperature)
     t.evaluate()
-    params = SamplingParams(10, temperature=temperature, stop_token_ids=t.stop_ids, seed=_seed(t))
-    out = t.engine.generate([ids for _, ids in t.eval_prompts], params)
+    out = t.engine.generate([ids for _, ids in t.eval_prompts], sampling(t, temperature))
     replies = [t.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.response_ids]
     assert t.evaluation.baseline.responses == replies
     assert trainer(total_steps=1).evaluate() != t.evaluate()
@@ -157,7 +145,7 @@ def test_a_judges_mistakes_name_it_and_the_sample(returned, message):
     ({"judge": letters, "eval_prompts": None}, "judge: measured on held-out prompts; give eval_prompts"),
     ({"best_of_n": 4, "eval_prompts": None}, "best_of_n: measured on held-out prompts; give eval_prompts"),
     ({"judge": letters, "eval_every": 0}, "judge: measured in evaluations; set eval_every"),
-    ({"best_of_n": 4, "eval_every": 0}, "best_of_n = 4: eval_every = 0 evaluates nothing, .* set eval_every"),
+    ({"best_of_n": 4, "eval_every": 0}, "best_of_n = 4: measured at the first evaluation; set eval_every"),
     ({"judge": 3}, "judge: 3 is neither a function"),
     ({"judge": "no_such_module_x:f"}, "judge: cannot import 'no_such_module_x'"),
 ])  # fmt: skip
@@ -190,14 +178,14 @@ def test_a_judge_by_reference(tmp_path):
 
 def test_best_of_n_is_measured_once_before_training(tmp_path):
     run = tmp_path / "run"
-    t = trainer(run, best_of_n=5, total_steps=2)
+    t = trainer(output_dir=str(run), best_of_n=5, total_steps=2)
     t.train()
-    (event,) = [e for e in rows(run, "events") if e["kind"] == "best_of_n"]
+    (event,) = [e for e in read(run / "events.jsonl") if e["kind"] == "best_of_n"]
     assert event["step"] == 0 and [row["n"] for row in event["curve"]] == [1, 2, 4]
     rewards = [row["reward"] for row in event["curve"]]
     assert rewards[0] < rewards[1] < rewards[2]
     again = trainer(best_of_n=5)
-    drawn = again._reference_replies(5, purpose="best_of_n", temperature=1.0)
+    drawn = again.rollout(again.eval_prompts, 5, purpose="best_of_n", temperature=1.0)  # its policy is the reference
     groups = [letters(None, drawn.responses[i : i + 5]) for i in range(0, 20, 5)]
     assert len(set(drawn.responses)) > 15
     assert event["curve"] == best_of_n_curve(groups, 5)
@@ -222,22 +210,18 @@ def test_the_baseline_is_the_reference_wherever_it_lives(form):
     fresh.evaluate()
     assert t.evaluation.baseline == fresh.evaluation.baseline
     assert t.evaluate() == metrics
-    now, _ = t._rollout(t.eval_prompts, 1, purpose="eval")
+    now = t.rollout(t.eval_prompts, 1, purpose="eval")
     assert now.responses != t.evaluation.baseline.responses
 
 
 def test_evaluation_does_not_touch_the_training(tmp_path):
     """The same steps with and without, and no draw from any global generator."""
-
-    def weights(t):
-        return [p.detach().clone() for p in t.policy.parameters()]
-
     plain = trainer(eval_every=0)
     without = [step.metrics for step in plain]
     watched = trainer(judge=lambda p, r, b: [0.5] * len(r), best_of_n=2)
     for step, metrics in zip(watched, without, strict=True):
         assert {name: step.metrics[name] for name in metrics} == metrics
-    assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(watched), strict=True))
+    assert same(weights(plain.policy), weights(watched.policy))
     before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
     watched.evaluate()
     assert torch.equal(before[0], torch.get_rng_state())
@@ -258,12 +242,10 @@ def test_a_resumed_run_compares_with_the_same_replies(tmp_path):
         "judge": lambda p, r, b: [float(a > c) for a, c in zip(r, b)],
     }
     counts: list[int] = []
-    trainer(tmp_path / "whole", **fields).train()
-    for number, _ in enumerate(trainer(tmp_path / "cut", **fields), 1):
-        if number == 2:
-            break
+    trainer(output_dir=str(tmp_path / "whole"), **fields).train()
+    leave_after(trainer(output_dir=str(tmp_path / "cut"), **fields), 2)
     counts.clear()
-    resumed = trainer(tmp_path / "cut", resume=True, **fields)
+    resumed = trainer(output_dir=str(tmp_path / "cut"), resume=True, **fields)
     kept = resumed.evaluation.baseline
     resumed.train()
     assert counts == [8, 4] * 2 and resumed.evaluation.baseline is kept

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,34 +13,18 @@ import yaml
 
 from fastrlhf import PPOConfig, PPOTrainer, UserError
 from fastrlhf.config.recipe import RECIPES, load_recipe
-from fastrlhf.models.token_batch import target_log_probs
+from fastrlhf.models.token_batch import TokenRows, target_log_probs
 from fastrlhf.ppo import PPOStep
 from fastrlhf.rl.advantages import KLController, RunningMoments, shape_scores
+from fastrlhf.rl.learner import POLICY_STATS
+from fastrlhf.rl.scorers import Scores
 from fastrlhf.runtime.optim import Optimizer
 from tests import tiny
+from tests.runs import PROMPTS, TEXTS, experience_of, gradients_of, letters, ppo_trainer
 
-PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 PAPERS = ["ppo-max", "moss-released-en", "moss-released-zh", "instructgpt", "n-plus-details", "grpo", "dapo", "rloo"]
-
-
-def reward(prompts: list[str], responses: list[str]) -> list[float]:
-    return [r.count("e") - 0.1 * len(r) for r in responses]
-
-
-def trainer(**fields: object) -> PPOTrainer:
-    base = {
-        "total_steps": 2,
-        "rollout_batch_size": 8,
-        "mini_batch_size": 8,
-        "max_new_tokens": 10,
-        "eval_every": 0,
-        "learning_rate": 1e-3,
-        "ppo_epochs": 1,
-    }
-    base |= {"critic_learning_rate": 1e-3} if fields.get("advantage", "gae") == "gae" else {}
-    inputs = {"policy": tiny.llama(), "tokenizer": tiny.tokenizer(), "reward": reward, "prompts": PROMPTS}
-    inputs |= {"ref_policy": fields.pop("ref_policy")} if "ref_policy" in fields else {}
-    return PPOTrainer(PPOConfig(**{**base, **fields}), **inputs)
+RISING = Scores([float(i) for i in range(8)], None)
+trainer = partial(ppo_trainer, mini_batch_size=8, learning_rate=1e-3, critic_learning_rate=1e-3)
 
 
 def test_penalties_of_length():
@@ -73,13 +59,13 @@ def test_the_adaptive_coefficient_is_what_the_rewards_use():
     t = trainer(kl_controller="adaptive", kl_controller_target=0.01, kl_horizon=8, total_steps=4, learning_rate=1e-2)
     coefs = [step.metrics["kl/coef"] for step in t]
     assert coefs[0] == 0.05 and coefs[1] == pytest.approx(0.05 * 0.8) and coefs[3] > coefs[2]
-    rollout, _ = t._rollout([t.prompts[0]] * 4, 1, purpose="rollout")
-    rollout.scores = [0.0] * 4
-    plan = [list(range(4))]
-    t.kl_controller.coef = 0.0
-    without = t._experience(rollout, plan)[0].advantages
-    t.kl_controller.coef = 5.0
-    assert not torch.allclose(without, t._experience(rollout, plan)[0].advantages)
+    rollout, advantages = t.rollout([t.prompts[0]] * 4, 1, purpose="rollout"), []
+    for coef in (0.0, 5.0):
+        t.kl_controller.load_state({"coef": coef})
+        experience, _, metrics = experience_of(t, rollout, Scores([0.0] * 4, None))
+        assert metrics["kl/coef"] == coef
+        advantages.append(experience.advantages)
+    assert not torch.allclose(*advantages)
 
 
 def test_the_kl_budget_ends_the_run():
@@ -97,35 +83,27 @@ def test_a_run_that_its_kl_budget_ended_stays_ended(tmp_path):
     assert again.steps_done == again.total_steps == first.steps_done < 50 and list(again) == []
 
 
-def gradient(t: PPOTrainer, rollout, experience, plan) -> list[torch.Tensor]:
-    kept = []
-
-    def keep(learning_rate):
-        kept.extend(p.grad.clone() for p in t.policy.parameters())
-        raise InterruptedError
-
-    t.learner.policy_optimizer.step = keep
-    with pytest.raises(InterruptedError):
-        t.learner.update(rollout, experience, plan, 0)
-    t.policy.zero_grad()
-    return kept
-
-
 @pytest.mark.parametrize("aggregation", [None, "token_mean", "sequence_mean", "constant"])
 def test_dr_grpo_is_summed_over_the_longest_length_and_measured_as_every_estimator(aggregation):
     """Liu et al. 2025: its own sum where none is given, divided by its constant once; ratio: a token mean."""
     grads = []
     for advantage, asked in (("dr_grpo", aggregation), ("rloo", aggregation or "constant")):
         t = trainer(advantage=advantage, samples_per_prompt=4, loss_aggregation=asked, max_grad_norm=1e9)
-        rollout, _ = t._rollout(t.prompts[:2], 4, purpose="rollout")
-        rollout.scores = [float(i) for i in range(8)]
-        plan = t._plan(rollout)
-        experience, _ = t._experience(rollout, plan[0])
-        experience.advantages = experience.token_mask.float()
-        stats = t.learner.accumulate(rollout, experience, plan[0][0], policy=True, critic=False)[0]["policy"]
-        assert float(stats[4]) == pytest.approx(1.0)
+        rollout = t.rollout(t.prompts[:2], 4, purpose="rollout")
+        experience, epochs, _ = experience_of(t, rollout, RISING)
+        experience = replace(experience, advantages=experience.token_mask.float())
+        sums = t.learner.accumulate(rollout.rows, experience, epochs[0][0], policy=True, critic=False)
+        assert float(sums.policy[1 + POLICY_STATS.index("ratio")]) == pytest.approx(1.0)
         grads.append(torch.cat([p.grad.flatten() for p in t.policy.parameters()]))
     torch.testing.assert_close(*grads)
+
+
+def shortened(rollout):
+    """The same rollout with responses of 3, 4, 5 ... tokens."""
+    per_token = {name: getattr(rollout, name) for name in ("log_probs", "policy_log_probs", "values")}
+    cut = {name: [row[: 3 + i] for i, row in enumerate(rows)] for name, rows in per_token.items()}
+    responses = [ids[: 3 + i] for i, ids in enumerate(rollout.response_ids)]
+    return replace(rollout, rows=TokenRows(rollout.prompt_ids, responses), **cut)
 
 
 @pytest.mark.parametrize(("micro", "clips"), [(1, (0.2, None, None)), (10_000, (0.05, 0.1, 1.05))])
@@ -138,34 +116,22 @@ def test_the_policy_loss_is_what_the_papers_write(level, aggregation, micro, cli
     """
     low, high, dual = clips
     t = trainer(
-        ratio_level=level,
-        loss_aggregation=aggregation,
-        micro_batch_tokens=micro,
-        critic="shared_trunk",
-        vf_coef=0.0,
-        importance_cap=None,
-        max_grad_norm=1e9,
-        entropy_coef=0.01,
-        clip_range=low,
-        clip_range_high=high,
+        ratio_level=level, loss_aggregation=aggregation, micro_batch_tokens=micro, critic="shared_trunk", vf_coef=0.0,
+        importance_cap=None, max_grad_norm=1e9, entropy_coef=0.01, clip_range=low, clip_range_high=high,
         dual_clip=dual,
-    )
-    rollout, _ = t._rollout([t.prompts[i % 6] for i in range(8)], 1, purpose="rollout")
-    rollout.response_ids = [ids[: 3 + i] for i, ids in enumerate(rollout.response_ids)]
-    for name in ("log_probs", "policy_log_probs", "values"):
-        setattr(rollout, name, [x[: 3 + i] for i, x in enumerate(getattr(rollout, name))])
-    rollout.scores = [None if i == 2 else float(i) for i in range(8)]  # row 2 counts nowhere
-    plan = t._plan(rollout)
-    experience, _ = t._experience(rollout, plan[0])
-    draw = torch.Generator().manual_seed(0)
-    noise = torch.randn(experience.old_log_probs.shape, generator=draw) * 0.3
-    experience.old_log_probs += noise * experience.token_mask
+    )  # fmt: skip
+    rollout = shortened(t.rollout([t.prompts[i % 6] for i in range(8)], 1, purpose="rollout"))
+    scores = Scores([None if i == 2 else float(i) for i in range(8)], None)  # row 2 counts nowhere
+    experience, epochs, _ = experience_of(t, rollout, scores)
+    noise = torch.randn(experience.token_mask.shape, generator=torch.Generator().manual_seed(0)) * 0.3
+    moved = experience.old_log_probs + noise * experience.token_mask
+    experience = replace(experience, old_log_probs=moved)
     terms, entropies, tokens = [], [], 0
     for i in range(8):
         if i == 2:
             continue
         length = len(rollout.response_ids[i])
-        batch = rollout.tokens([i], t.device)
+        batch = rollout.rows.batch([i], t.device)
         log_probs = target_log_probs(t.policy, batch, 1.0)
         old, gain = experience.old_log_probs[i, :length], experience.advantages[i, :length]
         ratio = (log_probs - old).exp() if level == "token" else (log_probs - old).mean().exp().expand(length)
@@ -182,7 +148,8 @@ def test_the_policy_loss_is_what_the_papers_write(level, aggregation, micro, cli
     loss.backward()
     want = [p.grad.clone() for p in t.policy.parameters()]
     t.policy.zero_grad()
-    for a, b in zip(gradient(t, rollout, experience, plan), want, strict=True):
+    got = gradients_of(t, lambda: t.learner.update(rollout.rows, experience, epochs, 0))
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6 + 1e-5 * float(b.abs().max()))
 
 
@@ -191,23 +158,12 @@ def test_the_kl_in_a_loss_of_sequence_ratios_is_that_of_token_ratios(estimator):
     """At ratio 1 both clips give the same gradient, so the KL's and the entropy's must agree too."""
     grads = []
     for level in ("token", "sequence"):
-        t = trainer(
-            ratio_level=level,
-            kl_in="loss",
-            kl_estimator=estimator,
-            kl_coef=0.3,
-            critic="shared_trunk",
-            vf_coef=0.0,
-            whiten_advantages=False,
-            gae_lambda=1.0,
-            max_grad_norm=1e9,
-        )
-        rollout, _ = t._rollout([t.prompts[i % 6] for i in range(8)], 1, purpose="rollout")
-        rollout.scores = [float(i) for i in range(8)]
-        plan = t._plan(rollout)
-        experience, _ = t._experience(rollout, plan[0])
-        experience.ref_log_probs -= 0.5 * experience.token_mask
-        grads.append(gradient(t, rollout, experience, plan))
+        t = trainer(ratio_level=level, kl_in="loss", kl_estimator=estimator, kl_coef=0.3, critic="shared_trunk",
+                    vf_coef=0.0, whiten_advantages=False, gae_lambda=1.0, max_grad_norm=1e9)  # fmt: skip
+        rollout = t.rollout([t.prompts[i % 6] for i in range(8)], 1, purpose="rollout")
+        experience, epochs, _ = experience_of(t, rollout, RISING)
+        experience = replace(experience, ref_log_probs=experience.ref_log_probs - 0.5 * experience.token_mask)
+        grads.append(gradients_of(t, partial(t.learner.update, rollout.rows, experience, epochs, 0)))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
@@ -376,10 +332,9 @@ def test_a_recipe_runs_shortened(name, tmp_path):
         short["overlong_penalty"] = 2
     policy = tiny.llama()
     before = policy.lm_head.weight.detach().clone()
-    ptx = [{"text": text} for text in tiny.TEXTS] if full.ptx_coef else None
-    t = PPOTrainer(
-        full.replace(**short), policy=policy, tokenizer=tiny.tokenizer(), reward=reward, prompts=PROMPTS, ptx_data=ptx
-    )
+    ptx = TEXTS if full.ptx_coef else None
+    held = {"tokenizer": tiny.tokenizer(), "reward": letters, "prompts": PROMPTS, "ptx_data": ptx}
+    t = PPOTrainer(full.replace(**short), policy=policy, **held)
     steps = [step.metrics for step in t]
     assert len(steps) == 2 and steps[1]["update/skipped"] == 0
     assert ("ptx/loss" in steps[1]) == (name in ("ppo-max", "instructgpt"))

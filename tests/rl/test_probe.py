@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import numpy
 import pytest
 import torch
 
-from fastrlhf import PPOConfig, PPOTrainer, UserError
+from fastrlhf import PPOConfig, UserError
 from fastrlhf.checkpoint.state import rng_tensors
 from fastrlhf.rl.probe import longest, probe_wanted, run_probe
 from tests import tiny
-from tests.stage_runs import differing, read
+from tests.runs import copies, ppo_trainer, read, same
+from tests.stage_runs import differing
 
-PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 FORMS = {
     "separate": {},
     "packed": {"packing": True},
     "shared trunk": {"critic": "shared_trunk"},
     "lora": {"lora": 4},
-    "no critic": {"advantage": "rloo", "samples_per_prompt": 2, "critic_learning_rate": 0},
-    "ptx": {"ptx_coef": 0.5},
+    "no critic": {"advantage": "rloo", "samples_per_prompt": 2},
+    "ptx": {"ptx_coef": 0.5, "ptx_data": [{"text": t} for t in ("the cat", "thank you", "the moon", "yes", "no")]},
     "sequence ratio": {"ratio_level": "sequence", "loss_aggregation": "sequence_mean", "kl_in": "loss"},
 }
 
@@ -31,14 +32,7 @@ def noisy(prompts: list[str], responses: list[str]) -> list[float]:
     return [len(r) + random.random() + float(numpy.random.rand()) + float(torch.rand(())) for r in responses]
 
 
-def trainer(policy=None, **fields: object) -> PPOTrainer:
-    base = {"total_steps": 2, "rollout_batch_size": 8, "mini_batch_size": 4, "max_new_tokens": 10, "eval_every": 0,
-            "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "max_prompt_tokens": 30, "probe": True,
-            "dtype": "fp32"}  # fmt: skip
-    cfg = PPOConfig(**{**base, **fields})
-    texts = [{"text": text} for text in ("the cat", "thank you", "the moon", "yes", "no")] if cfg.ptx_coef else None
-    held = {"tokenizer": tiny.tokenizer(), "reward": noisy, "prompts": PROMPTS, "ptx_data": texts}
-    return PPOTrainer(cfg, policy=policy or tiny.llama(), **held)
+trainer = partial(ppo_trainer, max_prompt_tokens=30, probe=True, dtype="fp32", reward=noisy)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -59,11 +53,11 @@ def test_a_run_has_the_same_bytes_with_and_without_it(tmp_path, form):
 def test_no_weight_no_moment_no_gradient_and_no_random_number_is_left(form):
     t = trainer(**FORMS[form])
     optimizers = t.learner.optimizers()
-    before = [p.detach().clone() for o in optimizers for p in o.masters]
+    before = copies(p for o in optimizers for p in o.masters)
     generators, modes = rng_tensors(), [module.training for module in t.policy.modules()]
-    run_probe(t.learner, t.engine, packed=t.packed, note=lambda line: None)
+    run_probe(t.learner, t.engine, joined=t.joined, note=lambda line: None)
     after = [p for o in optimizers for p in o.masters]
-    assert all(map(torch.equal, before, after)) and all(p.grad is None for p in t.policy.parameters())
+    assert same(before, after) and all(p.grad is None for p in t.policy.parameters())
     assert all(p.grad is None for p in after) and all(len(o.inner.state) == 0 for o in optimizers)
     assert all(torch.equal(generators[name], now) for name, now in rng_tensors().items())
     assert t.engine.cache is None and modes == [module.training for module in t.policy.modules()]
@@ -96,7 +90,7 @@ def test_it_is_the_largest_micro_batch_and_the_largest_rollout(tokens, packing, 
         ),
         with_kwargs=True,
     )
-    run_probe(t.learner, t.engine, packed=t.packed, note=lambda line: None)
+    run_probe(t.learner, t.engine, joined=t.joined, note=lambda line: None)
     assert seen["policy"] == seen["critic"] == [shape]
     assert seen["cache"] == [(8, 40, 8 * 40 * 2 * 8)]  # slots, positions; times 2 heads of 8
     assert t.memory.halvings == 0
@@ -122,9 +116,8 @@ def test_memory_that_runs_out_halves_the_budget_before_step_1(tmp_path):
 
 
 def test_what_can_never_fit_ends_before_step_1():
-    t = trainer()
     rolled = []
-    t.scorer.functions = [("noisy", 1.0, lambda *texts: rolled.append(1), set())]
+    t = trainer(reward=lambda prompts, responses: rolled.append(1) or noisy(prompts, responses))
 
     def never(module: object, args: object) -> None:
         if torch.is_grad_enabled():
@@ -140,14 +133,14 @@ def test_lengths_stay_within_the_models_positions():
     assert longest(trainer().config, trainer().engine) == (30, 10)
     t = trainer(max_prompt_tokens=500)  # the model has 128
     assert longest(t.config, t.engine) == (118, 10)
-    run_probe(t.learner, t.engine, packed=False, note=lambda line: None)
-    t = trainer(tiny.gpt2(), max_prompt_tokens=500, max_new_tokens=127)
+    run_probe(t.learner, t.engine, joined=False, note=lambda line: None)
+    t = trainer(policy=tiny.gpt2(), max_prompt_tokens=500, max_new_tokens=127)
     assert longest(t.config, t.engine) == (1, 127)
     turning = tiny.llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0,
                                           "original_max_position_embeddings": 64})  # fmt: skip
-    t = trainer(turning, max_prompt_tokens=500)
+    t = trainer(policy=turning, max_prompt_tokens=500)
     assert longest(t.config, t.engine) == (54, 10)
-    run_probe(t.learner, t.engine, packed=False, note=lambda line: None)
+    run_probe(t.learner, t.engine, joined=False, note=lambda line: None)
 
 
 def test_auto_is_on_a_gpu_only():

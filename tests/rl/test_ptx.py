@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastrlhf import UserError
 from tests import tiny
-from tests.ppo_runs import PTX, TEXTS, copies, resumed_equals_whole, same, trainer
+from tests.runs import PTX, TEXTS, copies, gradients_of, ppo_trainer, resumed_equals_whole, same
 
 LONG = {"text": "the moon " * 60}
 
@@ -24,29 +24,13 @@ def language_model_loss(t, rows: list) -> torch.Tensor:
     return total / count
 
 
-def policy_gradients(t) -> list[torch.Tensor]:
-    """Of the first policy update of a step, in place of it."""
-    kept = []
-
-    def keep(learning_rate):
-        kept.extend(p.grad.clone() for p in t.learner.policy_optimizer.params)
-        raise InterruptedError
-
-    t.learner.policy_optimizer.step = keep
-    with pytest.raises(InterruptedError):
-        t.step()
-    t.policy.zero_grad()
-    return kept
-
-
 @pytest.mark.parametrize("micro", [1, 10_000])
 @pytest.mark.parametrize("form", [{}, {"critic": "shared_trunk", "temperature": 0.5}])
 def test_the_gradient_is_that_of_ppo_plus_ptx_coef_times_the_language_model_loss(form, micro):
     """Text, prompt and response, messages; only their targets count, at temperature 1 whatever PPO samples at."""
     fields = {**form, "micro_batch_tokens": micro, "mini_batch_size": 6, "rollout_batch_size": 6, "max_grad_norm": 1e9}
-    without = policy_gradients(trainer(**fields))
-    t = trainer(**fields, ptx_coef=0.7, ptx_data=PTX)
-    got = policy_gradients(t)
+    plain, t = ppo_trainer(**fields), ppo_trainer(**fields, ptx_coef=0.7, ptx_data=PTX)
+    without, got = gradients_of(plain, plain.step), gradients_of(t, t.step)
     assert len(t.learner.ptx.examples) == 6  # all of them in one mini-batch
     (0.7 * language_model_loss(t, t.learner.ptx.examples)).backward()
     for a, b, p in zip(got, without, t.learner.policy_optimizer.params, strict=True):
@@ -56,7 +40,7 @@ def test_the_gradient_is_that_of_ppo_plus_ptx_coef_times_the_language_model_loss
 
 def test_targets_are_what_sft_learns():
     """The reply of a conversation, every token but the first of a text."""
-    t = trainer(ptx_coef=1.0, ptx_data=PTX)
+    t = ppo_trainer(ptx_coef=1.0, ptx_data=PTX)
     text, pair = t.learner.ptx.examples[0], t.learner.ptx.examples[4]
     assert text.target == [False] + [True] * (len(text.ids) - 1) and text.ids[-1] == t.tokenizer.eos_token_id
     learnt = [token for token, wanted in zip(pair.ids, pair.target) if wanted]
@@ -64,18 +48,24 @@ def test_targets_are_what_sft_learns():
 
 
 def test_one_optimizer_step_for_both_losses_and_the_metric():
-    t = trainer(ptx_coef=1.0, ptx_data=TEXTS, ppo_epochs=2)
-    drawn, backward = [], t.learner.ptx.backward
-    t.learner.ptx.backward = lambda model, budget: drawn.append(backward(model, budget)) or drawn[-1]
+    t = ppo_trainer(ptx_coef=1.0, ptx_data=TEXTS, ppo_epochs=2)
+    inner, losses = t.learner.policy_optimizer.inner, []
+
+    @torch.no_grad()
+    def measure(*_):  # before every update; a mini-batch draws all 4 rows
+        losses.append(float(language_model_loss(t, t.learner.ptx.examples)))
+
+    inner.register_step_pre_hook(measure)
     steps = [step.metrics for step in t]
-    counts = {int(s["step"]) for s in t.learner.policy_optimizer.inner.state.values()}
-    assert counts == {2 * 2 * 2} and len(drawn) == 8 and t.learner.policy_updates == 8
-    assert [m["ptx/loss"] for m in steps] == pytest.approx([float(sum(part)) / 4 for part in (drawn[:4], drawn[4:])])
+    counts = {int(s["step"]) for s in inner.state.values()}
+    assert counts == {2 * 2 * 2} and len(losses) == 8 and t.learner.policy_updates == 8
+    want = [sum(part) / 4 for part in (losses[:4], losses[4:])]
+    assert [m["ptx/loss"] for m in steps] == pytest.approx(want, rel=1e-5)
     assert t.learner.ptx.sampler.state() == {"n": 4, "seed": 0, "epoch": 7, "cursor": 4}  # 8 draws of 4 rows
 
 
 def test_the_metric_is_the_mean_loss_a_target_token():
-    t = trainer(ptx_coef=3.0, ptx_data=TEXTS, total_steps=1, rollout_batch_size=4)
+    t = ppo_trainer(ptx_coef=3.0, ptx_data=TEXTS, total_steps=1, rollout_batch_size=4)
     want = float(language_model_loss(t, t.learner.ptx.examples).detach())
     assert next(iter(t)).metrics["ptx/loss"] == pytest.approx(want, rel=1e-5)
 
@@ -85,13 +75,13 @@ def test_the_mix_keeps_a_policy_at_its_texts(form):
     """The same run with a mix that weighs much knows the texts better."""
     losses = []
     for coef in (1e-9, 10.0):
-        t = trainer(**form, ptx_coef=coef, ptx_data=TEXTS, total_steps=6)
+        t = ppo_trainer(**form, ptx_coef=coef, ptx_data=TEXTS, total_steps=6)
         losses.append([step.metrics["ptx/loss"] for step in t])
     assert losses[1][-1] < losses[1][0] - 0.3 and losses[1][-1] < losses[0][-1] - 0.3
 
 
 def test_a_warm_up_of_the_critic_draws_no_rows():
-    t = trainer(ptx_coef=1.0, ptx_data=TEXTS, critic_warmup_steps=1)
+    t = ppo_trainer(ptx_coef=1.0, ptx_data=TEXTS, critic_warmup_steps=1)
     before, steps = copies(t.policy.parameters()), iter(t)
     assert "ptx/loss" not in next(steps).metrics and same(before, copies(t.policy.parameters()))
     assert t.learner.ptx.sampler.cursor == 0
@@ -104,7 +94,7 @@ def test_a_resumed_run_draws_the_same_rows(tmp_path, form):
 
 
 def test_rows_out_of_memory_are_drawn_again():
-    t = trainer(ptx_coef=1.0, ptx_data=TEXTS)
+    t = ppo_trainer(ptx_coef=1.0, ptx_data=TEXTS)
     mix, before = t.learner.ptx, t.learner.ptx.sampler.state()
 
     def full(*args, **kwargs):
@@ -119,7 +109,7 @@ def test_rows_out_of_memory_are_drawn_again():
 
 def test_long_rows_are_dropped_and_counted(tmp_path):
     fields = {"max_prompt_tokens": 60, "ptx_coef": 1.0, "output_dir": str(tmp_path / "run")}
-    t = trainer(**fields, ptx_data=[*TEXTS, LONG])
+    t = ppo_trainer(**fields, ptx_data=[*TEXTS, LONG])
     assert len(t.learner.ptx.examples) == 4
     said = "ptx_data: 5 rows read, 4 used, dropped: 1 longer than max_prompt_tokens + max_new_tokens = 70"
     assert said in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
@@ -138,4 +128,4 @@ def test_long_rows_are_dropped_and_counted(tmp_path):
 )
 def test_mistakes_are_sentences(fields, message):
     with pytest.raises(UserError, match=message):
-        trainer(**fields)
+        ppo_trainer(**fields)

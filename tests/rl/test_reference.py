@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from fastrlhf import UserError
 from fastrlhf.models import heads
 from tests import tiny
-from tests.ppo_runs import copies, resumed_equals_whole, same, trainer
-from tests.rl.test_roles import storages
+from tests.runs import copies, ppo_trainer, read, resumed_equals_whole, same, storages
 
 FORMS = {
     "separate": {},
@@ -29,7 +26,7 @@ def reference_states(t) -> torch.Tensor:
 @pytest.mark.parametrize("form", FORMS)
 def test_the_kl_is_exactly_zero_in_the_step_after_a_refresh(form, tmp_path):
     fields = {**FORMS[form], "ref_refresh_every": 2, "total_steps": 6, "output_dir": str(tmp_path / "run")}
-    t = trainer(**fields)
+    t = ppo_trainer(**fields)
     kls, moved, last = [], [], reference_states(t)
     for step in t:
         kls.append(step.metrics["kl/ref"])
@@ -41,18 +38,17 @@ def test_the_kl_is_exactly_zero_in_the_step_after_a_refresh(form, tmp_path):
                 assert torch.equal(now, heads.hidden_states(t.policy, torch.arange(3, 12)[None]))
     assert [kl == 0.0 for kl in kls] == [True, False] * 3  # steps 1, 3, 5 begin at the reference
     assert moved == [False, True] * 3
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    said = [e["message"] for e in events if e["kind"] == "ref_refresh"]
+    said = [e["message"] for e in read(tmp_path / "run" / "events.jsonl") if e["kind"] == "ref_refresh"]
     assert said == [f"the policy after step {n} is the reference now" for n in (2, 4, 6)]
 
 
 def test_without_it_the_kl_only_starts_at_zero():
-    kls = [step.metrics["kl/ref"] for step in trainer(total_steps=4)]
+    kls = [step.metrics["kl/ref"] for step in ppo_trainer(total_steps=4)]
     assert kls[0] == 0.0 and all(kls[1:])
 
 
 def test_the_adapter_of_the_reference_is_frozen_and_the_base_at_first():
-    plain, t = trainer(lora=4), trainer(lora=4, ref_refresh_every=3)
+    plain, t = ppo_trainer(lora=4), ppo_trainer(lora=4, ref_refresh_every=3)
     assert same([reference_states(t)], [reference_states(plain)])
     frozen = t.roles.adapters.parameters("reference")
     assert len(frozen) == 28 and not any(p.requires_grad for p in frozen.values())
@@ -65,21 +61,21 @@ def test_the_adapter_of_the_reference_is_frozen_and_the_base_at_first():
 
 def test_with_lora_no_second_model_is_held():
     base = sum(p.numel() * 4 for p in {id(p): p for p in tiny.llama(hidden_size=64).parameters()}.values())
-    t = trainer(policy=tiny.llama(hidden_size=64), lora=1, ref_refresh_every=1)
+    t = ppo_trainer(policy=tiny.llama(hidden_size=64), lora=1, ref_refresh_every=1)
     t.train()
     assert storages(t) < 1.2 * base
 
 
 @pytest.mark.parametrize("form", ["separate", "lora"])
 def test_a_reference_that_was_given_is_replaced(form):
-    t = trainer(**FORMS[form], ref_policy=tiny.llama(seed=5), ref_refresh_every=2, total_steps=3)
+    t = ppo_trainer(**FORMS[form], ref_policy=tiny.llama(seed=5), ref_refresh_every=2, total_steps=3)
     kls = [step.metrics["kl/ref"] for step in t]
     assert kls[0] != 0.0 and kls[1] != 0.0 and kls[2] == 0.0
 
 
 def test_a_reference_of_another_shape_is_refused():
     with pytest.raises(UserError, match="ref_refresh_every = 2: the policy does not fit into ref_policy"):
-        trainer(ref_policy=tiny.llama(intermediate_size=48), ref_refresh_every=2)
+        ppo_trainer(ref_policy=tiny.llama(intermediate_size=48), ref_refresh_every=2)
 
 
 @pytest.mark.parametrize("leave_after", [1, 2])

@@ -7,11 +7,14 @@ import math
 import pytest
 import torch
 
-from fastrlhf.config.errors import UserError
+from fastrlhf import PPOConfig, UserError
+from fastrlhf.models.loading import scalar_model
+from fastrlhf.models.offload import Offload
 from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.rl.functions import is_function_reference, load_function
-from fastrlhf.rl.scorers import FunctionScorer, make_scorer, score_rows
+from fastrlhf.rl.scorers import FunctionScorer, Scorer, make_scorer, score_rows
 from fastrlhf.rollout.result import Texts
+from fastrlhf.runtime.memory import MemoryBackoff
 from tests import tiny
 
 
@@ -19,6 +22,12 @@ def replies(count: int = 4, **columns: list) -> tuple[Texts, TokenRows]:
     texts, prompts = [f"reply {i}" for i in range(count)], [f"prompt {i}" for i in range(count)]
     ids = [[5, 6]] * count
     return Texts(prompts, prompts, texts, columns), TokenRows(ids, ids)
+
+
+def make(reward: object) -> Scorer:
+    """The scorer of what a user passes as `reward`."""
+    config, device = PPOConfig(), torch.device("cpu")
+    return make_scorer(reward, tiny.tokenizer(), config, MemoryBackoff(config, device, print), Offload(device))
 
 
 def score(function, **columns):
@@ -80,19 +89,22 @@ def test_columns_by_name():
 
 def test_weighted_sum_and_none_of_one_is_none_of_all():
     functions = [("a", 2.0, lambda p, r: [1, 1, None, 1]), ("b", -0.5, lambda p, r: [2, 4, 6, None])]
-    assert FunctionScorer(functions)(batch()) == [1.0, 0.0, None, None]
+    assert FunctionScorer(functions).judge(*replies()) == [1.0, 0.0, None, None]
 
 
 def test_functions_by_reference(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("def brevity(prompts, responses):\n    return [-len(r) for r in responses]\n")
-    scorer = make_scorer(f"{file}:brevity", tiny.tokenizer())
-    assert scorer(batch()) == [-7.0] * 4 and scorer.name == "brevity"
+    file.write_text("def brevity(prompts, responses):\n    return [-len(r) for r in responses if r != 'no reply']\n")
+    scorer = make(f"{file}:brevity")
+    assert scorer.judge(*replies()) == [-7.0] * 4
+    texts = Texts(["a"] * 2, ["a"] * 2, ["reply", "no reply"], {})
+    with pytest.raises(UserError, match="reward function brevity, sample 1: returned 1 scores for 2 responses"):
+        scorer.judge(texts, TokenRows([[5]] * 2, [[6]] * 2))
     packaged = load_function("fastrlhf.recipes.rewards:one_short_sentence")
     good = "This sentence has exactly twelve words in it, as it should have."
     assert packaged([""] * 3, [good, good[:-1], "word " * 60]) == pytest.approx([1.0, 0.5, -1.5])
-    mixed = make_scorer([["short", 0.5, f"{file}:brevity"]], tiny.tokenizer())
-    assert mixed(batch()) == [-3.5] * 4
+    mixed = make([["short", 0.5, f"{file}:brevity"]])
+    assert mixed.judge(*replies()) == [-3.5] * 4
 
 
 @pytest.mark.parametrize(
@@ -105,7 +117,7 @@ def test_functions_by_reference(tmp_path):
 )
 def test_missing_functions_are_named(reference, message):
     with pytest.raises(UserError, match=message):
-        make_scorer(reference, tiny.tokenizer())
+        make(reference)
 
 
 def test_what_is_a_function_reference(tmp_path):
@@ -117,12 +129,10 @@ def test_what_is_a_function_reference(tmp_path):
 @pytest.mark.parametrize("reward", [3, [], [("only", "two")], {"a": 1}])
 def test_anything_else_is_refused_with_what_is_accepted(reward):
     with pytest.raises(UserError, match="none of: a reward-model folder"):
-        make_scorer(reward, tiny.tokenizer())
+        make(reward)
 
 
 def test_scores_do_not_depend_on_the_micro_batches():
-    from fastrlhf.models.loading import scalar_model
-
     model = scalar_model(tiny.llama(), tiny.tokenizer(), seed=3)
     rows = [[5 + i] * (3 + 7 * i) for i in range(6)]
     alone = torch.stack([score_rows(model, [row], 10_000)[0] for row in rows])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from fastrlhf import PPOConfig, PPOTrainer, RolloutEngine, SamplingParams, UserE
 from fastrlhf.config.inputs import lora_options
 from fastrlhf.models import heads
 from fastrlhf.models.lora import Adapters
+from fastrlhf.rl.losses import normalizer_of, policy_loss, token_weights, value_loss
 from tests import tiny
+from tests.runs import copies, experience_of, gradients_of, ppo_trainer, resumed_equals_whole, storages
 
-PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 FORMS = {
     "shared_trunk": {"critic": "shared_trunk"},
     "lora": {"lora": 4},
@@ -22,34 +25,13 @@ FORMS = {
 }
 
 
-def reward(prompts: list[str], responses: list[str]) -> list[float]:
-    return [r.count("e") - 0.1 * len(r) for r in responses]
-
-
-def trainer(*, policy=None, **fields: object) -> PPOTrainer:
-    base = {"total_steps": 3, "rollout_batch_size": 8, "mini_batch_size": 4, "max_new_tokens": 10, "eval_every": 0,
-            "learning_rate": 1e-2, "critic_learning_rate": 1e-2}  # fmt: skip
-    inputs = {name: fields.pop(name) for name in ("ref_policy", "value_model", "reward") if name in fields}
-    inputs = {"reward": reward, "prompts": PROMPTS, **inputs}
-    cfg = PPOConfig(**{**base, **fields})
-    return PPOTrainer(cfg, policy=policy or tiny.llama(), tokenizer=tiny.tokenizer(), **inputs)
+trainer = partial(ppo_trainer, total_steps=3)
 
 
 def plain_weights(t: PPOTrainer) -> dict[str, torch.Tensor]:
     """The base's tensors under the names of the plain model."""
     state = t.policy.state_dict()
     return {k.replace(".base_layer.", "."): v.clone() for k, v in state.items() if "lora_" not in k}
-
-
-def storages(t: PPOTrainer) -> int:
-    """Bytes of the distinct memories that hold the parameters of every role."""
-    found = {}
-    models = [t.policy, t.ref_policy, None if t.critic is None else t.critic.trunk, t.critic and t.critic.head]
-    for model in filter(None, models):
-        for p in model.parameters():
-            memory = p.untyped_storage()
-            found[memory.data_ptr()] = memory.nbytes()
-    return sum(found.values())
 
 
 @pytest.mark.parametrize("old", ["recompute", "rollout"])
@@ -89,33 +71,23 @@ def test_one_forward_and_one_backward_give_both_gradients():
     """Shared trunk: the gradient of policy loss + vf_coef * value loss, summed from two separate backward passes."""
     t = trainer(critic="shared_trunk", vf_coef=0.3, total_steps=1, max_grad_norm=1e9)
     torch.nn.init.normal_(t.critic.head.weight)
-    rollout, _ = t._rollout([t.prompts[i] for i in range(4)] * 2, 1, purpose="rollout")
-    rollout.scores = t._score(rollout)
-    plan = t._plan(rollout)
-    experience, _ = t._experience(rollout, plan[0])
-    learner, mini = t.learner, plan[0][0]
-    normalizer = learner._normalizer(experience.response_mask, mini)
-    for rows in rollout.micro_batches(mini, learner.memory.tokens):
-        batch, take = rollout.tokens(rows, t.device), experience.take(rows)
-        learner._policy_loss(batch.hidden(t.policy), batch, experience, rows, experience.weights, normalizer)[
-            0
-        ].backward()
-        value = learner._value_loss(batch.hidden(t.policy), experience, take, normalizer)[0]
-        (0.3 * value).backward()
-    want = [p.grad.clone() for p in (*t.policy.parameters(), t.critic.head.weight)]
-    t.policy.zero_grad()
-    t.critic.head.zero_grad()
-    got, forwards = [], []
+    rollout = t.rollout([t.prompts[i] for i in range(4)] * 2, 1, purpose="rollout")
+    experience, epochs, _ = experience_of(t, rollout)
+    mini, trained = epochs[0][0], [*t.policy.parameters(), t.critic.head.weight]
+    normalizer, weights = normalizer_of(experience.response_mask, mini), token_weights(experience, mini, t.config)
+    groups = rollout.rows.micro_batches(mini, t.memory.tokens)
+    for group in groups:
+        batch, tokens = rollout.rows.batch(group, t.device), experience.tokens(group, weights)
+        hidden, head = batch.hidden(t.policy), heads.lm_head(t.policy)
+        policy_loss(hidden, batch, tokens, t.config, head=head, normalizer=normalizer).loss.backward()
+        values, targets = t.critic.read(batch.hidden(t.policy)), experience.value_tokens(group)
+        (0.3 * value_loss(values, targets, t.config, normalizer=normalizer).loss).backward()
+    want = [p.grad.clone() for p in trained]
+    t.learner.drop_gradients()
+    forwards = []
     t.policy.base_model.register_forward_hook(lambda *_: forwards.append(1))
-
-    def keep(learning_rate):  # in place of the optimizers' steps
-        got.extend(p.grad.clone() for p in (*t.policy.parameters(), t.critic.head.weight))
-        raise InterruptedError
-
-    learner.policy_optimizer.step = keep
-    with pytest.raises(InterruptedError):
-        learner.update(rollout, experience, plan, 0)
-    assert len(forwards) == len(rollout.micro_batches(mini, learner.memory.tokens))
+    got = gradients_of(t, lambda: t.learner.update(rollout.rows, experience, epochs, 0), trained)
+    assert len(forwards) == len(groups)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
@@ -133,15 +105,14 @@ def test_a_warm_up_on_a_shared_trunk_trains_the_head_alone():
 
 @pytest.mark.parametrize("form", [f for f in FORMS if "shared" in f])
 def test_decoding_hands_over_the_values_a_training_forward_gives(form):
-    t = trainer(**FORMS[form], old_log_probs="rollout")
+    t = trainer(**FORMS[form], old_log_probs="rollout", rollout_batch_size=12, mini_batch_size=12)
     torch.nn.init.normal_(t.critic.head.weight)
-    rollout, _ = t._rollout([t.prompts[i] for i in range(6)], 2, purpose="rollout")
-    batch = rollout.tokens(list(range(12)), t.device)
+    rollout = t.rollout([t.prompts[i] for i in range(6)], 2, purpose="rollout")
+    batch = rollout.rows.batch(list(range(12)), t.device)
     torch.testing.assert_close(torch.cat(rollout.values), t.critic.values(batch).detach(), rtol=1e-4, atol=1e-4)
-    rollout.scores = t._score(rollout)
     forwards = []
     t.policy.base_model.register_forward_hook(lambda *_: forwards.append(1))
-    t._experience(rollout, [list(range(12))])
+    experience_of(t, rollout)
     assert len(forwards) == ("lora" in FORMS[form])  # the reference alone, where it is the policy's base
 
 
@@ -222,25 +193,13 @@ def test_saved_folders_load_in_stock_transformers_and_peft(tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_resumed_run_ends_with_the_same_bytes(form, tmp_path):
-    fields = {**FORMS[form], "save_every": 2, "total_steps": 4}
-    through = trainer(**fields, output_dir=str(tmp_path / "through"))
-    through.train()
-    first = trainer(**fields, output_dir=str(tmp_path / "resumed"))
-    steps = iter(first)
-    for _ in range(2):
-        next(steps)
-    steps.close()
-    again = trainer(**fields, output_dir=str(tmp_path / "resumed"), resume=True)
-    assert again.steps_done == 2
-    again.train()
-    for a, b in ((through, again),):
-        assert all(
-            torch.equal(x, y)
-            for x, y in zip(a.policy.state_dict().values(), b.policy.state_dict().values(), strict=True)
-        )
-        assert torch.equal(a.critic.head.weight, b.critic.head.weight)
-    names = {f.name for f in (tmp_path / "resumed" / "checkpoints").glob("step-*/*.safetensors")}
-    assert ("weights_policy.safetensors" in names) == ("lora" in FORMS[form])
+    fields = {**FORMS[form], "ppo_epochs": 2, "save_every": 2, "total_steps": 4}
+    files = resumed_equals_whole(tmp_path, 2, **fields)
+    assert ("weights_policy.safetensors" in files) == ("lora" in FORMS[form])
+    assert "weights_value.safetensors" in files and {
+        "optimizer_policy.safetensors",
+        "optimizer_value.safetensors",
+    } < set(files)
 
 
 def test_gradient_checkpointing_gives_the_same_update():
@@ -248,9 +207,7 @@ def test_gradient_checkpointing_gives_the_same_update():
     for checkpointing in (False, True):
         t = trainer(lora=4, gradient_checkpointing=checkpointing, total_steps=2)
         t.train()
-        ends.append(
-            [p.detach().clone() for role in ("policy", "value") for p in t.roles.adapters.parameters(role).values()]
-        )
+        ends.append(copies(p for role in ("policy", "value") for p in t.roles.adapters.parameters(role).values()))
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -283,7 +240,7 @@ def test_mistakes_are_sentences(monkeypatch):
         model = tiny.llama()
         for _ in range(2):
             Adapters(model, lora_options(2), ["policy"], 0)
-    monkeypatch.setattr("fastrlhf.models.lora.installed", lambda name: False)
+    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
     with pytest.raises(UserError, match="pip install peft"):
         trainer(lora=4)
 

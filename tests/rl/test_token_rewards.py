@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from fastrlhf import PPOConfig, PPOTrainer, UserError
+from fastrlhf import PPOConfig, UserError
 from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.rl import advantages
 from fastrlhf.rl.scorers import FunctionScorer, split_rewards
 from fastrlhf.rollout.result import Texts
-from tests import tiny
+from tests.runs import experience_of, ppo_trainer
 
 IDS = [[5, 6, 1], [7], [8, 9, 9, 1]]
 
@@ -112,12 +113,10 @@ def test_group_estimators_use_the_sum(batch):
     assert torch.equal(plain[0], got[0])
 
 
-def trainer(reward, **fields: object) -> PPOTrainer:
-    base = {"total_steps": 1, "rollout_batch_size": 6, "mini_batch_size": 6, "max_new_tokens": 8, "eval_every": 0,
-            "ppo_epochs": 1, "whiten_advantages": False, "gae_lambda": 1.0, "kl_coef": 0.0}  # fmt: skip
-    prompts = [tiny.chat(p) for p in tiny.PROMPTS]
-    cfg = PPOConfig(**{**base, **fields})
-    return PPOTrainer(cfg, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=reward, prompts=prompts)
+trainer = partial(
+    ppo_trainer, total_steps=1, rollout_batch_size=6, mini_batch_size=6, max_new_tokens=8, whiten_advantages=False,
+    gae_lambda=1.0, kl_coef=0.0,
+)  # fmt: skip
 
 
 def test_a_run_optimises_what_is_still_to_come():
@@ -129,14 +128,14 @@ def test_a_run_optimises_what_is_still_to_come():
         seen.append(response_ids)
         return [[token / 100 for token in ids] for ids in response_ids]
 
-    t = trainer(reward, reward_scaling="running_std", reward_clip=1.0, length_penalty=0.125)
-    rollout, _ = t._rollout(t.prompts, 1, purpose="rollout")
-    rollout.scores = t._score(rollout)
+    t = trainer(reward=reward, reward_scaling="running_std", reward_clip=1.0, length_penalty=0.125)
+    rollout = t.rollout(t.prompts, 1, purpose="rollout")
+    scores = t.scorer(rollout)
     assert seen == [rollout.response_ids]
-    assert rollout.scores == pytest.approx([sum(ids) / 100 for ids in rollout.response_ids])
-    experience, metrics = t._experience(rollout, [list(range(6))])
-    scale = torch.tensor(rollout.scores, dtype=torch.float64).std()
-    assert metrics["reward/mean"] == pytest.approx(sum(rollout.scores) / 6, rel=1e-6)
+    assert scores.values == pytest.approx([sum(ids) / 100 for ids in rollout.response_ids])
+    experience, _, metrics = experience_of(t, rollout, scores)
+    scale = torch.tensor(scores.values, dtype=torch.float64).std()
+    assert metrics["reward/mean"] == pytest.approx(sum(scores.values) / 6, rel=1e-6)
     for row, ids in enumerate(rollout.response_ids):
         scaled = torch.tensor(ids, dtype=torch.float64) / 100 / scale
         shaped = scaled.sum().clamp(-1, 1) - 0.125 * len(ids)
@@ -155,5 +154,5 @@ def test_numbers_on_the_last_token_are_the_scores_of_ever():
         def listed(prompts, responses, response_ids):
             return [[0] * (len(i) - 1) + [len(r) / 10] for r, i in zip(responses, response_ids)]
 
-        runs.append(next(iter(trainer(listed if per_token else plain, kl_coef=0.1))).metrics)
+        runs.append(next(iter(trainer(reward=listed if per_token else plain, kl_coef=0.1))).metrics)
     assert runs[0] == runs[1]
