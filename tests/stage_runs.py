@@ -59,10 +59,13 @@ def everything(t: Trainer) -> dict[str, Tensor]:
     return found
 
 
-def differing(a: Trainer, b: Trainer) -> list[str]:
-    x, y = everything(a), everything(b)
+def unequal(x: dict[str, Tensor], y: dict[str, Tensor]) -> list[str]:
     assert x.keys() == y.keys()
     return [name for name in x if not torch.equal(x[name], y[name])]
+
+
+def differing(a: Trainer, b: Trainer) -> list[str]:
+    return unequal(everything(a), everything(b))
 
 
 def leave_after(t: Trainer, steps: int) -> None:

@@ -155,7 +155,7 @@ def test_micro_batches_by_hand():
     assert micro_batches([100, *[10] * 9], 200) == [[0], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 
 
-# ---------------------------------------------------------------------------------- micro-batches of rows that belong together
+# ------------------------------------------------------------------------------------- micro-batches of whole items
 
 ITEMS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 6)), max_size=40)  # longest row, rows
 
