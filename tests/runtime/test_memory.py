@@ -17,6 +17,7 @@ from fastrlhf.models import loading
 from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.rl.experience import Experience, MiniBatch
 from fastrlhf.runtime.memory import MOST_HALVINGS, MemoryBackoff, ran_out, remedies, token_budget
+from fastrlhf.runtime.optim import Optimizer
 from tests import tiny
 from tests.stage_runs import build, differing, everything, experience_of, leave_after, read, unequal
 
@@ -164,10 +165,8 @@ def test_an_experience_cut_short_gives_the_run_of_half_the_budget(tmp_path, half
     assert read(tmp_path / "metrics.jsonl") == read(half[1] / "metrics.jsonl")
     (event,) = (row for row in read(tmp_path / "events.jsonl") if row["kind"] == "out_of_memory")
     assert (event["before"], event["after"]) == (52, 26)
-    sentence = (
-        "memory ran out with micro-batches of 52 tokens: again with 26 (CUDA out of memory. Tried to allocate 2.00"
-    )
-    assert event["message"] == f"{sentence} GiB.)"
+    first_line = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert event["message"] == f"memory ran out with micro-batches of 52 tokens: again with 26 ({first_line})"
 
 
 def test_scoring_cut_short_gives_the_run_of_half_the_budget():
@@ -213,6 +212,117 @@ def test_a_resumed_run_has_the_same_micro_batches(tmp_path):
     assert differing(through, again) == []
     for name in ("metrics.jsonl", "events.jsonl"):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "through" / name).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------- in an optimizer's first step
+
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+
+
+class Momentum(torch.optim.Optimizer):
+    """Updates parameter by parameter, as bitsandbytes does. Runs out of memory once, when parameter `number` gets its
+    state, which is only half made then (None: never)."""
+
+    def __init__(self, params: list[torch.nn.Parameter], number: int | None) -> None:
+        super().__init__(params, {"lr": 0.0})
+        self.number = number
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["step"] = 0
+                if len(self.state) - 1 == self.number:
+                    self.number = None
+                    raise RuntimeError(NO_MEMORY)
+                state["moment"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            state["moment"].mul_(0.9).add_(parameter.grad)
+            parameter.sub_(self.param_groups[0]["lr"] * state["moment"] / state["step"])
+
+
+def before_all(optimizer: Optimizer, allocations: list[None]) -> None:
+    """Memory runs out before anything is done."""
+    tries = []
+
+    def once(*_: object) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise RuntimeError(NO_MEMORY)
+
+    optimizer.inner.register_step_pre_hook(once)
+
+
+def between_moments(optimizer: Optimizer, allocations: list[None]) -> None:
+    """Memory runs out between the two moments of the third parameter: AdamW has made state, and updated nothing."""
+    tries = []
+
+    def arm(*_: object) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            allocations.extend([None] * 6)
+
+    optimizer.inner.register_step_pre_hook(arm)
+
+
+def after_some(optimizer: Optimizer, allocations: list[None]) -> None:
+    """Memory runs out when some parameters are updated already."""
+    optimizer.inner.number = 3
+
+
+@pytest.fixture
+def allocations(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """As long as it has entries, torch.zeros_like takes one; the last one is an allocation that fails."""
+    left, zeros_like = [], torch.zeros_like
+
+    def make(*args: object, **kwargs: object) -> torch.Tensor:
+        if left:
+            left.pop()
+            if not left:
+                raise RuntimeError(NO_MEMORY)
+        return zeros_like(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros_like", make)
+    return left
+
+
+@pytest.mark.parametrize("failure", [before_all, between_moments, after_some])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_first_step_without_memory_keeps_its_gradients_and_updates_nothing_twice(stage, failure, allocations):
+    """The end is that of a run whose budget was half from this very step on, and which never ran out."""
+    ends = []
+    for fail in (True, False):
+        t = build(stage, micro_batch_tokens=60, eval_every=0, total_steps=2)
+        optimizer = list(t.trained().values())[-1].optimizer  # of PPO the critic's: the policy steps after it
+        if failure is after_some:
+            optimizer.inner = Momentum(optimizer.masters, None)
+        if fail:
+            failure(optimizer, allocations)
+        else:
+            optimizer.inner.register_step_pre_hook(lambda *_, t=t: setattr(t.memory, "halvings", 1))
+        metrics = t.train()
+        assert t.memory.tokens == 30 and allocations == []
+        ends.append((metrics, everything(t)))
+    assert ends[0][0] == ends[1][0] and unequal(ends[0][1], ends[1][1]) == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_later_step_does_not_go_through_the_back_off(stage):
+    """It allocates nothing: an error there is no reason for smaller micro-batches."""
+    t, tries = build(stage, eval_every=0), []
+
+    def fail_later(*_: object) -> None:
+        tries.append(1)
+        if len(tries) == 2:
+            raise RuntimeError(NO_MEMORY)
+
+    next(iter(t.trained().values())).optimizer.inner.register_step_pre_hook(fail_later)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        t.train()
+    assert len(tries) == 2 and t.memory.halvings == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ by itself
