@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import torch
 
 from bench.models import classifier_of, policy_of, prompts_of, tokenizer_of
 from bench.ppo_step_clock import Clock, report
-from fastrlhf import PPOConfig, PPOTrainer
+from fastrlhf import PPOConfig, PPOTrainer, RolloutEngine, SamplingParams
+from fastrlhf.rollout.sampling import Generation
 
 FORMS = {  # fields of PPOConfig, the dtype of every model
     "separate": ({"critic": "separate"}, torch.float32),
@@ -21,6 +23,13 @@ FORMS = {  # fields of PPOConfig, the dtype of every model
     "shared_trunk_lora": ({"critic": "shared_trunk", "old_log_probs": "rollout", "lora": 16}, torch.float32),
 }
 PHASES = {"rollout": "rollout", "score": "experience", "advantages": "experience", "update": "update"}
+
+
+class WholeReplies(RolloutEngine):
+    """Every reply has all its tokens."""
+
+    def generate(self, prompt_ids: list[list[int]], params: SamplingParams, *, first: int = 0) -> Generation:
+        return super().generate(prompt_ids, replace(params, stop_token_ids=[]), first=first)
 
 
 def trainer_of(spec: dict) -> PPOTrainer:
@@ -40,7 +49,7 @@ def trainer_of(spec: dict) -> PPOTrainer:
         prompts=prompts_of(vocabulary, batch * (1 + spec["steps"]), spec["prompt"]),
         value_model=classifier_of(policy, 2) if fields["critic"] == "separate" else None,
     )  # fmt: skip
-    trainer.stop_ids = []  # every reply has all its tokens
+    trainer.engine = WholeReplies(trainer.policy, trainer.tokenizer, value_head=trainer.engine.value_head)
     return trainer
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from fastrlhf.checkpoint.state import optimizer_tensors
+from fastrlhf.rl.experience import Experience, MiniBatch, make_experience, plan_epochs
+from fastrlhf.rl.scorers import Scores
+from fastrlhf.rollout.result import Rollout
 from tests import tiny
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
@@ -38,6 +41,16 @@ def build(stage: str, **fields: object) -> Trainer:
     return PPOTrainer(config, policy=tiny.llama(), tokenizer=tokenizer, reward=letters, **held)
 
 
+def experience_of(
+    t: PPOTrainer, rollout: Rollout, scores: Scores | None = None
+) -> tuple[Experience, list[list[MiniBatch]], dict[str, float]]:
+    """What `t.step` makes of a rollout before it updates, with the mini-batches of its epochs and the metrics."""
+    epochs = plan_epochs(t.config, len(rollout.rows), t.steps_done)
+    how = {"kl_coef": t.kl_controller.coef, "moments": t.moments, "first_epoch": epochs[0], "memory": t.memory}
+    experience, metrics = make_experience(rollout, scores or t.scorer(rollout), t.roles, t.config, **how)
+    return experience, epochs, metrics
+
+
 def everything(t: Trainer) -> dict[str, Tensor]:
     """Weights and optimizer state of all that is trained."""
     found: dict[str, Tensor] = {}
@@ -47,10 +60,13 @@ def everything(t: Trainer) -> dict[str, Tensor]:
     return found
 
 
-def differing(a: Trainer, b: Trainer) -> list[str]:
-    x, y = everything(a), everything(b)
+def unequal(x: dict[str, Tensor], y: dict[str, Tensor]) -> list[str]:
     assert x.keys() == y.keys()
     return [name for name in x if not torch.equal(x[name], y[name])]
+
+
+def differing(a: Trainer, b: Trainer) -> list[str]:
+    return unequal(everything(a), everything(b))
 
 
 def leave_after(t: Trainer, steps: int) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrlhf import PPOConfig, PPOTrainer, UserError
+from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models import heads, loading
-from fastrlhf.models.token_batch import TokenBatch, target_log_probs
-from fastrlhf.rl import learner
+from fastrlhf.models.token_batch import TokenRows, target_log_probs
+from fastrlhf.rl.losses import token_weights
+from fastrlhf.rl.scorers import Scores
+from fastrlhf.rollout.result import Rollout
 from tests import tiny
+from tests.stage_runs import experience_of
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 
@@ -102,7 +107,7 @@ def test_padding_does_not_reach_any_result():
         t = trainer(policy=model)
 
         def run(pairs, t=t, model=model, critic=critic):
-            batch = TokenBatch.build([p for p, _ in pairs], [r for _, r in pairs], t.device)
+            batch = TokenRows([p for p, _ in pairs], [r for _, r in pairs]).batch(range(len(pairs)), t.device)
             with torch.no_grad():
                 return target_log_probs(model, batch, 1.0), heads.scalar_outputs(critic.score, batch.hidden(critic))
 
@@ -122,27 +127,29 @@ def test_number_of_optimizer_steps():
     assert set(counts) == {18}
 
 
-def test_sampled_ids_reach_the_loss_unchanged(monkeypatch):
+def test_sampled_ids_reach_the_loss_unchanged():
     """Non-canonical token splits included: what was sampled is trained on, nothing is decoded and re-encoded."""
     t = trainer(config(total_steps=1, ppo_epochs=1, mini_batch_size=8))
     seen = []
-    build = TokenBatch.build.__func__
 
-    def watch(cls, prompts, responses, device, **how):
-        seen.extend(tuple(p + r) for p, r in zip(prompts, responses, strict=True))
-        return build(cls, prompts, responses, device, **how)
+    def watch(trunk: torch.nn.Module, args: tuple, read: dict[str, object]) -> None:
+        if torch.is_grad_enabled():  # the update, not the rollout or the experience
+            seen.extend(read["input_ids"].tolist())
 
-    monkeypatch.setattr(TokenBatch, "build", classmethod(watch))
-    step = next(iter(t))
-    rows = {tuple(p + r) for p, r in zip(step.rollout.prompt_ids, step.rollout.response_ids, strict=True)}
-    assert set(seen) == rows
-    reencoded = [t.tokenizer(text, add_special_tokens=False)["input_ids"] for text in step.rollout.responses]
-    assert reencoded != step.rollout.response_ids  # a random model does sample non-canonical splits
+    for model in (t.policy, t.value_model):
+        model.base_model.register_forward_pre_hook(watch, with_kwargs=True)
+    rollout = next(iter(t)).rollout
+    width = max(map(len, seen))
+    rows = [[*rollout.rows.whole(row), *[0] * width][:width] for row in range(8)]  # padded on the right
+    padded = [[*ids, *[0] * width][:width] for ids in seen]
+    assert sorted(padded) == sorted(rows * 2)
+    reencoded = [t.tokenizer(text, add_special_tokens=False)["input_ids"] for text in rollout.responses]
+    assert reencoded != rollout.response_ids  # a random model does sample non-canonical splits
 
 
 def test_value_and_log_prob_are_read_where_the_token_is_predicted():
     prompts, responses = [[5, 6, 7], [4]], [[8, 9], [3, 2, 1]]
-    batch = TokenBatch.build(prompts, responses, torch.device("cpu"))
+    batch = TokenRows(prompts, responses).batch(range(2), torch.device("cpu"))
     width = batch.input_ids.shape[1]
     assert batch.index.tolist() == [2, 3, width + 0, width + 1, width + 2]
     assert batch.labels.tolist() == [8, 9, 3, 2, 1]
@@ -156,8 +163,8 @@ def test_value_and_log_prob_are_read_where_the_token_is_predicted():
 
 def test_rollout_log_probs_match_a_teacher_forced_forward_at_the_temperature():
     t = trainer(config(total_steps=1, temperature=0.7))
-    rollout, _ = t._rollout(t.prompts[:3], 2, purpose="rollout")
-    batch = TokenBatch.build(rollout.prompt_ids, rollout.response_ids, t.device)
+    rollout = t.rollout(t.prompts[:3], 2, purpose="rollout")
+    batch = rollout.rows.batch(range(6), t.device)
     with torch.no_grad():
         want = target_log_probs(t.policy, batch, 0.7)
     assert torch.allclose(torch.cat(rollout.policy_log_probs), want, atol=1e-4)
@@ -184,13 +191,12 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made_in_training():
     policy = tiny.llama(vocab_size=vocabulary)
     cfg = config(total_steps=1, rollout_batch_size=64, mini_batch_size=64, ppo_epochs=1, max_new_tokens=24)
     t = trainer(cfg, policy=policy)
-    rollout, _ = t._rollout([t.prompts[i % len(t.prompts)] for i in range(64)], 1, purpose="rollout")
-    rollout.scores = t._score(rollout)
+    rollout = t.rollout([t.prompts[i % len(t.prompts)] for i in range(64)], 1, purpose="rollout")
+    scores = t.scorer(rollout)
     tokens = sum(len(r) for r in rollout.response_ids)
     with LargestTensor() as largest:
-        plan = t._plan(rollout)
-        experience, _ = t._experience(rollout, plan[0])
-        t.learner.update(rollout, experience, plan, 0)
+        experience, epochs, _ = experience_of(t, rollout, scores)
+        t.learner.update(rollout.rows, experience, epochs, 0)
     assert tokens > 1200
     assert largest.numel < tokens * vocabulary / 3
 
@@ -224,17 +230,16 @@ def test_same_seed_same_run_other_seed_another():
 
 
 def test_truncated_responses_keep_their_last_token_and_pay_the_penalty():
-    t = trainer(config(total_steps=1, max_new_tokens=2, missing_eos_penalty=7.0, whiten_advantages=False, kl_coef=0.0))
-    step = next(iter(t))
-    cut = [r for r, f in zip(step.rollout.response_ids, step.rollout.finished, strict=True) if not f]
-    assert cut and all(len(r) == 2 and r[-1] not in t.stop_ids for r in cut)
-    plan = t._plan(step.rollout)
-    experience, _ = t._experience(step.rollout, plan[0])
-    base, finished = step.rollout.scores, step.rollout.finished
-    for row, (score, done) in enumerate(zip(base, finished, strict=True)):
+    fields = {"whiten_advantages": False, "kl_coef": 0.0, "gae_lambda": 1.0}
+    t = trainer(config(total_steps=1, max_new_tokens=2, missing_eos_penalty=7.0, **fields))
+    rollout = next(iter(t)).rollout
+    stops = stop_token_ids(t.tokenizer, t.policy.generation_config)
+    cut = [r for r, f in zip(rollout.response_ids, rollout.finished, strict=True) if not f]
+    assert cut and all(len(r) == 2 and r[-1] not in stops for r in cut)
+    experience, *_ = experience_of(t, rollout, Scores(rollout.scores, None))
+    for row, (score, done) in enumerate(zip(rollout.scores, rollout.finished, strict=True)):
         first = float((experience.advantages + experience.values)[row, 0])
-        if t.config.gae_lambda == 1.0:
-            assert first == pytest.approx(score - (0.0 if done else 7.0), abs=1e-4)
+        assert first == pytest.approx(score - (0.0 if done else 7.0), abs=1e-4)
 
 
 def test_a_custom_stop_token_counts_as_finished(tmp_path):
@@ -244,7 +249,8 @@ def test_a_custom_stop_token_counts_as_finished(tmp_path):
     t = trainer(config(total_steps=1, missing_eos_penalty=5.0), policy=policy)
     step = next(iter(t))
     assert step.metrics["length/finished"] > 0.8
-    assert all(r[-1] in t.stop_ids for r, f in zip(step.rollout.response_ids, step.rollout.finished) if f)
+    stops = stop_token_ids(t.tokenizer, policy.generation_config)
+    assert all(r[-1] in stops for r, f in zip(step.rollout.response_ids, step.rollout.finished) if f)
 
 
 def test_unscorable_responses_are_masked_out_and_counted():
@@ -254,7 +260,7 @@ def test_unscorable_responses_are_masked_out_and_counted():
     t = trainer(config(total_steps=1, ppo_epochs=1), reward=picky)
     step = next(iter(t))
     assert step.metrics["reward/unscorable"] == 4 and step.metrics["reward/mean"] == 1.0
-    experience, _ = t._experience(step.rollout, t._plan(step.rollout)[0])
+    experience, *_ = experience_of(t, step.rollout)
     assert not experience.response_mask[1::2].any() and experience.response_mask[::2].any()
     assert experience.advantages[1::2].abs().sum() == 0
 
@@ -328,43 +334,45 @@ def test_kept_mass_is_reported_under_truncated_sampling():
     assert full == pytest.approx(1.0, abs=1e-5) and cut < 0.9
 
 
-@pytest.mark.parametrize("mode", ["recompute", "rollout"])
-def test_what_decoding_and_training_differ_by_is_measured_and_weighted(monkeypatch, mode):
-    """Decoding is made to report other log-probs: half too likely by 1.5 nats, one too unlikely by 1."""
-    used = []
-    loss = learner.linear_ppo_loss
-    monkeypatch.setattr(learner, "linear_ppo_loss", lambda *a, **k: used.append(k["weights"]) or loss(*a, **k))
-    cfg = config(total_steps=1, ppo_epochs=1, mini_batch_size=8, old_log_probs=mode, micro_batch_tokens=40)
-    t = trainer(cfg, reward=lambda prompts, responses: [None, *(float(len(r)) for r in responses[1:])])
-    generate = t.engine.generate
+def misreported() -> tuple[PPOTrainer, Rollout, Scores, torch.Tensor]:
+    """A rollout whose decoding says other log-probs: half too likely by 1.5 nats, one too unlikely by 1; its first row
+    has no score -> the differences too, token by token [B, T]."""
+    t = trainer(reward=lambda prompts, responses: [None, *(float(len(r)) for r in responses[1:])])
+    rollout = t.rollout([*t.prompts, *t.prompts[:2]], 1, purpose="rollout")
+    shifts = torch.tensor([0.0, 1.5, -1.0, 1.5, 0.0, 1.5, 0.0, 1.5])
+    wrong = [row + shift for row, shift in zip(rollout.policy_log_probs, shifts.tolist(), strict=True)]
+    return t, replace(rollout, policy_log_probs=wrong), t.scorer(rollout), shifts
 
-    def wrong(prompt_ids, params, **options):
-        out = generate(prompt_ids, params, **options)
-        shifts = [1.5 if i % 2 else 0.0 for i in range(len(out.response_ids))]
-        shifts[2] = -1.0
-        out.policy_log_probs[:] = [lp + shift for lp, shift in zip(out.policy_log_probs, shifts, strict=True)]
-        out.stats["shifts"] = [shift for shift, lp in zip(shifts, out.policy_log_probs, strict=True) for _ in lp]
-        out.stats["sizes"] = list(map(len, out.response_ids))
-        wrong.stats = out.stats
-        return out
 
-    monkeypatch.setattr(t.engine, "generate", wrong)
-    metrics = next(iter(t)).metrics
-    shifts = torch.tensor(wrong.stats["shifts"], dtype=torch.float64)
-    if mode == "rollout":  # the row without a score is in no update
-        shifts = shifts[wrong.stats["sizes"][0] :]
-    w = (-shifts).exp()
+def check_mismatch(metrics: dict[str, float], shifts: torch.Tensor) -> None:
+    w = (-shifts.double()).exp()
     assert metrics["rollout/mismatch"] == pytest.approx(float(shifts.abs().mean()), abs=1e-4)
     assert metrics["rollout/mismatch_max"] == pytest.approx(1.5, abs=1e-4)
     assert metrics["rollout/ess"] == pytest.approx(float(w.sum() ** 2 / (len(w) * w.square().sum())), abs=1e-4)
-    if mode == "recompute":
-        assert metrics["policy/ratio"] == pytest.approx(1.0, abs=1e-6)
-        found = torch.cat(used).double()
-        expected = torch.cat([found.new_tensor([1.0, math.exp(-1.5), 2.0])])  # exp(1) is capped
-        assert float((found[:, None] - expected).abs().amin(1).max()) < 1e-4
-        assert all(bool(((found - value).abs() < 1e-4).any()) for value in expected)
-    else:
-        assert used == [None] * len(used) and metrics["policy/ratio"] != 1.0
+
+
+def test_what_decoding_and_training_differ_by_is_measured_and_weighted():
+    t, rollout, scores, shifts = misreported()
+    experience, epochs, metrics = experience_of(t, rollout, scores)
+    mask = experience.token_mask
+    of_token = shifts[:, None].expand(mask.shape)[mask]
+    check_mismatch(metrics, of_token)
+    expected = (-of_token).exp().clamp(max=t.config.importance_cap)  # exp(1) is capped
+    assert t.config.importance_cap == 2.0
+    assert torch.allclose(experience.weights[mask], expected, atol=1e-4)
+    weights = token_weights(experience, epochs[0][0], t.config)
+    assert torch.equal(experience.tokens([2, 3], weights).weights, experience.weights[2:4][mask[2:4]])
+
+
+def test_with_old_log_probs_of_decoding_the_first_update_measures_the_difference():
+    t, rollout, scores, shifts = misreported()
+    t = trainer(config(old_log_probs="rollout", ppo_epochs=1, mini_batch_size=8, micro_batch_tokens=40))
+    experience, epochs, metrics = experience_of(t, rollout, scores)
+    assert experience.weights is None and "rollout/mismatch" not in metrics
+    metrics = t.learner.update(rollout.rows, experience, epochs, 0)
+    assert not experience.response_mask[0].any()  # the row without a score is in no update
+    check_mismatch(metrics, shifts[:, None].expand(experience.token_mask.shape)[experience.response_mask])
+    assert metrics["policy/ratio"] != 1.0
 
 
 def test_bf16_trains_on_the_cpu(tmp_path):

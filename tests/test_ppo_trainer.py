@@ -9,7 +9,9 @@ import pytest
 
 from fastrlhf import RewardConfig, RewardTrainer, UserError
 from fastrlhf.models import loading, saving
+from fastrlhf.rl.scorers import Scores, score_texts
 from tests import tiny
+from tests.stage_runs import experience_of
 from tests.test_ppo import PROMPTS, config, same, trainer, weights
 
 # -------------------------------------------------------------------------------------------- reward model and critic
@@ -53,15 +55,13 @@ def test_the_critic_starts_as_the_value_model_that_is_given(reward_folder, tmp_p
 
 
 def test_a_reward_model_scores_the_same_ids_it_was_trained_on(reward_folder):
-    from fastrlhf.rl.scorers import score_texts
-
     t = trainer(reward=str(reward_folder))
     step = next(iter(t))
     done = [i for i, f in enumerate(step.rollout.finished) if f]
     ids = [t.tokenizer(step.rollout.responses[i], add_special_tokens=False)["input_ids"] for i in done]
     canonical = [i for i, own in zip(done, ids) if [*own, 1] == step.rollout.response_ids[i]]
     scores = score_texts(
-        t.scorer.model, t.tokenizer, [step.rollout.raw_prompts[i] for i in canonical],
+        t.scorer.model, t.tokenizer, [step.rollout.texts.raw_prompts[i] for i in canonical],
         [step.rollout.responses[i] for i in canonical],
     )  # fmt: skip
     assert [step.rollout.scores[i] for i in canonical] == pytest.approx(scores, abs=1e-5)
@@ -69,9 +69,8 @@ def test_a_reward_model_scores_the_same_ids_it_was_trained_on(reward_folder):
 
 def test_without_a_reward_model_values_start_at_zero():
     t = trainer()
-    rollout, _ = t._rollout(t.prompts[:2], 1, purpose="rollout")
-    rollout.scores = [0.0, 0.0]
-    experience, _ = t._experience(rollout, [[0, 1]])
+    rollout = t.rollout(t.prompts[:2], 1, purpose="rollout")
+    experience, *_ = experience_of(t, rollout, Scores([0.0, 0.0], None))
     assert experience.values.abs().sum() == 0
 
 

@@ -99,16 +99,16 @@ def test_a_rightly_ranked_response_is_finite_too():
 
 
 def test_scores_are_regressed_to_the_unit_scale():
-    (record,) = trainer(data=[SCORES]).records
+    (record,) = trainer(data=[SCORES]).items
     assert record.feedback.scores == (-1.0, 1.0, 0.0)
     loss = record_loss(torch.tensor([0.5, 0.5, 0.5]), record.feedback)
     assert float(loss) == pytest.approx((1.5**2 + 0.5**2 + 0.5**2) / 3)
-    (wide,) = trainer(config(score_range=(0, 10)), data=[{**SCORE, "score": 2.5}]).records
+    (wide,) = trainer(config(score_range=(0, 10)), data=[{**SCORE, "score": 2.5}]).items
     assert wide.feedback.scores == (-0.5,)
 
 
 def test_an_edit_is_a_pair_of_edited_over_original():
-    edit, pair = trainer(data=[EDIT, {"prompt": CAT, "chosen": EDIT["edited"], "rejected": EDIT["response"]}]).records
+    edit, pair = trainer(data=[EDIT, {"prompt": CAT, "chosen": EDIT["edited"], "rejected": EDIT["response"]}]).items
     assert edit.rows == pair.rows
     scores = torch.tensor([0.3, 1.1])
     assert record_loss(scores, edit.feedback) == record_loss(scores, pair.feedback)
@@ -116,11 +116,11 @@ def test_an_edit_is_a_pair_of_edited_over_original():
 
 
 def test_pairs_that_a_record_implies():
-    pair, ranking, score, scores = (r.feedback for r in trainer(data=[PAIR, RANKING, SCORE, SCORES]).records)
+    pair, ranking, score, scores = (r.feedback for r in trainer(data=[PAIR, RANKING, SCORE, SCORES]).items)
     assert ordered_pairs(pair) == [(0, 1)] and ordered_pairs(score) == []
     assert sorted(ordered_pairs(ranking)) == [(0, 1), (2, 0), (2, 1), (2, 3), (3, 1)]
     assert sorted(ordered_pairs(scores)) == [(1, 0), (1, 2), (2, 0)]
-    tied = trainer(data=[{**SCORES, "scores": [2, 2, 3]}]).records[0].feedback
+    tied = trainer(data=[{**SCORES, "scores": [2, 2, 3]}]).items[0].feedback
     assert sorted(ordered_pairs(tied)) == [(2, 0), (2, 1)]
 
 
@@ -292,7 +292,7 @@ def test_groups_stay_within_the_budget_padding_included():
     many = [{"prompt": p, "responses": ["yes", "no", "cat", "moon", "thank you"], "ranking": [0, 1, 2, 3, 4]}
             for p in tiny.PROMPTS]  # fmt: skip
     t = trainer(config(micro_batch_tokens=400), data=pairs + many)
-    groups = list(t._groups(t.items))
+    groups = list(t.micro_batches(t.items))
     rows = [[row for record in group for row in record.rows] for group in groups]
     assert sum(map(len, groups)) == len(t.items) and len(groups) > 2 and max(map(len, groups)) > 1
     assert all(len(group) == 1 or len(r) * max(map(len, r)) <= 400 for group, r in zip(groups, rows, strict=True))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from fastrlhf import SFTTrainer, UserError
 from fastrlhf.data.encode import Example
+from fastrlhf.models.token_batch import TokenBatch, target_row
 from tests import tiny
 from tests.sft_runs import (
     DATA,
@@ -38,7 +39,7 @@ from tests.sft_runs import (
 def test_loss_and_gradients_are_those_of_transformers(make):
     model = make()
     own = copy.deepcopy(model)
-    expected = stock(own, trainer(model=copy.deepcopy(model)).examples)
+    expected = stock(own, trainer(model=copy.deepcopy(model)).items)
     expected.backward()
     loss, grads, _ = one_step(config(), model)
     assert loss == pytest.approx(expected.item(), rel=1e-6)
@@ -80,7 +81,7 @@ def test_order_of_a_batch_changes_nothing(make):
 def test_the_mean_is_over_tokens_not_over_micro_batches():
     """A long and a short reply: the mean of the two means would be another number."""
     data = [SINGLE[3], SINGLE[1]]
-    long, short = trainer(data=data).examples
+    long, short = trainer(data=data).items
     losses = [stock(tiny.llama(), [e]).item() for e in (long, short)]
     sizes = [sum(e.target) for e in (long, short)]
     expected = sum(a * n for a, n in zip(losses, sizes)) / sum(sizes)
@@ -111,7 +112,8 @@ def test_flash_attention_gets_packed_examples_in_one_row():
 
 def test_packed_rows_restart_positions_and_predict_nothing_across_the_border():
     first, second = Example([5, 6, 7], [False, True, True], ""), Example([8, 9], [False, True], "")
-    batch = Batch.build([[first, second], [second]], torch.device("cpu"))
+    first, second = target_row(first), target_row(second)
+    batch = TokenBatch.build([[first, second], [second]], torch.device("cpu"))
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [8, 9, 0, 0, 0]]
     assert batch.position_ids[0].tolist() == [0, 1, 2, 0, 1]
     assert batch.index.tolist() == [0, 1, 3, 5] and batch.labels.tolist() == [6, 7, 9, 9]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -107,13 +108,21 @@ class Optimizer:
         if self.memory is None or not allocates:
             self.inner.step()
             return
-        self.memory.attempt(self.inner.step, undo=self._drop_gradients_of_updated)
+        undo = partial(self._forget_failed_step, self._step_counts())
+        self.memory.attempt(self.inner.step, undo=undo)
 
-    def _drop_gradients_of_updated(self) -> None:
-        """Some optimizers update parameter by parameter: what a first step has updated must not be updated twice."""
-        for master in self.masters:
-            if float(self.inner.state.get(master, {}).get("step", 0)) >= 1:
+    def _step_counts(self) -> list[float]:
+        """How often each parameter has been updated."""
+        return [float(self.inner.state.get(master, {}).get("step", 0)) for master in self.masters]
+
+    def _forget_failed_step(self, before: list[float]) -> None:
+        """What the failed step has updated must not be updated twice: some optimizers go parameter by parameter. State
+        that it only began to make goes, or the next try would take it for whole. before: step counts before it."""
+        for master, old, new in zip(self.masters, before, self._step_counts(), strict=True):
+            if new > old:
                 master.grad = None
+            elif new == 0:
+                self.inner.state.pop(master, None)
 
     def zero_grad(self) -> None:
         for param in (*self.params, *self.masters):

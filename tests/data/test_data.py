@@ -1,4 +1,4 @@
-"""Rows from every kind of source with their places, counts without silent drops, sampler, packing, held-out split."""
+"""Rows from every kind of source with their places, counts without silent drops, held-out split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.dataset import Counts, load_conversations, load_feedback, load_prompts, split_heldout
 from fastrlhf.data.rows import read_rows
-from fastrlhf.runtime.batching import Sampler, pack
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 ROWS = [
@@ -242,67 +241,7 @@ def test_dropped_rows_are_counted_in_strict_mode_too():
     assert counts.line() == "3 rows read, 2 used, dropped: 1 chosen equals rejected"
 
 
-# --------------------------------------------------------------------------------------------- sampler, packing, split
-
-
-@given(
-    n=st.integers(1, 9), seed=st.integers(0, 3), sizes=st.lists(st.integers(0, 12), max_size=8), stop=st.integers(0, 7)
-)
-@settings(max_examples=60, deadline=None)
-def test_sampler_resumes_exactly_and_every_epoch_is_a_permutation(n, seed, sizes, stop):
-    whole = Sampler(n, seed)
-    stream = [whole.take(k) for k in sizes]
-    first = Sampler(n, seed)
-    before = [first.take(k) for k in sizes[:stop]]
-    resumed = Sampler(n, seed)
-    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert before + [resumed.take(k) for k in sizes[stop:]] == stream
-    flat = [i for part in stream for i in part]
-    for start in range(0, len(flat) - n + 1, n):
-        assert sorted(flat[start : start + n]) == list(range(n))
-    assert list(map(len, stream)) == sizes
-
-
-def test_sampler_order_depends_on_seed_and_epoch_and_is_fixed():
-    a, b = Sampler(8, 0).take(24), Sampler(8, 1).take(24)
-    assert a != b and a[:8] != a[8:16] != a[16:]
-    assert Sampler(8, 0).take(8) == [6, 1, 4, 2, 5, 7, 3, 0]  # other numbers here break the resuming of old runs
-
-
-@pytest.mark.parametrize(("other", "says"), [(Sampler(5, 0), "usable rows 5, now it is 4"), (Sampler(4, 1), "seed 1")])
-def test_sampler_refuses_another_data_set(other, says):
-    with pytest.raises(UserError, match=says):
-        Sampler(4, 0).load_state_dict(other.state_dict())
-
-
-def test_sampler_needs_rows():
-    with pytest.raises(ValueError, match="at least 1"):
-        Sampler(0, 0)
-
-
-def first_fit_decreasing(lengths: list[int], room: int) -> list[list[int]]:
-    """The textbook loop."""
-    bins: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for bin_ in bins:
-            if sum(lengths[j] for j in bin_) + lengths[i] <= room:
-                bin_.append(i)
-                break
-        else:
-            bins.append([i])
-    return bins
-
-
-@given(st.lists(st.integers(1, 20), max_size=40))
-@settings(max_examples=100, deadline=None)
-def test_packing_is_first_fit_decreasing(lengths):
-    assert pack(lengths, 20) == first_fit_decreasing(lengths, 20)
-
-
-@pytest.mark.parametrize("lengths", [[1, 21], [0, 3]])
-def test_packing_refuses_what_fits_nowhere(lengths):
-    with pytest.raises(ValueError, match=r"must be in \[1, 20\]"):
-        pack(lengths, 20)
+# ---------------------------------------------------------------------------------------------------------------- split
 
 
 @given(

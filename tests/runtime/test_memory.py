@@ -3,22 +3,31 @@ half from there on."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, SFTConfig, UserError
 from fastrlhf.models import loading
-from fastrlhf.runtime.memory import MOST_HALVINGS, MemoryBackoff, ran_out, remedies
+from fastrlhf.models.token_batch import TokenRows
+from fastrlhf.rl.experience import Experience, MiniBatch
+from fastrlhf.runtime.memory import MOST_HALVINGS, MemoryBackoff, ran_out, remedies, token_budget
+from fastrlhf.runtime.optim import Optimizer
 from tests import tiny
-from tests.stage_runs import build, differing, leave_after, read
+from tests.stage_runs import build, differing, everything, experience_of, leave_after, read, unequal
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 CPU = torch.device("cpu")
 BUDGET = 52  # tokens: 2 or 3 micro-batches a mini-batch
+
+
+def unheard(kind: str, message: str, **fields: object) -> None:
+    """A report that nobody reads."""
 
 
 def letters(prompts: list[str], responses: list[str]) -> list[float]:
@@ -63,14 +72,6 @@ def reading() -> bool:
     return not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def rolled_out(**fields: object) -> tuple:
-    t = trainer(**fields)
-    rollout, _ = t._rollout([t.prompts[i % len(t.prompts)] for i in range(12)], 1, purpose="rollout")
-    rollout.scores = t._score(rollout)
-    plan = t._plan(rollout)
-    return t, rollout, plan, t._experience(rollout, plan[0])[0]
-
-
 # ------------------------------------------------------------------------------------------------------- in the update
 
 PLACES = [(0, 0), (0, 1), (1, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1), (5, 0), (5, 1)]  # mini-batch, micro-batch
@@ -79,49 +80,65 @@ FORMS = {
     "shared trunk": {"critic": "shared_trunk"},
     "lora, packed": {"lora": 4, "critic": "shared_trunk", "packing": True},
     "critic": {},  # memory runs out in the critic
+    "rollout": {"old_log_probs": "rollout"},
 }
 
 
+class Planned(NamedTuple):
+    """What the update of a form's first step reads; every trainer of the form makes the same."""
+
+    rows: TokenRows
+    experience: Experience
+    mini_batches: list[MiniBatch]
+
+    def update(self, t: PPOTrainer, first: int, end: int) -> dict[str, float]:
+        return t.learner.update(self.rows, self.experience, [self.mini_batches[first:end]], 0)
+
+
+@functools.cache
+def planned(form: str) -> Planned:
+    t = trainer(**FORMS[form])
+    rollout = t.rollout([t.prompts[i % len(t.prompts)] for i in range(12)], 1, purpose="rollout")
+    experience, epochs, _ = experience_of(t, rollout)
+    return Planned(rollout.rows, experience, [mini_batch for epoch in epochs for mini_batch in epoch])
+
+
+@functools.cache
+def half_from(form: str, index: int) -> dict[str, torch.Tensor]:
+    """The end of an update whose budget is half from mini-batch `index` on."""
+    plan, t = planned(form), trainer(**FORMS[form])
+    if index > 0:
+        plan.update(t, 0, index)
+    t.memory.halvings = 1
+    if index < 6:
+        plan.update(t, index, 6)
+    return everything(t)
+
+
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["policy alone", "shared trunk", "lora, packed", "critic"])
 def test_an_update_cut_short_goes_on_with_the_bytes_of_half_the_budget(form, backward):
     """At ten places: mini-batches before it as they were; it and all later ones as if they had been planned so."""
-    reports, halves = [], {}
+    plan = planned(form)
+    groups = [plan.rows.micro_batches(mini_batch, BUDGET) for mini_batch in plan.mini_batches]
+    assert len(groups) == 6 and all(len(g) > 1 for g in groups), "several micro-batches, to fail between"
     for i, j in PLACES[:: 3 if backward else 1]:
-        ours, rollout, plan, experience = rolled_out(**FORMS[form])
-        flat = [mini for epoch in plan for mini in epoch]
-        groups = [rollout.micro_batches(mini, BUDGET) for mini in flat]
-        assert all(len(g) > 1 for g in groups), "a mini-batch must have several micro-batches to fail between"
-        model = ours.critic.trunk if form == "critic" else ours.policy
+        t = trainer(**FORMS[form])
+        model = t.critic.trunk if form == "critic" else t.policy
         run_out(model.base_model, sum(map(len, groups[:i])) + j, when=training, backward=backward)
-        ours.memory.report = lambda kind, message, **fields: reports.append((kind, message, fields))
-        ours.learner.update(rollout, experience, plan, 0)
-        assert ours.memory.tokens == BUDGET // 2 and len(flat) == 6
-
-        if i not in halves:
-            theirs, rollout, plan, experience = rolled_out(**FORMS[form])
-            theirs.learner.update(rollout, experience, [flat[:i]], 0) if i else None
-            theirs.memory.halvings = 1
-            theirs.learner.update(rollout, experience, [flat[i:]], 0)
-            halves[i] = theirs
-        assert differing(ours, halves[i]) == [], (i, j)
-    kind, message, fields = reports[0]
-    assert kind == "out_of_memory" and fields == {"before": 52, "after": 26}
-    assert message == "memory ran out with micro-batches of 52 tokens: again with 26 (CUDA out of memory. Tried to " \
-                      "allocate 2.00 GiB.)"  # fmt: skip
-    assert len(reports) == len(PLACES[:: 3 if backward else 1])
-    whole, rollout, plan, experience = rolled_out(**FORMS[form])
-    whole.learner.update(rollout, experience, plan, 0)
-    assert differing(whole, halves[0]), "rounding must tell the two budgets apart, or the comparison sees nothing"
+        plan.update(t, 0, 6)
+        assert t.memory.tokens == BUDGET // 2
+        assert unequal(everything(t), half_from(form, i)) == [], (i, j)
+    assert unequal(half_from(form, 6), half_from(form, 0)), "rounding must tell the two budgets apart"
 
 
 def test_statistics_of_an_update_cut_short_are_counted_once():
     results = []
     for number in (None, 3):
-        t, rollout, plan, experience = rolled_out(old_log_probs="rollout")
+        t = trainer(**FORMS["rollout"])
         if number is not None:
             run_out(t.policy.base_model, number, when=training)
-        results.append(t.learner.update(rollout, experience, plan, 0))
+        results.append(planned("rollout").update(t, 0, 6))
         assert t.learner.policy_updates == t.learner.critic_updates == 6
     assert results[0] == pytest.approx(results[1], rel=1e-3, abs=1e-5)
 
@@ -146,8 +163,10 @@ def test_an_experience_cut_short_gives_the_run_of_half_the_budget(tmp_path, half
     t.train()
     assert differing(t, half[0]) == []
     assert read(tmp_path / "metrics.jsonl") == read(half[1] / "metrics.jsonl")
-    events = [row for row in read(tmp_path / "events.jsonl") if row["kind"] == "out_of_memory"]
-    assert [(row["before"], row["after"]) for row in events] == [(52, 26)]
+    (event,) = (row for row in read(tmp_path / "events.jsonl") if row["kind"] == "out_of_memory")
+    assert (event["before"], event["after"]) == (52, 26)
+    first_line = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert event["message"] == f"memory ran out with micro-batches of 52 tokens: again with 26 ({first_line})"
 
 
 def test_scoring_cut_short_gives_the_run_of_half_the_budget():
@@ -195,6 +214,117 @@ def test_a_resumed_run_has_the_same_micro_batches(tmp_path):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "through" / name).read_bytes()
 
 
+# ---------------------------------------------------------------------------------------- in an optimizer's first step
+
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+
+
+class Momentum(torch.optim.Optimizer):
+    """Updates parameter by parameter, as bitsandbytes does. Runs out of memory once, when parameter `number` gets its
+    state, which is only half made then (None: never)."""
+
+    def __init__(self, params: list[torch.nn.Parameter], number: int | None) -> None:
+        super().__init__(params, {"lr": 0.0})
+        self.number = number
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["step"] = 0
+                if len(self.state) - 1 == self.number:
+                    self.number = None
+                    raise RuntimeError(NO_MEMORY)
+                state["moment"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            state["moment"].mul_(0.9).add_(parameter.grad)
+            parameter.sub_(self.param_groups[0]["lr"] * state["moment"] / state["step"])
+
+
+def before_all(optimizer: Optimizer, allocations: list[None]) -> None:
+    """Memory runs out before anything is done."""
+    tries = []
+
+    def once(*_: object) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise RuntimeError(NO_MEMORY)
+
+    optimizer.inner.register_step_pre_hook(once)
+
+
+def between_moments(optimizer: Optimizer, allocations: list[None]) -> None:
+    """Memory runs out between the two moments of the third parameter: AdamW has made state, and updated nothing."""
+    tries = []
+
+    def arm(*_: object) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            allocations.extend([None] * 6)
+
+    optimizer.inner.register_step_pre_hook(arm)
+
+
+def after_some(optimizer: Optimizer, allocations: list[None]) -> None:
+    """Memory runs out when some parameters are updated already."""
+    optimizer.inner.number = 3
+
+
+@pytest.fixture
+def allocations(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """As long as it has entries, torch.zeros_like takes one; the last one is an allocation that fails."""
+    left, zeros_like = [], torch.zeros_like
+
+    def make(*args: object, **kwargs: object) -> torch.Tensor:
+        if left:
+            left.pop()
+            if not left:
+                raise RuntimeError(NO_MEMORY)
+        return zeros_like(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros_like", make)
+    return left
+
+
+@pytest.mark.parametrize("failure", [before_all, between_moments, after_some])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_first_step_without_memory_keeps_its_gradients_and_updates_nothing_twice(stage, failure, allocations):
+    """The end is that of a run whose budget was half from this very step on, and which never ran out."""
+    ends = []
+    for fail in (True, False):
+        t = build(stage, micro_batch_tokens=60, eval_every=0, total_steps=2)
+        optimizer = list(t.trained().values())[-1].optimizer  # of PPO the critic's: the policy steps after it
+        if failure is after_some:
+            optimizer.inner = Momentum(optimizer.masters, None)
+        if fail:
+            failure(optimizer, allocations)
+        else:
+            optimizer.inner.register_step_pre_hook(lambda *_, t=t: setattr(t.memory, "halvings", 1))
+        metrics = t.train()
+        assert t.memory.tokens == 30 and allocations == []
+        ends.append((metrics, everything(t)))
+    assert ends[0][0] == ends[1][0] and unequal(ends[0][1], ends[1][1]) == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_later_step_does_not_go_through_the_back_off(stage):
+    """It allocates nothing: an error there is no reason for smaller micro-batches."""
+    t, tries = build(stage, eval_every=0), []
+
+    def fail_later(*_: object) -> None:
+        tries.append(1)
+        if len(tries) == 2:
+            raise RuntimeError(NO_MEMORY)
+
+    next(iter(t.trained().values())).optimizer.inner.register_step_pre_hook(fail_later)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        t.train()
+    assert len(tries) == 2 and t.memory.halvings == 0
+
+
 # ------------------------------------------------------------------------------------------------------------ by itself
 
 
@@ -228,7 +358,7 @@ def test_remedies_are_those_not_in_use():
 
 
 def test_random_numbers_are_drawn_again_and_memory_is_free_before_the_next_try():
-    backoff, drawn, alive = MemoryBackoff(SFTConfig(micro_batch_tokens=7), CPU), [], []
+    backoff, drawn, alive = MemoryBackoff(SFTConfig(micro_batch_tokens=7), CPU, unheard), [], []
 
     class Large:
         """Stands for activations that only the frames of the failed work hold."""
@@ -248,7 +378,7 @@ def test_random_numbers_are_drawn_again_and_memory_is_free_before_the_next_try()
 
 
 def test_the_real_allocator_is_understood():
-    backoff, tries = MemoryBackoff(SFTConfig(), CPU), []
+    backoff, tries = MemoryBackoff(SFTConfig(), CPU, unheard), []
 
     def work() -> str:
         tries.append(backoff.tokens)
@@ -271,7 +401,7 @@ def test_the_real_allocator_is_understood():
 )
 def test_only_memory_is_tried_again(error, expected):
     assert ran_out(error) is expected
-    backoff, calls = MemoryBackoff(SFTConfig(), CPU), []
+    backoff, calls = MemoryBackoff(SFTConfig(), CPU, unheard), []
 
     def work() -> None:
         calls.append(1)
@@ -285,3 +415,9 @@ def test_only_memory_is_tried_again(error, expected):
         with pytest.raises(RuntimeError, match="illegal|mat1"):
             backoff.attempt(work)
         assert len(calls) == 1 and backoff.halvings == 0
+
+
+def test_token_budget():
+    assert token_budget(77, torch.device("cpu")) == 77
+    assert token_budget(None, torch.device("cpu")) == token_budget(None, torch.device("mps")) == 8192
+    assert token_budget(None, torch.device("cuda")) == 16384

@@ -1,4 +1,4 @@
-"""Micro-batches, learning rates, and optimizer steps that neither bf16 nor a bad gradient can spoil."""
+"""Learning rates, and optimizer steps that neither bf16 nor a bad gradient can spoil."""
 
 from __future__ import annotations
 
@@ -7,98 +7,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from fastrlhf.config.errors import UserError
-from fastrlhf.runtime.batching import micro_batches
-from fastrlhf.runtime.memory import token_budget
 from fastrlhf.runtime.optim import Optimizer, lr_at
 from tests import tiny
-
-# ------------------------------------------------------------------------------------------------------ micro-batches
-
-
-def filled(lengths: list[int], budget: int) -> list[list[int]]:
-    """Each group filled before the next, longest first: the least number of padded groups (by exchange of rows)."""
-    groups: list[list[int]] = []
-    for length in sorted(lengths, reverse=True):
-        if groups and (len(groups[-1]) + 1) * groups[-1][0] <= budget:
-            groups[-1].append(length)
-        else:
-            groups.append([length])
-    return groups
-
-
-def least_bins(lengths: list[int], budget: int) -> int:
-    """The least number of groups whose sums stay within the budget, by trying all."""
-    best = len(lengths)
-
-    def place(rest: list[int], sums: list[int]) -> None:
-        nonlocal best
-        if len(sums) >= best:
-            return
-        if not rest:
-            best = len(sums)
-            return
-        for i, total in enumerate(sums):
-            if total + rest[0] <= budget:
-                place(rest[1:], [*sums[:i], total + rest[0], *sums[i + 1 :]])
-        place(rest[1:], [*sums, rest[0]])
-
-    place(sorted(lengths, reverse=True), [])
-    return best
-
-
-@settings(max_examples=300, deadline=None)
-@given(lengths=st.lists(st.integers(1, 60), max_size=40), budget=st.integers(1, 400), packed=st.booleans())
-def test_micro_batches_hold_every_row_once_within_the_budget(lengths, budget, packed):
-    groups = micro_batches(lengths, budget, packed=packed)
-    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
-    held = [[lengths[row] for row in group] for group in groups]
-    for group in held:
-        assert len(group) == 1 or (sum(group) if packed else len(group) * max(group)) <= budget
-    assert groups == micro_batches(list(lengths), budget, packed=packed)
-    fewest = len(filled(lengths, budget))
-    assert len(groups) <= fewest if packed else len(groups) == fewest
-    if packed:  # the largest first, those over the budget before all
-        assert [sum(group) for group in held] == sorted(map(sum, held), reverse=True)
-    else:  # rows of like length together, the longest first
-        assert sum(held, []) == sorted(lengths, reverse=True)
-
-
-@settings(max_examples=150, deadline=None)
-@given(lengths=st.lists(st.integers(1, 20), max_size=8), budget=st.integers(20, 50))
-def test_packed_groups_are_as_few_as_can_be_or_one_more(lengths, budget):
-    """First-fit decreasing takes at most 11/9 of the least plus 6/9 (Dosa 2007): up to 3 groups that is the least or
-    one more."""
-    count, least = len(micro_batches(lengths, budget, packed=True)), least_bins(lengths, budget)
-    assert least <= count <= 11 / 9 * least + 6 / 9
-
-
-@settings(max_examples=100, deadline=None)
-@given(rows=st.integers(1, 60), length=st.integers(1, 30), budget=st.integers(1, 300), packed=st.booleans())
-def test_rows_of_one_length_are_shared_out_evenly(rows, length, budget, packed):
-    sizes = [len(group) for group in micro_batches([length] * rows, budget, packed=packed)]
-    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
-    assert len(sizes) == -(-rows // max(1, budget // length))
-
-
-def test_micro_batches_by_hand():
-    assert micro_batches([3, 10, 4, 40, 4, 10], 20) == [[3], [1, 5], [2, 4, 0]]
-    assert micro_batches([3, 10, 4, 40, 4, 10], 20, packed=True) == [[3], [1, 2, 0], [5, 4]]
-    assert micro_batches([], 20) == micro_batches([], 20, packed=True) == []
-    assert micro_batches([5, 5, 5], 10) == [[0, 1], [2]]
-    assert micro_batches([5] * 10, 20) == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]  # not 4, 4, 2
-    assert micro_batches([100, *[10] * 9], 200) == [[0], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
-
-
-def test_token_budget():
-    assert token_budget(77, torch.device("cpu")) == 77
-    assert token_budget(None, torch.device("cpu")) == token_budget(None, torch.device("mps")) == 8192
-    assert token_budget(None, torch.device("cuda")) == 16384
-
 
 # ------------------------------------------------------------------------------------------------------ learning rates
 

@@ -128,8 +128,8 @@ def test_rows_are_shared_whole_and_evenly(count, ranks, monkeypatch):
     for rank in range(ranks):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         monkeypatch.setenv("RANK", str(rank))
-        pieces += range(count)[batching.share(count)]
-        mine = batching.own(sizes)
+        pieces += range(count)[batching.shard(count)]
+        mine = batching.assign_rows(sizes)
         rows += mine
         loads.append(sum(sizes[i] for i in mine))
     assert pieces == list(range(count)) and sorted(rows) == list(range(count))

@@ -326,7 +326,7 @@ def test_a_first_evaluation_that_measured_nothing_is_not_the_best(tmp_path):
     answers = [None, None, 1.0, 2.0]
 
     def reward(prompts: list[str], responses: list[str]) -> list[float | None]:
-        return [answers[min(t.steps_done, 3)] if hasattr(t, "run") else 0.0] * len(responses)
+        return [answers[min(t.steps_done, 3)]] * len(responses)
 
     cfg = PPOConfig(
         total_steps=3, rollout_batch_size=2, mini_batch_size=2, max_new_tokens=3, eval_every=1, save_every=0,
