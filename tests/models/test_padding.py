@@ -13,20 +13,20 @@ from fastrlhf.models.saving import padding_token
 from tests import tiny
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-EOS, OTHER, THIRD = len(BYTES) + 1, len(BYTES) + 2, len(BYTES) + 3  # " t" is the last entry that is no special token
+EOS, OTHER, THIRD = (len(BYTES) + i for i in (2, 3, 4))
 
 
 def tokenizer(special: tuple[str, ...] = ("<eos>",), **roles: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the bytes and "Ġt", a token for " t"; then the special tokens, EOS first."""
-    vocabulary = {token: i for i, token in enumerate([*BYTES, "Ġt"])}
-    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "t")]))
+    """Byte-level BPE of the bytes, "Ġt", which is a token for " t", and "th"; then the special tokens, EOS first."""
+    vocabulary = {token: i for i, token in enumerate([*BYTES, "Ġt", "th"])}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "t"), ("t", "h")]))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", **roles)
 
 
 THREE = ("<eos>", "<one>", "<two>")
-SPELT_ELSEWHERE = len(BYTES)  # "Ġt": the highest id that is no stop and whose text is written otherwise
+SPELT_ELSEWHERE = len(BYTES)  # "Ġt": the highest id that is no stop and is not spelt as its text
 
 
 @pytest.mark.parametrize(
