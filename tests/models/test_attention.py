@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from fastrlhf import PPOConfig, PPOTrainer
 from fastrlhf.models import loading, saving
-from fastrlhf.models import loading as models
-from fastrlhf.runtime import hardware
 from tests import tiny
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
@@ -119,15 +123,16 @@ def test_an_installed_flash_attention_is_what_a_model_is_loaded_with(tmp_path, m
     policy = tiny.llama()
     saving.write_model(tmp_path / "policy", policy, tiny.tokenizer(), [1])
     saving.write_model(tmp_path / "reward", loading.scalar_model(policy, tiny.tokenizer(), 0), tiny.tokenizer(), [1])
-    monkeypatch.setattr(hardware, "installed", lambda module: module == "flash_attn")
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: name if name == "flash_attn" else find(name, *a))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    monkeypatch.setattr(models, "local_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
 
     def stop(where: str, **kwargs: object) -> None:
         raise LookupError(kwargs["attn_implementation"], kwargs["dtype"])
 
-    auto = AutoModelForCausalLM if role == "policy" else models.AutoModelForSequenceClassification
+    auto = AutoModelForCausalLM if role == "policy" else AutoModelForSequenceClassification
     load = loading.load_policy if role == "policy" else loading.load_reward_model
     monkeypatch.setattr(auto, "from_pretrained", stop)
     with pytest.raises(LookupError) as stopped:

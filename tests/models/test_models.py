@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,6 +125,38 @@ def test_logits_of_a_bf16_model_are_accumulated_in_fp32():
     ours, own = heads.head_logits(head, hidden), model(ids).logits
     assert hidden.dtype == torch.bfloat16 and ours.dtype == torch.float32
     assert (ours - exact).abs().max() < 1e-5 < 1e-3 < (own - exact).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "same"),
+    [
+        (torch.float32, 0.9e-3, True),
+        (torch.float32, 1.1e-3, False),
+        (torch.bfloat16, 0.045, True),
+        (torch.bfloat16, 0.055, False),
+        (torch.float32, math.nan, False),
+    ],
+)
+def test_two_ways_agree_within_what_their_dtype_can_tell(dtype, off, same):
+    """Hidden states to their largest, here 200."""
+    theirs = torch.tensor([[1.0, -200.0], [3.0, 0.0]])
+    ours = theirs + torch.tensor([[0.0, 0.0], [0.0, 200 * off]])
+    assert heads.agree(ours, theirs, dtype) is same
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "same"),
+    [
+        (torch.float32, 0.9e-3, True),
+        (torch.float32, 1.1e-3, False),
+        (torch.bfloat16, 0.29, True),
+        (torch.bfloat16, 0.31, False),
+        (torch.bfloat16, math.nan, False),
+    ],
+)
+def test_log_probs_agree_in_nats(dtype, off, same):
+    theirs = torch.tensor([-200.0, -1e-6])
+    assert heads.agree(theirs + torch.tensor([0.0, off]), theirs, dtype, log_probs=True) is same
 
 
 # ------------------------------------------------------------------------------------------------------------ trunks
@@ -266,10 +299,16 @@ def test_the_padding_ids_embedding_is_trained():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainable_with_and_without_checkpointed_activations(checkpointing):
+    """The same gradients; with checkpointing the backward pass computes every layer again."""
     model, plain = loading.make_trainable(loading.freeze(tiny.llama()), checkpointing), tiny.llama()
-    for each in (model, plain):
-        heads.hidden_states(each, torch.tensor(ROWS[1:2])).square().sum().backward()
-    assert model.is_gradient_checkpointing is checkpointing
+    calls: list[str] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append("mlp"))
+    loss = heads.hidden_states(model, torch.tensor(ROWS[1:2])).square().sum()
+    assert len(calls) == 2
+    loss.backward()
+    assert len(calls) == (4 if checkpointing else 2)
+    heads.hidden_states(plain, torch.tensor(ROWS[1:2])).square().sum().backward()
     torch.testing.assert_close(model.model.embed_tokens.weight.grad, plain.model.embed_tokens.weight.grad)
 
 
@@ -333,7 +372,7 @@ def test_flash_attention_without_its_package(kind):
     ],
 )
 def test_auto_takes_the_flash_attention_of_the_gpu(monkeypatch, capability, there, expected):
-    monkeypatch.setattr(hardware, "installed", lambda module: module in there)
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: module if module in there else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     gpu = torch.device("cuda")
     assert hardware.resolve_attention("auto", gpu, torch.bfloat16) == expected

@@ -6,10 +6,13 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
 
 from fastrlhf import PPOConfig, PPOTrainer, UserError
 from fastrlhf.models.token_batch import TokenBatch, joined, resolve_packing
 from tests import tiny
+from tests.models.test_attention import varlen
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}  # rotary and learned positions
@@ -123,12 +126,26 @@ def test_gradient_checkpointing_gives_the_same_gradients():
                     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_auto_packs_where_flash_attention_runs_and_true_is_checked():
-    plain, flash = tiny.llama(), tiny.llama()
-    assert resolve_packing(None, [plain]) is False and resolve_packing(True, [plain, tiny.gpt2()]) is True
-    flash.config._attn_implementation = "flash_attention_2"
-    assert resolve_packing(None, [flash, plain]) is False and resolve_packing(False, [flash]) is False
+def causal(module, query, key, value, attention_mask, *, scaling, **kwargs):
+    """Attention that makes nothing of positions: packed rows see each other."""
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
 
+
+def test_auto_packs_where_a_flash_attention_keeps_sequences_apart():
+    """Stand-ins in plain torch under names of their own, registered with transformers as any attention is."""
+    plain, flash, leaking = tiny.llama(), tiny.llama(), tiny.llama()
+    for model, name, function in ((flash, "flash_by_hand", varlen), (leaking, "flash_that_leaks", causal)):
+        AttentionInterface.register(name, function)
+        model.config._attn_implementation = name  # its setter would ask for the package
+    assert resolve_packing(None, [flash]) is True and resolve_packing(None, [flash, flash]) is True
+    assert resolve_packing(None, [plain]) is False and resolve_packing(None, [flash, plain]) is False
+    assert resolve_packing(None, [leaking]) is False and resolve_packing(None, [flash, leaking]) is False
+    assert resolve_packing(False, [flash]) is False
+
+
+def test_packing_that_is_asked_for_is_checked():
+    assert resolve_packing(True, [tiny.llama(), tiny.gpt2()]) is True
     leaking = tiny.llama()
     forward = leaking.model.forward
     leaking.model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
