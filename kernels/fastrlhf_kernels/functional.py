@@ -57,8 +57,9 @@ def token_log_probs(
 
     logits [..., V], labels [...]; temperature a number or a tensor of the labels' shape. Returns log_probs [...] in
     nats, or (log_probs, entropy) with return_entropy=True; gradients flow through both. Logits of -inf (suppressed
-    tokens) are legal. Where label == ignore_index both are 0 and no gradient passes, even if the logits are NaN. The
-    logits are not changed. The only [..., V] tensor made is the gradient.
+    tokens) are legal; a row of nothing else has no distribution: its results and its own gradients are NaN. Where
+    label == ignore_index both are 0 and no gradient passes, even if the logits are NaN. The logits are not changed.
+    The only [..., V] tensor made is the gradient.
     """
     checks.floating(logits=logits)
     triton = choose_backend(backend, logits).name == "triton"

@@ -120,7 +120,7 @@ class Operator:
         """body: takes tensors, numbers and structures, all annotated; returns: how many tensors it gives back."""
         hints = typing.get_type_hints(body)
         self.body = body
-        self.parameters = {name: getattr(hint, "_fields", None) and hint for name, hint in hints.items()}
+        self.parameters = {field: hint if hasattr(hint, "_fields") else None for field, hint in hints.items()}
         inputs: dict[str, str] = {}
         for parameter, structure in self.parameters.items():
             fields = {parameter: hints[parameter]} if structure is None else typing.get_type_hints(structure)
@@ -187,10 +187,10 @@ class Operator:
             ctx.kept = saved[len(self.inputs) :]
             inputs = [number if t is None else t for t, number in zip(saved, ctx.scalars)]
             needs = {name for name, yes in zip(self.inputs, ctx.needs_input_grad) if yes}
-            found = {}
+            results = {}
             if needs and any(g is not None for g in output_gradients):
-                found = gradients(ctx, self.arguments(inputs), needs, *output_gradients)
-            return tuple(found.get(name) if name in needs else None for name in self.inputs)
+                results = gradients(ctx, self.arguments(inputs), needs, *output_gradients)
+            return tuple(results.get(name) if name in needs else None for name in self.inputs)
 
         self.registered.register_autograd(backward, setup_context=setup)
 

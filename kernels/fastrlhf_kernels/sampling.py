@@ -38,8 +38,9 @@ def sample_tokens(
     """Draw one token for each row of logits [B, V].
 
     The token depends only on its logits row and on (seed, stream, offset): Philox4x32-10 with the seed as key and
-    (stream, offset) as counter gives one uniform number, and the token is found by inverse CDF. stream [B] is the id
-    of the sequence (default 0..B-1), offset (a number or [B]) the position in the response.
+    (stream, offset) as counter gives one uniform number, and the token is found by inverse CDF. The seed may be any
+    int: its lowest 64 bits count. stream [B] is the id of the sequence (default 0..B-1), offset (a number or [B]) the
+    position in the response.
     Order: temperature, top_k (0 or > V: off), top_p on what is left (a token is kept while the mass before it is
     < top_p); ties at a threshold are kept. temperature=0: the largest logit, lowest id first, with log_probs 0 and
     policy_log_probs of softmax(logits). A row without any finite logit gives some token and NaN log-probs.

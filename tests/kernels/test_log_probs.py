@@ -420,3 +420,41 @@ def test_the_same_bits_every_run():
         log_probs = kernels.linear_log_probs(hidden, weight, labels)
         runs.append((log_probs, *torch.autograd.grad(log_probs.sum(), (hidden, weight))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_row_without_any_finite_logit_is_nan_and_stays_alone():
+    """Results and gradients of the other rows are those that they have without it."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 700), torch.tensor([3, 699, 0, 5, 8])
+    logits[2] = -torch.inf
+    leaf, others = logits.clone().requires_grad_(), [0, 1, 3, 4]
+    results = kernels.token_log_probs(leaf, labels, return_entropy=True)
+    (grad,) = torch.autograd.grad(sum(t.sum() for t in results), leaf)
+    alone = logits[others].requires_grad_()
+    expected = kernels.token_log_probs(alone, labels[others], return_entropy=True)
+    (expected_grad,) = torch.autograd.grad(sum(t.sum() for t in expected), alone)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert ours[2].isnan()
+        close(ours[others], theirs, 1e-6)
+    assert torch.isfinite(grad[others]).all()
+    close(grad[others], expected_grad, 1e-6)
+    exact = reference.token_log_probs(logits.double(), labels)
+    assert exact.isnan().tolist() == results[0].isnan().tolist()
+
+
+def test_a_row_of_hidden_states_without_any_finite_logit_stays_alone():
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(5, 8), torch.rand(300, 8) + 0.1, torch.arange(5)
+    hidden[2] = -torch.inf
+    leaf, others = hidden.clone().requires_grad_(), [0, 1, 3, 4]
+    log_probs = kernels.linear_log_probs(leaf, weight, labels)
+    (grad,) = torch.autograd.grad(log_probs.sum(), leaf)
+    exact = reference.linear_log_probs(hidden.double(), weight.double(), labels)
+    assert exact.isnan().tolist() == log_probs.isnan().tolist() == [row == 2 for row in range(5)]
+    close(log_probs[others], exact[others], 1e-5)
+    assert torch.isfinite(grad[others]).all()
+    ignored = labels.clone()
+    ignored[2] = -100  # left out, it reaches not even the gradient that all rows share
+    leaf, shared = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    kernels.linear_log_probs(leaf, shared, ignored).sum().backward()
+    assert torch.isfinite(shared.grad).all() and (leaf.grad[2] == 0).all()

@@ -347,3 +347,22 @@ def test_step_zero_has_ratio_exactly_one():
     first = kernels.linear_ppo_loss(*leaves, labels, old, advantages, mask)
     again = kernels.linear_ppo_loss(*leaves, labels, first.stats["log_probs"], advantages, mask)
     assert again.stats["ratio"] == 1 and again.stats["approx_kl"] == 0 and again.stats["clip_frac"] == 0
+
+
+def test_a_mask_with_one_token():
+    """The loss is that of the token itself, and nothing else has a gradient."""
+    log_probs, old, advantages, mask = batch(dtype=torch.float32)
+    mask[:], mask[1, 4] = False, True
+    for function in (kernels.ppo_policy_loss, kernels.ppo_value_loss):
+        tensors = [torch.where(mask, t.detach(), torch.nan) for t in (log_probs, old, advantages)]
+        leaf, one = tensors[0].requires_grad_(), [t.detach()[1:2, 4:5].double() for t in (log_probs, old, advantages)]
+        result = function(leaf, *tensors[1:], mask)
+        exact_leaf = one[0].requires_grad_()
+        exact, stats = getattr(reference, function.__name__)(exact_leaf, *one[1:], torch.ones(1, 1))
+        torch.testing.assert_close(result.loss.double(), exact.detach(), atol=1e-6, rtol=1e-5)
+        for name, value in stats.items():
+            torch.testing.assert_close(result.stats[name].double(), value.detach().double(), atol=1e-6, rtol=1e-5)
+        (grad,) = torch.autograd.grad(result.loss, leaf)
+        (exact_grad,) = torch.autograd.grad(exact, exact_leaf)
+        torch.testing.assert_close(grad[1, 4].double(), exact_grad[0, 0], atol=1e-6, rtol=1e-5)
+        assert (grad[~mask] == 0).all()
