@@ -29,20 +29,19 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.peers import environment
-from fastrlhf_kernels import (
-    triton_attention,
-    triton_exponential_ppo,
-    triton_gae,
-    triton_linear_log_probs,
-    triton_linear_sampling,
-    triton_log_probs,
-    triton_ppo_losses,
-    triton_rewards,
-    triton_sampling,
+from fastrlhf_kernels.gpu import (
+    attention,
+    exponential_ppo,
+    gae,
+    linear_log_probs,
+    log_probs,
+    ppo_losses,
+    sampling,
     tuning,
 )
-from fastrlhf_kernels.losses import LossOptions
-from fastrlhf_kernels.triton_launch import Launch, recorded
+from fastrlhf_kernels.gpu.head import DenseHead
+from fastrlhf_kernels.gpu.launch import Launch, recorded
+from fastrlhf_kernels.operands import Head, LossOptions, Need, Rows, Shaping, Tokens
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -52,10 +51,8 @@ TARGETS = {
 }
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 MMA = r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA|IMMA|QGMMA|DMMA)\b"
-POINTERS = {
-    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8",
-}  # fmt: skip
+POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+POINTERS |= {torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8"}
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -65,19 +62,18 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def shapes() -> Iterator[Callable[[], Any]]:
     """Calls of the launchers, at the sizes that matter: a long batch, and one too small to fill a chip by rows."""
     for n, columns, dtype in ((8192, 151936, torch.bfloat16), (4, 151936, torch.bfloat16), (8192, 1000, torch.float32)):
-        logits, labels = meta(n, columns, dtype=dtype), meta(n, dtype=torch.int64)
-        row = meta(n)
-        options = LossOptions(0.2, 0.2, 3.0, 0.1, "k3", 0.01)
-        mask, count = meta(n, dtype=torch.bool), meta()
+        rows = Rows(meta(n, columns, dtype=dtype), meta(n, dtype=torch.int64), None, 1.0)
+        row, options, count = meta(n), LossOptions(0.2, 0.2, 3.0, 0.1, "k3", 0.01), meta()
+        tokens = Tokens(row, row, meta(n, dtype=torch.bool), None, row)
 
-        def forward(logits=logits, labels=labels):
-            triton_log_probs.rows_forward(logits, labels, 1.0, -100, True)
+        def forward(rows=rows):
+            log_probs.rows_forward(rows, -100, True)
 
-        def backward(logits=logits, labels=labels, row=row):
-            triton_log_probs.rows_backward(logits, labels, 1.0, -100, row, row, row, row, row)
+        def backward(rows=rows, row=row):
+            log_probs.rows_backward(rows, -100, row, row, row, row, row)
 
-        def ppo(logits=logits, labels=labels, row=row, mask=mask, count=count, options=options):
-            triton_log_probs.rows_ppo(logits, labels, 1.0, mask, row, row, None, row, count, options, logits)
+        def ppo(rows=rows, tokens=tokens, count=count, options=options):
+            log_probs.rows_ppo(rows, tokens, count, options, rows.logits)
 
         yield forward
         yield backward
@@ -88,26 +84,25 @@ def shapes() -> Iterator[Callable[[], Any]]:
         (8192, 49152, 576, torch.bfloat16),
         (8192, 49152, 576, torch.float32),
     ):
-        hidden, weight = meta(n, width, dtype=dtype), meta(vocabulary, width, dtype=dtype)
-        labels, row = meta(n, dtype=torch.int64), meta(n)
-        adapter = (meta(16, width, dtype=dtype), meta(vocabulary, 16, dtype=dtype), 2.0)
+        operands = (meta(n, width, dtype=dtype), meta(vocabulary, width, dtype=dtype), meta(n, dtype=torch.int64))
+        row, adapter = meta(n), (meta(16, width, dtype=dtype), meta(vocabulary, 16, dtype=dtype), 2.0)
         for bias, softcap, lora in ((None, None, (None, None, 1.0)), (meta(vocabulary, dtype=dtype), 30.0, adapter)):
-            head = triton_linear_log_probs.Head.build(hidden, weight, None, bias, 1.0, 1.0, softcap, *lora)
+            head = Head(*operands, bias, None, 1.0, 1.0, softcap, *lora)
 
-            def linear_forward(head=head, labels=labels):
+            def linear_forward(head=head):
                 for entropy in (False, True):
-                    triton_linear_log_probs.linear_forward(head, labels, entropy=entropy, batch_invariant=False)
+                    linear_log_probs.linear_forward(head, entropy=entropy)
 
-            def linear_ppo(head=head, labels=labels, row=row, need=(True, True, head.bias is not None, False)):
-                options = LossOptions(0.2, 0.2, 3.0, 0.1, "k3")
-                mask, rows = meta(len(row), dtype=torch.bool), (row, row, None, row, meta())
-                head = head._replace(v=None)
-                if triton_exponential_ppo.possible(head, options):
-                    triton_exponential_ppo.exponential_ppo(head, labels, mask, *rows, options, need, 2048)
+            def linear_ppo(head=head, row=row):
+                options, need = LossOptions(0.2, 0.2, 3.0, 0.1, "k3"), Need(True, True, head.bias is not None, False)
+                tokens = Tokens(row, row, meta(len(row), dtype=torch.bool), None, row)
+                dense = DenseHead(head._replace(lora_a=None, lora_b=None))
+                if exponential_ppo.possible(dense, options):
+                    exponential_ppo.exponential_ppo(dense, tokens, meta(), options, need, 2048)
 
-            def linear_backward(head=head, labels=labels, row=row, ge=row if softcap else None):
-                need = [True] * 4 if head.v is not None else [True, True, False, False]
-                triton_linear_log_probs.linear_backward(head, labels, row, ge, row, row, row, need)
+            def linear_backward(head=head, row=row, ge=row if softcap else None):
+                need = Need(True, True, head.lora_a is not None, head.lora_a is not None)
+                linear_log_probs.linear_backward(head, row, ge, row, row, row, need)
 
             yield linear_forward
             yield linear_backward
@@ -117,22 +112,22 @@ def shapes() -> Iterator[Callable[[], Any]]:
 def token_shapes() -> Iterator[Callable[[], Any]]:
     """The kernels on [B, T] tensors of tokens."""
     for batch, length in ((64, 1024), (8, 8000), (256, 60)):
-        tokens, scores, mask = meta(batch, length), meta(batch), meta(batch, length, dtype=torch.bool)
+        tokens, mask = meta(batch, length), meta(batch, length, dtype=torch.bool)
+        shaping = Shaping(meta(batch), tokens, tokens, 0.1, "k3")
 
-        def advantages(tokens=tokens, scores=scores, mask=mask):
-            shaping = (scores, tokens, tokens, 0.1, "k3")
-            triton_gae.gae_rows(None, tokens, mask, 1.0, 0.95, scores, shaping=shaping, whiten_eps=1e-8)
+        def advantages(tokens=tokens, mask=mask, shaping=shaping):
+            for rewards in (None, tokens):
+                gae.gae_rows(rewards, tokens, mask, 1.0, 0.95, shaping.scores, shaping, 1e-8, 8)
 
         def losses(tokens=tokens, mask=mask):
-            options = LossOptions(0.2, 0.2, 3.0)
-            triton_ppo_losses.both_losses(*[tokens] * 6, mask, tokens, meta(), options, 0.2)
+            for weights, dual_clip, value_clip in ((tokens, 3.0, 0.2), (None, None, None)):
+                policy = Tokens(tokens, tokens, mask, weights, None)
+                ppo_losses.policy_loss(tokens, policy, meta(), LossOptions(0.2, 0.2, dual_clip))
+                ppo_losses.value_loss(tokens, tokens, tokens, mask, weights, meta(), value_clip)
 
-        def alone(tokens=tokens, mask=mask, scores=scores):
-            options = LossOptions(0.2, 0.2, None)
-            triton_ppo_losses.policy_loss(tokens, tokens, tokens, mask, None, meta(), options)
-            triton_ppo_losses.value_loss(tokens, tokens, tokens, mask, None, meta(), None)
-            triton_rewards.shape_rewards(scores, tokens, tokens, mask, 0.1, "k3")
-            triton_rewards.masked_whiten(tokens, mask, False, 1e-8)
+        def alone(tokens=tokens, mask=mask, shaping=shaping):
+            gae.shape_rewards(shaping, mask)
+            gae.masked_whiten(tokens, mask, False, 1e-8)
 
         yield advantages
         yield losses
@@ -141,23 +136,14 @@ def token_shapes() -> Iterator[Callable[[], Any]]:
 
 def decode_shapes() -> Iterator[Callable[[], Any]]:
     """The kernels of a step of generation."""
-    for batch, vocabulary, width, dtype in ((64, 151936, 1536, torch.bfloat16), (8, 49152, 576, torch.float32)):
-        rows = meta(batch, dtype=torch.int64)
-        logits = meta(batch, vocabulary, dtype=dtype)
-        head = triton_linear_sampling.Head.build(
-            meta(batch, width, dtype=dtype), meta(vocabulary, width, dtype=dtype), None, None, 1.0, 1.0, None, None,
-            None, 1.0
-        )  # fmt: skip
+    for batch, vocabulary, dtype in ((64, 151936, torch.bfloat16), (8, 49152, torch.float32)):
+        rows, logits = meta(batch, dtype=torch.int64), meta(batch, vocabulary, dtype=dtype)
         for top_k, top_p in ((0, 1.0), (50, 0.9)):
 
             def sample(logits=logits, top_k=top_k, top_p=top_p, rows=rows):
-                triton_sampling.draw(logits, 0.7, top_k, top_p, 1, rows, rows)
-
-            def linear_sample(head=head, top_k=top_k, top_p=top_p, rows=rows):
-                triton_linear_sampling.linear_draw(head, 0.7, top_k, top_p, 1, rows, rows)
+                sampling.draw(logits, 0.7, top_k, top_p, 1, rows, rows)
 
             yield sample
-            yield linear_sample
     for batch, heads, groups, size, dtype in (
         (64, 12, 2, 128, torch.bfloat16),
         (256, 14, 2, 64, torch.bfloat16),
@@ -170,10 +156,10 @@ def decode_shapes() -> Iterator[Callable[[], Any]]:
         lengths = meta(batch, dtype=torch.int32)
         for softcap, window in ((None, None), (50.0, 512)):
 
-            def attention(q=q, cache=cache, lengths=lengths, softcap=softcap, window=window):
-                triton_attention.attend(q, cache, cache, lengths, 0.1, softcap, window)
+            def attend(q=q, cache=cache, lengths=lengths, softcap=softcap, window=window):
+                attention.attend(q, cache, cache, lengths, 0.1, softcap, window)
 
-            yield attention
+            yield attend
 
 
 def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:
@@ -185,7 +171,7 @@ def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:
         for record in records:
             same = [other for other in found if other.kernel is record.kernel]
             if everything:
-                new = record.constants not in [other.constants for other in same]
+                new = specialised(record) not in [specialised(other) for other in same]
             else:
                 new = _variant(record) not in [_variant(other) for other in same]
             if new:
@@ -194,36 +180,52 @@ def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:
 
 
 def _variant(launch: Launch) -> tuple[Any, ...]:
-    """What makes another matrix product of it: an adapter, operands in fp32, tensor descriptors."""
-    return tuple(launch.constants.get(name) for name in ("LORA", "WIDE", "DESCRIPTORS"))
+    """What makes another kernel of it: an adapter, operands in fp32, tensor descriptors, a first or a last pass."""
+    constants = tuple(launch.constants.get(name) for name in ("PRECISION", "DESCRIPTORS", "COUNT"))
+    absent = [place for place, value in enumerate(launch.arguments) if value is None]
+    return *constants, absent, adapted(launch)
 
 
-def source(launch: Launch) -> ASTSource:
-    """The kernel specialised to these arguments as Triton's launcher does it: 1 and multiples of 16 are known."""
+def adapted(launch: Launch) -> bool:
+    """Whether it multiplies by an adapter too."""
+    return any(getattr(value, "lora_b", None) is not None for value in launch.arguments)
+
+
+def specialised(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """(signature, constants, attributes) of a launch as Triton's launcher has them: None, 1 and multiples of 16 are
+    known, in named tuples too.
+    """
     signature, constants, attributes = {}, {}, {}
+
+    def kind(path: tuple[int, ...], value: Any, special: bool) -> Any:
+        if isinstance(value, tuple):
+            members = [kind((*path, place), member, special) for place, member in enumerate(value)]
+            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+        if value is None or (special and type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            return f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>"
+        if isinstance(value, float):
+            return "fp32"
+        if special and (isinstance(value, torch.Tensor) or value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return POINTERS[value.dtype]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     given = iter(launch.arguments)
     for place, parameter in enumerate(launch.kernel.params):
         if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = launch.constants[parameter.name]
-            continue
-        value = next(given)
-        special = not parameter.do_not_specialize
-        if isinstance(value, TensorDescriptor):
-            block = ",".join(map(str, value.block_shape))
-            signature[parameter.name], special = f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>", False
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-        elif isinstance(value, float):
-            signature[parameter.name], special = "fp32", False
-        elif value == 1 and special:
-            signature[parameter.name], constants[parameter.name], special = "constexpr", 1, False
+            signature[parameter.name], constants[(place,)] = "constexpr", launch.constants[parameter.name]
         else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            special &= value % 16 == 0
-        if special:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes)
+            signature[parameter.name] = kind((place,), next(given), not parameter.do_not_specialize)
+    return signature, constants, attributes
+
+
+def source(launch: Launch) -> ASTSource:
+    return ASTSource(launch.kernel, *specialised(launch))
 
 
 def compile_one(launch: Launch, chip: tuning.Chip) -> dict[str, Any]:
@@ -234,16 +236,16 @@ def compile_one(launch: Launch, chip: tuning.Chip) -> dict[str, Any]:
     row |= _amd(made.asm["amdgcn"]) if "amdgcn" in made.asm else _nvidia(made.asm["cubin"])
     row["shared"] = made.metadata.shared
     allowed, _ = tuning.STACK_ALLOWED.get((row["kernel"], chip.name), (0, ""))
-    exact = (launch.constants.get("WIDE") or _fp32_operands(launch)) and not launch.constants.get("LORA")
+    exact = (launch.constants.get("PRECISION") == "ieee" or _fp32_operands(launch)) and not adapted(launch)
     dots = "tt.dot" in made.asm["ttir"] and not exact
     row["ok"] = row["stack"] <= allowed and row["shared"] <= chip.shared and (row["mma"] > 0 or not dots)
     return row
 
 
 def _fp32_operands(launch: Launch) -> bool:
-    """Whether its products are of fp32 numbers in IEEE precision, for which there is no tensor core."""
+    """Whether it attends over fp32 numbers, for whose IEEE products there is no tensor core."""
     operand = launch.arguments[0]
-    return launch.constants.get("PRECISION") == "ieee" and getattr(operand, "dtype", None) == torch.float32
+    return isinstance(operand, attention.Strided) and operand.data.dtype == torch.float32
 
 
 def _nvidia(cubin: bytes) -> dict[str, int]:

@@ -25,7 +25,7 @@ import torch
 
 import fastrlhf_kernels as kernels
 from bench import peers
-from fastrlhf_kernels import tuning
+from fastrlhf_kernels.gpu import tuning
 
 SHAPES = ("8192x896x151936", "8192x1536x151936", "8192x3584x151936", "8192x576x49152")  # N, H, V
 Row = tuple[str, float, Callable[[], object]]  # name, floor in ms, call
@@ -131,11 +131,11 @@ def logits_rows(n: int, vocabulary: int, device: torch.device, bandwidth: float)
             return kernels.token_log_probs(logits, labels, validate=False)
 
     def fused():
-        kernels.token_ppo_loss(logits, labels, one, one, mask, inplace=True, validate=False).loss.backward()
+        kernels.token_ppo_loss(logits, labels, one, one, mask, validate=False).loss.backward()
         logits.grad = None
 
     yield "token_log_probs forward", read, forward
-    yield "token_ppo_loss in place", 2 * read, fused
+    yield "token_ppo_loss", 2 * read, fused
     rows = torch.randn(64, vocabulary, device=device)
     for name, filters in (("plain", {}), ("top_k=50", {"top_k": 50}), ("top_p=0.9", {"top_p": 0.9})):
         call = lambda filters=filters: kernels.sample_tokens(rows, seed=1, validate=False, **filters)  # noqa: E731
@@ -148,7 +148,8 @@ def token_rows(device: torch.device, bandwidth: float) -> Iterator[Row]:
     mask, leaf = torch.rand(64, 1024, device=device) < 0.8, torch.randn(64, 1024, device=device)
     size = x.numel() * 4 / bandwidth * 1000
     yield "gae [64, 1024]", 4.25 * size, lambda: kernels.gae(x, leaf, mask)
-    yield "ppo_losses [64, 1024]", 8.25 * size, lambda: kernels.ppo_losses(x, leaf, x, leaf, x, x, mask, validate=False)
+    yield "ppo_policy_loss [64, 1024]", 4.25 * size, lambda: kernels.ppo_policy_loss(x, leaf, x, mask, validate=False)
+    yield "ppo_value_loss [64, 1024]", 4.25 * size, lambda: kernels.ppo_value_loss(x, leaf, x, mask, validate=False)
     q = torch.randn(256, 12, 128, device=device).bfloat16()
     cache = torch.randn(2, 256, 512, 2, 128, device=device).bfloat16()
     lengths = torch.full((256,), 512, dtype=torch.int32, device=device)

@@ -35,10 +35,8 @@ def environment(name: str, *packages: str) -> Path:
     root = Path(__file__).parent.parent.resolve()
     site = next((folder / "lib").glob("python*/site-packages"))
     (site / "asking.pth").write_text(f"{sysconfig.get_path('purelib')}\n{root}\n{root / 'kernels'}\n")
-    made = subprocess.run(
-        [str(python), "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", *packages],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    command = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", *packages]
+    made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode != 0:
         raise RuntimeError(f"cannot install {' '.join(packages)}: {made.stderr.strip()[-400:]}")
     done.write_text("\n".join(packages) + "\n")

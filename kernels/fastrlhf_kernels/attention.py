@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks
 from .backend import choose_backend
-from .ops import operator
+from .operands import operator
 
 
 @torch.no_grad()
@@ -55,26 +55,30 @@ def decode_attention(
         wrong = lengths[(lengths < 0) | (lengths > k.shape[1])]
         raise ValueError(f"lengths holds {int(wrong[0])}, outside [0, {k.shape[1]}], the positions of k")
     triton = choose_backend(backend, q).name == "triton"
-    run = attention_operator if torch.compiler.is_compiling() else _attention
-    return run(q, k, v, lengths, scale, softcap, window, triton)
+    return attention.direct(q, k, v, lengths, float(scale), softcap, window, triton)
 
 
-def _attention(q, k, v, lengths, scale, softcap, window, triton):
+@operator(name="decode_attention")
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    triton: bool,
+):
+    """The heads' results, [B, Hq, D]."""
     if triton:
-        from .triton_attention import attend
+        from .gpu.attention import attend
     else:
         attend = _attend
     return attend(q, k, v, lengths, scale, softcap, window)
 
 
-attention_operator = operator(
-    "decode_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor lengths, float scale, float? softcap, int? window, bool triton) -> Tensor",
-)(_attention)
-
-
-@attention_operator.register_fake
-def _(q, *_):
+@attention.fake
+def _(q, **_):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
@@ -84,10 +88,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, soft
         longest = max(1, int(lengths.max()))  # costs nothing here, and spares the empty end of the cache
         k, v = k[:, :longest], v[:, :longest]
     batch, positions, groups, size = k.shape
-    place = torch.arange(positions, device=q.device)
-    seen = place < lengths[:, None]
+    position = torch.arange(positions, device=q.device)
+    seen = position < lengths[:, None]
     if window is not None:
-        seen = seen & (place >= lengths[:, None] - window)
+        seen = seen & (position >= lengths[:, None] - window)
     seen = seen[:, None, None]
     grouped = q.reshape(batch, groups, q.shape[1] // groups, size)
     k, v = k.transpose(1, 2), v.transpose(1, 2)

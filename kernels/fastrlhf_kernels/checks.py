@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .operands import Head, LossOptions, Rows, Tokens
+
 Lora = tuple[Tensor, Tensor, float]  # A [r, H], B [V, r], scale
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -114,18 +116,6 @@ def clips(clip_range: float, clip_range_high: float | None = None, dual_clip: fl
         number("dual_clip", dual_clip, low=1)
 
 
-def overwritable(logits: Tensor) -> None:
-    """Logits that a gradient may be written over."""
-    if torch.compiler.is_compiling():
-        raise RuntimeError("token_ppo_loss(inplace=True) cannot be compiled: torch.compile copies what is written over")
-    strides, sizes = logits.stride(), logits.shape
-    if any(strides[i] != strides[i + 1] * sizes[i + 1] for i in range(logits.ndim - 2)) or strides[-1] != 1:
-        raise ValueError(
-            f"logits has strides {strides}; inplace=True needs leading dimensions that merge into rows, "
-            "for example logits.contiguous()"
-        )
-
-
 def no_transforms(*tensors: Tensor | None) -> None:
     """torch.func would differentiate or batch through code that is written for plain autograd only."""
     if torch.compiler.is_compiling():
@@ -134,8 +124,8 @@ def no_transforms(*tensors: Tensor | None) -> None:
         raise RuntimeError("fastrlhf_kernels does not support torch.func transforms (grad, vmap, ...); use .backward()")
 
 
-def head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate) -> tuple:
-    """Check the arguments of the head; return them flattened to rows, in the order of the operators' schema."""
+def head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate) -> Head:
+    """The arguments of the head, checked, with the leading dimensions flattened to rows."""
     a, b, lora_scale = (None, None, 1.0) if lora is None else _lora(lora)
     floating(hidden=hidden, weight=weight, bias=bias, lora_A=a, lora_B=b)
     integers(labels=labels)
@@ -156,10 +146,10 @@ def head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, 
     if logit_softcap is not None:
         positive("logit_softcap", logit_softcap, labels, validate)
     no_transforms(hidden, weight, bias, a, b)
-    degrees, each = split_temperature(temperature, labels)
-    rows = hidden.reshape(labels.numel(), width)
-    each = None if each is None else each.reshape(-1)
-    return rows, weight, labels.reshape(-1), bias, each, degrees, logit_scale, logit_softcap, a, b, lora_scale
+    temperature, temperatures = split_temperature(temperature, labels)
+    temperatures = None if temperatures is None else temperatures.reshape(-1)
+    rows, labels = hidden.reshape(labels.numel(), width), labels.reshape(-1)
+    return Head(rows, weight, labels, bias, temperatures, temperature, logit_scale, logit_softcap, a, b, lora_scale)
 
 
 def _lora(lora: Lora) -> Lora:
@@ -170,6 +160,7 @@ def _lora(lora: Lora) -> Lora:
 
 
 def split_temperature(temperature: float | Tensor, labels: Tensor) -> tuple[float, Tensor | None]:
+    """The number, and the tensor in the shape of the labels, of which the latter counts where it is given."""
     if isinstance(temperature, Tensor):
         return 1.0, temperature.detach().to(labels.device).expand(labels.shape)
     return float(temperature), None
@@ -183,7 +174,16 @@ def token_mask(response_mask: Tensor, like: Tensor, of: str, **others: Tensor | 
     return response_mask != 0
 
 
-def logits_and_labels(logits: Tensor, labels: object, temperature: float | Tensor, validate: bool | None) -> None:
+def tokens(old_log_probs, advantages, response_mask, weights, ref_log_probs, like: Tensor, of: str) -> Tokens:
+    """What a policy loss takes beside its log-probs, checked against the shape of `like`, without their gradients."""
+    given = {"old_log_probs": old_log_probs, "advantages": advantages, "weights": weights}
+    given["ref_log_probs"] = ref_log_probs
+    floating(**given)
+    mask = token_mask(response_mask, like, of, **given)
+    return Tokens(old_log_probs, advantages, mask, weights, ref_log_probs).map(Tensor.detach)
+
+
+def rows(logits: Tensor, labels: Tensor, temperature: float | Tensor, validate: bool | None) -> Rows:
     """logits [..., V] of any floating dtype, labels [...] on the same device, a temperature > 0."""
     integers(labels=labels)
     if logits.ndim == 0 or logits.shape[-1] == 0:
@@ -191,16 +191,23 @@ def logits_and_labels(logits: Tensor, labels: object, temperature: float | Tenso
     shapes(logits.shape[:-1], "logits without its last dimension", labels=labels)
     devices(logits=logits, labels=labels)
     positive("temperature", temperature, labels, validate)
+    no_transforms(logits)
+    temperature, temperatures = split_temperature(temperature, labels)
+    return Rows(logits, labels, temperatures, temperature)
 
 
-def loss_scalars(clip_range, clip_range_high, dual_clip, kl_coef, kl_estimator, entropy_coef, ref_log_probs) -> None:
-    """Check the numbers of the fused losses."""
+def loss_options(
+    clip_range, clip_range_high, dual_clip, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0, ref_log_probs=None
+) -> LossOptions:
+    """The numbers of a policy loss, checked."""
     clips(clip_range, clip_range_high, dual_clip)
     for name, value in (("kl_coef", kl_coef), ("entropy_coef", entropy_coef)):
         number(name, value)
     estimator("kl_estimator", kl_estimator)
     if kl_coef != 0 and ref_log_probs is None:
         raise ValueError(f"kl_coef is {kl_coef} but ref_log_probs is not given; pass it, or kl_coef=0")
+    high = clip_range if clip_range_high is None else clip_range_high
+    return LossOptions(clip_range, high, dual_clip, kl_coef, kl_estimator, entropy_coef)
 
 
 def rows_of_tokens(name: str, value: Tensor) -> None:
@@ -219,6 +226,14 @@ def discounts(gamma: float, gae_lambda: float) -> None:
 def estimator(name: str, value: str) -> None:
     if value not in ESTIMATORS:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, ESTIMATORS))}")
+
+
+def groups(size: int | None, rows: int) -> None:
+    """None, or a number of rows that divides `rows`."""
+    if size is None:
+        return
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1 or rows % size:
+        raise ValueError(f"group_size must be an int >= 1 that divides the {rows} rows of values, got {size!r}")
 
 
 def divisor(normalizer: float | Tensor | None, mask: Tensor, dtype: torch.dtype, validate: bool | None) -> Tensor:

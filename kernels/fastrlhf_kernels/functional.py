@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, loss_ops, losses, ops
+from . import checks, loss_ops, ops
 from .backend import choose_backend
+from .eager import losses
+from .operands import Need, Shaping
 
 Lora = checks.Lora
 
@@ -31,6 +33,14 @@ class PPOLoss(NamedTuple):
 
     loss: Tensor
     stats: dict[str, Tensor]
+
+
+class ShapedAdvantages(NamedTuple):
+    """rewards, advantages, returns: [B, T] fp32, 0 outside the mask."""
+
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
 
 
 def token_log_probs(
@@ -47,16 +57,15 @@ def token_log_probs(
 
     logits [..., V], labels [...]; temperature a number or a tensor of the labels' shape. Returns log_probs [...] in
     nats, or (log_probs, entropy) with return_entropy=True; gradients flow through both. Logits of -inf (suppressed
-    tokens) are legal. Where label == ignore_index both are 0 and no gradient passes, even if the logits are NaN. The
-    logits are not changed. The only [..., V] tensor made is the gradient.
+    tokens) are legal; a row of nothing else has no distribution: its results and its own gradients are NaN. Where
+    label == ignore_index both are 0 and no gradient passes, even if the logits are NaN. The logits are not changed.
+    The only [..., V] tensor made is the gradient.
     """
     checks.floating(logits=logits)
     triton = choose_backend(backend, logits).name == "triton"
-    checks.logits_and_labels(logits, labels, temperature, validate)
+    rows = checks.rows(logits, labels, temperature, validate)
     checks.labels_in_range(labels, logits.shape[-1], labels != ignore_index, validate)
-    checks.no_transforms(logits)
-    degrees, each = checks.split_temperature(temperature, labels)
-    log_probs, entropy, _, _ = ops.token_log_probs(logits, labels, each, degrees, ignore_index, return_entropy, triton)
+    log_probs, entropy, _, _ = ops.token_log_probs(rows, ignore_index, return_entropy, triton)
     return (log_probs, entropy) if return_entropy else log_probs
 
 
@@ -86,7 +95,7 @@ def linear_log_probs(
     head = checks.head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate)
     triton = choose_backend(backend, hidden, weight).name == "triton"
     checks.labels_in_range(labels, weight.shape[0], labels != ignore_index, validate)
-    log_probs, entropy, _, _ = ops.linear_log_probs(*head, ignore_index, return_entropy, batch_invariant, triton)
+    log_probs, entropy, _, _ = ops.linear_log_probs(head, ignore_index, return_entropy, batch_invariant, triton)
     if return_entropy:
         return log_probs.view(labels.shape), entropy.view(labels.shape)
     return log_probs.view(labels.shape)
@@ -138,7 +147,8 @@ def shape_rewards(
     checks.number("kl_coef", kl_coef)
     checks.estimator("estimator", estimator)
     if choose_backend(backend, scores, log_probs, ref_log_probs).name == "triton":
-        return ops.shape_rewards(scores, log_probs, ref_log_probs, mask, float(kl_coef), estimator)
+        shaping = Shaping(scores, log_probs, ref_log_probs, float(kl_coef), estimator)
+        return ops.shape_rewards.direct(shaping, mask)
     return losses.shape_rewards(scores, log_probs, ref_log_probs, mask, kl_coef, estimator)
 
 
@@ -167,9 +177,66 @@ def gae(
     checks.devices(values=values, bootstrap_values=bootstrap_values)
     checks.discounts(gamma, gae_lambda)
     if choose_backend(backend, rewards, values).name == "triton":
-        shaping = (None, None, None, 0.0, "k1", None)
-        return ops.gae(rewards, values, mask, float(gamma), float(gae_lambda), bootstrap_values, *shaping)[1:]
+        discounts = (float(gamma), float(gae_lambda))
+        settings = (Shaping(), None, 1)
+        _, *results = ops.gae.direct(rewards, values, mask, *discounts, bootstrap_values, *settings)
+        return tuple(results)
     return losses.gae(rewards, values, mask, gamma, gae_lambda, bootstrap_values)
+
+
+@torch.no_grad()
+def shape_and_gae(
+    scores: Tensor,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    *,
+    kl_coef: float,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    estimator: str = "k1",
+    token_rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    whiten: bool = True,
+    group_size: int | None = None,
+    eps: float = 1e-8,
+    backend: str = "auto",
+    validate: bool | None = None,
+) -> ShapedAdvantages:
+    """`shape_rewards`, then `gae`, then `masked_whiten` of the advantages (not of the returns; not with whiten=False).
+
+    scores and bootstrap_values [B], the others [B, T]. token_rewards [B, T] are added to the shaped rewards where the
+    mask is. group_size: so many consecutive rows are whitened together (default: all); it divides B. In torch the
+    results are those of the three functions to the bit; in Triton it is one launch, two with whitening, and nothing
+    waits for the GPU. No gradient. Raises ValueError as the three functions do.
+    """
+    optional = {"token_rewards": token_rewards, "bootstrap_values": bootstrap_values}
+    checks.floating(scores=scores, log_probs=log_probs, ref_log_probs=ref_log_probs, values=values, **optional)
+    checks.rows_of_tokens("values", values)
+    tokens = {"log_probs": log_probs, "ref_log_probs": ref_log_probs, "token_rewards": token_rewards}
+    mask = checks.token_mask(response_mask, values, "values", **tokens)
+    checks.shapes(values.shape[:1], "the rows of values", scores=scores, bootstrap_values=bootstrap_values)
+    checks.devices(values=values, scores=scores, bootstrap_values=bootstrap_values)
+    checks.number("kl_coef", kl_coef)
+    checks.number("eps", eps, low=0)
+    checks.discounts(gamma, gae_lambda)
+    checks.estimator("estimator", estimator)
+    checks.groups(group_size, len(values))
+    size = group_size or max(1, len(values))
+    if choose_backend(backend, scores, log_probs, ref_log_probs, values).name == "triton":
+        shaping = Shaping(scores, log_probs, ref_log_probs, float(kl_coef), estimator)
+        discounts = (float(gamma), float(gae_lambda))
+        settings = (shaping, float(eps) if whiten else None, size)
+        return ShapedAdvantages(*ops.gae.direct(token_rewards, values, mask, *discounts, bootstrap_values, *settings))
+    rewards = losses.shape_rewards(scores, log_probs, ref_log_probs, mask, kl_coef, estimator)
+    if token_rewards is not None:
+        rewards = torch.where(mask, token_rewards, 0) + rewards
+    advantages, returns = losses.gae(rewards, values, mask, gamma, gae_lambda, bootstrap_values)
+    if whiten:
+        groups = zip(advantages.split(size), mask.split(size))
+        advantages = torch.cat([losses.masked_whiten(rows, kept, True, eps) for rows, kept in groups])
+    return ShapedAdvantages(rewards, advantages, returns)
 
 
 @torch.no_grad()
@@ -192,7 +259,7 @@ def masked_whiten(
     checks.devices(x=x, mask=mask)
     checks.number("eps", eps, low=0)
     if choose_backend(backend, x).name == "triton":
-        return ops.masked_whiten(x, mask != 0, shift_mean, float(eps))
+        return ops.masked_whiten.direct(x, mask != 0, shift_mean, float(eps))
     return losses.masked_whiten(x, mask != 0, shift_mean, eps)
 
 
@@ -218,23 +285,13 @@ def ppo_policy_loss(
     Gradients flow to log_probs only; at a tie of the two branches, to the unclipped one. stats: `ratio`, `approx_kl`
     (expm1(d) - d with d = log_probs - old_log_probs) and `clip_frac`.
     """
-    checks.floating(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, weights=weights)
-    mask = checks.token_mask(
-        response_mask,
-        log_probs,
-        "log_probs",
-        old_log_probs=old_log_probs,
-        advantages=advantages,
-        weights=weights,
-    )
+    checks.floating(log_probs=log_probs)
+    tokens = checks.tokens(old_log_probs, advantages, response_mask, weights, None, log_probs, "log_probs")
     triton = choose_backend(backend, log_probs, old_log_probs, advantages).name == "triton"
-    checks.clips(clip_range, clip_range_high, dual_clip)
-    count = checks.divisor(normalizer, mask, checks.wide(log_probs), validate)
+    options = checks.loss_options(clip_range, clip_range_high, dual_clip)
+    count = checks.divisor(normalizer, tokens.mask, checks.wide(log_probs), validate)
     checks.no_transforms(log_probs)
-    high = clip_range if clip_range_high is None else clip_range_high
-    loss, ratio, approx_kl, clip_frac, _ = loss_ops.ppo_policy_loss(
-        log_probs, old_log_probs, advantages, mask, weights, count, clip_range, high, dual_clip, triton
-    )
+    loss, ratio, approx_kl, clip_frac, _ = loss_ops.ppo_policy_loss(log_probs, tokens, count, options, triton)
     return PPOLoss(loss, {"ratio": ratio, "approx_kl": approx_kl, "clip_frac": clip_frac})
 
 
@@ -303,25 +360,17 @@ def linear_ppo_loss(
     states may be NaN and their labels anything. stats: those of `ppo_policy_loss`, `entropy`, and per token, in the
     shape of labels, `log_probs` and `token_entropy`.
     """
-    checks.floating(old_log_probs=old_log_probs, advantages=advantages, weights=weights, ref_log_probs=ref_log_probs)
     head = checks.head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate)
-    mask = checks.token_mask(
-        response_mask, labels, "labels", old_log_probs=old_log_probs, advantages=advantages, weights=weights,
-        ref_log_probs=ref_log_probs,
-    )  # fmt: skip
+    tokens = checks.tokens(old_log_probs, advantages, response_mask, weights, ref_log_probs, labels, "labels")
     triton = choose_backend(backend, hidden, weight).name == "triton"
-    checks.labels_in_range(labels, weight.shape[0], mask, validate)
-    checks.loss_scalars(clip_range, clip_range_high, dual_clip, kl_coef, kl_estimator, entropy_coef, ref_log_probs)
-    count = checks.divisor(normalizer, mask, checks.wide(hidden, weight), validate)
-    need = ops.wanted((hidden,), (weight,), (bias,), lora or ())
-    old, adv, token_weights, ref = (
-        None if t is None else t.detach().reshape(-1) for t in (old_log_probs, advantages, weights, ref_log_probs)
-    )
-    high = clip_range if clip_range_high is None else clip_range_high
-    results = loss_ops.linear_ppo_loss(
-        *head, old, adv, mask.reshape(-1), token_weights, ref if kl_coef != 0 else None, count, clip_range, high,
-        dual_clip, kl_coef, kl_estimator, entropy_coef, triton, need,
-    )  # fmt: skip
+    checks.labels_in_range(labels, weight.shape[0], tokens.mask, validate)
+    coefficients = (kl_coef, kl_estimator, entropy_coef, ref_log_probs)
+    options = checks.loss_options(clip_range, clip_range_high, dual_clip, *coefficients)
+    count = checks.divisor(normalizer, tokens.mask, checks.wide(hidden, weight), validate)
+    need = Need(*(_wanted(*group) for group in ((hidden,), (weight,), (bias,), lora or ())))
+    tokens = tokens.map(lambda t: t.reshape(-1))
+    tokens = tokens if kl_coef != 0 else tokens._replace(ref_log_probs=None)
+    results = loss_ops.linear_ppo_loss(head, tokens, count, options, triton, need)
     return _with_tokens(results[:7], labels)
 
 
@@ -342,49 +391,35 @@ def token_ppo_loss(
     kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
     normalizer: float | Tensor | None = None,
-    inplace: bool = False,
     backend: str = "auto",
     validate: bool | None = None,
 ) -> PPOLoss:
     """Logits to the PPO loss: `linear_ppo_loss` for logits [..., V] that exist already; the others [...].
 
-    The gradient of the logits is computed here, in one pass of two reads and one write, in the logits' dtype.
-    inplace=True writes it over the logits (contiguous leading dimensions, not under torch.compile): nothing of their
-    size is allocated, they are lost, and backward runs once. Rows under a false mask may hold NaN. stats as there.
+    The gradient of the logits is computed here, in one pass of two reads and one write, in the logits' dtype. Rows
+    under a false mask may hold NaN. stats as there.
     """
     checks.floating(logits=logits)
     triton = choose_backend(backend, logits).name == "triton"
-    checks.floating(old_log_probs=old_log_probs, advantages=advantages, weights=weights, ref_log_probs=ref_log_probs)
-    checks.logits_and_labels(logits, labels, temperature, validate)
-    mask = checks.token_mask(
-        response_mask, labels, "labels", old_log_probs=old_log_probs, advantages=advantages, weights=weights,
-        ref_log_probs=ref_log_probs,
-    )  # fmt: skip
-    checks.labels_in_range(labels, logits.shape[-1], mask, validate)
-    checks.loss_scalars(clip_range, clip_range_high, dual_clip, kl_coef, kl_estimator, entropy_coef, ref_log_probs)
-    count = checks.divisor(normalizer, mask, checks.wide(logits), validate)
-    checks.no_transforms(logits)
-    degrees, each = checks.split_temperature(temperature, labels)
-    high = clip_range if clip_range_high is None else clip_range_high
-    old, adv, token_weights, ref = (
-        None if t is None else t.detach() for t in (old_log_probs, advantages, weights, ref_log_probs)
-    )
-    arguments = (
-        labels, each, degrees, old, adv, mask, token_weights, ref if kl_coef != 0 else None, count, clip_range, high,
-        dual_clip, kl_coef, kl_estimator, entropy_coef, triton,
-    )  # fmt: skip
-    if inplace:
-        checks.overwritable(logits)
-        results = loss_ops.TokenPPOInPlace.apply(logits, *arguments)
-    else:
-        results = loss_ops.token_ppo_loss(logits, *arguments, ops.wanted((logits,))[0])[:-1]
-    return _with_tokens(results, labels)
+    rows = checks.rows(logits, labels, temperature, validate)
+    tokens = checks.tokens(old_log_probs, advantages, response_mask, weights, ref_log_probs, labels, "labels")
+    checks.labels_in_range(labels, logits.shape[-1], tokens.mask, validate)
+    coefficients = (kl_coef, kl_estimator, entropy_coef, ref_log_probs)
+    options = checks.loss_options(clip_range, clip_range_high, dual_clip, *coefficients)
+    count = checks.divisor(normalizer, tokens.mask, checks.wide(logits), validate)
+    tokens = tokens if kl_coef != 0 else tokens._replace(ref_log_probs=None)
+    results = loss_ops.token_ppo_loss(rows, tokens, count, options, triton, _wanted(logits))
+    return _with_tokens(results[:7], labels)
+
+
+def _wanted(*tensors: Tensor | float | None) -> bool:
+    """Whether a gradient will be asked of one of these."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def _with_tokens(results: tuple[Tensor, ...], labels: Tensor) -> PPOLoss:
     """The outputs of a fused loss: loss, four statistics, log-probs and entropies of the tokens."""
-    loss, *stats, log_probs, entropy = results
-    named = dict(zip(("ratio", "approx_kl", "clip_frac", "entropy"), stats, strict=True))
-    return PPOLoss(
-        loss, named | {"log_probs": log_probs.view(labels.shape), "token_entropy": entropy.view(labels.shape)}
-    )
+    loss, *numbers, log_probs, entropy = results
+    stats = dict(zip(("ratio", "approx_kl", "clip_frac", "entropy"), numbers, strict=True))
+    stats |= {"log_probs": log_probs.view(labels.shape), "token_entropy": entropy.view(labels.shape)}
+    return PPOLoss(loss, stats)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PHILOX_MULTIPLIERS = (
-    0xD2511F53,
-    0xCD9E8D57,
-)  # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011
+# Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 
@@ -36,12 +34,14 @@ def token_log_probs(logits, labels, *, temperature=1.0, ignore_index=-100, retur
     return log_probs, torch.where(keep, entropy, 0)
 
 
-def linear_log_probs(
-    hidden, weight, labels, *, bias=None, temperature=1.0, logit_scale=1.0, logit_softcap=None, lora=None,
-    ignore_index=-100, return_entropy=False, batch_invariant=False,
-):  # fmt: skip
+def linear_log_probs(hidden, weight, labels, *, ignore_index=-100, return_entropy=False, temperature=1.0, **head):
+    z = linear_logits(hidden, weight, labels != ignore_index, **head)
+    return token_log_probs(z, labels, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy)
+
+
+def linear_logits(hidden, weight, keep, *, bias=None, logit_scale=1.0, logit_softcap=None, lora=None):
     dtype = wide(hidden, weight)
-    x = torch.where((labels != ignore_index)[..., None], hidden.to(dtype), 0)
+    x = torch.where(keep[..., None], hidden.to(dtype), 0)
     z = x @ weight.to(dtype).T
     if bias is not None:
         z = z + bias.to(dtype)
@@ -49,19 +49,12 @@ def linear_log_probs(
         a, b, scale = lora
         z = z + scale * (x @ a.to(dtype).T) @ b.to(dtype).T
     z = logit_scale * z
-    if logit_softcap is not None:
-        z = logit_softcap * torch.tanh(z / logit_softcap)
-    return token_log_probs(z, labels, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy)
+    return z if logit_softcap is None else logit_softcap * torch.tanh(z / logit_softcap)
 
 
 def kl_estimate(log_probs, ref_log_probs, estimator="k1"):
     d = log_probs - ref_log_probs
-    return {
-        "k1": lambda: d,
-        "k2": lambda: d * d / 2,
-        "k3": lambda: torch.expm1(-d) + d,
-        "abs": lambda: d.abs(),
-    }[estimator]()
+    return {"k1": d, "k2": d * d / 2, "k3": torch.expm1(-d) + d, "abs": d.abs()}[estimator]
 
 
 def shape_rewards(scores, log_probs, ref_log_probs, response_mask, *, kl_coef, estimator="k1"):
@@ -88,6 +81,32 @@ def gae(rewards, values, response_mask, *, gamma=1.0, gae_lambda=0.95, bootstrap
     return advantages, torch.where(mask, advantages + values, 0)
 
 
+def shape_and_gae(
+    scores,
+    log_probs,
+    ref_log_probs,
+    values,
+    response_mask,
+    *,
+    kl_coef,
+    estimator="k1",
+    token_rewards=None,
+    whiten=True,
+    group_size=None,
+    **discounts,
+):
+    mask = response_mask.bool()
+    rewards = shape_rewards(scores, log_probs, ref_log_probs, mask, kl_coef=kl_coef, estimator=estimator)
+    if token_rewards is not None:
+        rewards = rewards + torch.where(mask, token_rewards, 0)
+    advantages, returns = gae(rewards, values, mask, **discounts)
+    if whiten:
+        size = group_size or len(values)
+        groups = zip(advantages.split(size), mask.split(size))
+        advantages = torch.cat([masked_whiten(rows, kept) for rows, kept in groups])
+    return rewards, advantages, returns
+
+
 def masked_whiten(x, mask, *, shift_mean=True, eps=1e-8):
     mask = mask.bool()
     if not mask.any():
@@ -100,9 +119,9 @@ def masked_whiten(x, mask, *, shift_mean=True, eps=1e-8):
 
 
 def ppo_policy_loss(
-    log_probs, old_log_probs, advantages, response_mask, *, clip_range=0.2, clip_range_high=None, dual_clip=None,
-    weights=None, normalizer=None,
-):  # fmt: skip
+    log_probs, old_log_probs, advantages, response_mask, *, clip_range=0.2, clip_range_high=None, **options
+):
+    dual_clip, weights, normalizer = (options.get(name) for name in ("dual_clip", "weights", "normalizer"))
     mask = response_mask.bool()
     lp, old, adv = (torch.where(mask, t, 0) for t in (log_probs, old_log_probs, advantages))
     weight = torch.where(mask, 1.0 if weights is None else weights, 0)
@@ -141,21 +160,19 @@ def ppo_value_loss(values, old_values, returns, response_mask, *, clip_range=0.2
     return torch.where(mask, weight * loss, 0).sum() / count, stats
 
 
-def linear_ppo_loss(
-    hidden, weight, labels, old_log_probs, advantages, response_mask, *, bias=None, temperature=1.0, logit_scale=1.0,
-    logit_softcap=None, lora=None, clip_range=0.2, clip_range_high=None, dual_clip=None, weights=None,
-    ref_log_probs=None, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0, normalizer=None,
-):  # fmt: skip
+POLICY = ("clip_range", "clip_range_high", "dual_clip", "weights")
+
+
+def linear_ppo_loss(hidden, weight, labels, old_log_probs, advantages, response_mask, **options):
     mask = response_mask.bool()
+    normalizer = options.pop("normalizer", None)
     count = mask.sum().clamp(min=1) if normalizer is None else normalizer
-    log_probs, entropy = linear_log_probs(
-        hidden, weight, torch.where(mask, labels, -100), bias=bias, temperature=temperature, logit_scale=logit_scale,
-        logit_softcap=logit_softcap, lora=lora, return_entropy=True,
-    )  # fmt: skip
-    loss, stats = ppo_policy_loss(
-        log_probs, old_log_probs, advantages, mask, clip_range=clip_range, clip_range_high=clip_range_high,
-        dual_clip=dual_clip, weights=weights, normalizer=count,
-    )  # fmt: skip
+    policy = {name: options.pop(name) for name in POLICY if name in options}
+    kl_coef, entropy_coef = options.pop("kl_coef", 0.0), options.pop("entropy_coef", 0.0)
+    ref_log_probs, kl_estimator = options.pop("ref_log_probs", None), options.pop("kl_estimator", "k3")
+    labels = torch.where(mask, labels, -100)  # what is left of the options belongs to the head
+    log_probs, entropy = linear_log_probs(hidden, weight, labels, return_entropy=True, **options)
+    loss, stats = ppo_policy_loss(log_probs, old_log_probs, advantages, mask, normalizer=count, **policy)
     if kl_coef != 0:
         kl = kl_estimate(log_probs, torch.where(mask, ref_log_probs, 0), kl_estimator)
         loss = loss + kl_coef * torch.where(mask, kl, 0).sum() / count
@@ -177,10 +194,8 @@ def philox_4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tup
 
 def uniform(seed: int, stream: int, offset: int) -> float:
     """The one number in [0, 1) with 53 bits that belongs to (seed, stream, offset)."""
-    words = philox_4x32(
-        (stream & WORD, stream >> 32 & WORD, offset & WORD, offset >> 32 & WORD),
-        (seed & WORD, seed >> 32 & WORD),
-    )
+    counter = (stream & WORD, stream >> 32 & WORD, offset & WORD, offset >> 32 & WORD)
+    words = philox_4x32(counter, (seed & WORD, seed >> 32 & WORD))
     return (words[0] << 21 | words[1] >> 11) * 2.0**-53
 
 
@@ -207,11 +222,8 @@ def sample_tokens(logits, *, temperature=1.0, top_k=0, top_p=1.0, seed, offset=0
             continue
         keep = sample_support(logits[row].to(wide(logits)) / temperature, top_k, top_p)
         cdf = torch.where(keep, log_p[row].double().exp(), 0).cumsum(0)
-        u = uniform(
-            seed,
-            row if stream is None else int(stream[row]),
-            int(offset if isinstance(offset, int) else offset[row]),
-        )
+        place = int(offset if isinstance(offset, int) else offset[row])
+        u = uniform(seed, row if stream is None else int(stream[row]), place)
         tokens.append(int((cdf <= u * cdf[-1]).sum()))
         log_probs.append(float(log_p[row, tokens[-1]] - cdf[-1].log()))
     tokens = torch.tensor(tokens, dtype=torch.int64)

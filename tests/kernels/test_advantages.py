@@ -196,3 +196,75 @@ def test_shape_and_gae_is_the_three_functions_in_a_row(whiten):
         kernels.shape_and_gae(scores, log_probs, refs, values, mask, kl_coef=0.1, gae_lambda=1.5)
     with pytest.raises(ValueError, match="scores has shape"):
         kernels.shape_and_gae(scores[:2], log_probs, refs, values, mask, kl_coef=0.1)
+
+
+@pytest.mark.parametrize("group_size", [None, 1, 2])
+@pytest.mark.parametrize("optional", [(), ("token_rewards",), ("token_rewards", "bootstrap_values")])
+def test_shape_and_gae_gives_the_bits_of_its_steps(optional, group_size):
+    """As a trainer takes them one by one: rewards of single tokens added, and each group of rows whitened alone."""
+    torch.manual_seed(0)
+    scores, last, mask = torch.randn(4), torch.randn(4), torch.rand(4, 9) < 0.7
+    log_probs, refs, values, early = torch.randn(4, 4, 9)
+    early[~mask] = torch.nan
+    given = {"token_rewards": early, "bootstrap_values": last}
+    options = {name: given[name] for name in optional} | {"backend": "torch"}
+    found = kernels.shape_and_gae(
+        scores, log_probs, refs, values, mask, kl_coef=0.1, gamma=0.9, group_size=group_size, **options
+    )
+    rewards = kernels.shape_rewards(scores, log_probs, refs, mask, kl_coef=0.1, backend="torch")
+    if "token_rewards" in optional:
+        rewards = torch.where(mask, early, 0) + rewards
+    options.pop("token_rewards", None)
+    advantages, returns = kernels.gae(rewards, values, mask, gamma=0.9, **options)
+    parts = zip(advantages.split(group_size or 4), mask.split(group_size or 4), strict=True)
+    white = torch.cat([kernels.masked_whiten(rows, kept, backend="torch") for rows, kept in parts])
+    assert all(torch.equal(a, b) for a, b in zip(found, (rewards, white, returns), strict=True))
+
+
+def test_groups_of_rows_are_whitened_alone_on_every_backend():
+    torch.manual_seed(0)
+    scores, mask = 5 * torch.randn(6), torch.rand(6, 7) < 0.8
+    log_probs, refs, values, early = torch.randn(4, 6, 7)
+    early[~mask] = torch.nan
+    options = {"kl_coef": 0.1, "gamma": 0.9, "estimator": "k3", "group_size": 2}
+    ours = kernels.shape_and_gae(scores, log_probs, refs, values, mask, token_rewards=early, **options)
+    exact = [t.double() for t in (scores, log_probs, refs, values)]
+    theirs = reference.shape_and_gae(*exact, mask, token_rewards=early.double(), **options)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group_size", [0, 3, 2.0, True])
+def test_a_group_size_that_does_not_divide_the_rows_is_refused(group_size):
+    x, mask = torch.zeros(4, 2), torch.ones(4, 2).bool()
+    with pytest.raises(ValueError, match="group_size must be an int >= 1 that divides the 4 rows of values, got"):
+        kernels.shape_and_gae(x[:, 0], x, x, x, mask, kl_coef=0.1, group_size=group_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_values_are_whitened_in_fp32(dtype):
+    """Around a mean of 100 a sum of squares in bf16 or fp16 has no digit left."""
+    torch.manual_seed(0)
+    x, mask = (100 + torch.randn(8, 50)).to(dtype), torch.rand(8, 50) < 0.8
+    ours = kernels.masked_whiten(x, mask)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), reference.masked_whiten(x.double(), mask), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 3), (2, 6)])
+def test_a_mask_with_one_token(place):
+    """Its reward is the score less its KL, its advantage that less its value, and whitened it is 0."""
+    scores, bootstrap, mask = torch.tensor([1.5, -2.0, 0.5]), torch.tensor([0.0, 3.0, -1.0]), torch.zeros(3, 7).bool()
+    log_probs, refs, values = torch.randn(3, 3, 7, generator=torch.Generator().manual_seed(0))
+    mask[place] = True
+    for t in (log_probs, refs, values):
+        t[~mask] = torch.nan
+    rewards = kernels.shape_rewards(scores, log_probs, refs, mask, kl_coef=0.1)
+    advantages, returns = kernels.gae(rewards, values, mask, gamma=0.5, bootstrap_values=bootstrap)
+    reward = float(scores[place[0]] - 0.1 * (log_probs[place] - refs[place]))
+    assert abs(float(rewards[place]) - reward) < 1e-6
+    assert abs(float(returns[place]) - (reward + 0.5 * float(bootstrap[place[0]]))) < 1e-6
+    assert abs(float(advantages[place]) - float(returns[place] - values[place])) < 1e-6
+    assert (kernels.masked_whiten(advantages, mask) == 0).all()
+    for t in (rewards, advantages, returns):
+        assert int((t != 0).sum()) == 1

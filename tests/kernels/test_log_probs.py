@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import fastrlhf_kernels as kernels
-from fastrlhf_kernels import backend, chunked, reference
+from fastrlhf_kernels import backend, reference
+from fastrlhf_kernels.eager import chunked
+from fastrlhf_kernels.operands import Head, Need
 
 OPTIONS = {
     "plain": {},
@@ -42,6 +44,10 @@ def exact(value):
     if isinstance(value, dict):
         return {name: exact(item) for name, item in value.items()}
     return tuple(exact(item) for item in value) if isinstance(value, tuple) else value
+
+
+def scaled_head(hidden, weight, labels) -> chunked.ScaledHead:
+    return chunked.ScaledHead.build(Head(hidden, weight, labels, None, None, 1.0, 1.0, None, None, None, 1.0))
 
 
 def leaves(*values) -> list[torch.Tensor]:
@@ -124,7 +130,7 @@ def test_log_probs_over_all_labels_sum_to_one():
 def test_tiles_do_not_change_the_result(tiles):
     hidden, weight, labels, _ = problem(130, 9, (11,), torch.float64)
     labels[3] = 10**6  # out of range: NaN, whatever the tiles
-    head = chunked.Head.build(hidden.detach(), weight.detach(), None, None, 1.0, 1.0, None, None, None, 1.0)
+    head = scaled_head(hidden.detach(), weight.detach(), labels)
     log_probs, entropy, m, s = chunked.sweep_forward(head, labels, tiles, entropy=True)
     safe = torch.where(labels < 130, labels, 0)
     exact_log_probs, exact_entropy = reference.linear_log_probs(hidden, weight, safe, return_entropy=True)
@@ -132,9 +138,9 @@ def test_tiles_do_not_change_the_result(tiles):
     close(log_probs[labels < 130], exact_log_probs[labels < 130], 1e-12)
     close(entropy, exact_entropy, 1e-12)
     g, ge = torch.randn(2, 11, dtype=torch.float64)
-    need = (True, True, False, False)
+    need = Need(True, True, False, False)
     grads = chunked.sweep_backward(head, safe, g, ge, entropy, m, s, tiles, need, torch.float64)
-    dx, dw, *_ = grads.finish(11, None)
+    dx, dw, *_ = grads.finish()
     exact_grads = torch.autograd.grad((exact_log_probs * g + exact_entropy * ge).sum(), (hidden, weight))
     close(dx, exact_grads[0], 1e-11)
     close(dw, exact_grads[1], 1e-11)
@@ -383,10 +389,10 @@ def test_weight_gradient_from_many_blocks_is_unbiased():
     torch.manual_seed(0)
     hidden = (torch.randn(64 * 16, 32) + 0.5).bfloat16()
     weight, labels = torch.randn(96, 32).bfloat16(), torch.randint(0, 96, (64 * 16,))
-    head = chunked.Head.build(hidden, weight, None, None, 1.0, 1.0, None, None, None, 1.0)
+    head = scaled_head(hidden, weight, labels)
     tiles = chunked.Tiles(16, 96)
     _, _, m, s = chunked.sweep_forward(head, labels, tiles, entropy=False)
-    need = (False, True, False, False)
+    need = Need(False, True, False, False)
     g = torch.ones(len(labels))
     dw = chunked.sweep_backward(head, labels, g, None, None, m, s, tiles, need, torch.bfloat16).dw
     exact_weight = weight.double().requires_grad_()
@@ -414,3 +420,41 @@ def test_the_same_bits_every_run():
         log_probs = kernels.linear_log_probs(hidden, weight, labels)
         runs.append((log_probs, *torch.autograd.grad(log_probs.sum(), (hidden, weight))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_row_without_any_finite_logit_is_nan_and_stays_alone():
+    """Results and gradients of the other rows are those that they have without it."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 700), torch.tensor([3, 699, 0, 5, 8])
+    logits[2] = -torch.inf
+    leaf, others = logits.clone().requires_grad_(), [0, 1, 3, 4]
+    results = kernels.token_log_probs(leaf, labels, return_entropy=True)
+    (grad,) = torch.autograd.grad(sum(t.sum() for t in results), leaf)
+    alone = logits[others].requires_grad_()
+    expected = kernels.token_log_probs(alone, labels[others], return_entropy=True)
+    (expected_grad,) = torch.autograd.grad(sum(t.sum() for t in expected), alone)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert ours[2].isnan()
+        close(ours[others], theirs, 1e-6)
+    assert torch.isfinite(grad[others]).all()
+    close(grad[others], expected_grad, 1e-6)
+    exact = reference.token_log_probs(logits.double(), labels)
+    assert exact.isnan().tolist() == results[0].isnan().tolist()
+
+
+def test_a_row_of_hidden_states_without_any_finite_logit_stays_alone():
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(5, 8), torch.rand(300, 8) + 0.1, torch.arange(5)
+    hidden[2] = -torch.inf
+    leaf, others = hidden.clone().requires_grad_(), [0, 1, 3, 4]
+    log_probs = kernels.linear_log_probs(leaf, weight, labels)
+    (grad,) = torch.autograd.grad(log_probs.sum(), leaf)
+    exact = reference.linear_log_probs(hidden.double(), weight.double(), labels)
+    assert exact.isnan().tolist() == log_probs.isnan().tolist() == [row == 2 for row in range(5)]
+    close(log_probs[others], exact[others], 1e-5)
+    assert torch.isfinite(grad[others]).all()
+    ignored = labels.clone()
+    ignored[2] = -100  # left out, it reaches not even the gradient that all rows share
+    leaf, shared = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    kernels.linear_log_probs(leaf, shared, ignored).sum().backward()
+    assert torch.isfinite(shared.grad).all() and (leaf.grad[2] == 0).all()

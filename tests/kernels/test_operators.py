@@ -10,7 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrlhf_kernels as kernels
-from fastrlhf_kernels import backend, loss_ops, ops, sampling_ops
+from fastrlhf_kernels import attention, backend, loss_ops, ops, sampling
+from fastrlhf_kernels.eager import chunked
+from fastrlhf_kernels.operands import Head, LossOptions, Need, Rows, Tokens, flat
 
 
 def problem(n=6, width=5, vocabulary=23):
@@ -23,67 +25,31 @@ def problem(n=6, width=5, vocabulary=23):
 def operator_cases():
     hidden, weight, labels, per_token, mask = problem()
     bias, a, b = (torch.randn(s).requires_grad_() for s in ((23,), (2, 5), (23, 2)))
-    head = (hidden, weight, labels, bias, torch.full((6,), 0.7), 1.0, 1.1, 5.0, a, b, 0.5)
-    plain = (hidden, weight, labels, None, None, 1.0, 1.0, None, None, None, 1.0)
+    head = Head(hidden, weight, labels, bias, torch.full((6,), 0.7), 1.0, 1.1, 5.0, a, b, 0.5)
+    plain = Head(hidden, weight, labels, None, None, 1.0, 1.0, None, None, None, 1.0)
     count, leaf = torch.tensor(5.0), per_token.clone().requires_grad_()
     logits = torch.randn(6, 23).requires_grad_()
-    stream = torch.arange(6)
+    rows, drawn = Rows(logits, labels, per_token.abs() + 1, 1.0), torch.arange(6)
+    tokens, options = Tokens(per_token, per_token, mask, None, per_token), LossOptions(0.2, 0.3, 3.0, 0.1, "k3", 0.01)
+    weighted, clip = tokens._replace(weights=per_token.abs()), LossOptions(0.2, 0.2, None)
+    keys = torch.randn(6, 5, 1, 4)
     return {
-        "linear_log_probs": (ops.linear_log_probs, (*head, -100, True, False, False)),
-        "linear_log_probs_plain": (ops.linear_log_probs, (*plain, 3, False, True, False)),
-        "token_log_probs": (ops.token_log_probs, (logits, labels, None, 0.7, -100, True, False)),
-        "linear_ppo_loss": (
-            loss_ops.linear_ppo_loss,
-            (
-                *head,
-                per_token,
-                per_token,
-                mask,
-                per_token.abs(),
-                per_token,
-                count,
-                0.2,
-                0.3,
-                3.0,
-                0.1,
-                "k3",
-                0.01,
-                False,
-                [True] * 4,
-            ),
-        ),
-        "token_ppo_loss": (
-            loss_ops.token_ppo_loss,
-            (
-                logits,
-                labels,
-                per_token.abs() + 1,
-                1.0,
-                per_token,
-                per_token,
-                mask,
-                None,
-                per_token,
-                count,
-                0.2,
-                0.2,
-                3.0,
-            )
-            + (0.1, "k3", 0.01, False, True),
-        ),
-        "ppo_policy_loss": (
-            loss_ops.ppo_policy_loss,
-            (leaf, per_token, per_token, mask, None, count, 0.2, 0.2, None, False),
-        ),
-        "ppo_value_loss": (loss_ops.ppo_value_loss, (leaf, per_token, per_token, mask, None, count, 0.2, False)),
-        "sample_tokens": (sampling_ops.sample_operator, (logits.detach(), 1.0, 5, 0.9, 3, stream, stream, False)),
+        "linear_log_probs": (ops.linear_log_probs, head, -100, True, False, False),
+        "linear_log_probs_plain": (ops.linear_log_probs, plain, 3, False, True, False),
+        "token_log_probs": (ops.token_log_probs, Rows(logits, labels, None, 0.7), -100, True, False),
+        "linear_ppo_loss": (loss_ops.linear_ppo_loss, head, weighted, count, options, False, Need(*[True] * 4)),
+        "token_ppo_loss": (loss_ops.token_ppo_loss, rows, tokens, count, options, False, True),
+        "ppo_policy_loss": (loss_ops.ppo_policy_loss, leaf, tokens, count, clip, False),
+        "ppo_value_loss": (loss_ops.ppo_value_loss, leaf, per_token, per_token, mask, None, count, 0.2, False),
+        "sample_tokens": (sampling.draw, logits.detach(), 1.0, 5, 0.9, 3, drawn, drawn, False),
+        "decode_attention": (attention.attention, keys[:, :2, 0], keys, keys, drawn % 5, 0.5, None, 3, False),
     }
 
 
 @pytest.mark.parametrize("name", operator_cases())
 def test_opcheck(name):
-    operator, arguments = operator_cases()[name]
-    assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+    operator, *arguments = operator_cases()[name]
+    assert set(torch.library.opcheck(operator.registered, tuple(flat(arguments))).values()) == {"SUCCESS"}
 
 
 def everything(hidden, weight, labels, per_token, mask):
@@ -170,7 +136,7 @@ class Largest(TorchDispatchMode):
         if func.namespace == "fastrlhf":  # run its body under this mode; calling it would hide the body
             with self:
                 name = func._schema.name.split("::")[1]
-                out = getattr(ops if hasattr(ops, name) else loss_ops, name)._init_fn(*args)
+                out = getattr(ops if hasattr(ops, name) else loss_ops, name).run(*args)
         else:
             out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
@@ -204,8 +170,6 @@ def test_no_tensor_of_tokens_by_vocabulary(name):
 
 
 def test_tile_sizes_stay_within_the_workspace():
-    from fastrlhf_kernels import chunked
-
     for vocabulary in (1, 2000, 49152, 151936, 256000):
         for n in (1, 300, 2048, 70000):
             for width in (64, 576, 8192):

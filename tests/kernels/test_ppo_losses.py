@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import fastrlhf_kernels as kernels
-from fastrlhf_kernels import chunked, losses, reference
+from fastrlhf_kernels import reference
+from fastrlhf_kernels.eager import chunked
+from fastrlhf_kernels.operands import Head, LossOptions, Need, Tokens
 
 NEAR = {"atol": 1e-12, "rtol": 1e-10}
 POLICY = {
@@ -244,19 +246,19 @@ def test_linear_ppo_loss_agrees_with_the_reference(options):
 @pytest.mark.parametrize("tiles", [chunked.Tiles(1, 70), chunked.Tiles(3, 8), chunked.Tiles(100, 33)])
 def test_chunks_do_not_change_the_result(tiles):
     leaves, labels, old, advantages, _, options = linear_problem(LINEAR["all"], shape=(11,))
-    head = chunked.Head.build(*leaves[:2], None, leaves[2], 0.7, 1.0, 4.0, *leaves[3:], 0.4)
-    settings = losses.LossOptions(0.2, 0.2, None, 0.1, "k3", 0.1)
+    head = Head(*leaves[:2], labels, leaves[2], None, 0.7, 1.0, 4.0, *leaves[3:], 0.4)
+    settings = LossOptions(0.2, 0.2, None, 0.1, "k3", 0.1)
+    tokens = Tokens(old, advantages, torch.ones(11).bool(), None, options["ref_log_probs"])
     count = torch.tensor(11.0, dtype=torch.float64)
-    needs = (True,) * 4
     with torch.no_grad():
         loss, log_probs, entropy, grads = chunked.ppo_sweep(
-            head, labels, old, advantages, None, options["ref_log_probs"], count, settings, needs, tiles
+            chunked.ScaledHead.build(head), labels, tokens, count, settings, Need(*[True] * 4), tiles
         )
     exact_loss, stats = reference.linear_ppo_loss(*leaves[:2], labels, old, advantages, torch.ones(11), **options)
     torch.testing.assert_close((loss - 0.1 * entropy).mean(), exact_loss, **NEAR)
     torch.testing.assert_close(log_probs, stats["log_probs"], **NEAR)
     exact_grads = torch.autograd.grad(exact_loss, leaves)
-    for a, b in zip(grads.finish(11, None), exact_grads, strict=True):
+    for a, b in zip(grads.finish(), exact_grads, strict=True):
         torch.testing.assert_close(a, b, **NEAR)
 
 
@@ -345,3 +347,22 @@ def test_step_zero_has_ratio_exactly_one():
     first = kernels.linear_ppo_loss(*leaves, labels, old, advantages, mask)
     again = kernels.linear_ppo_loss(*leaves, labels, first.stats["log_probs"], advantages, mask)
     assert again.stats["ratio"] == 1 and again.stats["approx_kl"] == 0 and again.stats["clip_frac"] == 0
+
+
+def test_a_mask_with_one_token():
+    """The loss is that of the token itself, and nothing else has a gradient."""
+    log_probs, old, advantages, mask = batch(dtype=torch.float32)
+    mask[:], mask[1, 4] = False, True
+    for function in (kernels.ppo_policy_loss, kernels.ppo_value_loss):
+        tensors = [torch.where(mask, t.detach(), torch.nan) for t in (log_probs, old, advantages)]
+        leaf, one = tensors[0].requires_grad_(), [t.detach()[1:2, 4:5].double() for t in (log_probs, old, advantages)]
+        result = function(leaf, *tensors[1:], mask)
+        exact_leaf = one[0].requires_grad_()
+        exact, stats = getattr(reference, function.__name__)(exact_leaf, *one[1:], torch.ones(1, 1))
+        torch.testing.assert_close(result.loss.double(), exact.detach(), atol=1e-6, rtol=1e-5)
+        for name, value in stats.items():
+            torch.testing.assert_close(result.stats[name].double(), value.detach().double(), atol=1e-6, rtol=1e-5)
+        (grad,) = torch.autograd.grad(result.loss, leaf)
+        (exact_grad,) = torch.autograd.grad(exact, exact_leaf)
+        torch.testing.assert_close(grad[1, 4].double(), exact_grad[0, 0], atol=1e-6, rtol=1e-5)
+        assert (grad[~mask] == 0).all()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastrlhf_kernels as kernels
-from fastrlhf_kernels import backend, inverse_cdf, reference
+from fastrlhf_kernels import backend, reference
+from fastrlhf_kernels.eager import inverse_cdf
 
 # Known answers of philox4x32-10 published with Random123 (file kat_vectors): counter, key, result.
 KNOWN_ANSWERS = [
@@ -208,3 +209,16 @@ def test_dtypes_strides_and_no_rows():
     before = logits.clone()
     kernels.sample_tokens(logits, seed=3, temperature=0.5, top_p=0.5)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**63 + 5, 2**64 - 1, 2**64 + 9, -(2**63)])
+def test_seeds_of_64_bits_and_more(seed):
+    """The lowest 64 bits count, and on every backend the tokens are those of the reference."""
+    torch.manual_seed(0)
+    logits = torch.randn(20, 50)
+    drawn = kernels.sample_tokens(logits, seed=seed)
+    tokens, log_probs, _ = reference.sample_tokens(logits.double(), seed=seed % 2**64)
+    assert torch.equal(drawn.tokens, tokens)
+    torch.testing.assert_close(drawn.log_probs, log_probs.float(), atol=5e-6, rtol=1e-5)
+    assert torch.equal(drawn.tokens, kernels.sample_tokens(logits, seed=seed % 2**64).tokens)
+    assert not torch.equal(drawn.tokens, kernels.sample_tokens(logits, seed=seed % 2**63 + 1).tokens)

@@ -1,4 +1,4 @@
-"""token_ppo_loss against linear_ppo_loss's reference on the identity head, in place and not."""
+"""token_ppo_loss against linear_ppo_loss's reference on the identity head."""
 
 from __future__ import annotations
 
@@ -53,15 +53,13 @@ def close(ours, theirs, tolerance):
     )
 
 
-@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_loss_statistics_and_gradient(options, inplace):
+def test_loss_statistics_and_gradient(options):
     logits, arguments, options = problem(**options)
     logits[~arguments[-1]] = torch.nan  # rows outside the mask are never looked at
     want, want_grad = expected(torch.nan_to_num(logits), arguments, options)
     leaf = logits.clone().requires_grad_()
-    used = leaf * 1 if inplace else leaf
-    result = kernels.token_ppo_loss(used, *arguments, inplace=inplace, **options)
+    result = kernels.token_ppo_loss(leaf, *arguments, **options)
     close(result.loss, want[0], 2e-6)
     assert result.stats.keys() == want[1].keys()
     for name, value in want[1].items():
@@ -69,7 +67,7 @@ def test_loss_statistics_and_gradient(options, inplace):
     (2 * result.loss).backward()
     close(leaf.grad, 2 * want_grad, 5e-6)
     assert (leaf.grad[~arguments[-1]] == 0).all()
-    assert torch.equal(used.detach(), leaf.grad) if inplace else torch.equal(leaf[arguments[-1]], logits[arguments[-1]])
+    assert torch.equal(leaf[arguments[-1]], logits[arguments[-1]])  # the logits are as they were
 
 
 def test_half_precision_logits_round_the_gradient_only():
@@ -84,19 +82,13 @@ def test_half_precision_logits_round_the_gradient_only():
         assert leaf.grad.dtype == dtype and result.loss.dtype == torch.float32
 
 
-def test_backward_twice_and_what_inplace_refuses():
+def test_backward_twice_and_what_is_refused():
     logits, arguments, _ = problem()
     leaf = logits.clone().requires_grad_()
     loss = kernels.token_ppo_loss(leaf, *arguments).loss
     (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
     (second,) = torch.autograd.grad(loss, leaf)
     assert torch.equal(first, second) and first.abs().sum() > 0
-    loss = kernels.token_ppo_loss((leaf * 1), *arguments, inplace=True).loss
-    torch.autograd.grad(loss, leaf, retain_graph=True)
-    with pytest.raises(RuntimeError, match="one backward only"):
-        torch.autograd.grad(loss, leaf)
-    with pytest.raises(ValueError, match="leading dimensions that merge into rows"):
-        kernels.token_ppo_loss(logits[:, :-1], *(t[:, :-1] for t in arguments), inplace=True)
     with pytest.raises(ValueError, match="ref_log_probs is not given"):
         kernels.token_ppo_loss(logits, *arguments, kl_coef=0.1)
     with pytest.raises(ValueError, match=r"labels holds \d+, outside \[0, 130\)"):

@@ -1,6 +1,6 @@
 """Hidden states to the PPO loss and its gradients in three matrix products, chunk by chunk of the tokens.
 
-Of two plans. "exponentials" is in `triton_exponential_ppo.py`; "softmax", here, takes every option: a chunk's logits
+Of two plans. "exponentials" is in `exponential_ppo.py`; "softmax", here, takes every option: a chunk's logits
 are kept in fp32 (products of half-precision numbers are exact there), one fused kernel turns them into loss and
 gradient of the logits, and that gradient lies in the operands' dtype over the logits' own memory. The two products
 behind it run where torch has its fastest ones.
@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import autotune, triton_exponential_ppo, tuning
-from .losses import LossOptions
-from .triton_head import Head, add_product, product
-from .triton_log_probs import rows_ppo
+from ..operands import Head, LossOptions, Need, Rows, Tokens
+from . import autotune, exponential_ppo, tuning
+from .head import DenseHead, add_product, product
+from .log_probs import rows_ppo
 
 WORKSPACE = 1 << 30  # bytes of the fp32 logits of a chunk
 
@@ -26,7 +26,7 @@ def chunk_rows(n: int, vocabulary: int, size: int = 4) -> int:
     return max(1, min(n, max(128, WORKSPACE // size // vocabulary // 128 * 128)))
 
 
-def _chunk_logits(head: Head, rows: slice, out: Tensor) -> Tensor:
+def _chunk_logits(head: DenseHead, rows: slice, out: Tensor) -> Tensor:
     """z of some rows before the temperature, in fp32."""
     x, weight = head.x[rows], head.weight
     if head.half and x.is_cuda:
@@ -42,63 +42,56 @@ def _chunk_logits(head: Head, rows: slice, out: Tensor) -> Tensor:
     return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
-def choose_plan(head: Head, options: LossOptions, plans: dict[str, Callable[[], object]]) -> str:
+def choose_plan(head: DenseHead, options: LossOptions, plans: dict[str, Callable[[], object]]) -> str:
     """The faster plan: measured here where FASTRLHF_AUTOTUNE=1, otherwise as `tuning.ppo_plan` has it."""
-    if not triton_exponential_ppo.possible(head, options):
+    if not exponential_ppo.possible(head, options):
         return "softmax"
-    chip, (n, vocabulary, width, *_) = tuning.chip_of(head.x.device), head.sizes()
+    chip, (vocabulary, width) = tuning.chip_of(head.x.device), head.weight.shape
     capturing = head.x.is_cuda and torch.cuda.is_current_stream_capturing()
     if not autotune.wanted() or head.x.is_meta or capturing:
         return tuning.ppo_plan(chip, width)
-    tokens = 1 << (n - 1).bit_length()
+    tokens = 1 << (len(head) - 1).bit_length()
     question = f"linear_ppo_loss {chip.name} H={width} V={vocabulary} N<={tokens} torch {torch.__version__}"
     return autotune.fastest(question, plans, head.x.device)
 
 
-def linear_ppo(
-    head: Head, labels, mask, old, advantages, weights, ref, count: Tensor, options: LossOptions, need: list[bool]
-):
-    """(loss terms, log-probs, entropies) of the tokens [n], and (dx, dW, dbias, dA, dB) in fp32, None where not needed.
+def linear_ppo(head: Head, tokens: Tokens, count: Tensor, options: LossOptions, need: Need):
+    """(loss terms, log-probs, entropies) of the tokens, each [n] fp32, and the HEAD_GRADIENTS in fp32.
 
-    need: x, weight, bias, lora. mask: which rows count, None for all. count: 0-d fp32, what gradients are divided by.
+    count: 0-d fp32, what gradients are divided by.
     """
-    n, vocabulary = len(labels), len(head.weight)
-    mask = torch.ones(n, dtype=torch.bool, device=head.x.device) if mask is None else mask
-    given = (head, labels, mask, old, advantages, weights, ref, count, options, need)
+    dense, n, vocabulary = DenseHead(head), len(tokens.mask), len(head.weight)
+    given = (dense, tokens, count, options, need)
     plans = {
         "softmax": lambda: softmax_ppo(*given, chunk_rows(n, vocabulary)),
-        "exponentials": lambda: triton_exponential_ppo.exponential_ppo(*given, chunk_rows(n, vocabulary, 2)),
+        "exponentials": lambda: exponential_ppo.exponential_ppo(*given, chunk_rows(n, vocabulary, 2)),
     }
-    return plans[choose_plan(head, options, plans)]()
+    return plans[choose_plan(dense, options, plans)]()
 
 
-def softmax_ppo(
-    head: Head, labels, mask, old, advantages, weights, ref, count: Tensor, options: LossOptions, need: list[bool],
-    rows: int,
-):  # fmt: skip
+def softmax_ppo(head: DenseHead, tokens: Tokens, count: Tensor, options: LossOptions, need: Need, rows: int):
     """As `linear_ppo`, `rows` tokens at a time."""
-    n, vocabulary = len(labels), len(head.weight)
-    device = head.x.device
-    need_x, need_w, need_bias, need_lora = need
+    n, vocabulary = len(head), len(head.weight)
     dtype = head.x.dtype if head.half else torch.float32
     late = dtype == torch.float16  # its smallest number is 6e-8: divide the sums, not the terms
     divisor = torch.ones_like(count) if late else count
-    loss, log_probs, entropy = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(3))
-    make = lambda like: torch.zeros(like.shape, dtype=torch.float32, device=device)  # noqa: E731
-    dx, dw = make(head.x) if need_x else None, make(head.weight) if need_w else None
-    dbias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if need_bias else None
-    dlora_b = make(head.lora_b) if need_lora else None
-    dv = make(head.v) if head.v is not None and (need_x or need_lora) else None
-    buffer = torch.empty(rows, vocabulary, dtype=torch.float32, device=device)
+    make = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=head.x.device)  # noqa: E731
+    loss, log_probs, entropy = make(n), make(n), make(n)
+    dx = make(*head.x.shape) if need.hidden else None
+    dw = make(*head.weight.shape) if need.weight else None
+    dbias = make(vocabulary) if need.bias else None
+    dlora_b = make(*head.lora_b.shape) if need.lora else None
+    dv = make(*head.v.shape) if head.v is not None and (need.hidden or need.lora) else None
+    buffer = torch.empty(rows, vocabulary, dtype=torch.float32, device=head.x.device)
+    each, number = head.temperature
     for first in range(0, n, rows):
         cut = slice(first, min(n, first + rows))
         z = _chunk_logits(head, cut, buffer[: cut.stop - cut.start])
         dz = z.view(dtype)[:, :vocabulary]
-        degrees = head.temperature[cut] if isinstance(head.temperature, Tensor) else head.temperature
-        per_token = (None if t is None else t[cut] for t in (old, advantages, weights, ref))
-        loss[cut], log_probs[cut], entropy[cut] = rows_ppo(
-            z, labels[cut], degrees, mask[cut], *per_token, divisor, options, dz, head.logit_scale, head.softcap
-        )
+        part = Rows(z, head.labels[cut], None if each is None else each[cut], number)
+        some = tokens.map(lambda t, cut=cut: t[cut])
+        results = rows_ppo(part, some, divisor, options, dz, head.logit_scale, head.softcap)
+        loss[cut], log_probs[cut], entropy[cut] = results
         if dx is not None:
             add_product(dx[cut], dz, head.weight)
         if dw is not None:
@@ -109,7 +102,7 @@ def softmax_ppo(
             add_product(dlora_b, dz.T, head.v[cut])
         if dv is not None:
             dv[cut] = product(dz, head.lora_b)
-    da = head.lora_scale * (dv.T @ head.x.float()) if need_lora else None
+    da = head.lora_scale * (dv.T @ head.x.float()) if need.lora else None
     if dx is not None and dv is not None:
         dx.addmm_(dv, head.lora_a, alpha=head.lora_scale)
     grads = (dx, dw, dbias, da, dlora_b)

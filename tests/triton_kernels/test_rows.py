@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import fastrlhf_kernels as kernels
 from fastrlhf_kernels import reference
+from fastrlhf_kernels.gpu import log_probs
+from fastrlhf_kernels.operands import LossOptions, Rows, Tokens
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -67,8 +69,8 @@ def test_any_shape_and_strides(device, shape, vocabulary, spare, order, temperat
     if order and shape:  # the vocabulary is not the fastest dimension
         logits = logits.transpose(0, -1).contiguous().transpose(0, -1)
     labels = torch.randint(0, vocabulary, shape, device=device).to(labels_dtype)
-    degrees = torch.rand(shape, device=device) + 0.5 if temperature is None else temperature
-    hold(*both(logits, labels, temperature=degrees))
+    temperature = torch.rand(shape, device=device) + 0.5 if temperature is None else temperature
+    hold(*both(logits, labels, temperature=temperature))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -133,17 +135,15 @@ def test_the_same_bits_alone_and_in_a_batch_and_every_time(device):
 
 
 def test_double_precision_is_refused_and_the_argument_reaches_the_kernels(device, monkeypatch):
-    from fastrlhf_kernels import triton_log_probs
-
     started = []
-    original = triton_log_probs.launch
-    monkeypatch.setattr(triton_log_probs, "launch", lambda k, *a, **o: started.append(k) or original(k, *a, **o))
+    original = log_probs.launch
+    monkeypatch.setattr(log_probs, "launch", lambda k, *a, **o: started.append(k) or original(k, *a, **o))
     logits, labels = (
         torch.randn(2, 50, device=device).requires_grad_(),
         torch.zeros(2, dtype=torch.int64, device=device),
     )
     kernels.token_log_probs(logits, labels, backend="triton").sum().backward()
-    assert started == [triton_log_probs._forward, triton_log_probs._backward]
+    assert started == [log_probs._forward, log_probs._backward]
     kernels.token_log_probs(logits, labels, backend="torch").sum().backward()
     assert len(started) == 2
     with pytest.raises(ValueError, match="float64 runs in torch only"):
@@ -153,20 +153,17 @@ def test_double_precision_is_refused_and_the_argument_reaches_the_kernels(device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_narrow_gradient_may_lie_over_the_logits(device, dtype):
     """fp32 logits, and their gradient in another dtype in the first half of each row: how the chunked loss saves it."""
-    from fastrlhf_kernels import triton_log_probs
-    from fastrlhf_kernels.losses import LossOptions
-
     torch.manual_seed(0)
     n, vocabulary = 5, 2600
     logits = torch.randn(n, vocabulary, device=device)
     old, advantages = torch.full((n,), -8.0, device=device), torch.randn(n, device=device)
     labels, mask = torch.arange(n, device=device), torch.arange(n, device=device) != 3
     options, count = LossOptions(0.2, 0.2, None, entropy_coef=0.1), torch.tensor(4.0, device=device)
-    arguments = (labels, 0.9, mask, old, advantages, None, None, count, options)
+    arguments = (Tokens(old, advantages, mask, None, None), count, options)
     apart, over = torch.full_like(logits, math.nan), logits.clone()
-    expected = triton_log_probs.rows_ppo(logits, *arguments, apart)
+    expected = log_probs.rows_ppo(Rows(logits, labels, None, 0.9), *arguments, apart)
     out = over.view(dtype)[:, :vocabulary]
-    found = triton_log_probs.rows_ppo(over, *arguments, out)
+    found = log_probs.rows_ppo(Rows(over, labels, None, 0.9), *arguments, out)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     limit = 0 if dtype == torch.float32 else 2.0**-7
     assert ((out.float() - apart).abs() <= limit * apart.abs()).all() and (out[3] == 0).all()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from .checks import wide
+from ..checks import wide
+from ..operands import LossOptions, Rows, Tokens
 from .chunked import FLOOR, MIB, inside_slice
-from .losses import LossOptions, policy_terms
+from .losses import policy_terms
 
 
 def _blocks(logits: Tensor, first: int = 0) -> Iterator[tuple[Tensor, int]]:
@@ -34,24 +35,32 @@ def _merge(logits: Tensor) -> Tensor:
         return logits
 
 
-def _scaled(block: Tensor, keep: Tensor, temperature: Tensor | float, dtype: torch.dtype) -> Tensor:
+def _divisors(rows: Rows, dtype: torch.dtype) -> Callable[[slice], Tensor | float]:
+    """The temperature of some rows: one number, or a column with a number a row."""
+    if rows.temperatures is None:
+        return lambda cut: rows.temperature
+    column = rows.temperatures.reshape(-1, 1).to(dtype)
+    return lambda cut: column[cut]
+
+
+def _scaled(block: Tensor, keep: Tensor, divisor: Tensor | float, dtype: torch.dtype) -> Tensor:
     """A copy of some rows of logits, divided by the temperature; rows that do not count are 0."""
     z = block.to(dtype, copy=True)
-    if isinstance(temperature, Tensor) or temperature != 1:
-        z.div_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    if isinstance(divisor, Tensor) or divisor != 1:
+        z.div_(divisor)
     return z if bool(keep.all()) else z.masked_fill_(~keep[:, None], 0)
 
 
-def rows_forward(logits: Tensor, labels: Tensor, temperature: Tensor | float, ignore_index: int, entropy: bool):
+def rows_forward(rows: Rows, ignore_index: int, entropy: bool):
     """token_log_probs: log-prob, entropy (or an empty tensor), maximum and sum of exponentials, in blocks of rows."""
-    dtype, shape = wide(logits), labels.shape
-    labels, n = labels.reshape(-1).long(), labels.numel()
-    temperature = temperature.reshape(-1).to(dtype) if isinstance(temperature, Tensor) else temperature
-    log_probs, m, s, h = (torch.zeros(n, dtype=dtype, device=logits.device) for _ in range(4))
-    for block, first in _blocks(_merge(logits)) if n else ():
+    dtype, shape, device = wide(rows.logits), rows.labels.shape, rows.logits.device
+    labels, n = rows.labels.reshape(-1).long(), rows.labels.numel()
+    divisors = _divisors(rows, dtype)
+    log_probs, m, s, h = (torch.zeros(n, dtype=dtype, device=device) for _ in range(4))
+    for block, first in _blocks(_merge(rows.logits)) if n else ():
         cut = slice(first, first + len(block))
         keep = labels[cut] != ignore_index
-        z = _scaled(block, keep, temperature[cut] if isinstance(temperature, Tensor) else temperature, dtype)
+        z = _scaled(block, keep, divisors(cut), dtype)
         inside, column = inside_slice(labels[cut], 0, z.shape[1])
         target = torch.where(inside, z.gather(1, column)[:, 0], torch.nan)
         m[cut] = z.amax(1)
@@ -68,20 +77,19 @@ def rows_forward(logits: Tensor, labels: Tensor, temperature: Tensor | float, ig
     return log_probs.view(shape), h, m.view(shape), s.view(shape)
 
 
-def rows_backward(logits, labels, temperature, ignore_index, g, ge, entropy, m, s) -> Tensor:
+def rows_backward(rows: Rows, ignore_index: int, g, ge, entropy: Tensor, m: Tensor, s: Tensor) -> Tensor:
     """The gradient of the logits: dz = 1[y] g - p (g + ge (log p + entropy)), then / temperature."""
-    dtype, n = wide(logits), labels.numel()
+    logits, dtype, n = rows.logits, wide(rows.logits), rows.labels.numel()
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     flat = out.view(n, logits.shape[-1])
-    labels, m, s = labels.reshape(-1).long(), m.reshape(-1), s.reshape(-1)
+    labels, m, s = rows.labels.reshape(-1).long(), m.reshape(-1), s.reshape(-1)
     g, ge, entropy = (None if t is None else t.reshape(-1).to(dtype) for t in (g, ge, entropy))
     g = torch.zeros_like(m) if g is None else g
-    temperature = temperature.reshape(-1).to(dtype) if isinstance(temperature, Tensor) else temperature
+    divisors = _divisors(rows, dtype)
     for block, first in _blocks(_merge(logits)) if n else ():
         cut = slice(first, first + len(block))
         keep = labels[cut] != ignore_index
-        degrees = temperature[cut] if isinstance(temperature, Tensor) else temperature
-        z = _scaled(block, keep, degrees, dtype).sub_(m[cut, None])
+        z = _scaled(block, keep, divisors(cut), dtype).sub_(m[cut, None])
         if ge is None:
             z.exp_().mul_((-g[cut] / s[cut])[:, None])
         else:
@@ -90,37 +98,32 @@ def rows_backward(logits, labels, temperature, ignore_index, g, ge, entropy, m, 
             z.mul_(e).mul_((-1 / s[cut])[:, None])
         inside, column = inside_slice(labels[cut], 0, z.shape[1])
         z.scatter_add_(1, column, torch.where(inside, g[cut], 0)[:, None])
-        z.div_(degrees[:, None] if isinstance(degrees, Tensor) else degrees)
+        z.div_(divisors(cut))
         flat[cut] = z if bool(keep.all()) else z.masked_fill_(~keep[:, None], 0)
     return out
 
 
-def rows_ppo(logits, labels, temperature, mask, old, advantages, weights, ref, count, options: LossOptions, out):
+def rows_ppo(rows: Rows, tokens: Tokens, count: Tensor, options: LossOptions, out: Tensor | None):
     """Log-prob -> clipped loss -> gradient of the logits: (loss terms, log-probs, entropies), each [n].
 
-    `out` [n, V]: where the gradient goes, in its dtype, or None for none; it may be the logits themselves.
+    tokens [n]: 0 where their mask is false. `out` [n, V]: where the gradient goes, in its dtype, or None for none.
     """
-    dtype, n = wide(logits), labels.numel()
-    labels, mask = labels.reshape(-1).long(), mask.reshape(-1)
-    old, advantages, weights, ref = (
-        None if t is None else torch.where(mask, t.reshape(-1), 0).to(dtype) for t in (old, advantages, weights, ref)
-    )
-    degrees = temperature.reshape(-1).to(dtype)[:, None] if isinstance(temperature, Tensor) else None
-    loss, log_probs, entropy = (torch.zeros(n, dtype=dtype, device=logits.device) for _ in range(3))
-    for block, first in _blocks(_merge(logits)) if n else ():
+    dtype, labels = wide(rows.logits), rows.labels.reshape(-1).long()
+    n, divisors = len(labels), _divisors(rows, dtype)
+    loss, log_probs, entropy = (torch.zeros(n, dtype=dtype, device=labels.device) for _ in range(3))
+    for block, first in _blocks(_merge(rows.logits)) if n else ():
         cut = slice(first, first + len(block))
-        keep = mask[cut]
-        z = _scaled(block, keep, temperature if degrees is None else degrees[cut, 0], dtype)
+        part = tokens.map(lambda t, cut=cut: t[cut])
+        z = _scaled(block, part.mask, divisors(cut), dtype)
         inside, column = inside_slice(labels[cut], 0, z.shape[1])
         m = z.amax(1)
         target = torch.where(inside, z.gather(1, column)[:, 0] - m, torch.nan)
         e = z.sub_(m[:, None]).clamp_(min=FLOOR).exp()
         s = e.sum(1)
         h = s.log() - (z * e).sum(1) / s
-        log_probs[cut], entropy[cut] = torch.where(keep, target - s.log(), 0), torch.where(keep, h, 0)
-        per_token = (None if t is None else t[cut] for t in (old, advantages, weights, ref))
-        terms, g = policy_terms(log_probs[cut], *per_token, options)
-        loss[cut], g = torch.where(keep, terms, 0), torch.where(keep, g, 0) / count
+        log_probs[cut], entropy[cut] = torch.where(part.mask, target - s.log(), 0), torch.where(part.mask, h, 0)
+        terms, g = policy_terms(log_probs[cut], part, options)
+        loss[cut], g = torch.where(part.mask, terms, 0), torch.where(part.mask, g, 0) / count
         if out is None:
             continue
         if options.entropy_coef == 0:
@@ -128,8 +131,6 @@ def rows_ppo(logits, labels, temperature, mask, old, advantages, weights, ref, c
         else:
             z.add_((h - s.log())[:, None]).mul_(-options.entropy_coef / count).add_(g[:, None])
             dz = e.mul_(z).mul_((-1 / s)[:, None])
-        dz.scatter_add_(1, column, torch.where(inside, g, 0)[:, None]).div_(
-            temperature if degrees is None else degrees[cut]
-        )
-        out[cut] = dz.masked_fill_(~keep[:, None], 0)
+        dz.scatter_add_(1, column, torch.where(inside, g, 0)[:, None]).div_(divisors(cut))
+        out[cut] = dz.masked_fill_(~part.mask[:, None], 0)
     return loss, log_probs, entropy

@@ -46,8 +46,8 @@ def test_any_batch(device, batch, length, density, estimator, kl_coef, discounts
     arguments = problem(device, batch, length, density)
     bootstrap = torch.randn(batch, device=device) if cut_off else None
     gamma, lam = discounts
-    ours = kernels.shape_and_gae(*arguments, kl_coef=kl_coef, estimator=estimator, gamma=gamma, gae_lambda=lam,
-                                 bootstrap_values=bootstrap, whiten=whiten, backend="triton")  # fmt: skip
+    options = {"kl_coef": kl_coef, "estimator": estimator, "gamma": gamma, "gae_lambda": lam, "whiten": whiten}
+    ours = kernels.shape_and_gae(*arguments, bootstrap_values=bootstrap, backend="triton", **options)
     theirs = expected(*arguments, kl_coef, estimator, gamma, lam, bootstrap, whiten)
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.float32 and (a[~arguments[-1]] == 0).all()
@@ -84,6 +84,6 @@ def test_equal_advantages_whiten_to_zero_and_empty_inputs_pass(device):
     assert all((t == 0).all() for t in none)
     for shape in ((0, 4), (2, 0)):
         empty = torch.zeros(shape, device=device)
-        found = kernels.shape_and_gae(torch.zeros(shape[0], device=device), empty, empty, empty, empty.bool(),
-                                      kl_coef=0.1, backend="triton")  # fmt: skip
+        scores = torch.zeros(shape[0], device=device)
+        found = kernels.shape_and_gae(scores, empty, empty, empty, empty.bool(), kl_coef=0.1, backend="triton")
         assert all(t.shape == shape for t in found)

@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastrlhf_kernels as kernels
-from fastrlhf_kernels import reference, triton_linear_log_probs, tuning
-from fastrlhf_kernels.triton_launch import recorded
+from fastrlhf_kernels import reference
+from fastrlhf_kernels.gpu import linear_log_probs, tuning
+from fastrlhf_kernels.gpu.launch import recorded
+from fastrlhf_kernels.operands import Head, Need
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 OPTIONS = {
@@ -34,6 +36,10 @@ def problem(device, n=37, vocabulary=700, width=40, dtype=torch.float32, **optio
         a, b = torch.randn(5, width, device=device) / 4, torch.randn(vocabulary, 5, device=device) / 4
         options["lora"] = (a.to(dtype), b.to(dtype), 0.3)
     return hidden.to(dtype), weight.to(dtype), labels, options
+
+
+def plain_head(hidden, weight, labels) -> Head:
+    return Head(hidden, weight, labels, None, None, 1.0, 1.0, None, None, None, 1.0)
 
 
 def compare(hidden, weight, labels, options, *, log_prob=2e-5, entropy=5e-5, gradient=5e-6) -> None:
@@ -98,8 +104,8 @@ def test_a_long_vocabulary_in_parts_and_a_large_offset(device):
 @pytest.mark.parametrize("n", [13, 70])
 def test_tensor_descriptors(device, n, options):
     """Chips that have them; ends of rows, columns and depth inside a block. The same in the interpreter."""
-    hidden, weight, labels, used = problem(device, n=n, vocabulary=700, width=40, dtype=torch.bfloat16,
-                                           **OPTIONS[options])  # fmt: skip
+    sizes = {"n": n, "vocabulary": 700, "width": 40, "dtype": torch.bfloat16}
+    hidden, weight, labels, used = problem(device, **sizes, **OPTIONS[options])
     chip = tuning.chip_of(device)
     chip = chip._replace(descriptors=True) if chip.name == "interpreter" else chip
     with tuning.pretend(chip):
@@ -111,10 +117,9 @@ def test_descriptors_are_used_where_rows_start_at_16_bytes():
     make = lambda width: torch.empty(64, width, dtype=torch.bfloat16, device="meta")  # noqa: E731
     labels = torch.empty(64, dtype=torch.int64, device="meta")
     for width, dtype, expected in ((40, torch.bfloat16, True), (44, torch.bfloat16, False), (40, torch.float32, False)):
-        head = triton_linear_log_probs.Head.build(make(width).to(dtype), make(width).to(dtype), None, None, 1.0, 1.0,
-                                                  None, None, None, 1.0)  # fmt: skip
+        head = plain_head(make(width).to(dtype), make(width).to(dtype), labels)
         with tuning.pretend(chip), recorded() as launches:
-            triton_linear_log_probs.linear_forward(head, labels, entropy=False, batch_invariant=False)
+            linear_log_probs.linear_forward(head, entropy=False)
         assert launches[0].constants["DESCRIPTORS"] is expected
 
 
@@ -126,14 +131,14 @@ def test_mixed_dtypes_are_summed_in_fp32(device):
 
 def test_slices_of_the_backward_do_not_change_the_gradient(device, monkeypatch):
     hidden, weight, labels, options = problem(device, bias=True, lora=True)
-    monkeypatch.setattr(triton_linear_log_probs, "_slice_columns", lambda n, vocabulary: 256)
+    monkeypatch.setattr(linear_log_probs, "_slice_columns", lambda n, vocabulary: 256)
     compare(hidden, weight, labels, options)
 
 
 def test_a_slice_never_holds_more_than_the_contract_allows():
     for n in (1, 300, 2048, 8192, 70_000, 300_000):
         for vocabulary in (1, 1000, 49152, 151936, 256000):
-            columns = triton_linear_log_probs._slice_columns(n, vocabulary)
+            columns = linear_log_probs._slice_columns(n, vocabulary)
             assert 1 <= columns <= vocabulary
             assert n * columns <= max(max(2048, n // 4) * vocabulary, 128 * n)
             assert n * columns * 2 <= max(1 << 30, 128 * 2 * n)
@@ -154,24 +159,21 @@ def test_rows_left_out_may_hold_nan_and_cost_nothing(device, kept):
 
 def test_gradients_nobody_needs_are_not_computed(device, monkeypatch):
     products = []
-    original = triton_linear_log_probs.product
-    monkeypatch.setattr(triton_linear_log_probs, "product", lambda *a: products.append(1) or original(*a))
+    original = linear_log_probs.product
+    monkeypatch.setattr(linear_log_probs, "product", lambda *a: products.append(1) or original(*a))
     hidden, weight, labels, _ = problem(device)
     kernels.linear_log_probs(hidden.requires_grad_(), weight, labels, backend="triton").sum().backward()
     assert not products and hidden.grad is not None and weight.grad is None
     zeros = torch.zeros(len(labels), device=device)
     zeros[3] = 1.0
     with recorded() as launches:  # rows whose gradient is exactly zero are left out of the backward
-        head = triton_linear_log_probs.Head.build(*(t.detach().to("meta") for t in (hidden, weight)), *[None] * 2,
-                                                  1.0, 1.0, None, None, None, 1.0)  # fmt: skip
-        triton_linear_log_probs.linear_backward(
-            head, labels.to("meta"), *[zeros.to("meta")] * 5, [True] * 2 + [False] * 2
-        )
-    assert launches[0].kernel is triton_linear_log_probs._linear_backward
+        head = plain_head(*(t.detach().to("meta") for t in (hidden, weight, labels)))
+        linear_log_probs.linear_backward(head, *[zeros.to("meta")] * 5, Need(True, True, False, False))
+    assert launches[0].kernel is linear_log_probs._linear_backward
     seen = []
-    backward = triton_linear_log_probs.linear_backward
+    backward = linear_log_probs.linear_backward
     monkeypatch.setattr(
-        triton_linear_log_probs, "linear_backward", lambda head, *a: seen.append(len(head.x)) or backward(head, *a)
+        linear_log_probs, "linear_backward", lambda head, *a: seen.append(len(head.hidden)) or backward(head, *a)
     )
     kernels.linear_log_probs(hidden, weight, labels, backend="triton").backward(zeros)
     assert seen == [1]

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .checks import wide
+from ..checks import wide
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Salmon et al., SC 2011; the same words as Random123
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .checks import wide
-from .losses import LossOptions, policy_terms
+from ..checks import wide
+from ..operands import Head, LossOptions, Need, Tokens
+from .losses import policy_terms
 
 MIB = 1 << 20
 FLOOR = -1e4  # stands in for -inf in differences of logits: exp() of it is 0, and 0 * FLOOR is 0 where 0 * -inf is NaN
@@ -58,10 +59,10 @@ def chunk_tiles(vocabulary: int, *, cuda: bool) -> Tiles:
 
 
 @dataclass
-class Head:
-    """The head on the rows that count: z = f(u) with u = x W^T + factor * bias^T + v B^T and x = factor * hidden.
+class ScaledHead:
+    """The head with its scalars folded into the small operand: z = f(u), u = x W^T + factor * bias^T + v B^T.
 
-    `factor` [n] folds logit_scale and temperature into the small operand: z = u without a softcap, and
+    x = factor * hidden, and `factor` [n] holds logit_scale and temperature: z = u without a softcap, and
     z = cap * tanh(u) with one (`cap` [n, 1] = softcap / temperature). v = lora_scale * x A^T.
     """
 
@@ -81,27 +82,25 @@ class Head:
         return self.bias is not None
 
     @classmethod
-    def build(
-        cls, hidden, weight, rows, bias, temperature, logit_scale, logit_softcap, lora_a, lora_b, lora_scale
-    ) -> Head:
-        """hidden [N, H]; rows: the indices that count, or None for all; temperature [N] (any dtype) or a float."""
-        dtype = wide(hidden, weight)
-        x = (hidden if rows is None else hidden.index_select(0, rows)).to(dtype)
-        if isinstance(temperature, Tensor):
-            degrees = (temperature if rows is None else temperature.index_select(0, rows)).to(dtype)
+    def build(cls, head: Head) -> ScaledHead:
+        """In the dtype of computation; the weight stays as it is."""
+        dtype, softcap = wide(head.hidden, head.weight), head.logit_softcap
+        x = head.hidden.to(dtype)
+        if head.temperatures is None:
+            temperature = x.new_full((len(x),), head.temperature)
         else:
-            degrees = x.new_full((len(x),), temperature)
-        cap, factor = None, logit_scale / degrees
-        if logit_softcap is not None:
-            cap, factor = (
-                (logit_softcap / degrees)[:, None],
-                torch.full_like(degrees, logit_scale / logit_softcap),
-            )
-        one = (temperature if logit_softcap is None else logit_softcap) == logit_scale
-        x = x if one is True else x * factor[:, None]  # `one` is a tensor for a temperature per token
-        a, b = (None if t is None else t.to(dtype) for t in (lora_a, lora_b))
-        v = None if a is None else lora_scale * (x @ a.T)
-        return cls(x, factor, weight, None if bias is None else bias.to(dtype), cap, a, b, lora_scale, v)
+            temperature = head.temperatures.to(dtype)
+        if softcap is None:
+            cap, factor = None, head.logit_scale / temperature
+            neutral = head.temperatures is None and head.temperature == head.logit_scale
+        else:
+            cap = (softcap / temperature)[:, None]
+            factor = torch.full_like(temperature, head.logit_scale / softcap)
+            neutral = softcap == head.logit_scale
+        x = x if neutral else x * factor[:, None]
+        bias, a, b = (None if t is None else t.to(dtype) for t in (head.bias, head.lora_a, head.lora_b))
+        v = None if a is None else head.lora_scale * (x @ a.T)
+        return cls(x, factor, head.weight, bias, cap, a, b, head.lora_scale, v)
 
     def slices(self, columns: int) -> Iterator[tuple[int, int, Tensor]]:
         """(first column, last column + 1, those rows of W in the dtype of computation)."""
@@ -109,9 +108,8 @@ class Head:
             w = self.weight[lo : lo + columns]
             yield lo, lo + len(w), w.to(self.x.dtype)
 
-    def rows(self, lo: int, hi: int) -> Head:
-        """The same head on rows lo..hi."""
-        cut = slice(lo, hi)
+    def rows(self, cut: slice) -> ScaledHead:
+        """The same head on some of the rows."""
         cap, v = (None if t is None else t[cut] for t in (self.cap, self.v))
         return replace(self, x=self.x[cut], factor=self.factor[cut], cap=cap, v=v)
 
@@ -128,19 +126,18 @@ class Head:
 class Gradients:
     """fp32 sums of the gradients somebody needs, filled tile by tile from du (the gradient of u)."""
 
-    def __init__(self, head: Head, need: tuple[bool, bool, bool, bool], weight_dtype: torch.dtype):
-        """need: hidden, weight, bias, lora. weight_dtype: the dtype that dW is kept in."""
-        h, w, b, lora = need
+    def __init__(self, head: ScaledHead, need: Need, weight_dtype: torch.dtype):
+        """weight_dtype: the dtype that dW is kept in."""
         x = head.x
         self.head = head
-        self.dx = torch.zeros_like(x) if h else None
+        self.dx = torch.zeros_like(x) if need.hidden else None
         make = torch.empty if len(x) else torch.zeros  # the first tile writes it, so it need not be cleared
-        self.dw = make(head.weight.shape, dtype=weight_dtype, device=x.device) if w else None
-        self.db = x.new_zeros(len(head.weight)) if b else None
-        self.dlora_b = torch.zeros_like(head.lora_b) if lora else None
-        self.dv = torch.zeros_like(head.v) if head.v is not None and (h or lora) else None
+        self.dw = make(head.weight.shape, dtype=weight_dtype, device=x.device) if need.weight else None
+        self.db = x.new_zeros(len(head.weight)) if need.bias else None
+        self.dlora_b = torch.zeros_like(head.lora_b) if need.lora else None
+        self.dv = torch.zeros_like(head.v) if head.v is not None and (need.hidden or need.lora) else None
 
-    def add(self, du: Tensor, w: Tensor, columns: slice, rows: slice, head: Head) -> None:
+    def add(self, du: Tensor, w: Tensor, columns: slice, rows: slice, head: ScaledHead) -> None:
         """One tile, all but dW: du [rows, columns], w the slice of W, head the rows of the head."""
         if self.dx is not None:
             self.dx[rows].addmm_(du, w)
@@ -151,7 +148,7 @@ class Gradients:
         if self.dv is not None:
             self.dv[rows].addmm_(du, head.lora_b[columns])
 
-    def add_weight(self, du: Tensor, columns: slice, first: bool, head: Head) -> None:
+    def add_weight(self, du: Tensor, columns: slice, first: bool, head: ScaledHead) -> None:
         """dW of a tile, where dW is kept in the dtype of computation; `first`: nothing is there yet."""
         if self.dw is None:
             return
@@ -160,8 +157,8 @@ class Gradients:
         else:
             self.dw[columns].addmm_(du.T, head.x)
 
-    def finish(self, n: int, rows: Tensor | None) -> tuple[Tensor | None, ...]:
-        """(dhidden [n, H], dW, dbias, dA, dB); dhidden is 0 on the rows that do not count."""
+    def finish(self) -> tuple[Tensor | None, ...]:
+        """The HEAD_GRADIENTS: dhidden [n, H], dW, dbias, dA, dB."""
         head, da = self.head, None
         if self.dlora_b is not None:
             da = head.lora_scale * (self.dv.T @ head.x)
@@ -169,8 +166,6 @@ class Gradients:
             if self.dv is not None:
                 self.dx.addmm_(self.dv, head.lora_a, alpha=head.lora_scale)
             self.dx.mul_(head.factor[:, None])
-            if rows is not None:
-                self.dx = self.dx.new_zeros(n, self.dx.shape[1]).index_copy_(0, rows, self.dx)
         return self.dx, self.dw, self.db, da, self.dlora_b
 
 
@@ -192,7 +187,7 @@ def inside_slice(labels: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
     return inside, torch.where(inside, labels - lo, 0)[:, None]
 
 
-def sweep_forward(head: Head, labels: Tensor, tiles: Tiles, *, entropy: bool, pad: bool = False):
+def sweep_forward(head: ScaledHead, labels: Tensor, tiles: Tiles, *, entropy: bool, pad: bool = False):
     """log-prob, entropy, running maximum and sum of exp(z - maximum), each [n], in one sweep over the vocabulary.
 
     The online softmax of Milakov and Gimelshein (2018); t sums exp(z - m) * (z - m) for the entropy.
@@ -205,7 +200,7 @@ def sweep_forward(head: Head, labels: Tensor, tiles: Tiles, *, entropy: bool, pa
     for lo, hi, w in head.slices(tiles.columns):
         for first in range(0, n, tiles.rows):
             cut = slice(first, min(n, first + tiles.rows))
-            part = head.rows(cut.start, cut.stop)
+            part = head.rows(cut)
             size = cut.stop - cut.start
             # batch-invariant: every row of a tile is multiplied by the same instructions only where rows are rows
             lay = _by_row if pad else _by_column
@@ -231,7 +226,7 @@ def sweep_forward(head: Head, labels: Tensor, tiles: Tiles, *, entropy: bool, pa
     return (target - base) - log_s, (log_s - t / s if entropy else None), m, s
 
 
-def _tile(part: Head, w: Tensor, lo: int, hi: int, out: Tensor, size: int) -> Tensor:
+def _tile(part: ScaledHead, w: Tensor, lo: int, hi: int, out: Tensor, size: int) -> Tensor:
     """The logits of a block of rows; a last, shorter block is padded with zero rows to the shape of `out`."""
     if len(out) == size:
         return part.logits(w, lo, hi, out)
@@ -241,7 +236,7 @@ def _tile(part: Head, w: Tensor, lo: int, hi: int, out: Tensor, size: int) -> Te
     return replace(part, **grow).logits(w, lo, hi, out)[:size]
 
 
-def sweep_backward(head: Head, labels, g, ge, entropy, m, s, tiles: Tiles, need, weight_dtype) -> Gradients:
+def sweep_backward(head: ScaledHead, labels, g, ge, entropy, m, s, tiles: Tiles, need: Need, weight_dtype) -> Gradients:
     """Gradients for dL/dlogp = g and dL/dentropy = ge (or None): dz = 1[y] g - p (g + ge (log p + entropy))."""
     n, x = len(labels), head.x
     grads, narrow = Gradients(head, need, weight_dtype), weight_dtype != x.dtype
@@ -252,7 +247,7 @@ def sweep_backward(head: Head, labels, g, ge, entropy, m, s, tiles: Tiles, need,
         dw = None
         for first in range(0, n, tiles.rows):
             cut = slice(first, min(n, first + tiles.rows))
-            part = head.rows(cut.start, cut.stop)
+            part = head.rows(cut)
             shape = (cut.stop - cut.start, hi - lo)
             z = part.logits(w, lo, hi, _by_column(buffer, *shape))
             slope = None if part.cap is None else (z / part.cap).square_().neg_().add_(1)  # d tanh
@@ -278,7 +273,7 @@ def sweep_backward(head: Head, labels, g, ge, entropy, m, s, tiles: Tiles, need,
     return grads
 
 
-def chunk_terms(head: Head, labels: Tensor, z: Tensor, spare: Tensor, columns: int):
+def chunk_terms(head: ScaledHead, labels: Tensor, z: Tensor, spare: Tensor, columns: int):
     """z [c, V] becomes exp(z - m) in place. Returns log-prob, entropy, m and the sum of z, each [c]."""
     c, vocabulary = z.shape
     for lo, hi, w in head.slices(vocabulary if head.weight.dtype == z.dtype else columns):
@@ -296,7 +291,7 @@ def chunk_terms(head: Head, labels: Tensor, z: Tensor, spare: Tensor, columns: i
     return target - s.log(), s.log() - t / s, m, s
 
 
-def chunk_gradient(head: Head, labels: Tensor, z: Tensor, m, s, entropy, g, ge: Tensor | None, columns: int) -> Tensor:
+def chunk_gradient(head: ScaledHead, labels, z: Tensor, m, s, entropy, g, ge: Tensor | None, columns: int) -> Tensor:
     """exp(z - m) in `z` becomes the gradient of u, in place (the formula of `sweep_backward`; ge 0-d or None)."""
     for lo in range(0, z.shape[1], columns):
         e = z[:, lo : lo + columns]
@@ -315,8 +310,7 @@ def chunk_gradient(head: Head, labels: Tensor, z: Tensor, m, s, entropy, g, ge: 
     return z
 
 
-def ppo_sweep(head: Head, labels, old_log_probs, advantages, weights, ref_log_probs, count, options: LossOptions, need,
-              tiles: Tiles):  # fmt: skip
+def ppo_sweep(head: ScaledHead, labels, tokens: Tokens, count, options: LossOptions, need: Need, tiles: Tiles):
     """Loss terms [n] of every token and the gradients, in one sweep: log-prob -> loss -> gradient of the logits.
 
     Three matrix products a chunk: logits, then dx and dW from the same buffer.
@@ -329,13 +323,37 @@ def ppo_sweep(head: Head, labels, old_log_probs, advantages, weights, ref_log_pr
     buffer, spare = x.new_empty(size * len(head.weight)), x.new_empty(size * tiles.columns)
     for first in range(0, n, tiles.rows):
         cut = slice(first, min(n, first + tiles.rows))
-        part = head.rows(cut.start, cut.stop)
+        part = head.rows(cut)
         z = _by_column(buffer, cut.stop - cut.start, len(head.weight))
         log_probs[cut], entropy[cut], m, s = chunk_terms(part, labels[cut], z, spare, tiles.columns)
-        per_token = (None if t is None else t[cut] for t in (old_log_probs, advantages, weights, ref_log_probs))
-        loss[cut], g = policy_terms(log_probs[cut], *per_token, options)
+        loss[cut], g = policy_terms(log_probs[cut], tokens.map(lambda t, cut=cut: t[cut]), options)
         chunk_gradient(part, labels[cut], z, m, s, entropy[cut], g / count, ge, tiles.columns)
         for lo, hi, w in head.slices(len(head.weight) if head.weight.dtype == z.dtype else tiles.columns):
             grads.add(z[:, lo:hi], w, slice(lo, hi), cut, part)
             grads.add_weight(z[:, lo:hi], slice(lo, hi), first == 0, part)
     return loss, log_probs, entropy, grads
+
+
+def linear_forward(head: Head, *, entropy: bool, batch_invariant: bool = False):
+    """log-prob, entropy (or None), maximum and sum of exponentials, each [n]."""
+    n, cuda = len(head.labels), head.weight.is_cuda
+    tiles = sweep_tiles(n, *head.weight.shape, cuda=cuda, entropy=entropy, batch_invariant=batch_invariant)
+    return sweep_forward(ScaledHead.build(head), head.labels.long(), tiles, entropy=entropy, pad=batch_invariant)
+
+
+def linear_backward(head: Head, g: Tensor | None, ge: Tensor | None, entropy, m: Tensor, s: Tensor, need: Need):
+    """The HEAD_GRADIENTS for dL/dlogp = g and dL/dentropy = ge, each [n] or None; None where not needed."""
+    n, weight = len(head.labels), head.weight
+    tiles = sweep_tiles(n, *weight.shape, cuda=weight.is_cuda, entropy=ge is not None)
+    g = torch.zeros_like(m) if g is None else g.to(m.dtype)
+    ge = None if ge is None else ge.to(m.dtype)
+    part, labels = ScaledHead.build(head), head.labels.long()
+    return sweep_backward(part, labels, g, ge, entropy, m, s, tiles, need, weight.dtype).finish()
+
+
+def linear_ppo(head: Head, tokens: Tokens, count: Tensor, options: LossOptions, need: Need):
+    """(loss terms, log-probs, entropies) of the tokens, each [n], and the HEAD_GRADIENTS."""
+    tiles = chunk_tiles(len(head.weight), cuda=head.weight.is_cuda)
+    part, labels = ScaledHead.build(head), head.labels.long()
+    *terms, gradients = ppo_sweep(part, labels, tokens, count, options, need, tiles)
+    return *terms, gradients.finish()

@@ -23,7 +23,7 @@ _records: list[Launch] | None = None
 
 @contextmanager
 def recorded():
-    """Inside, kernels are not started but listed: with `meta` tensors the launchers run without any device."""
+    """Kernels are listed in this context, not started: with `meta` tensors the launchers run without any device."""
     global _records
     before, _records = _records, []
     try:

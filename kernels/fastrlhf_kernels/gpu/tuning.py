@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backend import INTERPRET
+from ..backend import INTERPRET
 
 
 class Chip(NamedTuple):
@@ -53,12 +53,12 @@ STACK_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
 }
 INTERPRETER = Chip("interpreter", 32, 2, 1 << 30)
 _chosen: Chip | None = None
-_found: dict[int, Chip] = {}
+_chips: dict[int, Chip] = {}
 
 
 @contextmanager
 def pretend(chip: Chip):
-    """Inside, launchers choose their tiles for `chip`, whatever the machine has."""
+    """Launchers choose their tiles for `chip` in this context, whatever the machine has."""
     global _chosen
     before, _chosen = _chosen, chip
     try:
@@ -74,9 +74,9 @@ def chip_of(device: torch.device) -> Chip:
     if INTERPRET:
         return INTERPRETER
     index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _found:
-        _found[index] = _read(index)
-    return _found[index]
+    if index not in _chips:
+        _chips[index] = _read(index)
+    return _chips[index]
 
 
 def _read(index: int) -> Chip:
@@ -138,9 +138,8 @@ FP32_NARROW_TILE = Tile(32, 32, 8, 2, 32)  # storing the sums of every block, or
 
 
 def product_tile(
-    chip: Chip, n: int, half: bool, *, adapter: bool = False, batch_invariant: bool = False, backward: bool = False,
-    described: bool = False,
-) -> Tile:  # fmt: skip
+    chip: Chip, n: int, half: bool, *, adapter=False, batch_invariant=False, backward=False, described=False
+) -> Tile:
     """Tile of a product with the head for `n` rows, `half`: of bf16 or fp16; batch_invariant: the same for every n;
     described: its operands are tensor descriptors.
     """
@@ -172,7 +171,7 @@ def product_splits(
 
 
 # chip -> least hidden size from which the cuBLAS product and a softmax pass beat exponentials in the product's
-# epilogue (`triton_linear_ppo_loss.py`), as `python -m bench.gpu_kernels` measures it. Empty: no chip was measured yet.
+# epilogue (`linear_ppo_loss.py`), as `python -m bench.gpu_kernels` measures it. Empty: no chip was measured yet.
 SOFTMAX_FROM: dict[str, int] = {}
 
 
@@ -187,11 +186,10 @@ def ppo_plan(chip: Chip, width: int) -> str:
 def attention_tile(chip: Chip, size: int, element_size: int) -> Tile:
     """Tile for heads of `size` numbers: 16 query heads, positions of a step, and the size as a power of two."""
     depth = max(16, 1 << (size - 1).bit_length())
+    warps = 8 if depth > 128 else 4
     if element_size == 4:  # IEEE fp32 has no tensor core: larger tiles spill
-        return Tile(16, max(16, min(32, 2048 // depth)), 8 if depth > 128 else 4, 1 if depth > 128 else 2, depth)
-    return Tile(
-        16, max(16, min(64, 8192 // depth)), 8 if depth > 128 else 4, 2, depth
-    )  # keys and values of 32 KiB a stage
+        return Tile(16, max(16, min(32, 2048 // depth)), warps, 1 if depth > 128 else 2, depth)
+    return Tile(16, max(16, min(64, 8192 // depth)), warps, 2, depth)  # keys and values of 32 KiB a stage
 
 
 def attention_splits(chip: Chip, programs: int, positions: int) -> int:

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .checks import wide
-
-
-class LossOptions(NamedTuple):
-    """The scalars of the clipped policy loss."""
-
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
+from ..checks import wide
+from ..operands import LossOptions, Tokens
 
 
 def kl_terms(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> Tensor:
@@ -41,52 +29,49 @@ def kl_gradient(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> Ten
     return -torch.expm1(-d) if estimator == "k3" else d.sign()
 
 
-def ratio_and_clip(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, options: LossOptions):
+def ratio_and_clip(log_probs: Tensor, tokens: Tokens, options: LossOptions):
     """(ratio, -A ratio, -A clip(ratio))."""
-    ratio = torch.exp(log_probs - old_log_probs)
-    clipped = -advantages * ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
-    return ratio, -advantages * ratio, clipped
+    ratio = torch.exp(log_probs - tokens.old_log_probs)
+    clipped = -tokens.advantages * ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
+    return ratio, -tokens.advantages * ratio, clipped
 
 
-def policy_terms(log_probs, old_log_probs, advantages, weights, ref_log_probs, options: LossOptions):
+def policy_terms(log_probs: Tensor, tokens: Tokens, options: LossOptions):
     """(loss, d loss / d log_prob) of every token, not yet divided by the normalizer and without the entropy bonus.
 
     Where the two branches of the maximum are equal the whole gradient goes to the unclipped one. A zero advantage
     costs nothing, however large the ratio.
     """
-    _, plain, clipped = ratio_and_clip(log_probs, old_log_probs, advantages, options)
+    _, plain, clipped = ratio_and_clip(log_probs, tokens, options)
     wins = plain >= clipped  # false for NaN; clipped * 0 is then NaN in turn
     loss, grad = torch.where(wins, plain, clipped), torch.where(wins, plain, clipped * 0)
     if options.dual_clip is not None:
-        bound = -advantages * options.dual_clip
-        capped = (advantages < 0) & (loss > bound)
+        bound = -tokens.advantages * options.dual_clip
+        capped = (tokens.advantages < 0) & (loss > bound)
         loss, grad = torch.where(capped, bound, loss), torch.where(capped, 0, grad)
-    if weights is not None:
-        loss, grad = loss * weights, grad * weights
+    if tokens.weights is not None:
+        loss, grad = loss * tokens.weights, grad * tokens.weights
     if options.kl_coef != 0:
-        loss = loss + options.kl_coef * kl_terms(log_probs, ref_log_probs, options.kl_estimator)
-        grad = grad + options.kl_coef * kl_gradient(log_probs, ref_log_probs, options.kl_estimator)
+        loss = loss + options.kl_coef * kl_terms(log_probs, tokens.ref_log_probs, options.kl_estimator)
+        grad = grad + options.kl_coef * kl_gradient(log_probs, tokens.ref_log_probs, options.kl_estimator)
     return loss, grad
 
 
-def policy_stats(log_probs, old_log_probs, advantages, count: Tensor, options: LossOptions, mask=None):
-    """(ratio, approx_kl, clip_frac): sums over the tokens (of the mask, if there is one) / count."""
-    ratio, plain, clipped = ratio_and_clip(log_probs, old_log_probs, advantages, options)
-    d = log_probs - old_log_probs
-    ratio = ratio if mask is None else torch.where(mask, ratio, 0)  # outside the mask d is 0, so the rest is too
+def policy_stats(log_probs: Tensor, tokens: Tokens, count: Tensor, options: LossOptions):
+    """(ratio, approx_kl, clip_frac): sums over the mask / count; outside it log-probs and advantages must be 0."""
+    ratio, plain, clipped = ratio_and_clip(log_probs, tokens, options)
+    d = log_probs - tokens.old_log_probs  # 0 outside the mask, so that only the ratio, 1 there, has to be masked
     clip_frac = (clipped > plain).sum() / count
-    return ratio.sum() / count, (torch.expm1(d) - d).sum() / count, clip_frac.to(ratio.dtype)
+    ratio_sum = torch.where(tokens.mask, ratio, 0).sum()
+    return ratio_sum / count, (torch.expm1(d) - d).sum() / count, clip_frac.to(ratio.dtype)
 
 
-def policy_loss(log_probs, old_log_probs, advantages, mask, weights, count: Tensor, options: LossOptions):
+def policy_loss(log_probs: Tensor, tokens: Tokens, count: Tensor, options: LossOptions):
     """loss, ratio, approx_kl, clip_frac (0-d) and d loss / d log_probs."""
-    dtype = wide(log_probs)
-    lp, old, adv, weight = (
-        None if t is None else torch.where(mask, t, 0).to(dtype)
-        for t in (log_probs, old_log_probs, advantages, weights)
-    )
-    terms, grad = policy_terms(lp, old, adv, weight, None, options)
-    stats = policy_stats(lp, old, adv, count, options, mask)
+    dtype, mask = wide(log_probs), tokens.mask
+    log_probs, tokens = torch.where(mask, log_probs, 0).to(dtype), tokens.counted(dtype)
+    terms, grad = policy_terms(log_probs, tokens, options)
+    stats = policy_stats(log_probs, tokens, count, options)
     return terms.sum() / count, *stats, torch.where(mask, grad, 0) / count
 
 

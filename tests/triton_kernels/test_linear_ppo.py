@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import fastrlhf_kernels as kernels
-from fastrlhf_kernels import autotune, reference, triton_exponential_ppo, triton_linear_ppo_loss, tuning
-from fastrlhf_kernels.losses import LossOptions
-from fastrlhf_kernels.triton_linear_log_probs import Head
+from fastrlhf_kernels import reference
+from fastrlhf_kernels.gpu import autotune, exponential_ppo, linear_ppo_loss, tuning
+from fastrlhf_kernels.gpu.head import DenseHead
+from fastrlhf_kernels.operands import Head, LossOptions, Need, Tokens
 
 OPTIONS = {
     "plain": {},
@@ -18,9 +19,11 @@ OPTIONS = {
     "softcap": {"logit_softcap": 3.0, "temperature": 0.7},
     "lora": {"lora": True},
     "kl_and_entropy": {"kl_coef": 0.2, "entropy_coef": 0.05},
-    "everything": {"bias": True, "logit_scale": 0.8, "logit_softcap": 4.0, "lora": True, "kl_coef": 0.1,
-                   "entropy_coef": 0.02, "dual_clip": 3.0, "temperature": 1.2},
-}  # fmt: skip
+    "everything": {
+        **{"bias": True, "logit_scale": 0.8, "logit_softcap": 4.0, "lora": True},
+        **{"kl_coef": 0.1, "entropy_coef": 0.02, "dual_clip": 3.0, "temperature": 1.2},
+    },
+}
 
 
 def problem(device, dtype, n=37, vocabulary=300, width=24, **options):
@@ -58,7 +61,7 @@ def run(function, leaves, labels, per_token, options, wide):
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1.2e-2), (torch.float16, 2e-3)])
 def test_loss_statistics_and_gradients(device, monkeypatch, options, dtype, limit, chunk):
     """The loss is as exact as in fp32; gradients are rounded to the dtype (by the interpreter towards zero)."""
-    monkeypatch.setattr(triton_linear_ppo_loss, "chunk_rows", lambda n, vocabulary, size=4: min(n, chunk))
+    monkeypatch.setattr(linear_ppo_loss, "chunk_rows", lambda n, vocabulary, size=4: min(n, chunk))
     arguments = problem(device, dtype, **options)
     triton = lambda *a, **k: kernels.linear_ppo_loss(*a, backend="triton", **k)  # noqa: E731
     loss, stats, grads = run(triton, *arguments, lambda t: t.detach().clone())
@@ -74,9 +77,11 @@ def test_loss_statistics_and_gradients(device, monkeypatch, options, dtype, limi
 EXPONENTIAL_OPTIONS = {
     "plain": {},
     "bias": {"bias": True, "logit_scale": 1.3},
-    "everything": {"bias": True, "logit_scale": 0.8, "logit_softcap": 4.0, "kl_coef": 0.1, "dual_clip": 3.0,
-                   "temperature": 1.2},
-}  # fmt: skip
+    "everything": {
+        **{"bias": True, "logit_scale": 0.8, "logit_softcap": 4.0},
+        **{"kl_coef": 0.1, "dual_clip": 3.0, "temperature": 1.2},
+    },
+}
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
@@ -85,8 +90,8 @@ def test_the_plan_without_a_softmax_pass(device, monkeypatch, options, descripto
     """Against float64, with old log-probs near and so far that rows must be computed again; no other plan runs."""
     chip = tuning.chip_of(device)
     monkeypatch.setitem(tuning.SOFTMAX_FROM, chip.name, 1000)
-    monkeypatch.setattr(triton_linear_ppo_loss, "softmax_ppo", None)
-    monkeypatch.setattr(triton_linear_ppo_loss, "chunk_rows", lambda n, vocabulary, size=4: min(n, 32))
+    monkeypatch.setattr(linear_ppo_loss, "softmax_ppo", None)
+    monkeypatch.setattr(linear_ppo_loss, "chunk_rows", lambda n, vocabulary, size=4: min(n, 32))
     leaves, labels, (old, advantages, mask), used = problem(device, torch.bfloat16, **options)
     old[3], old[4], old[5] = old[3] - 200, old[4] + 90, old[5] - 60
     mask[2:6] = True
@@ -112,10 +117,12 @@ def test_rows_of_the_plan_without_a_softmax_pass_that_are_out_of_range(device, m
     old[2], old[3], mask[:], mask[7] = -torch.inf, old[3] + 300, True, False
     labels[7] = -5
     options, count = LossOptions(0.2, 0.2, 3.0), mask.sum().float()
-    head = Head.build(torch.where(mask[:, None], hidden, 0), weight, None, bias, 1.0, 1.0, None, None, None, 1.0)
-    given = (head, labels, mask, old, advantages, None, None, count, options, [True, False, False, False], 8)
-    ours = triton_exponential_ppo.exponential_ppo(*given)
-    theirs = triton_linear_ppo_loss.softmax_ppo(*given)
+    hidden = torch.where(mask[:, None], hidden, 0)
+    head = DenseHead(Head(hidden, weight, labels, bias, None, 1.0, 1.0, None, None, None, 1.0))
+    tokens = Tokens(old, advantages, mask, None, None)
+    given = (head, tokens, count, options, Need(True, False, False, False), 8)
+    ours = exponential_ppo.exponential_ppo(*given)
+    theirs = linear_ppo_loss.softmax_ppo(*given)
     for a, b in zip(ours[:3], theirs[:3], strict=True):
         assert torch.allclose(a, b, atol=2e-5, rtol=1e-5, equal_nan=True)
     rows = [0, 3, 4, 5, 6, 7]
@@ -127,11 +134,11 @@ def test_the_faster_plan_is_measured_once_where_that_is_asked_for(device, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(autotune, "_answers", {})
     runs = []
-    plain = triton_linear_ppo_loss.softmax_ppo
-    monkeypatch.setattr(triton_linear_ppo_loss, "softmax_ppo", lambda *a: runs.append("softmax") or plain(*a))
+    plain = linear_ppo_loss.softmax_ppo
+    monkeypatch.setattr(linear_ppo_loss, "softmax_ppo", lambda *a: runs.append("softmax") or plain(*a))
     leaves, labels, per_token, options = problem(device, torch.bfloat16, n=4, vocabulary=40, width=16)
-    call = lambda: kernels.linear_ppo_loss(leaves[0].requires_grad_(), leaves[1], labels, *per_token,  # noqa: E731
-                                           backend="triton")  # fmt: skip
+    arguments = (leaves[0].requires_grad_(), leaves[1], labels, *per_token)
+    call = lambda: kernels.linear_ppo_loss(*arguments, backend="triton")  # noqa: E731
     call()
     assert len(runs) >= autotune.REPETITIONS
     (answer,) = json.loads(autotune.cache_file().read_text()).values()
@@ -148,14 +155,15 @@ def test_rows_that_could_not_be_left_out_count_nothing(device):
     hidden, weight = leaves
     options, count = LossOptions(0.2, 0.2, None, entropy_coef=0.1), mask.sum().float()
     results = []
-    for rows, kept in ((mask.nonzero()[:, 0], None), (None, mask)):
+    for rows, kept in ((mask.nonzero()[:, 0], mask[mask]), (None, mask)):
         pick = (lambda t, rows=rows: t[rows]) if rows is not None else (lambda t: torch.where(mask, t, 0))
         x = hidden if rows is not None else torch.where(mask[:, None], hidden, 0)
         y = labels[rows] if rows is not None else torch.where(mask, labels, -7)
-        head = Head.build(x, weight, rows, None, 1.0, 1.0, None, None, None, 1.0)
-        loss, _, entropy, grads = triton_linear_ppo_loss.linear_ppo(
-            head, y, kept, pick(old), pick(advantages), None, None, count, options, [True, True, False, False]
-        )
+        x = x if rows is None else x[rows]
+        head = Head(x, weight, y, None, None, 1.0, 1.0, None, None, None, 1.0)
+        tokens = Tokens(pick(old), pick(advantages), kept, None, None)
+        need = Need(True, True, False, False)
+        loss, _, entropy, grads = linear_ppo_loss.linear_ppo(head, tokens, count, options, need)
         results.append((loss.sum(), entropy.sum(), grads[1], grads[0].sum(0)))
     for a, b in zip(*results, strict=True):
         assert torch.isfinite(b).all() and torch.allclose(a, b, atol=1e-5, rtol=1e-5)
@@ -164,7 +172,7 @@ def test_rows_that_could_not_be_left_out_count_nothing(device):
 def test_a_chunk_keeps_within_its_workspace():
     for vocabulary in (1, 1000, 49152, 151936, 256000):
         for n in (1, 100, 8192, 70_000):
-            rows = triton_linear_ppo_loss.chunk_rows(n, vocabulary)
+            rows = linear_ppo_loss.chunk_rows(n, vocabulary)
             assert 1 <= rows <= n and rows * vocabulary * 4 <= max(1 << 30, 128 * 4 * vocabulary)
-            twice = triton_linear_ppo_loss.chunk_rows(n, vocabulary, 2)
+            twice = linear_ppo_loss.chunk_rows(n, vocabulary, 2)
             assert rows <= twice <= n and twice * vocabulary * 2 <= max(1 << 30, 128 * 2 * vocabulary)

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one operation a file. Imported only where a call goes to Triton."""

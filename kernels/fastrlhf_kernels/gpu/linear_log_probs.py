@@ -1,0 +1,254 @@
+"""Hidden states to log-probs: one matrix product whose fp32 accumulators go straight into the online softmax.
+
+Forward: a program takes a block of rows and a part of the vocabulary; logits live in registers, and what leaves the
+kernel are three sums a row and part. Backward: the logits of a slice of the vocabulary are computed anew, their
+gradient is stored once in the weight's dtype, and dW of the slice is one product over all rows: no fp32 [V, H] sum.
+The products of bf16 or fp16 numbers are exact in fp32, so this is an fp32 head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..operands import Head, Need
+from . import tuning
+from .head import DenseHead, add_product, halves, head_logits, known_labels, near, product
+from .launch import launch
+from .terms import (
+    FLOOR,
+    LOG2E,
+    Results,
+    Sums,
+    combine,
+    finite,
+    inverse_temperature,
+    softmax_gradient,
+    store_sums,
+)
+
+SLICE_BYTES = 1 << 28  # of the logits' gradient, see `_slice_columns`
+NONE_IGNORED = -(1 << 62)  # the rows that count were picked before
+
+
+@triton.jit
+def _absorb(z, low, last, label, scale, top, total, weighted, target, ENTROPY: tl.constexpr, COLUMNS: tl.constexpr):
+    """The logits of columns low, low + 1 ... into the running sums of their rows."""
+    column = tl.arange(0, COLUMNS)
+    target += tl.sum(tl.where(column[None, :] == (label - low)[:, None], z, 0.0), 1)
+    z = tl.where((column < last - low)[None, :], z, float("-inf"))
+    new = tl.maximum(top, tl.max(z, 1))
+    base = finite(new)
+    distance = (z - base[:, None]) * scale[:, None]
+    e = tl.exp2(distance)
+    shift = tl.maximum((top - base) * scale, FLOOR)
+    decay = tl.exp2(shift)
+    if ENTROPY:
+        weighted = decay * (weighted + total * shift) + tl.sum(tl.where(e > 0, e * distance, 0.0), 1)
+    return new, decay * total + tl.sum(e, 1), weighted, target
+
+
+@triton.jit(do_not_specialize=["n"])
+def _linear_forward(
+    x,
+    w,
+    head,
+    targets,
+    sums,
+    n,
+    blocks,
+    splits,
+    part_columns,
+    ENTROPY: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    HALVES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LORA: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    part = program // blocks  # programs that run together share a part of W
+    first_row = (program % blocks) * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    live = rows < n
+    label = known_labels(head, rows, live)
+    scale = inverse_temperature(head.temperature, rows, live) * LOG2E
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    weighted = tl.zeros((ROWS,), tl.float32)
+    target = tl.zeros((ROWS,), tl.float32)
+    first = part.to(tl.int32) * part_columns
+    last = tl.minimum(first + part_columns, head.vocabulary)
+    for low in range(first, last, COLUMNS):
+        z, _ = head_logits(x, w, head, n, last, first_row, low, DESCRIPTORS, PRECISION, LORA, ROWS, COLUMNS, DEPTH)
+        if HALVES:  # one after the other: the softmax of a whole wide block does not fit the registers
+            HALF: tl.constexpr = COLUMNS // 2
+            left, right = halves(z, ROWS, COLUMNS)
+            top, total, weighted, target = _absorb(
+                left, low, last, label, scale, top, total, weighted, target, ENTROPY, HALF
+            )
+            top, total, weighted, target = _absorb(
+                right, low + HALF, last, label, scale, top, total, weighted, target, ENTROPY, HALF
+            )
+        else:
+            top, total, weighted, target = _absorb(
+                z, low, last, label, scale, top, total, weighted, target, ENTROPY, COLUMNS
+            )
+    store_sums(sums, rows * splits + part, live, top, total, weighted)
+    tl.store(targets + rows, target, mask=live & (label >= first) & (label < last))
+
+
+class Incoming(NamedTuple):
+    """The gradients of a row's results [n], and what the forward kept of it."""
+
+    log_prob: Tensor | None
+    entropy: Tensor | None
+    entropies: Tensor | None
+    top: Tensor
+    total: Tensor
+
+
+@triton.jit
+def load_incoming(incoming, rows, live, ROWS: tl.constexpr):
+    """(g, ge, entropy, base, total) of rows; zeros for a gradient that is not there."""
+    g, ge, entropy = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    if incoming.log_prob is not None:
+        g = tl.load(incoming.log_prob + rows, mask=live, other=0.0).to(tl.float32)
+    if incoming.entropy is not None:
+        ge = tl.load(incoming.entropy + rows, mask=live, other=0.0).to(tl.float32)
+        entropy = tl.load(incoming.entropies + rows, mask=live, other=0.0)
+    base = finite(tl.load(incoming.top + rows, mask=live, other=0.0))
+    return g, ge, entropy, base, tl.load(incoming.total + rows, mask=live, other=1.0)
+
+
+@triton.jit(do_not_specialize=["n", "first"])
+def _linear_backward(
+    x,
+    w,
+    head,
+    out,
+    gain,
+    incoming,
+    n,
+    blocks,
+    first,
+    last,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LORA: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    first_row, first_column = (program % blocks) * ROWS, first + (program // blocks) * COLUMNS
+    rows, columns = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+    live = rows < n
+    low = first_column.to(tl.int32)
+    z, slope = head_logits(x, w, head, n, last, first_row, low, DESCRIPTORS, PRECISION, LORA, ROWS, COLUMNS, DEPTH)
+    label = tl.load(head.labels + rows, mask=live, other=-1).to(tl.int64)
+    inverse = inverse_temperature(head.temperature, rows, live)
+    g, ge, entropy, base, total = load_incoming(incoming, rows, live, ROWS)
+    g, ge, entropy, base, total = g[:, None], ge[:, None], entropy[:, None], base[:, None], total[:, None]
+    scale = (inverse * LOG2E)[:, None]
+    dz = softmax_gradient(z, base, scale, total, g, ge, entropy, incoming.entropy is not None)
+    column = tl.arange(0, COLUMNS)
+    dz += tl.where(column[None, :] == near(label, first_column, COLUMNS)[:, None], g, 0.0)
+    dz = dz * inverse[:, None] * slope * tl.load(gain)
+    start = out + rows * (last - first) + (first_column - first)
+    live = live[:, None] & (columns < last)[None, :]
+    tl.store(start[:, None] + column[None, :], dz.to(out.dtype.element_ty), mask=live)
+
+
+def linear_forward(head: Head, *, entropy: bool, batch_invariant: bool = False) -> Results:
+    """log-prob, entropy (or None), maximum and sum of exponentials, each [n] fp32."""
+    head = DenseHead(head)
+    n, device = len(head), head.x.device
+    make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)  # noqa: E731
+    results = Results(make(n).fill_(torch.nan), make(n) if entropy else None, make(n), make(n))
+    chip = tuning.chip_of(device)
+    described = chip.descriptors and not batch_invariant and head.aligned  # alignment may differ from call to call
+    options = {"adapter": head.v is not None, "batch_invariant": batch_invariant, "described": described}
+    tile = tuning.product_tile(chip, n, head.half, **options)
+    blocks = -(-n // tile.rows)
+    splits, columns = tuning.product_splits(chip, blocks, len(head.weight), tile, batch_invariant=batch_invariant)
+    sums = Sums(make(n, splits), make(n, splits), make(n, splits))
+    constants = {"ENTROPY": entropy, "DESCRIPTORS": described, "HALVES": tile.columns > 128 and described}
+    constants |= head.precisions() | tile.constants()
+    arguments = (*head.operands(tile, described), head.args(), results.log_probs, sums, n, blocks, splits, columns)
+    launch(_linear_forward, blocks * splits, device, *arguments, **constants, warps=tile.warps, stages=tile.stages)
+    combine(sums, results, head.labels, head.temperature, NONE_IGNORED)
+    return results
+
+
+def linear_backward(head: Head, g: Tensor | None, ge: Tensor | None, entropy, top: Tensor, total: Tensor, need: Need):
+    """The HEAD_GRADIENTS for dL/dlogp = g and dL/dentropy = ge, each [n] or None; None where not needed.
+
+    dx, dA and dB are fp32 sums; dW and dbias are in the dtype of the weight and fp32.
+    """
+    head = DenseHead(head)
+    n, (vocabulary, width) = len(head), head.weight.shape
+    weight, device = head.weight, head.x.device
+    incoming = Incoming(*(None if t is None else t.float().contiguous() for t in (g, ge, entropy, top, total)))
+    chip = tuning.chip_of(device)
+    described = chip.descriptors and head.aligned
+    options = {"adapter": head.v is not None, "backward": True, "described": described}
+    tile = tuning.product_tile(chip, n, head.half, **options)
+    constants = {"DESCRIPTORS": described} | head.precisions() | tile.constants()
+    blocks, slice_columns = -(-n // tile.rows), _slice_columns(n, vocabulary)
+    dtype = torch.promote_types(head.x.dtype, weight.dtype)
+    gain = _gain(dtype, incoming)
+    operands, args = head.operands(tile, described), head.args()
+    dx = torch.zeros(n, width, dtype=torch.float32, device=device) if need.hidden else None
+    dw = torch.empty_like(weight) if need.weight else None
+    dbias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if need.bias else None
+    dlora_b = torch.zeros_like(head.lora_b) if need.lora else None
+    dv = torch.zeros_like(head.v) if head.v is not None and (need.hidden or need.lora) else None
+    for first in range(0, vocabulary, slice_columns):
+        last = min(vocabulary, first + slice_columns)
+        dz = torch.empty(n, last - first, dtype=dtype, device=device)
+        programs = blocks * -(-(last - first) // tile.columns)
+        arguments = (*operands, args, dz, gain, incoming, n, blocks, first, last)
+        launch(_linear_backward, programs, device, *arguments, **constants, warps=tile.warps, stages=tile.stages)
+        if dx is not None:
+            add_product(dx, dz, weight[first:last])
+        if dw is not None:
+            dw[first:last] = product(dz.T, head.x).div_(gain)
+        if dbias is not None:
+            dbias[first:last] = dz.sum(0, dtype=torch.float32).div_(gain)
+        if dlora_b is not None:
+            dlora_b[first:last] = (dz.float().T @ head.v).div_(gain)
+        if dv is not None:
+            dv += dz.float() @ head.lora_b[first:last]
+    if dv is not None:
+        dv.div_(gain)
+    da = head.lora_scale * (dv.T @ head.x.float()) if need.lora else None
+    if dx is not None:
+        dx.div_(gain)
+        if dv is not None:
+            dx.addmm_(dv, head.lora_a, alpha=head.lora_scale)
+    return dx, dw, dbias, da, dlora_b
+
+
+def _slice_columns(n: int, vocabulary: int) -> int:
+    """Columns of a slice: 16,384; fewer where its gradient [n, columns] would pass SLICE_BYTES or max(2048, n / 4) rows
+    of the vocabulary. At least 128.
+    """
+    n = max(1, n)
+    most = min(16384, SLICE_BYTES // 2 // n, max(2048, n // 4) * vocabulary // n)
+    return min(vocabulary, max(128, most // 128 * 128))
+
+
+def _gain(dtype: torch.dtype, incoming: Incoming) -> Tensor:
+    """What the stored gradient is multiplied by: 1, but in fp16, which ends at 6e-8, what makes the largest 1024."""
+    gain = torch.ones((), dtype=torch.float32, device=incoming.top.device)
+    if dtype != torch.float16 or not len(incoming.top):
+        return gain
+    largest = torch.stack([t.abs().amax() for t in (incoming.log_prob, incoming.entropy) if t is not None]).amax()
+    return torch.where((largest > 0) & torch.isfinite(largest), 1024 / largest, gain)
