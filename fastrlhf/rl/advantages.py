@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.config.stages import PPOConfig
-from fastrlhf_kernels import gae, kl_estimate, masked_whiten, shape_rewards
+from fastrlhf_kernels import kl_estimate, shape_and_gae
 
 GRPO_EPS = 1e-4  # added to a group's deviation, as in TRL: a group of equal scores gives 0, not noise
 
@@ -144,26 +144,26 @@ def reinforce_plus_plus(signals: Signals, config: PPOConfig) -> tuple[Tensor, Te
 def _from_token_rewards(
     signals: Signals, config: PPOConfig, values: Tensor, gae_lambda: float, bootstrap_values: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    mask = signals.response_mask
-    early = torch.zeros_like(values)
+    scores, early = signals.scores, None
     if signals.token_rewards is not None:
-        early = _before_last(signals.token_rewards, mask)
-    rewards = early + shape_rewards(
-        signals.scores - early.sum(1),
+        early = _before_last(signals.token_rewards, signals.response_mask)
+        scores = scores - early.sum(1)  # what is left of the score, for the last token
+    shaped = shape_and_gae(
+        scores,
         signals.log_probs,
         signals.ref_log_probs,
-        mask,
+        values,
+        signals.response_mask,
         kl_coef=signals.kl_coef,
+        gamma=config.gamma,
+        gae_lambda=gae_lambda,
         estimator=config.kl_estimator,
+        token_rewards=early,
+        bootstrap_values=bootstrap_values,
+        whiten=bool(config.whiten_advantages),
+        group_size=config.samples_per_prompt if config.whiten_advantages == "group" else None,
     )
-    advantages, returns = gae(
-        rewards, values, mask, gamma=config.gamma, gae_lambda=gae_lambda, bootstrap_values=bootstrap_values
-    )
-    if config.whiten_advantages:
-        size = config.samples_per_prompt if config.whiten_advantages == "group" else len(advantages)
-        parts = zip(advantages.split(size), mask.split(size), strict=True)
-        advantages = torch.cat([masked_whiten(part, part_mask) for part, part_mask in parts])
-    return advantages, returns
+    return shaped.advantages, shaped.returns
 
 
 def _before_last(token_rewards: Tensor, response_mask: Tensor) -> Tensor:
