@@ -76,10 +76,10 @@ def inverse_cdf(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     chosen = (torch.searchsorted(running, point, right=True) - 1).clamp_(max=sums.shape[1] - 1)  # NaN: past the end
     low, high = running.gather(1, chosen), running.gather(1, chosen + 1)
     start = chosen * block
-    place = start + torch.arange(block, device=p.device)
-    inside = p.gather(1, place.clamp(max=vocabulary - 1))
+    column = start + torch.arange(block, device=p.device)
+    inside = p.gather(1, column.clamp(max=vocabulary - 1))
     if whole * block < vocabulary:
-        inside = inside.masked_fill_(place >= vocabulary, 0)
+        inside = inside.masked_fill_(column >= vocabulary, 0)
     inner = inside.cumsum(1, dtype=u.dtype)
     index = torch.searchsorted(inner, (point - low) / (high - low) * inner[:, -1:], right=True)
     return (start + index.clamp_(max=block - 1)).clamp_(max=vocabulary - 1)[:, 0], total

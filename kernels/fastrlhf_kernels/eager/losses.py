@@ -100,9 +100,9 @@ def shape_rewards(scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask
     rewards = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     if kl_coef != 0:
         rewards = torch.where(mask, -kl_coef * kl_terms(log_probs.to(dtype), ref_log_probs.to(dtype), estimator), 0)
-    place = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, place, -1).amax(1, keepdim=True) if mask.shape[1] else place.new_zeros(len(mask), 1)
-    return torch.where((place == last) & mask, rewards + scores.to(dtype)[:, None], rewards)
+    position = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, position, -1).amax(1, keepdim=True) if mask.shape[1] else position.new_zeros(len(mask), 1)
+    return torch.where((position == last) & mask, rewards + scores.to(dtype)[:, None], rewards)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float, bootstrap: Tensor | None):
@@ -115,8 +115,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     length = mask.shape[1]
     v = torch.where(mask, values, 0).to(dtype)
     end = v.new_zeros(len(v), 1) if bootstrap is None else bootstrap.to(dtype)[:, None]
-    place = torch.arange(length, device=v.device)
-    here = torch.where(mask, place, length)  # then the first token at or after each position
+    position = torch.arange(length, device=v.device)
+    here = torch.where(mask, position, length)  # then the first token at or after each position
     here = torch.cat([here, here.new_full((len(v), 1), length)], 1).flip(1).cummin(1).values.flip(1)
     following = torch.cat([v, end], 1).gather(1, here[:, 1:])
     carry = torch.full_like(v, gamma * gae_lambda).masked_fill(~mask, 1)
