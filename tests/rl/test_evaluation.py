@@ -23,10 +23,8 @@ from tests import tiny
 from tests.runs import PROMPTS, leave_after, letters, ppo_trainer, read, same, weights
 
 HELD_OUT = [{"prompt": p, "wish": f"wish {i}"} for i, p in enumerate(PROMPTS[:4])]
-trainer = partial(
-    ppo_trainer, total_steps=3, mini_batch_size=8, eval_every=1, learning_rate=2e-2, critic_learning_rate=1e-3,
-    ppo_epochs=2, save_every=1, eval_prompts=HELD_OUT,
-)  # fmt: skip
+LEARNING = {"learning_rate": 2e-2, "critic_learning_rate": 1e-3, "ppo_epochs": 2, "mini_batch_size": 8}
+trainer = partial(ppo_trainer, **LEARNING, total_steps=3, eval_every=1, save_every=1, eval_prompts=HELD_OUT)
 
 
 # ------------------------------------------------------------------------------------------------------------ formulas

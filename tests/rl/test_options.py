@@ -333,8 +333,8 @@ def test_a_recipe_runs_shortened(name, tmp_path):
     policy = tiny.llama()
     before = policy.lm_head.weight.detach().clone()
     ptx = TEXTS if full.ptx_coef else None
-    held = {"tokenizer": tiny.tokenizer(), "reward": letters, "prompts": PROMPTS, "ptx_data": ptx}
-    t = PPOTrainer(full.replace(**short), policy=policy, **held)
+    tokenizer, cfg = tiny.tokenizer(), full.replace(**short)
+    t = PPOTrainer(cfg, policy=policy, tokenizer=tokenizer, reward=letters, prompts=PROMPTS, ptx_data=ptx)
     steps = [step.metrics for step in t]
     assert len(steps) == 2 and steps[1]["update/skipped"] == 0
     assert ("ptx/loss" in steps[1]) == (name in ("ppo-max", "instructgpt"))

@@ -113,10 +113,8 @@ def test_group_estimators_use_the_sum(batch):
     assert torch.equal(plain[0], got[0])
 
 
-trainer = partial(
-    ppo_trainer, total_steps=1, rollout_batch_size=6, mini_batch_size=6, max_new_tokens=8, whiten_advantages=False,
-    gae_lambda=1.0, kl_coef=0.0,
-)  # fmt: skip
+SIZES = {"total_steps": 1, "rollout_batch_size": 6, "mini_batch_size": 6, "max_new_tokens": 8}
+trainer = partial(ppo_trainer, **SIZES, whiten_advantages=False, gae_lambda=1.0, kl_coef=0.0)
 
 
 def test_a_run_optimises_what_is_still_to_come():
