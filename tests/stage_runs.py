@@ -60,11 +60,12 @@ def experience_of(
 
 
 def everything(t: Trainer) -> dict[str, Tensor]:
-    """Weights and optimizer state of all that is trained."""
+    """Weights, optimizer state and fp32 masters of all that is trained."""
     found: dict[str, Tensor] = {}
     for name, (model, optimizer, *_) in t.trained().items():
         found |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
         found |= optimizer_tensors(optimizer.inner, f"{name}.optimizer")[0]
+        found |= {f"{name}.{key}": value for key, value in optimizer.master_tensors().items()}
     return found
 
 
