@@ -18,7 +18,7 @@ from tests import tiny
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 PAIRS = [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in PROMPTS]
 RANKED = [{"prompt": p, "responses": ["yes", "no", "thank you"], "ranking": [2, [0, 1]]} for p in PROMPTS]
-PPO = {"total_steps": 5, "rollout_batch_size": 10, "samples_per_prompt": 2, "mini_batch_size": 5, "max_new_tokens": 10,
+PPO = {"total_steps": 3, "rollout_batch_size": 10, "samples_per_prompt": 2, "mini_batch_size": 5, "max_new_tokens": 10,
        "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "eval_every": 3, "micro_batch_tokens": 60,
        "reward_scaling": "running_norm", "gae_lambda": 1.0, "lr_schedule": "cosine"}  # fmt: skip
 FORMS = {
@@ -27,6 +27,7 @@ FORMS = {
     "lora": {"lora": 4, "critic": "shared_trunk"},
     "tokens": {"bootstrap_truncated": True, "best_of_n": 2},
     "extras": {
+        "total_steps": 5,  # two of warm-up, a refresh behind the fourth
         "ptx_coef": 0.5,
         "ema_decay": 0.9,
         "ref_refresh_every": 2,
@@ -35,7 +36,7 @@ FORMS = {
     },
     "rloo": {"advantage": "rloo", "critic_learning_rate": 0, "kl_in": "loss", "loss_aggregation": "sequence_mean"},
 }
-SUPERVISED = {"total_steps": 5, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 5, "micro_batch_tokens": 40}
+SUPERVISED = {"total_steps": 3, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 3, "micro_batch_tokens": 40}
 
 
 def reward(prompts: list[str], responses: list[str]) -> list[float | None]:
@@ -110,7 +111,8 @@ def check_resume(out: Path) -> None:
 
 
 def main(out: Path) -> None:
-    check_resume(out)
+    if distributed.size() > 1:  # of one process tests/test_resume.py says it
+        check_resume(out)
     for form in (*FORMS, "sft", "reward"):
         trainer = build(form)
         before = weights(trainer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,20 +26,28 @@ def letters(prompts: list[str], responses: list[str]) -> list[float]:
     return [r.count("e") - 0.1 * len(r) for r in responses]
 
 
-def build(stage: str, **fields: object) -> Trainer:
-    """A trainer of a tiny model; the numbers depend on the stage and the fields alone."""
+STAGES = {"sft": (SFTConfig, SFTTrainer), "reward": (RewardConfig, RewardTrainer), "ppo": (PPOConfig, PPOTrainer)}
+
+
+def inputs_of(stage: str) -> dict[str, Any]:
+    """What a trainer of the stage reads: a tiny model, rows, rows that are held out."""
+    if stage == "ppo":
+        models = {"policy": tiny.llama(), "reward": letters}
+        return {**models, "tokenizer": tiny.tokenizer(), "prompts": PROMPTS, "eval_prompts": PROMPTS[:2]}
+    rows = PAIRS if stage == "reward" else [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
+    return {"model": tiny.llama(), "tokenizer": tiny.tokenizer(), "data": rows, "eval_data": rows[:2]}
+
+
+def build(
+    stage: str, *, kind: type[Trainer] | None = None, inputs: dict[str, Any] | None = None, **fields: object
+) -> Trainer:
+    """A trainer of a tiny model; the numbers depend on the stage and the fields alone. kind: a subclass to build;
+    inputs: others than usual."""
+    config, trainer = STAGES[stage]
+    if stage == "ppo":
+        fields = {"rollout_batch_size": 4, "max_new_tokens": 6, "critic_learning_rate": 1e-3, **fields}
     common = COMMON if fields.get("output_dir") else {**COMMON, "save_every": 0}
-    fields, tokenizer = {**common, **fields}, tiny.tokenizer()
-    if stage == "sft":
-        rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
-        held = {"data": rows, "eval_data": rows[:2]}
-        return SFTTrainer(SFTConfig(**fields), model=tiny.llama(), tokenizer=tokenizer, **held)
-    if stage == "reward":
-        held = {"data": PAIRS, "eval_data": PAIRS[:2]}
-        return RewardTrainer(RewardConfig(**fields), model=tiny.llama(), tokenizer=tokenizer, **held)
-    config = PPOConfig(rollout_batch_size=4, max_new_tokens=6, critic_learning_rate=1e-3, **fields)
-    held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:2]}
-    return PPOTrainer(config, policy=tiny.llama(), tokenizer=tokenizer, reward=letters, **held)
+    return (kind or trainer)(config(**{**common, **fields}), **inputs_of(stage) | (inputs or {}))
 
 
 def experience_of(
@@ -52,11 +61,12 @@ def experience_of(
 
 
 def everything(t: Trainer) -> dict[str, Tensor]:
-    """Weights and optimizer state of all that is trained."""
+    """Weights, optimizer state and fp32 masters of all that is trained."""
     found: dict[str, Tensor] = {}
     for name, (model, optimizer, *_) in t.trained().items():
         found |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
         found |= optimizer_tensors(optimizer.inner, f"{name}.optimizer")[0]
+        found |= {f"{name}.{key}": value for key, value in optimizer.master_tensors().items()}
     return found
 
 

@@ -1,4 +1,4 @@
-"""The run folder and the loop around every stage: what is refused, written, resumed, saved and said."""
+"""What every stage shares: how a trainer is built, its run folder and its loop; what is resumed, saved and said."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastrlhf.config.recipe import load_recipe
 from fastrlhf.runtime.guards import Interrupted
 from fastrlhf.trainer import EXIT_INTERRUPTED, run_stage
 from tests import tiny
-from tests.stage_runs import COMMON, PAIRS, PROMPTS, Trainer, build, differing, leave_after, read
+from tests.stage_runs import COMMON, PAIRS, PROMPTS, STAGES, Trainer, build, differing, leave_after, read
 
 resource = pytest.importorskip("resource")
 
@@ -101,6 +101,99 @@ def test_write_run_json_makes_the_folder(tmp_path):
     write_run_json(tmp_path / "a" / "b", verb="quickstart", seed=3)
     assert read_run_json(tmp_path / "a" / "b")["seed"] == 3
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["run.json"]
+
+
+# -------------------------------------------------------------------------------------------------------- construction
+
+ALL_STAGES = pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+MODEL = {"sft": "model", "reward": "model", "ppo": "policy"}
+
+
+class Witness:
+    """A part that remembers what its trainer had when its state came back."""
+
+    def __init__(self, t: Trainer) -> None:
+        self.trainer, self.seen = t, []
+
+    def state(self) -> int:
+        return self.trainer.steps_done
+
+    def load_state(self, state: int) -> None:
+        self.seen.append((state, self.trainer.made_last))
+
+
+def extended(stage: str) -> type[Trainer]:
+    """A trainer with one more part and an attribute that its constructor makes last."""
+    base = STAGES[stage][1]
+
+    class Extended(base):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            self.witness = Witness(self)
+            self.tracker.event("early", "said before the run folder is taken")
+            self.made_last = "made last"
+
+        def parts(self) -> dict:
+            return {**super().parts(), "witness": self.witness}
+
+    return Extended
+
+
+@ALL_STAGES
+def test_a_trainer_is_restored_when_its_constructor_is_done(stage, tmp_path):
+    """A subclass's too: its parts find everything that it makes."""
+    kind = extended(stage)
+    first = build(stage, kind=kind, output_dir=str(tmp_path / "run"))
+    leave_after(first, 2)
+    resumed = build(stage, kind=kind, output_dir=str(tmp_path / "run"), resume=True)
+    assert resumed.steps_done == 2 and resumed.witness.seen == [(2, "made last")] and first.witness.seen == []
+
+
+def test_what_happens_before_the_folder_is_taken_is_written_down_too(tmp_path):
+    t = build("sft", kind=extended("sft"), output_dir=str(tmp_path / "run"))
+    t.tracker.close()
+    assert [(e["kind"], e["step"]) for e in read(tmp_path / "run" / "events.jsonl")] == [("early", 0)]
+    lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert "chat template" in lines[0] and lines[-1].endswith("early: said before the run folder is taken")
+
+
+class Failing(SFTTrainer):
+    """Fails in the last line of its constructor."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        raise UserError("not this time")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@ALL_STAGES
+def test_a_constructor_that_fails_makes_no_folder(stage, tmp_path):
+    with pytest.raises(UserError, match="/no/such/model"):
+        build(stage, inputs={MODEL[stage]: "/no/such/model"}, output_dir=str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "failure", [{"kind": Failing}, {"inputs": {"model": "/no/such/model"}}], ids=["late", "missing model"]
+)
+def test_a_constructor_that_fails_removes_nothing_of_the_run_it_would_overwrite(failure, tmp_path):
+    build("sft", output_dir=str(tmp_path / "run"), total_steps=2).train()
+    before = files_of(tmp_path)
+    assert len(before) > 10
+    with pytest.raises(UserError, match="not this time|/no/such/model"):
+        build("sft", **failure, output_dir=str(tmp_path / "run"), overwrite=True)
+    assert files_of(tmp_path) == before
+
+
+@ALL_STAGES
+def test_a_folder_in_use_is_refused_before_a_model_is_loaded(stage, tmp_path):
+    """The model is not there either, which nobody finds out."""
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="output_dir: .* is not empty"):
+        build(stage, inputs={MODEL[stage]: "/no/such/model"}, output_dir=str(tmp_path))
 
 
 # -------------------------------------------------------------------------------------------------------------- resume

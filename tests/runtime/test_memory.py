@@ -150,14 +150,14 @@ def test_statistics_of_an_update_cut_short_are_counted_once():
 def half(tmp_path_factory) -> tuple[PPOTrainer, Path]:
     """A run whose budget is half from the start."""
     folder = tmp_path_factory.mktemp("half")
-    t = trainer(micro_batch_tokens=BUDGET // 2, output_dir=str(folder))
+    t = trainer(micro_batch_tokens=BUDGET // 2, ppo_epochs=1, output_dir=str(folder))
     t.train()
     return t, folder
 
 
 @pytest.mark.parametrize(("who", "number"), [(w, n) for w in ("policy", "critic", "reference") for n in (0, 1, 4)])
 def test_an_experience_cut_short_gives_the_run_of_half_the_budget(tmp_path, half, who, number):
-    t = trainer(output_dir=str(tmp_path))
+    t = trainer(ppo_epochs=1, output_dir=str(tmp_path))
     model = {"policy": t.policy, "critic": t.critic.trunk, "reference": t.ref_policy}[who]
     run_out(model.base_model, number, when=(lambda: True) if who == "reference" else reading)
     t.train()
@@ -199,15 +199,15 @@ def test_an_evaluation_cut_short_is_done_again(stage):
 
 def test_a_resumed_run_has_the_same_micro_batches(tmp_path):
     """The halving is part of the checkpoint: otherwise the resumed run would round differently."""
-    fields = {"total_steps": 4, "save_every": 1}
+    fields = {"total_steps": 3, "save_every": 1, "ppo_epochs": 1}
     through = trainer(**fields, output_dir=str(tmp_path / "through"))
     run_out(through.policy.base_model, 5, when=training)
     through.train()
     first = trainer(**fields, output_dir=str(tmp_path / "resumed"))
     run_out(first.policy.base_model, 5, when=training)
-    leave_after(first, 2)
+    leave_after(first, 1)
     again = trainer(**fields, output_dir=str(tmp_path / "resumed"), resume=True)
-    assert again.steps_done == 2 and again.memory.tokens == BUDGET // 2
+    assert again.steps_done == 1 and again.memory.tokens == BUDGET // 2
     again.train()
     assert differing(through, again) == []
     for name in ("metrics.jsonl", "events.jsonl"):

@@ -33,6 +33,9 @@ def runs(tmp_path_factory) -> dict[int, Path]:
     folders = {}
     for ranks in (1, 2, 3):
         folders[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
+        if ranks == 1:
+            rank_runs.main(folders[1])
+            continue
         done = torchrun(ranks, "-m", "tests.rank_runs", str(folders[ranks]))
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
@@ -43,7 +46,7 @@ def runs(tmp_path_factory) -> dict[int, Path]:
 def test_ranks_give_what_one_process_gives(runs, form, ranks):
     """10 responses of 5 prompts in mini-batches of 5: neither divides by the ranks."""
     one, many = (json.loads((runs[n] / f"{form}.json").read_text()) for n in (1, ranks))
-    assert len(one) == len(many) == 5
+    assert len(one) == len(many) == (5 if form == "extras" else 3)
     for a, b in zip(one, many, strict=True):
         assert a["ids"] == b["ids"]
         assert a["metrics"].keys() == b["metrics"].keys()
