@@ -104,14 +104,13 @@ def read_adapter(source: str | Path, role: str) -> AdapterFolder:
     sides: dict[str, dict[str, Tensor]] = {}
     head = {}
     for key, tensor in tensors.items():
-        low_rank = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight", key)
-        of_head = re.fullmatch(re.escape(PREFIX) + r"score\.(weight|bias)", key)
-        if low_rank:
-            sides.setdefault(low_rank[1], {})[low_rank[2]] = tensor
-        elif of_head:
-            head[of_head[1]] = tensor
-        else:
+        part = re.fullmatch(re.escape(PREFIX) + r"(?:(.+)\.lora_(A|B)\.weight|score\.(weight|bias))", key)
+        if part is None:
             raise UserError(f"{where}: cannot read {key!r}; merge the adapter with peft")
+        if part[3]:
+            head[part[3]] = tensor
+        else:
+            sides.setdefault(part[1], {})[part[2]] = tensor
     layers = {}
     for name, pair in sides.items():
         if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
@@ -147,16 +146,15 @@ def write_adapter(
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     ranks = {name: low.down.shape[0] for name, low in layers.items()}
     alphas = {name: low.scale * ranks[name] for name, low in layers.items()}
-    settings = {
-        "r": max(ranks.values()),
-        "rank_pattern": ranks if len({*ranks.values()}) > 1 else {},
-        "lora_alpha": max(alphas.values()),
-        "alpha_pattern": alphas if len({*alphas.values()}) > 1 else {},
-        "target_modules": sorted(layers),
-        "modules_to_save": None if head is None else sorted(HEADS),
-        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
-    }
-    config = LoraConfig(**settings, base_model_name_or_path=base, inference_mode=True, fan_in_fan_out=transposed)
+    config = LoraConfig(target_modules=sorted(layers), base_model_name_or_path=base, inference_mode=True)
+    config.task_type, config.fan_in_fan_out = "CAUSAL_LM", transposed
+    config.r, config.lora_alpha = max(ranks.values()), max(alphas.values())
+    if len({*ranks.values()}) > 1:
+        config.rank_pattern = ranks
+    if len({*alphas.values()}) > 1:
+        config.alpha_pattern = alphas
+    if head is not None:
+        config.task_type, config.modules_to_save = "SEQ_CLS", sorted(HEADS)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     (folder / CONFIG).write_text(json.dumps(plain, indent=1, default=str) + "\n", encoding="utf-8")
 
@@ -166,9 +164,8 @@ def linear_layer(modules: Mapping[str, nn.Module], name: str, low: LowRank, wher
     module = modules.get(name)
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise UserError(f"{where}: the model has no linear layer {name!r}; is it the adapter's own model?")
-    shape = [*reversed(module.weight.shape)]  # of Conv1D, which holds [in, out]
-    if isinstance(module, nn.Linear):  # its weight may be packed
-        shape = [module.out_features, module.in_features]
+    # Conv1D holds [in, out]; the weight of a linear layer may be packed.
+    shape = [module.out_features, module.in_features] if isinstance(module, nn.Linear) else [*module.weight.shape[::-1]]
     wanted = [low.up.shape[0], low.down.shape[1]]
     if wanted != shape:
         raise UserError(

@@ -37,12 +37,10 @@ def lm_head(model: PreTrainedModel) -> Head:
     if not isinstance(linear, nn.Linear):
         raise UserError(f"policy: {type(model).__name__} has no language-model head; pass a causal LM")
     config = model.config.get_text_config()
-    scale = 1.0
-    if getattr(config, "logit_scale", None) is not None:  # Cohere
-        scale = float(config.logit_scale)
-    elif getattr(config, "logits_scaling", None) is not None:  # Granite
-        scale = 1.0 / float(config.logits_scaling)
-    return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+    factor = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(linear.weight, linear.bias, float(factor) / float(divisor), softcap)
 
 
 def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype, *, log_probs: bool = False) -> bool:

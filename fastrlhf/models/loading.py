@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -39,15 +40,21 @@ TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|sentencepiece|.*\.(model|ti
 
 def check_source(source: object, role: str) -> None:
     """UserError when a folder, GGUF file or cached hub model (an adapter's own) cannot be there; loads no weights."""
-    if isinstance(source, str):
-        if adapter_folder.is_adapter(source):
-            return check_source(adapter_folder.base_of(source, role), role)
-        where, extra = locate(source, role)
-        if not extra:
-            try:
-                AutoConfig.from_pretrained(where, trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{role}: cannot load {source!r}: {reason(error)}") from error
+    if adapter_folder.is_adapter(source):
+        check_source(adapter_folder.base_of(source, role), role)
+    elif isinstance(source, str):
+        _read_config(source, role)
+
+
+def _read_config(source: str, role: str) -> PreTrainedConfig | None:
+    """None for a GGUF file, whose config comes with its weights. UserError as `check_source` has it."""
+    where, extra = locate(source, role)
+    if extra:
+        return None
+    try:
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{role}: cannot load {source!r}: {reason(error)}") from error
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -148,12 +155,8 @@ def is_scalar_model(source: Source) -> bool:
         return isinstance(getattr(source, "score", None), nn.Linear)
     if adapter_folder.is_adapter(source):
         return adapter_folder.is_reward_adapter(source, "model")
-    where, extra = locate(source, "model")
-    if extra:
-        return False
-    check_source(source, "model")
-    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-    return any("SequenceClassification" in name for name in config.architectures or [])
+    names = getattr(_read_config(source, "model"), "architectures", None) or []
+    return any("SequenceClassification" in name for name in names)
 
 
 def load_reward_model(

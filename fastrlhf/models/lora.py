@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.models import quantization
 from fastrlhf.models.adapter_folder import AdapterFolder, LowRank, linear_layer, write_adapter
-from fastrlhf.models.quantization import (
-    QuantizedLinear,
-    dense_weight,
-    is_transposed,
-    linear_layers,
-    quantization_note,
-    quantized_layers,
-)
+from fastrlhf.models.quantization import QuantizedLinear, is_transposed, quantized_layers
 from fastrlhf.runtime.hardware import bitsandbytes, installed
 from fastrlhf.runtime.optim import Optimizer, TrainedRole
 
 POLICY, VALUE, REWARD = "policy", "value", "reward"  # the roles
 REFERENCE = "reference"  # a role that never trains, where the reference moves
+Tensors = dict[str, Tensor]
 BASE_ADAPTER = "sft"  # the adapter that the run starts from
 
 
@@ -77,10 +73,9 @@ class Adapters:
             torch.manual_seed(seed)
             for role in self.roles:
                 self._inject(role, r=options["r"], lora_alpha=options["alpha"], target_modules=names)
-        self.base_adapter: tuple[str, ...] = ()
+        self.base_adapter = () if base_adapter is None else (BASE_ADAPTER,)
         if base_adapter is not None:
             self.add(BASE_ADAPTER, base_adapter)
-            self.base_adapter = (BASE_ADAPTER,)
         if REFERENCE in self.roles:
             self.fixed[REFERENCE] = (*self.base_adapter, REFERENCE)
         self._activate(self.roles[0])
@@ -98,8 +93,8 @@ class Adapters:
         self.layers = {name: m for name, m in self.model.named_modules() if isinstance(m, BaseTunerLayer)}
         for layer in self.layers.values():
             if role in layer.lora_A and isinstance(layer.get_base_layer(), QuantizedLinear):  # no dtype to take over
-                for part in (layer.lora_A[role], layer.lora_B[role]):
-                    part.to(self.model.dtype)
+                layer.lora_A[role].to(self.model.dtype)
+                layer.lora_B[role].to(self.model.dtype)
 
     @torch.no_grad()
     def add(self, role: str, folder: AdapterFolder) -> None:
@@ -164,26 +159,20 @@ class Adapters:
     # ------------------------------------------------------------------------------------------------ what is saved
 
     def trained(
-        self,
-        role: str,
-        optimizer: Optimizer,
-        parts: dict[str, Tensor] | None = None,
-        head: dict[str, Tensor] | None = None,
+        self, role: str, optimizer: Optimizer, parts: Tensors | None = None, head: Tensors | None = None
     ) -> TrainedRole:
         """A role as a run checkpoints it (parts; None: the adapter) and exports it; head: of a reward model."""
-        parts = self.parameters(role) if parts is None else parts
-        write = partial(self.write, role=role, head=head)
+        parts, write = parts or self.parameters(role), partial(self.write, role=role, head=head)
         return TrainedRole(self.model, optimizer, parts, partial(self.merged, role), write)
 
     def low_rank(self, names: Sequence[str]) -> dict[str, LowRank]:
         """By layer, the sum that the adapters of these names add to its weight."""
-        sums = {}
-        for name, layer in self.layers.items():
-            adapters = [adapter for adapter in names if adapter in layer.lora_A]
-            parts = [LowRank(layer.lora_A[a].weight, layer.lora_B[a].weight, layer.scaling[a]) for a in adapters]
-            if parts:
-                sums[name] = LowRank.joined(parts)
-        return sums
+        parts: dict[str, list[LowRank]] = {}
+        for (name, layer), adapter in product(self.layers.items(), names):
+            if adapter in layer.lora_A:
+                down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                parts.setdefault(name, []).append(LowRank(down, up, layer.scaling[adapter]))
+        return {name: LowRank.joined(adapters) for name, adapters in parts.items()}
 
     @torch.no_grad()
     def merged(self, role: str) -> dict[str, Tensor]:
@@ -197,7 +186,7 @@ class Adapters:
         layers |= {n: layer for n, layer in quantized_layers(self.model).items() if not n.endswith(".base_layer")}
         merged, lost, total = {}, 0.0, 0.0
         for name, layer in layers.items():
-            weight = dense_weight(layer)
+            weight = quantization.dense_weight(layer)
             if name in deltas:
                 weight = weight + deltas[name].delta()
             weight = weight.t() if is_transposed(layer) else weight
@@ -223,7 +212,7 @@ class Adapters:
 
     def notes(self) -> list[str]:
         """Sentences for the run's log: what the base holds and what lies under the roles."""
-        quantized = [quantization_note(self.model)] if quantized_layers(self.model) else []
+        quantized = [quantization.quantization_note(self.model)] if quantized_layers(self.model) else []
         under = ["lora: the adapter the run starts from stays under every role"] if self.base_adapter else []
         return quantized + under
 
@@ -245,7 +234,7 @@ def _base_name(model: PreTrainedModel) -> str:
 
 def _targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> list[str]:
     """Full names of the trunk's linear layers, or of those that end in one of `wanted`."""
-    linear = linear_layers(model)
+    linear = quantization.linear_layers(model)
     for name, module in linear.items():
         if not (isinstance(module, QuantizedLinear) or module.weight.is_floating_point()):
             raise UserError(f"lora: the layer {name!r} is quantised already; load it in bf16 and use quantize=nf4")

@@ -194,8 +194,7 @@ class RolloutEngine:
             return list(params.stop_token_ids)
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ends = [*configured] if isinstance(configured, list) else [configured]
-        if self.tokenizer is not None:
-            ends.append(self.tokenizer.eos_token_id)
+        ends.append(getattr(self.tokenizer, "eos_token_id", None))
         return sorted({token for token in ends if token is not None})
 
     def _check(self, prompt_ids: list[list[int]], params: SamplingParams) -> None:

@@ -35,11 +35,10 @@ class _Layer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        def make(states: Tensor) -> Tensor:  # zeros: 0 * NaN in a place that is masked would still be NaN
-            shape = (self.cache.slots, self.cache.positions, states.shape[1], states.shape[3])
-            return torch.zeros(shape, dtype=states.dtype, device=states.device)
-
-        self.keys, self.values = make(key_states), make(value_states)
+        size = (self.cache.slots, self.cache.positions, key_states.shape[1])
+        # Zeros: 0 * NaN at a position that is masked would still be NaN.
+        self.keys = key_states.new_zeros(*size, key_states.shape[3])
+        self.values = value_states.new_zeros(*size, value_states.shape[3])
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -54,11 +53,10 @@ class _Layer(CacheLayerMixin):
                     rows = packed[start : start + length * len(slots)]
                     store[slots, :length] = rows.view(len(slots), length, *rows.shape[1:])
             return key_states, value_states
-        rows, lengths, longest = cache.rows, cache.lengths, cache.longest
-        self.keys[rows, lengths] = key_states[:, :, 0]
-        self.values[rows, lengths] = value_states[:, :, 0]
-        count = len(rows)
-        return self.keys[:count, :longest].transpose(1, 2), self.values[:count, :longest].transpose(1, 2)
+        self.keys[cache.rows, cache.lengths] = key_states[:, :, 0]
+        self.values[cache.rows, cache.lengths] = value_states[:, :, 0]
+        seen = (slice(len(cache.rows)), slice(cache.longest))
+        return self.keys[seen].transpose(1, 2), self.values[seen].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (query_length if self.cache.segments is not None else self.cache.longest), 0
@@ -90,9 +88,10 @@ class SlotCache(Cache):
     def fits(self, slots: int, positions: int, model: PreTrainedModel) -> bool:
         """Whether it serves a rollout of this size; one more than twice as large is not worth keeping."""
         keys = self.layers[0].keys
-        same = keys is None or (keys.dtype == model.dtype and keys.device == model.device)
+        if keys is not None and (keys.dtype, keys.device) != (model.dtype, model.device):
+            return False
         enough = slots <= self.slots and positions <= self.positions
-        return same and enough and self.slots * self.positions <= 2 * slots * positions
+        return enough and self.slots * self.positions <= 2 * slots * positions
 
     def prefill(self, segments: list[Segment]) -> None:
         self.segments = segments
@@ -106,10 +105,10 @@ class SlotCache(Cache):
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[rows, 1, 1, longest], 0 where the new token may look and -inf elsewhere; one a step and window."""
         if window not in self._masks:
-            place = torch.arange(self.longest, device=self.lengths.device)
-            hidden = place > self.lengths[:, None]
+            positions = torch.arange(self.longest, device=self.lengths.device)
+            hidden = positions > self.lengths[:, None]
             if window is not None:
-                hidden |= place <= self.lengths[:, None] - window
+                hidden |= positions <= self.lengths[:, None] - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
             self._masks[window] = mask[:, None, None]
         return self._masks[window]
