@@ -396,7 +396,7 @@ def test_the_path_of_reward_against_kl_names_its_ends_and_dashes_what_is_beside_
     (panel,) = path_plot("fig-x", "t", points, "KL", "score", beside)["panels"]
     path, other = panel["lines"]
     opacities = [opacity for *_, opacity in path["marks"]]
-    assert opacities == sorted(opacities) and opacities[0] < 0.2 and opacities[-1] == 1
+    assert opacities == sorted(opacities) and opacities[0] < 0.2 and opacities[-2] > 0.9 and opacities[-1] == 1
     assert [name for _, _, name, _ in panel["texts"]] == ["start", "end"]
     assert other["style"] == "dashed" and len(other["marks"]) == 2 and other["colour"] != path["colour"]
 
