@@ -92,7 +92,7 @@ def test_the_mean_is_over_tokens_not_over_micro_batches():
 
 def test_packing_is_resolved_and_checked_as_in_ppo():
     """auto: not without flash attention; true: not for a model whose packed rows would see each other."""
-    assert trainer(config(packing=None)).packed is False and trainer(config(packing=True)).packed is True
+    assert trainer(config(packing=None)).joined is False and trainer(config(packing=True)).joined is True
     leaking = tiny.llama()
     forward = leaking.model.forward
     leaking.model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)

@@ -41,7 +41,7 @@ def masters_moved(optimizer, before: list[torch.Tensor]) -> float:
 def test_ppo(policy, form):
     cfg = PPOConfig(
         total_steps=1, rollout_batch_size=8, mini_batch_size=4, ppo_epochs=1, max_new_tokens=8, eval_every=0,
-        dtype="bf16", learning_rate=TINY_STEP, critic_learning_rate=TINY_STEP, **FORMS[form],
+        dtype="bf16", learning_rate=TINY_STEP, **{"critic_learning_rate": TINY_STEP, **FORMS[form]},
     )  # fmt: skip
     t = PPOTrainer(cfg, policy=policy, reward=letters, prompts=PROMPTS)
     assert t.policy.dtype == torch.bfloat16 and t.policy.lm_head.weight.dtype == torch.bfloat16

@@ -141,4 +141,4 @@ def test_packing_that_is_asked_for_is_checked():
     forward = leaking.model.forward
     leaking.model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
     with pytest.raises(UserError, match="packing: LlamaForCausalLM would let packed .* packing=false"):
-        trainer(leaking, packing=True)
+        trainer(policy=leaking, packing=True)

@@ -59,7 +59,7 @@ def test_a_record_that_is_too_long_is_dropped_and_counted(tmp_path):
 
 
 def test_a_record_that_is_cut_has_no_synthetic_end_and_is_counted(tmp_path):
-    (whole,) = trainer(config(max_tokens=120), data=[LONG]).records
+    (whole,) = trainer(config(max_tokens=120), data=[LONG]).items
     short = len(whole.rows[1])
     cfg = config(max_tokens=short, overlong="truncate", output_dir=str(tmp_path / "run"))
     t = trainer(cfg, data=[*MIXED, LONG])
@@ -79,7 +79,7 @@ def test_a_record_whose_replies_are_equal_once_cut_is_dropped_and_counted(tmp_pa
 def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(tmp_path):
     row = {"prompt": tiny.chat(tiny.TEXTS[0]), "chosen": "yes", "rejected": "no"}
     cfg = config(max_tokens=14, overlong="truncate", output_dir=str(tmp_path / "run"))
-    assert len(trainer(cfg, data=[PAIR, row]).records) == 1
+    assert len(trainer(cfg, data=[PAIR, row]).items) == 1
     assert "dropped: 1 with no reply within max_tokens = 14" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -90,7 +90,7 @@ def test_nothing_left_and_bad_rows(tmp_path):
     path.write_text(json.dumps(PAIR) + "\n" + json.dumps({"prompt": CAT, "chosen": "yes"}) + "\n")
     with pytest.raises(UserError, match=r"pairs\.jsonl:2: .*rejected"):
         trainer(data=str(path))
-    assert len(trainer(config(skip_bad_rows=True), data=str(path)).records) == 1
+    assert len(trainer(config(skip_bad_rows=True), data=str(path)).items) == 1
 
 
 # ------------------------------------------------------------------------------------------------- who can load it

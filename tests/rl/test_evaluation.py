@@ -143,7 +143,7 @@ def test_a_judges_mistakes_name_it_and_the_sample(returned, message):
     ({"judge": letters, "eval_prompts": None}, "judge: measured on held-out prompts; give eval_prompts"),
     ({"best_of_n": 4, "eval_prompts": None}, "best_of_n: measured on held-out prompts; give eval_prompts"),
     ({"judge": letters, "eval_every": 0}, "judge: measured in evaluations; set eval_every"),
-    ({"best_of_n": 4, "eval_every": 0}, "best_of_n = 4: measured at the first evaluation; set eval_every"),
+    ({"best_of_n": 4, "eval_every": 0}, "best_of_n = 4: eval_every = 0 evaluates nothing.*set eval_every above 0"),
     ({"judge": 3}, "judge: 3 is neither a function"),
     ({"judge": "no_such_module_x:f"}, "judge: cannot import 'no_such_module_x'"),
 ])  # fmt: skip

@@ -239,7 +239,7 @@ def test_mistakes_are_sentences(monkeypatch):
     with pytest.raises(UserError, match="the model has adapters already"):
         model = tiny.llama()
         for _ in range(2):
-            Adapters(model, lora_options(2), ["policy"], 0)
+            Adapters(model, lora_options(2), ["policy"], 0, None, print)
     monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
     with pytest.raises(UserError, match="pip install peft"):
         trainer(lora=4)
