@@ -177,6 +177,15 @@ def load_reward_model(
     return _settle(model, source, quantize)
 
 
+def load_classifier(source: Source, dtype: str = "auto", attention: str = "auto") -> PreTrainedModel:
+    """A sequence classifier of whatever labels, with a linear head `score` at the last token. UserError without one."""
+    model = _load(AutoModelForSequenceClassification, source, "reward", dtype, attention)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        problem = f"{type(model).__name__} has no linear head `score`"
+        raise UserError(f"reward: {problem}; use a classifier on a causal LM, or call this one in a function")
+    return _settle(model, source, None)
+
+
 def scalar_base(source: str, dtype: str, attention: str, role: str, quantize: str | None = None) -> PreTrainedModel:
     """The model under the adapter of a reward model, with the adapter's head and without its low-rank matrices."""
     if not adapter_folder.is_reward_adapter(source, role):
