@@ -73,7 +73,7 @@ class Alarms:
         self.constant_steps = self.constant_steps + 1 if flat else 0
         self.last_reward = scored[-1]
         message = (
-            f"rewards have been constant for {FLAT_STEPS} steps (now {scored[-1]:g} for all {len(scored)} responses), so "
+            f"rewards have been constant for {FLAT_STEPS} steps (now {scored[-1]:g} for all {len(scored)} responses): "
             "there is nothing to learn; is the reward given what it looks for?"
         )
         self._set("constant_rewards", self.constant_steps >= FLAT_STEPS, message)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -324,13 +325,20 @@ def read_reward(
     if not isinstance(reward, (list, tuple)) or not reward:
         raise _none_of(reward)
     parts = [item if isinstance(item, Part) else _part(item, reward, config) for item in reward]
-    for part in parts:
-        if isinstance(part.source, str):
-            _check_model(part.source)
-        elif isinstance(part.source, UserFunction):
-            for role, names in (columns or {}).items():
-                part.source.bind(names, role)
-    return parts
+    return [_bound(part, columns or {}) for part in parts]
+
+
+def _bound(part: Part, columns: Mapping[str, Iterable[str]]) -> Part:
+    """Check a part's model, or its function's arguments for each of these data sets."""
+    source = part.source
+    if isinstance(source, str):
+        _check_model(source)
+    if not isinstance(source, UserFunction):
+        return part
+    for role, names in columns.items():
+        source.bind(names, role)
+    everywhere = source.columns.union(*columns.values())  # rows of a step may lack one
+    return part._replace(source=replace(source, columns=everywhere))
 
 
 def _part(item: object, reward: object, config: PPOConfig) -> Part:
