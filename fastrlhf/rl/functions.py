@@ -474,9 +474,10 @@ def _reach(folder: Path) -> None:
 def _not_imported(error: BaseException, where: str, reference: str, role: str) -> str:
     if isinstance(error, ModuleNotFoundError) and not where.endswith(".py"):
         return f"{role}: cannot import {where!r} of {reference!r}: {error}"
-    if isinstance(error, SyntaxError):
-        return f"{role}: {error.filename or where}:{error.lineno}: {type(error).__name__}: {error.msg}"
     here = os.path.abspath(where) if where.endswith(".py") else ""
+    if isinstance(error, SyntaxError):
+        file = where if error.filename is None or os.path.abspath(error.filename) == here else error.filename
+        return f"{role}: cannot load {file}:{error.lineno}: {type(error).__name__}: {error.msg}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if os.path.abspath(f.filename) == here]
     line = f":{frames[-1].lineno}" if frames else ""
     said = _said(error).removeprefix("raised ")

@@ -25,8 +25,15 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.templates import encode_prompt, encode_response, resolve_chat_template
 from fastrlhf.models.adapter_folder import AdapterFolder
-from fastrlhf.models.heads import last_hidden, sequence_scores
-from fastrlhf.models.loading import check_source, is_scalar_model, load_classifier, load_reward_model, load_tokenizer
+from fastrlhf.models.heads import last_hidden, right_padded, sequence_scores
+from fastrlhf.models.loading import (
+    check_source,
+    is_scalar_model,
+    labels_of,
+    load_classifier,
+    load_reward_model,
+    load_tokenizer,
+)
 from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.offload import Offload
 from fastrlhf.models.token_batch import TokenRows
@@ -112,7 +119,8 @@ def split_rewards(rewards: Sequence[Reward], response_ids: Sequence[Sequence[int
 
 
 class RewardModelScorer(Scorer):
-    """Scores with a sequence classifier: the policy's own token ids if the tokenizers agree, else re-encoded text."""
+    """Scores with a sequence classifier: the policy's own token ids if the tokenizers agree, else re-encoded text. One
+    without a head `score` is no causal LM's: it has its own idea of a text, and reads the reply alone."""
 
     def __init__(
         self,
@@ -134,6 +142,10 @@ class RewardModelScorer(Scorer):
             return self.memory.attempt(lambda: score_rows(model, ids, self.memory.tokens, label=self.label)).tolist()
 
     def _token_ids(self, texts: Texts, rows: TokenRows) -> list[list[int]]:
+        if not hasattr(self.model, "score") and self.label is not None:
+            limit = getattr(self.model.config, "max_position_embeddings", None)
+            limit = min(limit or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+            return self.tokenizer(texts.responses, truncation=True, max_length=limit)["input_ids"]
         if self.same_tokenizer:
             return [rows.whole(row) for row in range(len(rows))]
         return encode_pairs(self.tokenizer, texts.raw_prompts, texts.responses)
@@ -182,10 +194,16 @@ def score_rows(
 
 
 def label_log_probs(model: PreTrainedModel, rows: list[list[int]], label: int) -> Tensor:
-    """Return the log-probability [B] fp32 of a label in nats, read at the last token of each row: log softmax over the
-    labels, or log sigmoid where config.problem_type says that several of them may hold."""
-    hidden, head = last_hidden(model, rows).float(), model.score
-    logits = F.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
+    """Return the log-probability [B] fp32 of a label in nats: log softmax over the labels, or log sigmoid where
+    config.problem_type says that several of them may hold. A head `score` is read at the last token of each row."""
+    head = getattr(model, "score", None)
+    if head is not None:
+        hidden = last_hidden(model, rows).float()
+        logits = F.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
+    else:
+        ids, lengths = right_padded(rows, model.config.pad_token_id or 0, model.device)
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
     several = getattr(model.config, "problem_type", None) == "multi_label_classification"
     return (F.logsigmoid(logits) if several else logits.log_softmax(-1))[:, label]
 
@@ -316,7 +334,7 @@ def read_reward(
     """
     check_no_bare_file(reward)
     if isinstance(reward, (str, Path)) and not is_function_reference(reward):
-        _check_model(str(reward))
+        _check_model(str(reward), None)
         return str(reward)
     if isinstance(reward, PreTrainedModel):
         return reward
@@ -331,8 +349,8 @@ def read_reward(
 def _bound(part: Part, columns: Mapping[str, Iterable[str]]) -> Part:
     """Check a part's model, or its function's arguments for each of these data sets."""
     source = part.source
-    if isinstance(source, str):
-        _check_model(source)
+    if isinstance(source, (str, PreTrainedModel)):
+        _check_model(source, part.label)
     if not isinstance(source, UserFunction):
         return part
     for role, names in columns.items():
@@ -379,11 +397,24 @@ def _entry(item: Mapping[str, Any]) -> tuple[Any, Any, list[Any], Any]:
     return item.get("name"), item.get("weight", 1.0), sources, item.get("label")
 
 
-def _check_model(source: str) -> None:
-    """UserError for a source that is no sequence classifier; loads no weights."""
-    check_source(source, "reward")
-    if not is_scalar_model(source):
-        raise UserError(f"reward: {source!r} is no sequence classifier; train one with `fastrlhf reward`")
+def _check_model(source: str | PreTrainedModel, label: str | int | None) -> None:
+    """UserError for a source that is no sequence classifier, or has no such label; loads no weights."""
+    if isinstance(source, str):
+        check_source(source, "reward")
+        if not is_scalar_model(source):
+            raise UserError(f"reward: {source!r} is no sequence classifier; train one with `fastrlhf reward`")
+    names = labels_of(source)
+    if label is not None:
+        label_index(source, label)
+        if not isinstance(source, str) and not hasattr(source, "score"):
+            raise UserError(f"reward: {_named(source)} reads tokens of its own; give its folder instead")
+    elif len(names) > 1:
+        example = "[{name: NAME, weight: 1, model: MODEL, label: LABEL}]"
+        raise UserError(f"reward: {_named(source)} has the labels {', '.join(names.values())}; name one: {example}")
+
+
+def _named(source: str | PreTrainedModel) -> str:
+    return repr(source) if isinstance(source, str) else type(source).__name__
 
 
 def _none_of(reward: object) -> UserError:
@@ -404,11 +435,15 @@ def make_scorer(
     reward = read_reward(reward, config)
 
     def scorer(source: str | PreTrainedModel, label: str | int | None = None) -> RewardModelScorer:
-        loaded = isinstance(source, PreTrainedModel)
-        tokenizer = policy_tokenizer if loaded else reward_tokenizer(source, policy_tokenizer)
-        how = () if loaded else (config.dtype, config.attention)
+        how = () if isinstance(source, PreTrainedModel) else (config.dtype, config.attention)
         model = load_reward_model(source, *how) if label is None else load_classifier(source, *how)
-        index = None if label is None else label_index(model, label)
+        index = None if label is None else label_index(source, label)
+        if isinstance(source, PreTrainedModel):
+            tokenizer = policy_tokenizer
+        elif index is not None and not hasattr(model, "score"):
+            tokenizer = load_tokenizer(source, needs_eos=False)
+        else:
+            tokenizer = reward_tokenizer(source, policy_tokenizer)
         return RewardModelScorer(model, tokenizer, policy_tokenizer, memory, offload, index)
 
     if not isinstance(reward, list):
@@ -421,14 +456,15 @@ def make_scorer(
     )
 
 
-def label_index(model: PreTrainedModel, label: str | int) -> int:
+def label_index(source: str | PreTrainedModel, label: str | int) -> int:
     """Return the number of a label that is given by name or number. UserError with the labels there are."""
-    names = {int(index): name for index, name in model.config.id2label.items()}
+    names = labels_of(source)
     index = next((i for i, name in names.items() if name == label), label)
     if isinstance(index, str) and index.isdecimal():
         index = int(index)
     if not isinstance(index, int) or isinstance(index, bool) or index not in names:
-        raise UserError(f"reward: label {label!r} is none of: {', '.join(map(str, names.values()))}")
+        known = ", ".join(names.values()) or "none"
+        raise UserError(f"reward: label {label!r} of {_named(source)} is none of: {known}")
     return index
 
 

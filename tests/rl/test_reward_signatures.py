@@ -10,6 +10,12 @@ from functools import partial
 import numpy
 import pytest
 import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+)
 
 from fastrlhf import PPOConfig, UserError
 from fastrlhf.models.loading import scalar_model
@@ -403,7 +409,15 @@ def folders(tmp_path_factory) -> dict[str, str]:
     write_model(root / "classes", model, tokenizer, [1])
     model.config.problem_type = "multi_label_classification"
     write_model(root / "labels", model, tokenizer, [1])
-    return {name: str(root / name) for name in ("rm", "classes", "labels")}
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    labels = {"id2label": {0: "rude", 1: "plain", 2: "kind"}, "num_labels": 3, "pad_token_id": 0}
+    torch.manual_seed(0)
+    encoder = BertForSequenceClassification(BertConfig(**shape, **labels, vocab_size=40, max_position_embeddings=6))
+    encoder.save_pretrained(root / "encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "bb", "ccc"]
+    (root / "encoder" / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab_file=str(root / "encoder" / "vocab.txt")).save_pretrained(root / "encoder")
+    return {name: str(root / name) for name in ("rm", "classes", "labels", "encoder")}
 
 
 def test_a_sum_of_reward_models_and_functions(folders):
@@ -416,8 +430,6 @@ def test_a_sum_of_reward_models_and_functions(folders):
 @pytest.mark.parametrize("kind", ["classes", "labels"])
 @pytest.mark.parametrize("label", ["kind", 2, "2"])
 def test_a_classifier_of_several_labels_scores_by_one_of_them(folders, kind, label):
-    from transformers import AutoModelForSequenceClassification
-
     scorer = make([{"name": "kind", "model": folders[kind], "label": label}])
     model = AutoModelForSequenceClassification.from_pretrained(folders[kind]).eval()
     for row, score in enumerate(scorer.judge(TEXTS, ROWS)):
@@ -426,11 +438,23 @@ def test_a_classifier_of_several_labels_scores_by_one_of_them(folders, kind, lab
         assert score == pytest.approx(float(want[2]), abs=1e-5)
 
 
+def test_an_encoder_reads_the_reply_alone_with_its_own_tokenizer(folders):
+    """At most as much of it as it has positions for."""
+    texts = Texts(["one"] * 3, RAW, ["a", "bb a", "ccc bb a bb a bb a bb"], {})
+    scores = make([{"name": "kind", "model": folders["encoder"], "label": "kind"}]).judge(texts, ROWS)
+    model = BertForSequenceClassification.from_pretrained(folders["encoder"]).eval()
+    for ids, score in zip([[2, 4, 3], [2, 5, 4, 3], [2, 6, 5, 4, 5, 3]], scores, strict=True):
+        assert score == pytest.approx(float(model(torch.tensor([ids])).logits[0].log_softmax(-1)[2]), abs=1e-5)
+    loaded = [{"name": "kind", "model": model, "label": "kind"}]
+    with pytest.raises(UserError, match="BertForSequenceClassification reads tokens of its own; give its folder"):
+        make(loaded)
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"name": "a", "model": "CLASSES", "label": "nice"}, "label 'nice' is none of: rude, plain, kind"),
-        ({"name": "a", "model": "CLASSES"}, "must have a scalar head"),
+        ({"name": "a", "model": "CLASSES", "label": "nice"}, "label 'nice' of .* is none of: rude, plain, kind"),
+        ({"name": "a", "model": "CLASSES"}, "has the labels rude, plain, kind; name one: "),
         ({"name": "a", "function": len, "label": 1}, "'a' is a function and has no labels"),
         ({"name": "a", "wieght": 2, "function": len}, "no such field: wieght"),
         ({"name": "a", "weight": 2}, "one of model and function is needed"),
