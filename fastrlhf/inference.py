@@ -13,6 +13,7 @@ from fastrlhf.data.templates import encode_prompt, stop_token_ids
 from fastrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from fastrlhf.rl.scorers import score_texts
 from fastrlhf.rollout.engine import RolloutEngine
+from fastrlhf.rollout.result import reply_texts
 from fastrlhf.rollout.sampling import SamplingParams
 
 
@@ -30,7 +31,7 @@ def generate(source: str, prompts: Sequence[str], *, raw: bool = False, **sampli
         out = RolloutEngine(model, tokenizer).generate(prompt_ids, params)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in out.response_ids]
+    return reply_texts(tokenizer, out)
 
 
 def score(source: str, prompts: Sequence[str], responses: Sequence[str], *, raw: bool = False) -> list[float]:

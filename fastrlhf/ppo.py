@@ -20,6 +20,7 @@ from fastrlhf.data.templates import resolve_chat_template, stop_token_ids
 from fastrlhf.models.loading import tokenizer_for
 from fastrlhf.models.token_batch import TokenRows, resolve_packing
 from fastrlhf.rl.advantages import KLController, RunningMoments
+from fastrlhf.rl.alarms import Alarms
 from fastrlhf.rl.critic_warmup import CriticPretraining
 from fastrlhf.rl.evaluation import Evaluation, eval_temperature
 from fastrlhf.rl.experience import Experience, make_experience, plan_epochs
@@ -27,6 +28,7 @@ from fastrlhf.rl.extras import ReferenceRefresh
 from fastrlhf.rl.learner import Learner
 from fastrlhf.rl.probe import probe_wanted, run_probe
 from fastrlhf.rl.roles import load_roles
+from fastrlhf.rl.scorers import read_reward
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.result import Rollout, ScoredRollout
 from fastrlhf.rollout.sampling import SamplingParams
@@ -84,6 +86,12 @@ class PPOTrainer(Trainer):
         notes = [f"chat template: {resolve_chat_template(tokenizer, config.chat_template)}"]
         self.prompts, note = load_encoded_prompts(config, tokenizer, prompts, "prompts")
         self.eval_prompts, eval_note = load_encoded_prompts(config, tokenizer, eval_prompts, "eval_prompts")
+        columns = {"prompts": _columns(self.prompts)}
+        if self.eval_prompts is not None:
+            columns["eval_prompts"] = _columns(self.eval_prompts)
+        if self.evaluation.judge is not None:
+            self.evaluation.judge.bind(columns["eval_prompts"], "eval_prompts")
+        reward = read_reward(reward, config, columns)
         ptx_examples, ptx_note = load_ptx(config, tokenizer, ptx_data)
         notes += [text for text in (note, eval_note, ptx_note) if text]
 
@@ -99,6 +107,7 @@ class PPOTrainer(Trainer):
 
         # Parts.
         self.moments, self.kl_controller = RunningMoments(), KLController(config)
+        self.alarms = Alarms(self.tracker.event)
         roles = self.roles = load_roles(
             config,
             tokenizer,
@@ -148,6 +157,7 @@ class PPOTrainer(Trainer):
             rollout = self.rollout([self.prompts[i] for i in indices], config.samples_per_prompt, purpose="rollout")
         with phase("score"):
             scores = self.scorer(rollout)
+            self.alarms.after_scoring(rollout.scored(scores.values), self.steps_done + 1)
         with phase("advantages"), self.roles.offload.here(self.ref_policy):  # moved once, not for each micro-batch
             epochs = plan_epochs(config, len(rollout.rows), self.steps_done)
             experience, metrics = make_experience(
@@ -219,6 +229,8 @@ class PPOTrainer(Trainer):
             self.tracker.event("kl_budget", sentence)
 
     def __iter__(self) -> Iterator[PPOStep]:
+        if self.steps_done == 0:
+            self.alarms.compare_prompts(self.prompts, self.eval_prompts)
         if probe_wanted(self.config, self.device) and self.steps_done < self.total_steps:
             run_probe(self.learner, self.engine, joined=self.joined, note=self.tracker.note)
         return super().__iter__()
@@ -264,12 +276,18 @@ class PPOTrainer(Trainer):
             "learner": self.learner,
             "ptx": self.learner.ptx,
             "evaluation": self.evaluation,
+            "alarms": self.alarms,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
     def tensor_parts(self) -> dict[str, TensorPart]:
         parts = {"ema": self.learner.average, "reference": self.refresh, "critic_pretraining": self.pretraining}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def _columns(prompts: Sequence[EncodedPrompt]) -> set[str]:
+    """Names of the columns that any of these rows has."""
+    return {name for prompt, _ in prompts for name in prompt.columns}
 
 
 def main(inputs: dict[str, Any], config: PPOConfig) -> int:

@@ -2,62 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastrlhf.config.base import StageConfig
-from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import INPUTS
 from fastrlhf.config.stages import PPOConfig, critic_updates, policy_updates, pretraining_updates, updates_per_step
 from fastrlhf.data.dataset import Counts, load_conversations, load_feedback, load_prompts
 from fastrlhf.data.encode import check_ptx
 from fastrlhf.models.adapter_folder import is_adapter
 from fastrlhf.models.backbone import same_base
-from fastrlhf.models.loading import check_source, is_scalar_model, load_tokenizer
+from fastrlhf.models.loading import check_source, load_tokenizer
 from fastrlhf.rl.evaluation import Evaluation
-from fastrlhf.rl.functions import is_function_reference, load_function
+from fastrlhf.rl.functions import is_function_reference
+from fastrlhf.rl.scorers import read_reward
 
 
 def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> list[str]:
     """Rows read and dropped of each input, and of PPO the outline. UserError for the first input a run would refuse."""
-    lines = []
+    lines, columns = [], {}
     for name, spec in INPUTS[stage].items():
         value = inputs.get(name)
         if value is None:
             continue
         if spec.kind == "data":
-            lines.append(f"{name}: {_rows(name, value, config).line()}")
-        elif spec.kind == "reward":
-            _check_reward(value)
+            rows, counts = _rows(name, value, config)
+            lines.append(f"{name}: {counts.line()}")
+            if name in ("prompts", "eval_prompts"):
+                columns[name] = {column for prompt in rows for column in prompt.columns}
         elif spec.kind == "model":
             check_source(value, name)
     if isinstance(config, PPOConfig):
         check_ptx(config, inputs.get("ptx_data"))
-        Evaluation(config, inputs.get("judge"), prompts="eval_prompts" in inputs)
+        judge = Evaluation(config, inputs.get("judge"), prompts="eval_prompts" in inputs).judge
+        if judge is not None:
+            judge.bind(columns["eval_prompts"], "eval_prompts")
+        reward = read_reward(inputs["reward"], config, columns)
+        inputs = {**inputs, "reward": inputs["reward"] if isinstance(inputs["reward"], str) else reward}
         lines += outline(inputs, config)
     return lines
 
 
-def _rows(name: str, source: Any, config: StageConfig) -> Counts:
+def _rows(name: str, source: Any, config: StageConfig) -> tuple[Sequence[Any], Counts]:
     skip = config.skip_bad_rows
     if name == "ptx_data":
-        return load_conversations(source, skip_bad_rows=skip)[1]
+        return load_conversations(source, skip_bad_rows=skip)
     if config.stage == "sft":
-        return load_conversations(source, format=config.format, skip_bad_rows=skip)[1]
+        return load_conversations(source, format=config.format, skip_bad_rows=skip)
     if config.stage == "reward":
-        return load_feedback(source, score_range=config.score_range, skip_bad_rows=skip)[1]
-    return load_prompts(source, skip_bad_rows=skip)[1]
-
-
-def _check_reward(reward: Any) -> None:
-    parts = [part[-1] for part in reward if isinstance(part, list)] if isinstance(reward, list) else [reward]
-    for part in parts:
-        if is_function_reference(part):
-            load_function(part)
-        else:
-            check_source(part, "reward")
-            if not is_scalar_model(part):
-                raise UserError(f"reward: {part!r} is no sequence classifier; train one with `fastrlhf reward`")
+        return load_feedback(source, score_range=config.score_range, skip_bad_rows=skip)
+    return load_prompts(source, skip_bad_rows=skip)
 
 
 def outline(inputs: Mapping[str, Any], config: PPOConfig) -> list[str]:
@@ -113,7 +107,7 @@ def _critic(inputs: Mapping[str, Any], config: PPOConfig) -> str:
 def _reward(inputs: Mapping[str, Any], config: PPOConfig) -> str:
     reward = inputs["reward"]
     if not isinstance(reward, str):
-        return " + ".join(f"{float(weight):g} * {name}" for name, weight, _ in reward)
+        return " + ".join(f"{float(weight):g} * {name}" for name, weight, *_ in reward)
     if _is_on_base(inputs, config):
         return f"{reward}, an adapter on the policy's base"
     return f"function {reward}" if is_function_reference(reward) else f"model {reward}"

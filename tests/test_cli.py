@@ -38,6 +38,9 @@ def workplace(tmp_path_factory) -> Path:
     for name, lines in rows.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (root / "rules.py").write_text(REWARD)
+    (root / "exits.py").write_text("raise SystemExit(0)\n")
+    (root / "typo.py").write_text("def f(:\n")
+    (root / "asks.py").write_text("def f(prompts, responses, answer):\n    return [0.0] * len(responses)\n")
     (root / "text.txt").write_text("no model")
     (root / "none.jsonl").write_text("")
     for stage, text in RECIPES.items():
@@ -174,6 +177,10 @@ MISTAKES = {
     "missing data": (["sft", "sft.yaml", "data=sftt.jsonl"], "sftt.jsonl does not exist; did you mean sft.jsonl?"),
     "missing reward file": (["ppo", "ppo.yaml", "reward=rule.py:f"], "rule.py does not exist; did you mean rules.py?"),
     "missing reward function": (["ppo", "ppo.yaml", "reward=rules.py:size"], "'rules.py' has no function 'size'"),
+    "reward file alone": (["ppo", "ppo.yaml", "reward=rules.py"], "rules.py is a file; name the function in it"),
+    "reward that exits": (["ppo", "ppo.yaml", "reward=exits.py:f"], "cannot load exits.py:1: called sys.exit(0)"),
+    "reward with a typo": (["ppo", "ppo.yaml", "reward=typo.py:f"], "reward: cannot load typo.py:1: SyntaxError: "),
+    "reward of a column": (["ppo", "ppo.yaml", "reward=asks.py:f"], "argument 'answer' is no column of prompts"),
     "missing reward module": (["ppo", "ppo.yaml", "reward=no_such_module:f"], "reward: cannot import 'no_such_module'"),
     "bad row": (["ppo", "ppo.yaml", "prompts=bad.jsonl"], "bad.jsonl:2: "),
     "empty data": (["ppo", "ppo.yaml", "prompts=none.jsonl"], "none.jsonl"),

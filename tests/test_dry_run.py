@@ -66,6 +66,7 @@ def test_the_plain_run(dry):
 RLOO = {"advantage": "rloo", "samples_per_prompt": 4}
 WARMUP = {"critic_warmup_steps": 10, "critic_pretrain_epochs": 2}
 WEIGHTED = "[[a, 0.5, rules.py:length], [b, 2, rules.py:length]]"
+MIXED = "[[a, 0.5, rules.py:length], {name: b, weight: 2, model: rm}]"
 FROM_POLICY = "a model of its own, initialised from the policy, with a new head"
 SAID = [
     ({"lora": 8}, "reference", "the policy's base without adapters"),
@@ -77,6 +78,7 @@ SAID = [
     ({"reward": "other_rm"}, "critic", f"{FROM_POLICY} (the reward model reads other tokens)"),
     ({"reward": "rules.py:length"}, "reward", "function rules.py:length"),
     ({"reward": WEIGHTED}, "reward", "0.5 * a + 2 * b"),
+    ({"reward": MIXED}, "reward", "0.5 * a + 2 * b"),
     (RLOO, "critic", "none (rloo does without)"),
     (RLOO, "a step", "8 responses (2 prompts x 4) of up to 6 tokens, then 2 x 2 mini-batches of 4"),
     (RLOO, "in all", "1000 steps, 8000 responses, 4000 optimizer steps of the policy"),

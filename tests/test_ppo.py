@@ -265,11 +265,12 @@ def test_unscorable_responses_are_masked_out_and_counted():
     assert experience.advantages[1::2].abs().sum() == 0
 
 
-def test_nothing_scorable_is_no_nan():
+def test_nothing_scorable_is_an_error_before_anything_is_learned():
     t = trainer(config(total_steps=1), reward=lambda prompts, responses: [None] * len(responses))
     before = weights(t.policy)
-    step = next(iter(t))
-    assert math.isnan(step.metrics["reward/mean"]) and same(before, weights(t.policy))
+    with pytest.raises(UserError, match="reward: None for all 8 responses of step 1"):
+        next(iter(t))
+    assert same(before, weights(t.policy))
 
 
 def test_columns_reach_reward_functions_that_ask_for_them():

@@ -18,7 +18,7 @@ class StageInput(NamedTuple):
 
 _ROWS = "JSON, JSONL (.gz too), Parquet, CSV, a folder or a hub id"
 _MODEL = "Hugging Face folder, hub id or GGUF file"
-_REWARD = "reward model, FILE.py:FUNCTION, MODULE:FUNCTION, or a list of [name, weight, such a function]"
+_REWARD = "reward model, FILE.py:FUNCTION, MODULE:FUNCTION, or a list of [name, weight, one of these]"
 _TRAINED = {"model": StageInput(True, "model", f"the model to train: {_MODEL}")}
 _OPTIONAL = {
     "eval_data": StageInput(False, "data", "held-out rows in the same formats"),

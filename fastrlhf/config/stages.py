@@ -145,6 +145,10 @@ class PPOConfig(StageConfig):
     """scores are clipped to +-this, after the scaling"""
     advantage_clip: float | None = Field(None, gt=0)
     """advantages are clipped to +-this, after the whitening"""
+    reward_timeout: float | None = Field(None, gt=0)
+    """seconds that one call of a reward function or judge may take; none: any"""
+    reward_retries: int = Field(3, ge=0)
+    """further tries of a call that failed for the network, after 1, 2, 4 ... seconds"""
     missing_eos_penalty: float | None = Field(None, ge=0)
     """subtracted from the score of a response without a stop token"""
     length_penalty: float = 0.0

@@ -57,7 +57,7 @@ def _read_config(source: str, role: str) -> PreTrainedConfig | None:
         raise UserError(f"{role}: cannot load {source!r}: {reason(error)}") from error
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, hub id or GGUF file. UserError when it is missing or has no end-of-sequence token."""
     if adapter_folder.is_adapter(source) and not any(TOKENIZER_FILE.match(f.name) for f in Path(source).glob("*")):
         return load_tokenizer(adapter_folder.base_of(source, "tokenizer"))
@@ -69,7 +69,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: cannot load one from {str(source)!r}: {reason(error)}") from error
-    if tokenizer.eos_token_id is None:
+    if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {str(source)!r} has no eos_token; set one, replies could never end")
     return tokenizer
 
@@ -175,6 +175,19 @@ def load_reward_model(
     if getattr(model.config, "num_labels", None) != 1 or not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{role}: {type(model).__name__} must have a scalar head `score` (num_labels=1)")
     return _settle(model, source, quantize)
+
+
+def load_classifier(source: Source, dtype: str = "auto", attention: str = "auto") -> PreTrainedModel:
+    """A sequence classifier of whatever labels and architecture, an encoder too. UserError when it cannot be loaded."""
+    return _settle(_load(AutoModelForSequenceClassification, source, "reward", dtype, attention), source, None)
+
+
+def labels_of(source: Source) -> dict[int, str]:
+    """The labels of a sequence classifier by their numbers, from its config; nothing for adapters and GGUF files."""
+    if isinstance(source, PreTrainedModel):
+        return dict(source.config.id2label)
+    config = None if adapter_folder.is_adapter(source) else _read_config(source, "reward")
+    return {} if config is None else {int(index): str(name) for index, name in config.id2label.items()}
 
 
 def scalar_base(source: str, dtype: str, attention: str, role: str, quantize: str | None = None) -> PreTrainedModel:

@@ -16,7 +16,7 @@ import torch
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
-from fastrlhf.rl.functions import UserFunction, is_function_reference, load_function, name_of
+from fastrlhf.rl.functions import UserFunction, check_no_bare_file, is_function_reference, load_function, name_of
 from fastrlhf.rollout.result import ScoredRollout
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.metrics import distinct_2, mean
@@ -45,7 +45,7 @@ class Evaluation:
                 raise UserError(f"{name}: measured on held-out prompts; give eval_prompts too")
             if not config.eval_every:  # the config itself refuses best_of_n then
                 raise UserError(f"{name}: measured in evaluations; set eval_every above 0")
-        self.judge = None if judge is None else load_judge(judge)
+        self.judge = None if judge is None else load_judge(judge, config)
 
     def metrics(self, rollout: ScoredRollout, sample: Sample, report: Callable[..., None]) -> dict[str, float]:
         """rollout: the policy's scored replies to the held-out prompts, one each.
@@ -85,7 +85,8 @@ class Evaluation:
         judge, verdicts = self.judge, []
         if not distributed.is_lead():
             return distributed.gather(torch.zeros(0, dtype=torch.float64)).tolist()
-        for i, found in enumerate(judge(rollout.prompts, ours, theirs, **rollout.texts.columns)):
+        lists = rollout.texts.columns | {"prompts": rollout.prompts, "responses": ours, "baselines": theirs}
+        for i, found in enumerate(judge(lists)):
             if found is not None:
                 verdicts.append(judge.number(i, found))
                 if not 0 <= verdicts[-1] <= 1:
@@ -103,14 +104,17 @@ def eval_temperature(config: PPOConfig) -> float:
     return config.temperature if config.eval_temperature is None else config.eval_temperature
 
 
-def load_judge(judge: object) -> UserFunction:
+def load_judge(judge: object, config: PPOConfig) -> UserFunction:
     """judge(prompts, responses, baselines, **columns) -> a number in [0, 1] for each: 1 where the response is better
     than the baseline, 0.5 where neither is. UserError for what is no function."""
+    check_no_bare_file(judge, "judge")
     if is_function_reference(judge):
         judge = load_function(judge, "judge")  # type: ignore[arg-type]
     if not callable(judge):
         raise UserError(f"judge: {judge!r} is neither a function nor 'module:function' or 'file.py:function'")
-    return UserFunction(f"judge {name_of(judge)}", judge, 3)
+    lists = ("prompts", "responses", "baselines")
+    how = {"timeout": config.reward_timeout, "retries": config.reward_retries}
+    return UserFunction(f"judge {name_of(judge)}", judge, lists, **how)
 
 
 def win_rate(scores: Sequence[float | None], baseline: Sequence[float | None]) -> float:

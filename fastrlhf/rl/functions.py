@@ -1,62 +1,207 @@
-"""A user's functions (rewards, judges): found by name, called with data-set columns by name, their mistakes reported.
+"""A user's functions (rewards, judges): found by name, called as their arguments ask, their mistakes reported.
 
-An error names the role and the function ("reward function brevity"), the sample, and what was wrong.
+An error names the role and the function ("reward function brevity"), the sample, and what was wrong. A function may be
+written for this package, or for TRL (completions, **kwargs), verl (compute_score, one sample a call) or OpenRLHF
+(queries, prompts, labels); the names of its arguments say which.
 """
 
 from __future__ import annotations
 
+import ast
+import asyncio
+import concurrent.futures
+import errno
+import functools
 import importlib.util
 import inspect
+import logging
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from fastrlhf.config.errors import UserError
+from fastrlhf.config.errors import UserError, shown
+
+LOG = logging.getLogger(__name__)
+# By name a reward function may ask for these, beside its prompts and the columns of the data set.
+TOKEN_LISTS = ("response_ids", "completion_ids")
+REPLIES = ("responses", "completions", *TOKEN_LISTS)
+REWARD_LISTS = ("prompts", "responses")
+# Names in the caller's lists that no argument has: prompts as the data has them, prompt and response as one text; and
+# an empty mapping for each.
+MESSAGES, QUERIES, EMPTY = "@messages", "@queries", "@empty"
+LABELS = ("labels", "label", "answer", "answers", "ground_truth", "solution", "reference", "target")
+# By the names of the classes and their bases: none of these packages is imported for it.
+NETWORK = {
+    "APIConnectionError",
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "ConnectionError",
+    "HTTPError",
+    "HTTPException",
+    "InternalServerError",
+    "RateLimitError",
+    "RequestException",
+    "SSLError",
+    "TimeoutError",
+    "TransportError",
+    "URLError",
+    "gaierror",
+    "herror",
+    "timeout",
+}
+UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
+LONGEST_PAUSE = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a function is called. positional: the lists by position; named: by parameter, what it gets; one_by_one: a
+    call for each sample, with entries in place of lists."""
+
+    positional: tuple[str, ...]
+    named: dict[str, str]
+    one_by_one: bool = False
 
 
 @dataclass(frozen=True)
 class UserFunction:
-    """what: as errors call it; lists: how many lists of one entry a sample it takes by position."""
+    """what: as errors call it; lists: what it gets by position where its first arguments have names of its own.
+
+    columns: of the data set, beside those of the samples of a call. timeout: seconds of a call, None: any. retries: of
+    a call that failed for the network, after `pause` seconds, then twice as long each time.
+    """
 
     what: str
     function: Callable[..., Any]
-    lists: int
+    lists: tuple[str, ...] = REWARD_LISTS
+    columns: frozenset[str] = frozenset()
+    timeout: float | None = None
+    retries: int = 0
+    pause: float = 1.0
 
-    @property
-    def accepted(self) -> set[str] | None:
-        """Names it takes beside the lists; None: all (it has **kwargs)."""
-        parameters = list(inspect.signature(self.function).parameters.values())
-        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            return None
-        return {p.name for p in parameters[self.lists :]}
+    def takes(self, *names: str) -> bool:
+        """Whether a parameter has one of these very names."""
+        return any(parameter.name in names for parameter in _parameters(self.function))
 
-    def takes(self, name: str) -> bool:
-        """True where a parameter beside the lists has this very name."""
-        return name in list(inspect.signature(self.function).parameters)[self.lists :]
+    def bind(self, columns: Iterable[str], role: str = "the data set") -> Call:
+        """How to call it for a data set of these columns. UserError for an argument that would get nothing, or surely
+        the wrong thing; role: what it calls the data set."""
+        parameters, columns = _parameters(self.function), sorted({*self.columns, *columns})
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        names, takes_rest = {p.name for p in named}, any(p.kind is p.VAR_KEYWORD for p in parameters)
+        rest = columns if takes_rest else []
+        offered = {name: name for name in (*columns, *self.lists)}
+        if self.lists == REWARD_LISTS:
+            foreign = self._foreign(names, columns)
+            if foreign is not None:
+                foreign = self._named(named, offered | foreign, rest, columns, role)
+                return Call((), foreign, one_by_one="solution_str" in names)
+            offered |= {name: name for name in REPLIES}
+        first = [p for p in parameters if p.kind is not p.VAR_KEYWORD][: len(self.lists)]
+        sees_replies = bool(names & set(REPLIES)) or (takes_rest and self.lists == REWARD_LISTS)
+        if all(p in named and p.name in offered for p in first) and sees_replies and not _is_habit(first):
+            if not names & {"responses", "response_ids"}:  # TRL's: messages where the data has them
+                offered["prompts"] = MESSAGES
+                rest = [*rest, "prompts", "completions", "completion_ids"] if takes_rest else rest
+            return Call((), self._named(named, offered, rest, columns, role))
+        self._check_positions(parameters, first, columns)
+        later = [p for p in named if p not in first]
+        return Call(self.lists, self._named(later, offered, [c for c in rest if c not in names], columns, role))
 
-    def __call__(self, *lists: list, **columns: list) -> list[Any]:
-        """One entry a sample. columns: those the function accepts are passed by name.
+    def _foreign(self, names: set[str], columns: list[str]) -> dict[str, str] | None:
+        """What the arguments of verl and of OpenRLHF get, by name; None: the function is written for neither."""
+        plural = "s" if "solution_strs" in names else ""
+        if f"solution_str{plural}" in names:
+            truth = next((c for c in ("ground_truth", "reward_model") if c in columns), None)
+            sources = {"solution_str": "responses", "extra_info": "extra_info" if "extra_info" in columns else EMPTY}
+            if "data_source" in columns:
+                sources["data_source"] = "data_source"
+            if truth:
+                sources["ground_truth"] = truth if truth == "ground_truth" else "reward_model.ground_truth"
+            return {f"{name}{plural}": source for name, source in sources.items()}
+        if {"queries", "prompts"} <= names:
+            label = next((name for name in LABELS if name in columns), None)
+            return {"queries": QUERIES} | ({"labels": label} if label else {})
+        return None
 
-        UserError for an exception of the function, naming the first sample it also fails on alone, and for a wrong
-        count.
-        """
-        accepted, count = self.accepted, len(lists[0])
-        passed = {name: column for name, column in columns.items() if accepted is None or name in accepted}
-        with _Caught() as caught:
-            found = list(self.function(*lists, **passed))
-        if caught.error is not None:
-            sample = self._blame(lists, passed)
-            where = f"sample {sample}" if sample is not None else f"a batch of {count} samples"
-            kind = type(caught.error).__name__
-            raise UserError(f"{self.what}, {where}: raised {kind}: {caught.error}") from caught.error
-        if len(found) != count:
+    def _named(
+        self,
+        parameters: list[inspect.Parameter],
+        offered: dict[str, str],
+        rest: Sequence[str],
+        columns: list[str],
+        role: str,
+    ) -> dict[str, str]:
+        """What each of these parameters gets, and, through **kwargs, what none of them asks for."""
+        named = {}
+        for parameter in parameters:
+            if parameter.name in offered:
+                named[parameter.name] = offered[parameter.name]
+            elif parameter.default is parameter.empty:
+                beside = ", ".join(name for name in offered if name not in columns)
+                raise UserError(
+                    f"{self.what}: its argument {parameter.name!r} is no column of {role}; columns: "
+                    f"{', '.join(columns) or 'none'}; beside them it may ask for {beside}"
+                )
+        return named | {name: offered.get(name, name) for name in rest if name not in named}
+
+    def _check_positions(
+        self, parameters: list[inspect.Parameter], first: list[inspect.Parameter], columns: list[str]
+    ) -> None:
+        """UserError where what a function would get by position contradicts the names of its arguments."""
+        if any(p.kind is p.VAR_POSITIONAL for p in first):
+            return
+        asked, given = [p.name for p in first], ", ".join(self.lists)
+        positional = [p for p in first if p.kind is not p.KEYWORD_ONLY]
+        if len(positional) < len(self.lists):
             raise UserError(
-                f"{self.what}, sample {min(len(found), count)}: returned {len(found)} scores for {count} responses; "
-                "return one number (or None) for each"
+                f"{self.what}: it takes {', '.join(p.name for p in parameters) or 'no arguments'}, and by position it "
+                f"gets ({given}); name its arguments so, or after columns: {', '.join(columns) or 'none'}"
             )
-        return found
+        swapped = _means(asked[0], "responses") or _means(asked[1], "prompts")
+        column = asked[1] in columns and not _means(asked[1], "responses")
+        if swapped or column:
+            raise UserError(
+                f"{self.what}: its first arguments are ({', '.join(asked)}), but by position they are ({given}); name "
+                f"them prompts, responses or completions; columns: {', '.join(columns) or 'none'}"
+            )
+
+    def __call__(self, lists: Mapping[str, list]) -> list[Any]:
+        """One entry a sample. lists: by name, an entry a sample each; the function gets copies.
+
+        UserError for an exception of the function (sys.exit too), naming the first sample it also fails on alone, for a
+        call without an end, and for a wrong count.
+        """
+        count = len(lists[self.lists[0]])
+        call = self.bind(name for name in lists if name[0] != "@" and name not in (*REPLIES, *self.lists))
+        result, error, tries = self._attempts(call, lists, range(count))
+        if isinstance(error, _NoEnd):
+            raise UserError(
+                f"{self.what}, a batch of {count} samples: no result within reward_timeout = {self.timeout:g} seconds; "
+                "raise reward_timeout, or give the calls it waits for a time limit of their own"
+            ) from error
+        if error is not None:
+            sample = None if is_network_error(error) else self._blame(call, lists, count)
+            where = f"sample {sample}" if sample is not None else f"a batch of {count} samples"
+            again = f" ({tries} tries)" if tries > 1 else ""
+            raise UserError(f"{self.what}, {where}: {_said(error)}{again}") from error
+        entries = _entries(result, count)
+        if entries is None:
+            raise UserError(f"{self.what}: returned {shown(result)}; return a list with a number (or None) a response")
+        if len(entries) != count:
+            where, returned = f"sample {min(len(entries), count)}", f"returned {len(entries)} scores"
+            remedy = "return one number (or None) for each"
+            raise UserError(f"{self.what}, {where}: {returned} for {count} responses; {remedy}")
+        return entries
 
     def number(self, index: int, score: object, token: int | None = None) -> float:
         """`score` as a finite float. index, token: whose it is, for the UserError."""
@@ -69,29 +214,197 @@ class UserFunction:
             raise UserError(f"{where}: returned {value}; return None for a response that cannot be judged")
         return value
 
-    def _blame(self, lists: Sequence[list], columns: dict[str, list]) -> int | None:
+    def _attempts(
+        self, call: Call, lists: Mapping[str, list], samples: Sequence[int]
+    ) -> tuple[Any, BaseException | None, int]:
+        """-> (result, error, tries): of the last try. Errors of the network are tried again."""
+        for attempt in range(self.retries + 1):
+            result, error = self._once(call, lists, samples)
+            if error is None or attempt == self.retries or not is_network_error(error):
+                return result, error, attempt + 1
+            pause = min(self.pause * 2**attempt, LONGEST_PAUSE)
+            LOG.warning("%s: %s; again in %g s", self.what, _said(error), pause)
+            time.sleep(pause)
+        raise AssertionError("unreachable: the last attempt returns")
+
+    def _once(self, call: Call, lists: Mapping[str, list], samples: Sequence[int]) -> tuple[Any, BaseException | None]:
+        """Call it for these samples, with copies -> (result, error): an exception of the user's is a value here."""
+
+        def column(source: str) -> list:
+            name, _, leaf = source.partition(".") if source not in lists else (source, "", "")
+            if name not in lists:
+                return [{} if name == EMPTY else None for _ in samples]
+            entries = [_copy(lists[name][i]) for i in samples]
+            return [entry.get(leaf) if isinstance(entry, Mapping) else None for entry in entries] if leaf else entries
+
+        positional = [column(name) for name in call.positional]
+        named = {name: column(source) for name, source in call.named.items()}
+
+        def work() -> Any:
+            if not call.one_by_one:
+                return self.function(*positional, **named)
+            rows = [{name: entries[i] for name, entries in named.items()} for i in range(len(samples))]
+            return [self.function(**row) for row in rows]
+
+        deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        result, error = _bounded(work, self.timeout)
+        if error is None and _waits(result):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            result, error = _await(result, left)
+        return result, error
+
+    def _blame(self, call: Call, lists: Mapping[str, list], count: int) -> int | None:
         """The first sample the function also fails on alone."""
-        for i in range(len(lists[0])):
-            with _Caught() as caught:
-                one = {name: column[i : i + 1] for name, column in columns.items()}
-                self.function(*(entries[i : i + 1] for entries in lists), **one)
-            if caught.error is not None:
-                return i
+        return next((i for i in range(count) if self._once(call, lists, [i])[1] is not None), None)
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some builtins do not say
+        return list(inspect.signature(lambda *lists: None).parameters.values())
+
+
+def _means(name: str, what: str) -> bool:
+    """Whether an argument's name says that it holds prompts, or responses."""
+    stems = {"prompts": ("prompt", "quer"), "responses": ("respons", "completion", "repl", "output", "generat")}
+    return name.lower().startswith(stems[what])
+
+
+def _is_habit(first: list[inspect.Parameter]) -> bool:
+    """Whether these are (prompts, response), or output: the policy's by habit, even where a column is called so."""
+    names = [p.name for p in first]
+    return len(names) > 1 and not {*names} & {*REPLIES} and _means(names[1], "responses")
+
+
+def _copy(value: Any) -> Any:
+    """A copy of lists and mappings, so that a function cannot change the data set."""
+    if isinstance(value, dict):
+        return {key: _copy(entry) for key, entry in value.items()}
+    return [_copy(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _entries(result: Any, count: int) -> list[Any] | None:
+    """What a function returned, as a list; None for what is none. Mappings are those of OpenRLHF and verl."""
+    result = _plain(result)
+    if hasattr(result, "tolist"):  # tensors (of any device), arrays, series
+        shape = getattr(result, "shape", ())
+        flat = math.prod(shape) == count and hasattr(result, "reshape")
+        result = (result.reshape(-1) if flat else result).tolist()
+    if count == 1 and isinstance(result, (int, float)):
+        return [result]
+    if isinstance(result, (str, bytes, Mapping, set)) or not isinstance(result, Iterable):
         return None
+    return [_plain(entry) for entry in result]
+
+
+def _plain(value: Any) -> Any:
+    """The scores of a mapping; anything else as it is."""
+    if isinstance(value, Mapping):
+        return next((value[name] for name in ("rewards", "scores", "reward", "score") if name in value), value)
+    return value
+
+
+# ------------------------------------------------------------------------------------------- exceptions, time, the loop
+
+
+class _NoEnd(Exception):
+    """A call that took longer than it may."""
 
 
 class _Caught:
-    """Keeps what a user's function raises (whatever it is), so that the error can be reported under its name."""
+    """Keeps what a user's code raises (whatever it is), so that the error can be reported under its name."""
 
-    error: Exception | None = None
+    error: BaseException | None = None
 
     def __enter__(self) -> _Caught:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> bool:
-        if isinstance(error, Exception):
+        if isinstance(error, (Exception, SystemExit)):
             self.error = error
         return self.error is error  # an interrupt passes through
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"called sys.exit({'' if error.code is None else repr(error.code)})"
+    return f"raised {type(error).__name__}: {error}"
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Whether an exception is of the kind that may not come again: connections, time limits, a busy server. An answer
+    of a server that will stay the same (404) is not."""
+    if isinstance(error, (ValueError, SystemExit)):
+        return False
+    answer = getattr(error, "response", None)
+    status = getattr(error, "code", None) or getattr(error, "status_code", None) or getattr(answer, "status_code", None)
+    if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
+        return False
+    unreachable = isinstance(error, OSError) and error.errno in UNREACHABLE
+    return unreachable or any(kind.__name__ in NETWORK for kind in type(error).__mro__)
+
+
+def _bounded(work: Callable[[], Any], seconds: float | None) -> tuple[Any, BaseException | None]:
+    """-> (result, error) of work, _NoEnd after so many seconds. Only a thread can be left behind: one without an end
+    does not keep the process from ending."""
+    results: list[Any] = []
+    caught = _Caught()
+
+    def run() -> None:
+        with caught:
+            results.append(work())
+
+    if seconds is None:
+        run()
+    else:
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            return None, _NoEnd()
+    return (None, caught.error) if caught.error is not None else (results[0], None)
+
+
+def _waits(result: Any) -> bool:
+    return inspect.isawaitable(result) or (isinstance(result, list) and any(map(inspect.isawaitable, result)))
+
+
+def _await(result: Any, seconds: float | None) -> tuple[Any, BaseException | None]:
+    """Await a result, or all entries of one at once -> (result, error)."""
+    entries = result if isinstance(result, list) else [result]
+
+    async def gather() -> list[tuple[Any, BaseException | None]]:
+        return await asyncio.gather(*map(_entry, entries))
+
+    future = asyncio.run_coroutine_threadsafe(gather(), _loop())
+    try:
+        awaited = future.result(seconds)
+    except concurrent.futures.TimeoutError:  # before Python 3.11 one of its own
+        future.cancel()
+        return None, _NoEnd()
+    error = next((error for _, error in awaited if error is not None), None)
+    values = [value for value, _ in awaited]
+    return values if isinstance(result, list) else values[0], error
+
+
+async def _entry(value: Any) -> tuple[Any, BaseException | None]:
+    """An entry, awaited where it must be; what it raises is a value, or SystemExit would end the loop."""
+    with _Caught() as caught:
+        return (await value if inspect.isawaitable(value) else value), None
+    return None, caught.error
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One event loop for the process, in a thread: a user's client keeps connections that belong to their loop, and a
+    notebook runs a loop of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+# ------------------------------------------------------------------------------------------------------------ by name
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -103,22 +416,69 @@ def is_function_reference(source: object) -> bool:
     return isinstance(source, str) and "://" not in source and ":" in source and not Path(source).exists()
 
 
+def check_no_bare_file(source: object, role: str = "reward") -> None:
+    """UserError for FILE.py without a function: with those that stand in it."""
+    if not isinstance(source, (str, Path)) or not str(source).endswith(".py"):
+        return
+    path, nodes = Path(source), []
+    if not path.is_file():
+        raise UserError(f"{role}: the file {str(source)!r} does not exist")
+    with suppress(SyntaxError, ValueError):  # which loading it will tell
+        nodes = ast.parse(path.read_bytes()).body
+    names = [node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    public = ", ".join(name for name in names if name[0] != "_")
+    example = f"FILE.py:FUNCTION{public and f' (it has {public})'}"
+    raise UserError(f"{role}: {source} is a file; name the function in it: {example}")
+
+
 def load_function(reference: str, role: str = "reward") -> Callable[..., Any]:
-    """`package.module:function` or `path/to/file.py:function`. UserError names the role and what is missing."""
+    """`package.module:function` or `path/to/file.py:function`. UserError names the role and what is missing or wrong in
+    the file, in a line."""
     where, _, attribute = reference.rpartition(":")
-    if where.endswith(".py"):
-        path = Path(where)
-        if not path.is_file():
-            raise UserError(f"{role}: the file {where!r} of {reference!r} does not exist")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise UserError(f"{role}: cannot import {where!r} of {reference!r}: {error}") from error
+    with _Caught() as caught:
+        module = _load_file(reference, where, role) if where.endswith(".py") else _import(where)
+    if isinstance(caught.error, UserError):
+        raise caught.error
+    if caught.error is not None:
+        raise UserError(_not_imported(caught.error, where, reference, role)) from caught.error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"{role}: {where!r} has no function {attribute!r}")
     return function
+
+
+def _load_file(reference: str, where: str, role: str) -> ModuleType:
+    path = Path(where)
+    if not path.is_file():
+        raise UserError(f"{role}: the file {where!r} of {reference!r} does not exist")
+    name = f"fastrlhf_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles of its classes look for it there
+    _reach(path.resolve().parent)  # for what lies beside it
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import(where: str) -> ModuleType:
+    _reach(Path.cwd())
+    return importlib.import_module(where)
+
+
+def _reach(folder: Path) -> None:
+    """Let imports find what lies in a folder, behind everything else."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _not_imported(error: BaseException, where: str, reference: str, role: str) -> str:
+    if isinstance(error, ModuleNotFoundError) and not where.endswith(".py"):
+        return f"{role}: cannot import {where!r} of {reference!r}: {error}"
+    here = os.path.abspath(where) if where.endswith(".py") else ""
+    if isinstance(error, SyntaxError):
+        file = where if error.filename is None or os.path.abspath(error.filename) == here else error.filename
+        return f"{role}: cannot load {file}:{error.lineno}: {type(error).__name__}: {error.msg}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if os.path.abspath(f.filename) == here]
+    line = f":{frames[-1].lineno}" if frames else ""
+    said = _said(error).removeprefix("raised ")
+    return f"{role}: cannot load {where}{line}: {said.splitlines()[0] if said else type(error).__name__}"

@@ -91,7 +91,7 @@ def load_roles(
         reference = frozen_copy(trained)
     critic = _make_critic(config, tokenizer, scorer, trained, value_model, adapters)
     if config.offload:
-        for model in filter(None, (reference, scorer.model)):
+        for model in filter(None, (reference, *scorer.models)):
             offload.park(model)
     return Roles(trained, reference, critic, scorer, adapters, offload)
 

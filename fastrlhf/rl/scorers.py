@@ -1,34 +1,52 @@
-"""Scoring of responses: a reward model, a Python function, or a weighted sum of named functions.
+"""Scoring of responses: a reward model, a Python function, or a weighted sum of both kinds.
 
 A reward function is `reward(prompts, responses, **columns) -> list[float | None]`: texts in (special tokens skipped),
 one number a response out, None for a response it cannot judge. Columns of the prompt data set are passed by name to
-functions that accept them. One with a parameter `response_ids` gets the sampled token ids under that name, and may
-return for a response a list instead: a number for each of its tokens, the stop token included. A plain number is the
-reward of the last token.
+functions that ask for them; the conventions of TRL, verl and OpenRLHF are in functions.py. One with a parameter
+`response_ids` (or `completion_ids`) gets the sampled token ids under that name, and may return for a response a list
+instead: a number for each of its tokens, the stop token included. A plain number is the reward of the last token.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.templates import encode_prompt, encode_response, resolve_chat_template
 from fastrlhf.models.adapter_folder import AdapterFolder
-from fastrlhf.models.heads import sequence_scores
-from fastrlhf.models.loading import load_reward_model, load_tokenizer
+from fastrlhf.models.heads import last_hidden, right_padded, sequence_scores
+from fastrlhf.models.loading import (
+    check_source,
+    is_scalar_model,
+    labels_of,
+    load_classifier,
+    load_reward_model,
+    load_tokenizer,
+)
 from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.offload import Offload
 from fastrlhf.models.token_batch import TokenRows
-from fastrlhf.rl.functions import UserFunction, is_function_reference, load_function, name_of
+from fastrlhf.rl.functions import (
+    MESSAGES,
+    QUERIES,
+    TOKEN_LISTS,
+    UserFunction,
+    check_no_bare_file,
+    is_function_reference,
+    load_function,
+    name_of,
+)
 from fastrlhf.rollout.result import Rollout, Texts
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import micro_batches, shard
@@ -54,6 +72,11 @@ class Scorer(ABC):
 
     per_token = False
     model: PreTrainedModel | None = None
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """Every model that scores, beside the policy's base."""
+        return [] if self.model is None else [self.model]
 
     def __call__(self, rollout: Rollout) -> Scores:
         rewards = self._over_ranks(rollout)
@@ -96,7 +119,8 @@ def split_rewards(rewards: Sequence[Reward], response_ids: Sequence[Sequence[int
 
 
 class RewardModelScorer(Scorer):
-    """Scores with a sequence classifier: the policy's own token ids if the tokenizers agree, else re-encoded text."""
+    """Scores with a sequence classifier: the policy's own token ids if the tokenizers agree, else re-encoded text. One
+    without a head `score` is no causal LM's: it has its own idea of a text, and reads the reply alone."""
 
     def __init__(
         self,
@@ -105,17 +129,23 @@ class RewardModelScorer(Scorer):
         policy_tokenizer: PreTrainedTokenizerBase,
         memory: MemoryBackoff,
         offload: Offload,
+        label: int | None = None,
     ) -> None:
+        """label: the label of a classifier of several whose log-probability is the score."""
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer, self.memory, self.offload = tokenizer, memory, offload
+        self.tokenizer, self.memory, self.offload, self.label = tokenizer, memory, offload, label
         self.same_tokenizer = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
 
     def judge(self, texts: Texts, rows: TokenRows) -> list[float | None]:
         ids = self._token_ids(texts, rows)
         with self.offload.here(self.model) as model:
-            return self.memory.attempt(lambda: score_rows(model, ids, self.memory.tokens)).tolist()
+            return self.memory.attempt(lambda: score_rows(model, ids, self.memory.tokens, label=self.label)).tolist()
 
     def _token_ids(self, texts: Texts, rows: TokenRows) -> list[list[int]]:
+        if not hasattr(self.model, "score") and self.label is not None:
+            limit = getattr(self.model.config, "max_position_embeddings", None)
+            limit = min(limit or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+            return self.tokenizer(texts.responses, truncation=True, max_length=limit)["input_ids"]
         if self.same_tokenizer:
             return [rows.whole(row) for row in range(len(rows))]
         return encode_pairs(self.tokenizer, texts.raw_prompts, texts.responses)
@@ -145,15 +175,37 @@ class AdapterScorer(RewardModelScorer):
             return self.memory.attempt(lambda: score_rows(model, ids, self.memory.tokens, self.head)).tolist()
 
 
-def score_rows(model: PreTrainedModel, rows: list[list[int]], budget: int, head: nn.Linear | None = None) -> Tensor:
+def score_rows(
+    model: PreTrainedModel,
+    rows: list[list[int]],
+    budget: int,
+    head: nn.Linear | None = None,
+    label: int | None = None,
+) -> Tensor:
     """Return scores [B] fp32 on the CPU, computed in micro-batches of at most `budget` padded tokens; head None:
-    `score`."""
+    `score`. label: see `label_log_probs`."""
     scores = torch.empty(len(rows), dtype=torch.float32)
     for group in micro_batches([len(row) for row in rows], budget):
+        batch = [rows[i] for i in group]
         with torch.inference_mode():
-            part = sequence_scores(model, [rows[i] for i in group], head)
+            part = sequence_scores(model, batch, head) if label is None else label_log_probs(model, batch, label)
         scores[group] = part.cpu()
     return scores
+
+
+def label_log_probs(model: PreTrainedModel, rows: list[list[int]], label: int) -> Tensor:
+    """Return the log-probability [B] fp32 of a label in nats: log softmax over the labels, or log sigmoid where
+    config.problem_type says that several of them may hold. A head `score` is read at the last token of each row."""
+    head = getattr(model, "score", None)
+    if head is not None:
+        hidden = last_hidden(model, rows).float()
+        logits = F.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
+    else:
+        ids, lengths = right_padded(rows, model.config.pad_token_id or 0, model.device)
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
+    several = getattr(model.config, "problem_type", None) == "multi_label_classification"
+    return (F.logsigmoid(logits) if several else logits.log_softmax(-1))[:, label]
 
 
 def encode_pairs(
@@ -179,21 +231,33 @@ def score_texts(
 
 
 class FunctionScorer(Scorer):
-    """A weighted sum of reward functions. A response one of them cannot judge (None) is judged by none.
+    """A weighted sum of reward functions and reward models. A response one of them cannot judge (None) is judged by
+    none.
 
-    per_token: one of them takes `response_ids`; the rewards are then lists, a number for each token.
+    parts: (name, weight, function or scorer). per_token: one of them takes `response_ids`; the rewards are then lists,
+    a number for each token.
     """
 
-    def __init__(self, functions: Sequence[tuple[str, float, RewardFunction]]) -> None:
-        self.functions = [(UserFunction(f"reward function {name}", fn, 2), weight) for name, weight, fn in functions]
-        self.per_token = any(function.takes("response_ids") for function, _ in self.functions)
+    def __init__(self, parts: Sequence[tuple[str, float, RewardFunction | UserFunction | Scorer]]) -> None:
+        self.parts: list[tuple[float, UserFunction | Scorer]] = []
+        for name, weight, judge in parts:
+            known = isinstance(judge, (UserFunction, Scorer))
+            self.parts.append((weight, judge if known else UserFunction(f"reward function {name}", judge)))
+        functions = [judge for _, judge in self.parts if isinstance(judge, UserFunction)]
+        self.per_token = any(function.takes(*TOKEN_LISTS) for function in functions)
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        return [model for _, judge in self.parts if isinstance(judge, Scorer) for model in judge.models]
 
     def judge(self, texts: Texts, rows: TokenRows) -> list[Reward]:
         count = len(rows)
         totals, tokens = [0.0] * count, [[0.0] * len(ids) for ids in rows.response_ids]
         judged = [True] * count
-        for function, weight in self.functions:
-            for i, reward in enumerate(_rewards(function, texts, rows.response_ids)):
+        for weight, judge in self.parts:
+            model = isinstance(judge, Scorer)
+            rewards = judge.judge(texts, rows) if model else _rewards(judge, texts, rows.response_ids)
+            for i, reward in enumerate(rewards):
                 if reward is None:
                     judged[i] = False
                 elif isinstance(reward, list):
@@ -209,12 +273,28 @@ class FunctionScorer(Scorer):
 
 def _rewards(function: UserFunction, texts: Texts, response_ids: list[list[int]]) -> list[Reward]:
     """Call once and check: numbers, None, or (from a function that sees the tokens) a list of a number for each."""
-    sees_tokens = function.takes("response_ids")
-    columns = texts.columns | ({"response_ids": response_ids} if sees_tokens else {})
-    rewards = function(texts.prompts, texts.responses, **columns)
+    sees_tokens = function.takes(*TOKEN_LISTS)
+    rewards = function(_lists(texts, response_ids))
     return [
         _checked(function, i, reward, len(response_ids[i]) if sees_tokens else None) for i, reward in enumerate(rewards)
     ]
+
+
+def _lists(texts: Texts, response_ids: list[list[int]]) -> dict[str, list]:
+    """All that a reward function may ask for, by name. completions: messages where the prompt is messages (TRL's)."""
+    completions = [
+        [{"role": "assistant", "content": response}] if isinstance(prompt, list) else response
+        for prompt, response in zip(texts.raw_prompts, texts.responses, strict=True)
+    ]
+    return {
+        **texts.columns,
+        "prompts": texts.prompts,
+        "responses": texts.responses,
+        "completions": completions,
+        **dict.fromkeys(TOKEN_LISTS, response_ids),
+        MESSAGES: texts.raw_prompts,
+        QUERIES: [prompt + response for prompt, response in zip(texts.prompts, texts.responses, strict=True)],
+    }
 
 
 def _checked(function: UserFunction, index: int, reward: object, tokens: int | None) -> Reward:
@@ -234,6 +314,116 @@ def _checked(function: UserFunction, index: int, reward: object, tokens: int | N
 # --------------------------------------------------------------------------------------------------------- making one
 
 
+class Part(NamedTuple):
+    """An entry of a weighted sum. source: a function, a reward-model folder or hub id, or a loaded model; label: of a
+    classifier, by name or number."""
+
+    name: str
+    weight: float
+    source: UserFunction | str | PreTrainedModel
+    label: str | int | None = None
+
+
+def read_reward(
+    reward: object, config: PPOConfig, columns: Mapping[str, Iterable[str]] | None = None
+) -> str | PreTrainedModel | list[Part]:
+    """Read what PPOTrainer accepts as `reward`, without weights: one model, or the parts of a sum with their functions
+    imported. columns: of prompts and of eval_prompts; the functions' arguments are bound to them (None: when called).
+
+    UserError says what is accepted, or what of a function's arguments no column is.
+    """
+    check_no_bare_file(reward)
+    if isinstance(reward, (str, Path)) and not is_function_reference(reward):
+        _check_model(str(reward), None)
+        return str(reward)
+    if isinstance(reward, PreTrainedModel):
+        return reward
+    if callable(reward) or is_function_reference(reward):
+        reward = [(None, 1.0, reward)]
+    if not isinstance(reward, (list, tuple)) or not reward:
+        raise _none_of(reward)
+    parts = [item if isinstance(item, Part) else _part(item, reward, config) for item in reward]
+    return [_bound(part, columns or {}) for part in parts]
+
+
+def _bound(part: Part, columns: Mapping[str, Iterable[str]]) -> Part:
+    """Check a part's model, or its function's arguments for each of these data sets."""
+    source = part.source
+    if isinstance(source, (str, PreTrainedModel)):
+        _check_model(source, part.label)
+    if not isinstance(source, UserFunction):
+        return part
+    for role, names in columns.items():
+        source.bind(names, role)
+    everywhere = source.columns.union(*columns.values())  # rows of a step may lack one
+    return part._replace(source=replace(source, columns=everywhere))
+
+
+def _part(item: object, reward: object, config: PPOConfig) -> Part:
+    """Read (name, weight, source) or {name, weight, model or function, label}."""
+    label = None
+    if isinstance(item, Mapping):
+        name, weight, sources, label = _entry(item)
+    elif isinstance(item, (list, tuple)) and len(item) == 3:
+        name, weight, sources = item[0], item[1], [item[2]]
+    else:
+        raise _none_of(reward)
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
+        raise UserError(f"reward: {name!r} has the weight {weight!r}; expected a number")
+    source = sources[0]
+    check_no_bare_file(source)
+    if is_function_reference(source):
+        source = load_function(source)  # type: ignore[arg-type]
+    if isinstance(source, (str, Path, PreTrainedModel)):
+        return Part(str(name), float(weight), source if isinstance(source, PreTrainedModel) else str(source), label)
+    if not callable(source):
+        raise _none_of(reward)
+    if label is not None:
+        raise UserError(f"reward: {name!r} is a function and has no labels; leave label out")
+    name = name_of(source) if name is None else str(name)
+    what = f"reward function {name}"
+    function = UserFunction(what, source, timeout=config.reward_timeout, retries=config.reward_retries)
+    return Part(name, float(weight), function)
+
+
+def _entry(item: Mapping[str, Any]) -> tuple[Any, Any, list[Any], Any]:
+    """Read a mapping of a weighted list -> name, weight, [source], label."""
+    known = ("name", "weight", "model", "function", "label")
+    unknown = [str(key) for key in item if key not in known]
+    sources = [item[key] for key in ("model", "function") if item.get(key) is not None]
+    if unknown or len(sources) != 1:
+        problem = f"no such field: {', '.join(unknown)}" if unknown else "one of model and function is needed"
+        raise UserError(f"reward: {dict(item)!r}: {problem}; an entry has name, weight, model or function, label")
+    return item.get("name"), item.get("weight", 1.0), sources, item.get("label")
+
+
+def _check_model(source: str | PreTrainedModel, label: str | int | None) -> None:
+    """UserError for a source that is no sequence classifier, or has no such label; loads no weights."""
+    if isinstance(source, str):
+        check_source(source, "reward")
+        if not is_scalar_model(source):
+            raise UserError(f"reward: {source!r} is no sequence classifier; train one with `fastrlhf reward`")
+    names = labels_of(source)
+    if label is not None:
+        label_index(source, label)
+        if not isinstance(source, str) and not hasattr(source, "score"):
+            raise UserError(f"reward: {_named(source)} reads tokens of its own; give its folder instead")
+    elif len(names) > 1:
+        example = "[{name: NAME, weight: 1, model: MODEL, label: LABEL}]"
+        raise UserError(f"reward: {_named(source)} has the labels {', '.join(names.values())}; name one: {example}")
+
+
+def _named(source: str | PreTrainedModel) -> str:
+    return repr(source) if isinstance(source, str) else type(source).__name__
+
+
+def _none_of(reward: object) -> UserError:
+    return UserError(
+        f"reward: {reward!r} is none of: a reward-model folder or hub id, a function, 'module:function', or a list of "
+        "(name, weight, function or model) or of {name, weight, function or model, label}"
+    )
+
+
 def make_scorer(
     reward: object,
     policy_tokenizer: PreTrainedTokenizerBase,
@@ -241,24 +431,41 @@ def make_scorer(
     memory: MemoryBackoff,
     offload: Offload,
 ) -> Scorer:
-    """Turn whatever PPOTrainer accepts as `reward` into a scorer. UserError says what is accepted."""
-    if is_function_reference(reward):
-        reward = load_function(reward)  # type: ignore[arg-type]
-    if isinstance(reward, (str, Path)):
-        tokenizer = reward_tokenizer(str(reward), policy_tokenizer)
-        model = load_reward_model(str(reward), config.dtype, config.attention)
-        return RewardModelScorer(model, tokenizer, policy_tokenizer, memory, offload)
-    if isinstance(reward, PreTrainedModel):
-        return RewardModelScorer(load_reward_model(reward), policy_tokenizer, policy_tokenizer, memory, offload)
-    if callable(reward):
-        return FunctionScorer([(name_of(reward), 1.0, reward)])
-    if isinstance(reward, (list, tuple)) and reward and all(_is_triple(item) for item in reward):
-        parts = [(name, float(weight), load_function(fn) if isinstance(fn, str) else fn) for name, weight, fn in reward]
-        return FunctionScorer(parts)
-    raise UserError(
-        f"reward: {reward!r} is none of: a reward-model folder or hub id, a function, 'module:function', "
-        "or a list of (name, weight, function)"
+    """Turn whatever PPOTrainer accepts as `reward`, read or not, into a scorer; errors as `read_reward` has them."""
+    reward = read_reward(reward, config)
+
+    def scorer(source: str | PreTrainedModel, label: str | int | None = None) -> RewardModelScorer:
+        how = () if isinstance(source, PreTrainedModel) else (config.dtype, config.attention)
+        model = load_reward_model(source, *how) if label is None else load_classifier(source, *how)
+        index = None if label is None else label_index(source, label)
+        if isinstance(source, PreTrainedModel):
+            tokenizer = policy_tokenizer
+        elif index is not None and not hasattr(model, "score"):
+            tokenizer = load_tokenizer(source, needs_eos=False)
+        else:
+            tokenizer = reward_tokenizer(source, policy_tokenizer)
+        return RewardModelScorer(model, tokenizer, policy_tokenizer, memory, offload, index)
+
+    if not isinstance(reward, list):
+        return scorer(reward)
+    return FunctionScorer(
+        [
+            (name, weight, source if isinstance(source, UserFunction) else scorer(source, label))
+            for name, weight, source, label in reward
+        ]
     )
+
+
+def label_index(source: str | PreTrainedModel, label: str | int) -> int:
+    """Return the number of a label that is given by name or number. UserError with the labels there are."""
+    names = labels_of(source)
+    index = next((i for i, name in names.items() if name == label), label)
+    if isinstance(index, str) and index.isdecimal():
+        index = int(index)
+    if not isinstance(index, int) or isinstance(index, bool) or index not in names:
+        known = ", ".join(names.values()) or "none"
+        raise UserError(f"reward: label {label!r} of {_named(source)} is none of: {known}")
+    return index
 
 
 def reward_tokenizer(reward: str, policy_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -267,7 +474,3 @@ def reward_tokenizer(reward: str, policy_tokenizer: PreTrainedTokenizerBase) -> 
     if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
         resolve_chat_template(tokenizer, None)
     return tokenizer
-
-
-def _is_triple(item: object) -> bool:
-    return isinstance(item, (list, tuple)) and len(item) == 3 and isinstance(item[1], (int, float))

@@ -74,6 +74,14 @@ class ScoredRollout(Rollout):
     scores: list[float | None]
 
 
+def reply_texts(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> list[str]:
+    """Return the replies as text, special tokens left out, and the stop token that ended a reply whether the tokenizer
+    calls it special or not."""
+    ended = zip(generation.response_ids, generation.finished, strict=True)
+    said = [ids[:-1] if finished else ids for ids, finished in ended]
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
+
+
 def make_rollout(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[EncodedPrompt],
@@ -88,7 +96,7 @@ def make_rollout(
     texts = Texts(
         prompts=[render_prompt(tokenizer, prompt.prompt) for prompt, _ in asked],
         raw_prompts=[prompt.prompt for prompt, _ in asked],
-        responses=[tokenizer.decode(ids, skip_special_tokens=True) for ids in generation.response_ids],
+        responses=reply_texts(tokenizer, generation),
         columns={name: [prompt.columns.get(name) for prompt, _ in asked] for name in names},
     )
     return Rollout(

@@ -20,8 +20,8 @@ ALWAYS = {
     PPOConfig: f"""{SHARED} gradient_checkpointing total_steps rollout_batch_size samples_per_prompt ppo_epochs
     mini_batch_size max_prompt_tokens max_new_tokens temperature top_p top_k advantage kl_coef kl_budget target_kl
     clip_range clip_range_high dual_clip ratio_level loss_aggregation entropy_coef ptx_coef reward_scaling reward_clip
-    advantage_clip missing_eos_penalty length_penalty overlong_penalty old_log_probs ema_decay ref_refresh_every packing
-    probe offload""",
+    reward_timeout reward_retries advantage_clip missing_eos_penalty length_penalty overlong_penalty old_log_probs
+    ema_decay ref_refresh_every packing probe offload""",
 }
 GIVEN = {  # a value of each option of the table that asks for something
     "critic": "shared_trunk",

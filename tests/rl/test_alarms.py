@@ -1,0 +1,124 @@
+"""Alarms that a run is worthless: when each is told, how often, and that a resumed run goes on counting."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from fastrlhf import UserError
+from fastrlhf.data.encode import EncodedPrompt
+from fastrlhf.data.feedback import Prompt
+from fastrlhf.models.token_batch import TokenRows
+from fastrlhf.rl.alarms import Alarms, r_squared
+from fastrlhf.rollout.result import ScoredRollout, Texts
+from tests.runs import PROMPTS, leave_after, ppo_trainer, read
+
+
+class Run:
+    """Steps of a run without models: what was told of each."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+        self.alarms = Alarms(lambda kind, message, alarm: self.told.append((alarm, message)))
+        self.step = 0
+
+    def see(self, *scores: float | None, group: int = 1, lengths: list[int] | None = None) -> list[str]:
+        """-> the alarms of one more step."""
+        count, self.step = len(scores), self.step + 1
+        ids = [[5] * n for n in lengths or [4] * count]
+        texts = Texts(["p"] * count, ["p"] * count, ["r"] * count, {})
+        rows, logs = TokenRows([[3]] * count, ids), [torch.zeros(1)] * count
+        self.told.clear()
+        rollout = ScoredRollout(rows, texts, group, [True] * count, logs, logs, None, {}, list(scores))
+        self.alarms.after_scoring(rollout, self.step)
+        return [alarm for alarm, _ in self.told]
+
+
+def test_more_than_half_unscorable_is_told_when_it_begins():
+    run = Run()
+    assert run.see(1.0, None, 2.0, None) == []
+    assert run.see(1.0, None, None, None) == ["unscorable"] and "3 of 4 responses" in run.told[0][1]
+    assert run.see(None, None, None, 2.0) == []
+    assert run.see(1.0, 2.0, 3.0, None) == []
+    assert run.see(1.0, None, None, None) == ["unscorable"]
+
+
+def test_nothing_scorable_is_an_error():
+    run = Run()
+    run.see(1.0, 2.0)
+    with pytest.raises(UserError, match="None for all 2 responses of step 2"):
+        run.see(None, None)
+
+
+def test_rewards_constant_for_three_steps():
+    run = Run()
+    assert run.see(0.0, 0.0) + run.see(0.0, 0.0) == []
+    assert run.see(0.0, 0.0, None) == ["constant_rewards"] and "constant for 3 steps" in run.told[0][1]
+    assert run.see(0.0, 0.0) + run.see(0.0, 1.0) + run.see(2.0, 2.0) + run.see(2.0, 2.0) == []
+    assert run.see(2.0, 2.0 + 1e-9) == ["constant_rewards"]
+
+
+def test_steps_of_one_response_are_compared_with_each_other():
+    run = Run()
+    assert [run.see(float(i)) for i in range(5)] == [[]] * 5
+    assert [run.see(4.0) for _ in range(3)] == [[], [], ["constant_rewards"]]
+
+
+def test_over_half_of_the_groups_without_variance_in_three_steps():
+    run = Run()
+    flat, half = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0), (1.0, 1.0, 0.0, 1.0)
+    assert run.see(*flat, group=2) + run.see(*flat, group=2) == []
+    assert run.see(*flat, group=2) == ["flat_groups"] and "2 of 3 prompts" in run.told[0][1]
+    assert run.see(*half, group=2) + run.see(*flat, group=2) + run.see(*flat, group=2) == []
+    assert [run.see(*flat) for _ in range(4)] == [[]] * 4  # one response to a prompt: there are no groups
+
+
+def test_length_that_explains_the_reward():
+    draw, run = random.Random(0), Run()
+    lengths = [draw.randint(1, 90) for _ in range(32)]
+    rewards = [n / 10 + draw.random() for n in lengths]
+    assert run.see(*rewards, lengths=lengths) == []  # 32 replies are too few
+    assert run.see(*rewards, lengths=lengths) == ["length"] and "% of the variance" in run.told[0][1]
+    assert run.see(*rewards, lengths=lengths) == []
+    noise, other = [draw.random() for _ in range(64)], Run()
+    assert other.see(*noise, lengths=[draw.randint(1, 90) for _ in range(64)]) == []
+    assert other.see(*noise, lengths=[7] * 64) == []
+
+
+def test_r_squared_is_the_squared_correlation():
+    pairs = [(1.0, 2.0), (2.0, 1.0), (3.0, 5.0), (4.0, 3.5)]
+    want = float(torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)[0, 1]) ** 2
+    assert r_squared(pairs) == pytest.approx(want) and r_squared([(1.0, 1.0)] * 3) == 0.0
+
+
+def test_held_out_prompts_that_are_trained_on():
+    prompts = [EncodedPrompt(Prompt(str(i)), [i, 1]) for i in range(100)]
+    heldout = [EncodedPrompt(Prompt(str(i)), [i, 1]) for i in range(95, 115)]
+    run = Run()
+    run.alarms.compare_prompts(prompts, None)
+    run.alarms.compare_prompts(prompts[:96], heldout)  # 1 of 20: 5 % are not more than 5 %
+    assert run.told == []
+    run.alarms.compare_prompts(prompts, heldout)
+    assert [alarm for alarm, _ in run.told] == ["known_prompts"] and "5 of 20 eval_prompts (25%)" in run.told[0][1]
+
+
+def test_a_run_writes_its_alarms_and_a_resumed_one_goes_on_counting(tmp_path):
+    def run(name: str, **fields: object):
+        return ppo_trainer(
+            reward=lambda prompts, responses: [1.0] * len(responses),
+            eval_prompts=PROMPTS[:1],
+            output_dir=str(tmp_path / name),
+            total_steps=4,
+            save_every=1,
+            **fields,
+        )
+
+    run("whole").train()
+    whole = read(tmp_path / "whole" / "events.jsonl")
+    assert [(e["kind"], e["alarm"]) for e in whole] == [("alarm", "known_prompts"), ("alarm", "constant_rewards")]
+    leave_after(run("parts"), 2)
+    run("parts", resume=True).train()
+    assert json.dumps(read(tmp_path / "parts" / "events.jsonl")) == json.dumps(whole)
