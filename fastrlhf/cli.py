@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import shutil
 import sys
 import textwrap
@@ -82,26 +83,62 @@ def _overview() -> str:
 
 
 def _stage(verb: str, arguments: list[str]) -> int:
-    """`fastrlhf sft|reward|ppo RECIPE_OR_FILE [field=value ...]`"""
+    """`fastrlhf sft|reward|ppo [RECIPE_OR_FILE] [field=value ...]`"""
     from fastrlhf.config import recipe
 
-    parser = _parser(verb, "RECIPE [field=value ...] [options]")
+    parser = _parser(verb, "[RECIPE] [field=value ...] [options]")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _fields_help(verb)
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file or the name of a packaged recipe")
-    parser.add_argument("overrides", metavar="field=value", nargs="*", default=[], help="replaces what the recipe says")
+    # One list for both: argparse would take the first field=value for the recipe.
+    parser.add_argument(
+        "overrides",
+        metavar="RECIPE, field=value",
+        nargs="*",
+        default=[],
+        help="RECIPE: a YAML file or the name of a packaged recipe (`fastrlhf recipes` lists them); may be left out. "
+        "field=value replaces what the recipe says",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check fields, data and models, print the recipe, stop")
     _add_flags(parser, "overwrite", "skip_bad_rows")
     args = _parse(parser, arguments)
-    inputs, config = recipe.load_recipe(verb, args.recipe, args.overrides + args.flags)
+    source, overrides = _recipe_and_overrides(args.overrides)
+    inputs, config = recipe.load_recipe(verb, source, overrides + args.flags)
     recipe.check_paths(verb, inputs, config)
     if args.dry_run:
         for line in _load("preflight").check_inputs(verb, inputs, config):
             print(f"# {line}")
         print(recipe.resolved_yaml(verb, inputs, config), end="")
         return EXIT_DONE
-    _first_line(verb, f"{args.recipe} -> {config.output_dir}")
+    model = inputs["policy" if verb == "ppo" else "model"]
+    _first_line(verb, f"{source or model} -> {config.output_dir}")
     return _load(STAGES[verb]).main(inputs, config)
+
+
+def _recipe_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """A recipe is the first argument that is no field=value; a file may have "=" in its name."""
+    source = next((a for a in arguments if "=" not in a or os.path.isfile(a)), None)
+    if source is None:
+        return None, arguments
+    index = arguments.index(source)
+    return source, arguments[:index] + arguments[index + 1 :]
+
+
+def _recipes(verb: str, arguments: list[str]) -> int:
+    """`fastrlhf recipes [NAME]`"""
+    from fastrlhf.config import recipe
+
+    parser = _parser(verb, "[NAME]")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="print this recipe, to be saved and changed")
+    args = _parse(parser, arguments)
+    if args.name is not None:
+        print(recipe.packaged_recipe(args.name), end="")
+        return EXIT_DONE
+    rows = [
+        f"{recipe.packaged_stage(name):6}  {name:16}  {recipe.packaged_recipe(name).splitlines()[0].removeprefix('# ')}"
+        for name in recipe.packaged_recipes()
+    ]
+    print("\n".join(rows))
+    return EXIT_DONE
 
 
 def _quickstart(verb: str, arguments: list[str]) -> int:
@@ -178,6 +215,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "sft": (_stage, "fine-tune a model on conversations or text"),
     "reward": (_stage, "train a reward model on human feedback"),
     "ppo": (_stage, "align a model with a reward model or a Python reward function"),
+    "recipes": (_recipes, "list the packaged recipes; with NAME, print that one"),
     "resume": (_resume, "go on with an interrupted run"),
     "generate": (_generate, "print a model's replies to prompts"),
     "score": (_score, "print a reward model's scores of responses"),

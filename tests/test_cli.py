@@ -11,6 +11,7 @@ import pytest
 
 from fastrlhf import __version__, cli
 from fastrlhf.config.inputs import INPUTS
+from fastrlhf.config.recipe import load_recipe, packaged_recipes, read_recipe
 from fastrlhf.config.stages import CONFIGS
 from tests import tiny
 
@@ -119,6 +120,52 @@ def test_overwrite_starts_again_and_the_fields_win_over_the_recipe(trained, run)
     assert "seed: 0" in Path("out/again/config.yaml").read_text()
 
 
+@pytest.mark.parametrize("stage", RECIPES)
+def test_a_stage_runs_without_a_recipe_file_as_with_it(trained, run, stage):
+    fields = [line.replace(": ", "=") for line in RECIPES[stage].splitlines()]
+    code, out, err = run(stage, *fields, f"output_dir=out/plain-{stage}")
+    folder = "rm" if stage == "reward" else stage
+    assert code == 0, err
+    assert out.startswith(f"fastrlhf {__version__} {stage}: base -> out/plain-{stage}\n")
+    written, plain = (read_recipe(Path(f"out/{name}/config.yaml"))[0] for name in (folder, f"plain-{stage}"))
+    assert plain == written | {"output_dir": f"out/plain-{stage}"}
+
+
+def test_a_recipe_may_stand_behind_its_overrides_and_have_an_equals_sign_in_its_name(run):
+    Path("a=b.yaml").write_text(RECIPES["sft"])
+    for arguments in (["seed=3", "sft.yaml"], ["a=b.yaml", "seed=3"]):
+        code, out, err = run("sft", *arguments, "output_dir=new", "--dry-run")
+        assert code == 0 and "seed: 3" in out, err
+    assert run("sft", "x=" + "y" * 5000)[0] == run("sft", "y" * 5000)[0] == 2
+
+
+def test_recipes_lists_each_in_a_line_and_prints_one_that_runs(run):
+    code, out, _ = run("recipes")
+    listed = {line.split()[1]: line.split()[0] for line in out.splitlines()}
+    assert code == 0 and listed["sft"] == "sft" and listed["reward"] == "reward" and listed["ppo-max"] == "ppo"
+    assert list(listed) == packaged_recipes() and all(line.endswith(".") for line in out.splitlines())
+    for name, stage in listed.items():
+        code, text, _ = run("recipes", name)
+        assert code == 0 and text.startswith("# ") and f"fastrlhf {stage} {name}" in text
+        Path("mine.yaml").write_text(text, encoding="utf-8")
+        inputs = [f"{i}=base" for i, spec in INPUTS[stage].items() if spec.required or i == "ptx_data"]
+        packaged, mine = (load_recipe(stage, source, [*inputs, "output_dir=o"])[1] for source in (name, "mine.yaml"))
+        assert packaged == mine
+
+
+@pytest.mark.parametrize(
+    "arguments", [["reward", "reward", "data=pairs.jsonl"], ["ppo", "instructgpt"], ["sft", "sft"]]
+)
+def test_what_is_missing_beside_a_packaged_recipe_is_one_line_that_edits_no_package(run, arguments):
+    code, _, err = run(*arguments)
+    assert code == 2 and len(err.splitlines()) == 1 and "site-packages" not in err and "recipes/" not in err
+    needed = [name for name, spec in INPUTS[arguments[0]].items() if spec.required] + ["output_dir"]
+    for name in {*needed} - {argument.partition("=")[0] for argument in arguments[2:]}:
+        assert f" {name}=..." in err
+    code, _, err = run("sft", "sft", "model=base", "data=sft.jsonl", "save_every=5")
+    assert (code, err) == (2, "error: output_dir: required on the command line; write output_dir=FOLDER\n")
+
+
 def test_dry_run_prints_a_recipe_that_is_its_own_fixed_point(run, tmp_path):
     for stage, text in RECIPES.items():
         (tmp_path / f"{stage}.yaml").write_text(text.replace("output_dir: out/", "output_dir: new/"))
@@ -159,7 +206,13 @@ MISTAKES = {
     "unknown verb": (["pqo"], "pqo: no such command; did you mean ppo?"),
     "unknown verb, nothing near": (["bake"], "use one of quickstart, sft"),
     "verb of a later version": (["plan", "x"], "plan: no such command"),
-    "no recipe": (["ppo"], "arguments are required: RECIPE; see fastrlhf ppo --help"),
+    "no arguments": (["ppo"], "policy: required; give it on the command line, and reward, prompts and"),
+    "recipe of another command": (["ppo", "sft"], "sft: a recipe of fastrlhf sft, not of ppo"),
+    "packaged recipe, nothing with it": (
+        ["ppo", "ppo-max", "prompts=prompts.jsonl"],
+        "policy: required; give it on the command line, and reward and ptx_data too: policy=... reward=... ptx_data",
+    ),
+    "no such packaged recipe": (["recipes", "grpp"], "grpp: no packaged recipe; did you mean grpo?"),
     "missing recipe": (["ppo", "nope.yaml"], "nope.yaml: no such recipe (tried /"),
     "field as an option": (["ppo", "ppo.yaml", "--kl-coef", "0.1"], "a field is written kl_coef=VALUE"),
     "unknown option": (["report", "out", "--pdf"], "--pdf: no such option; see fastrlhf report --help"),
