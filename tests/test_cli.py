@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -97,6 +98,72 @@ def test_score_prints_one_number_a_pair(trained, run):
         scores[:1], abs=1e-5
     )
     assert run("score", trained / "rm/final", *pairs, "--raw")[1] != out
+
+
+GREEDY = ("--temperature", "0", "--max-new-tokens", "5")
+
+
+def rows_of(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_generate_takes_a_file_and_leaves_a_file_that_score_takes(trained, run):
+    asked = [{"prompt": "the cat", "id": 7}, {"prompt": tiny.chat("今天的天气"), "id": 8}]
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    files = ("--prompts", "asked.jsonl", "--output", "made/replies.jsonl", "--samples", "2")
+    code, out, err = run("generate", trained / "ppo/final", *GREEDY, *files)
+    assert (code, out) == (0, "4 rows -> made/replies.jsonl\n"), err
+    rows = rows_of("made/replies.jsonl")
+    assert [(row["prompt"], row["id"]) for row in rows] == [(row["prompt"], row["id"]) for row in asked for _ in "12"]
+    one = run("generate", trained / "ppo/final", *GREEDY, "--prompt", "the cat")[1]
+    assert rows[0]["response"] + "\n" == one, "a file's text is encoded as one of the command line"
+
+    code, out, err = run("score", trained / "rm/final", "--prompts", "made/replies.jsonl", "--output", "scores.jsonl")
+    assert (code, out) == (0, "4 rows -> scores.jsonl\n"), err
+    scored = rows_of("scores.jsonl")
+    assert [{**row, "score": 0} for row in scored] == [{**row, "score": 0} for row in rows]
+    pair = ("--prompt", "the cat", "--response", rows[0]["response"])
+    assert float(run("score", trained / "rm/final", *pair)[1]) == pytest.approx(scored[0]["score"], abs=1e-4)
+    assert [p.name for p in Path("made").iterdir()] == ["replies.jsonl"]
+
+
+def test_score_takes_rows_with_several_responses(trained, run):
+    Path("many.jsonl").write_text(
+        '{"prompt": "the cat", "responses": ["yes", ""]}\n{"prompt": "b", "completion": "no"}'
+    )
+    code, out, err = run("score", trained / "rm/final", "--prompts", "many.jsonl")
+    assert code == 0 and len(out.splitlines()) == 3, err
+    assert run("score", trained / "rm/final", "--prompts", "many.jsonl", "--output", "many_scores.jsonl")[0] == 0
+    rows = rows_of("many_scores.jsonl")
+    assert [(row["prompt"], row["response"]) for row in rows] == [("the cat", "yes"), ("the cat", ""), ("b", "no")]
+    assert [f"{row['score']:.4f}" for row in rows] == [f"{float(line):.4f}" for line in out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"), [("the cat\n\n[b] c\n", ["the cat", "[b] c"]), ('{"prompt": "x"}\n\n{"messages": []}\n', None)]
+)
+def test_prompts_come_from_stdin_too(trained, run, monkeypatch, text, asked):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    code, out, err = run("generate", trained / "ppo/final", *GREEDY, "--prompts", "-")
+    if asked is None:
+        assert code == 2 and "stdin:3: " in err
+    else:
+        assert code == 0 and [line[4:] for line in out.splitlines() if line.startswith("--- ")] == asked, err
+
+
+def test_an_output_file_is_only_replaced_when_asked(trained, run):
+    Path("kept.jsonl").write_text("mine")
+    kept = ("generate", trained / "ppo/final", *GREEDY, "--prompt", "the cat", "--output", "kept.jsonl")
+    code, _, err = run(*kept)
+    assert code == 2 and "kept.jsonl exists; name another file, or use --overwrite" in err
+    assert Path("kept.jsonl").read_text() == "mine"
+    assert run(*kept, "--overwrite")[0] == 0 and rows_of("kept.jsonl")[0]["prompt"] == "the cat"
+
+
+def test_generate_names_score_for_a_reward_model(trained, run):
+    code, out, err = run("generate", trained / "rm/final", "--prompt", "the cat")
+    assert code == 2 and len(err.splitlines()) == 1 and out == ""
+    assert "is a reward model, which writes no text" in err and "fastrlhf score" in err
 
 
 def test_resume_of_a_finished_run_is_done_at_once(trained, run):
@@ -240,6 +307,15 @@ MISTAKES = {
     "generate with no number": (["generate", "base", "--prompt", "x", "--top-k", "x"], "invalid int value: 'x'"),
     "generate from an empty text": (["generate", "base", "--prompt", "", "--raw"], "prompt 0 is empty"),
     "generate too much": (["generate", "base", "--prompt", "x", "--max-new-tokens", "999"], "more than the model"),
+    "generate both ways": (["generate", "base", "--prompt=x", "--prompts=bad.jsonl"], "one is enough: --prompt or"),
+    "generate from a bad row": (["generate", "base", "--prompts=bad.jsonl"], "bad.jsonl:2: "),
+    "generate into a folder": (["generate", "base", "--prompt=x", "--output=base"], "base is a folder; name a file"),
+    "generate below a file": (
+        ["generate", "base", "--prompt=x", "--output=text.txt/a"],
+        "text.txt/a cannot be written",
+    ),
+    "score rows without responses": (["score", "base", "--prompts=prompts.jsonl"], 'prompts.jsonl:1: field "response"'),
+    "score both ways": (["score", "base", "--prompts=sft.jsonl", "--response=x"], "--response: the rows of --prompts"),
     "score by a policy": (["score", "base", "--prompt", "x", "--response", "y"], "'base' is no sequence classifier"),
     "score without response": (["score", "base", "--prompt", "x"], "arguments are required: --response"),
     "score unequal": (["score", "base", "--prompt=x", "--prompt=y", "--response=z"], "2 --prompt but 1 --response"),
