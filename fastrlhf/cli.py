@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import shutil
 import sys
 import textwrap
@@ -15,12 +16,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastrlhf._version import __version__
 from fastrlhf.config.errors import UserError
 from fastrlhf.runtime import launch
 from fastrlhf.runtime.launch import RankLost
+
+if TYPE_CHECKING:
+    from fastrlhf.data.feedback import Prompt
 
 EXIT_DONE, EXIT_BUG, EXIT_USER_ERROR, EXIT_KILLED = 0, 1, 2, 130
 MESSAGE_LINES = 4
@@ -82,26 +86,62 @@ def _overview() -> str:
 
 
 def _stage(verb: str, arguments: list[str]) -> int:
-    """`fastrlhf sft|reward|ppo RECIPE_OR_FILE [field=value ...]`"""
+    """`fastrlhf sft|reward|ppo [RECIPE_OR_FILE] [field=value ...]`"""
     from fastrlhf.config import recipe
 
-    parser = _parser(verb, "RECIPE [field=value ...] [options]")
+    parser = _parser(verb, "[RECIPE] [field=value ...] [options]")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _fields_help(verb)
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file or the name of a packaged recipe")
-    parser.add_argument("overrides", metavar="field=value", nargs="*", default=[], help="replaces what the recipe says")
+    # One list for both: argparse would take the first field=value for the recipe.
+    parser.add_argument(
+        "overrides",
+        metavar="RECIPE, field=value",
+        nargs="*",
+        default=[],
+        help="RECIPE: a YAML file or the name of a packaged recipe (`fastrlhf recipes` lists them); may be left out. "
+        "field=value replaces what the recipe says",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check fields, data and models, print the recipe, stop")
     _add_flags(parser, "overwrite", "skip_bad_rows")
     args = _parse(parser, arguments)
-    inputs, config = recipe.load_recipe(verb, args.recipe, args.overrides + args.flags)
+    source, overrides = _recipe_and_overrides(args.overrides)
+    inputs, config = recipe.load_recipe(verb, source, overrides + args.flags)
     recipe.check_paths(verb, inputs, config)
     if args.dry_run:
         for line in _load("preflight").check_inputs(verb, inputs, config):
             print(f"# {line}")
         print(recipe.resolved_yaml(verb, inputs, config), end="")
         return EXIT_DONE
-    _first_line(verb, f"{args.recipe} -> {config.output_dir}")
+    model = inputs["policy" if verb == "ppo" else "model"]
+    _first_line(verb, f"{source or model} -> {config.output_dir}")
     return _load(STAGES[verb]).main(inputs, config)
+
+
+def _recipe_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """A recipe is the first argument that is no field=value; a file may have "=" in its name."""
+    source = next((a for a in arguments if "=" not in a or os.path.isfile(a)), None)
+    if source is None:
+        return None, arguments
+    index = arguments.index(source)
+    return source, arguments[:index] + arguments[index + 1 :]
+
+
+def _recipes(verb: str, arguments: list[str]) -> int:
+    """`fastrlhf recipes [NAME]`"""
+    from fastrlhf.config import recipe
+
+    parser = _parser(verb, "[NAME]")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="print this recipe, to be saved and changed")
+    args = _parse(parser, arguments)
+    if args.name is not None:
+        print(recipe.packaged_recipe(args.name), end="")
+        return EXIT_DONE
+    rows = [
+        f"{recipe.packaged_stage(name):6}  {name:16}  {recipe.packaged_recipe(name).splitlines()[0].removeprefix('# ')}"
+        for name in recipe.packaged_recipes()
+    ]
+    print("\n".join(rows))
+    return EXIT_DONE
 
 
 def _quickstart(verb: str, arguments: list[str]) -> int:
@@ -130,39 +170,92 @@ def _resume(verb: str, arguments: list[str]) -> int:
 
 
 def _generate(verb: str, arguments: list[str]) -> int:
-    parser = _parser(verb, "FOLDER --prompt TEXT [options]")
+    parser = _parser(verb, "FOLDER (--prompt TEXT | --prompts FILE) [options]")
     parser.add_argument("model", metavar="FOLDER", help="model folder, hub id or GGUF file")
-    parser.add_argument("--prompt", action="append", required=True, help="what to reply to; may be repeated")
+    parser.add_argument("--prompt", action="append", help="what to reply to; may be repeated")
     parser.add_argument("--samples", dest="n", type=int, default=1, help="replies to each prompt (default 1)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (default 256)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default 1: off)")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default 0: all)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
-    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    _add_files(parser, "a prompt")
     args = _parse(parser, arguments)
-    _check_model("FOLDER", args.model)
-    options = {name: value for name, value in vars(args).items() if name not in ("model", "prompt", "debug")}
-    replies = _load("inference").generate(args.model, args.prompt, **options)
-    for i, reply in enumerate(replies):
+    rows = _asked(parser, args, "--prompt")
+    inference = _load("inference")
+    sampling = ("n", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "raw")
+    options = {name: getattr(args, name) for name in sampling}
+    replies = inference.generate(args.model, [row.prompt for row in rows], **options)
+    asked = [row for row in rows for _ in range(args.n)]
+    if args.output is not None:
+        written = [{**row.columns, "prompt": row.prompt, "response": r} for row, r in zip(asked, replies)]
+        return _write(args.output, written)
+    for row, reply in zip(asked, replies):
         if len(replies) > 1:
-            print(f"--- {_shown(args.prompt[i // args.n])}")
+            text = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
+            print(f"--- {_shown(text)}")
         print(_shown(reply), flush=True)
     return EXIT_DONE
 
 
 def _score(verb: str, arguments: list[str]) -> int:
-    parser = _parser(verb, "FOLDER --prompt TEXT --response TEXT [...]")
+    parser = _parser(verb, "FOLDER (--prompt TEXT --response TEXT [...] | --prompts FILE) [options]")
     parser.add_argument("model", metavar="FOLDER", help="reward model: a folder or hub id")
-    parser.add_argument("--prompt", action="append", required=True, help="may be repeated, each with a --response")
-    parser.add_argument("--response", action="append", required=True, help="the response to judge")
-    parser.add_argument("--raw", action="store_true", help="plain texts, without the chat template")
+    parser.add_argument("--prompt", action="append", help="may be repeated, each with a --response")
+    parser.add_argument("--response", action="append", help="the response to judge")
+    _add_files(parser, "a prompt and a response, or responses")
     args = _parse(parser, arguments)
-    if len(args.prompt) != len(args.response):
-        raise UserError(f"{len(args.prompt)} --prompt but {len(args.response)} --response: give one of each per score")
-    _check_model("FOLDER", args.model)
-    for score in _load("inference").score(args.model, args.prompt, args.response, raw=args.raw):
+    if args.prompts is not None and args.response:
+        raise UserError("--response: the rows of --prompts have their own; give --prompt with it, or neither")
+    rows = _asked(parser, args, "--prompt and --response")
+    inference = _load("inference")
+    if args.prompts is None:
+        replies = args.response or []
+        if not replies:
+            raise UserError(f"the following arguments are required: --response; see {parser.prog} --help")
+        if len(rows) != len(replies):
+            raise UserError(f"{len(rows)} --prompt but {len(replies)} --response: give one of each per score")
+        pairs = list(zip(rows, replies))
+    else:
+        pairs = [(row, reply) for row in rows for reply in inference.responses_of(row)]
+    scores = inference.score(args.model, [row.prompt for row, _ in pairs], [r for _, r in pairs], raw=args.raw)
+    if args.output is not None:
+        return _write(args.output, [_scored(*pair, score) for pair, score in zip(pairs, scores)])
+    for score in scores:
         print(f"{score:.6g}")
+    return EXIT_DONE
+
+
+def _scored(row: Prompt, response: str, score: float) -> dict[str, Any]:
+    columns = {name: value for name, value in row.columns.items() if name not in ("responses", "completion")}
+    return {**columns, "prompt": row.prompt, "response": response, "score": score}
+
+
+def _add_files(parser: _Parser, row: str) -> None:
+    """Options of prompts that come from a file and of what is made of them."""
+    parser.add_argument("--raw", action="store_true", help="take texts as they are, without the chat template")
+    parser.add_argument("--prompts", metavar="FILE", help=f"rows with {row}: JSON, JSONL, Parquet, CSV; - reads stdin")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="write rows here instead of printing")
+    parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
+
+
+def _asked(parser: _Parser, args: argparse.Namespace, options: str) -> list[Prompt]:
+    """The prompts given, once everything that needs no model is checked."""
+    if (args.prompt is None) == (args.prompts is None):
+        problem = "the following arguments are required" if args.prompt is None else "one is enough"
+        raise UserError(f"{problem}: {options} or --prompts FILE; see {parser.prog} --help")
+    _check_model("FOLDER", args.model)
+    inference = _load("inference")
+    if args.output is not None:
+        inference.check_output(args.output, args.overwrite)
+    if args.prompts is not None:
+        return inference.read_prompts(args.prompts)
+    return [inference.Prompt(text) for text in args.prompt]
+
+
+def _write(path: str, rows: list[dict[str, Any]]) -> int:
+    _load("inference").write_rows(path, rows)
+    print(f"{len(rows)} rows -> {path}")
     return EXIT_DONE
 
 
@@ -178,6 +271,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "sft": (_stage, "fine-tune a model on conversations or text"),
     "reward": (_stage, "train a reward model on human feedback"),
     "ppo": (_stage, "align a model with a reward model or a Python reward function"),
+    "recipes": (_recipes, "list the packaged recipes; with NAME, print that one"),
     "resume": (_resume, "go on with an interrupted run"),
     "generate": (_generate, "print a model's replies to prompts"),
     "score": (_score, "print a reward model's scores of responses"),

@@ -1,27 +1,49 @@
-"""The work of `fastrlhf generate` and `fastrlhf score`, once their arguments are parsed."""
+"""The work of `fastrlhf generate` and `fastrlhf score`, once their arguments are parsed.
+
+Their prompts come from the command line or from rows of a file or of stdin; what they make goes to the screen or, as
+JSON Lines, into a file that appears whole or not at all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fastrlhf.checkpoint.atomic import fsync
 from fastrlhf.config.errors import UserError
+from fastrlhf.data.checks import DroppedRow, Messages, missing, text_of, wrong
+from fastrlhf.data.dataset import load_prompts
+from fastrlhf.data.feedback import Prompt, parse_prompt
+from fastrlhf.data.foreign import completion_of
 from fastrlhf.data.templates import encode_prompt, stop_token_ids
-from fastrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
+from fastrlhf.models.loading import is_scalar_model, load_policy, load_reward_model, load_tokenizer
 from fastrlhf.rl.scorers import score_texts
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.result import reply_texts
 from fastrlhf.rollout.sampling import SamplingParams
 
+STDIN = "-"
+_REPLIES = ("response", "responses", "completion")  # columns of a row that hold what is to be scored
 
-def generate(source: str, prompts: Sequence[str], *, raw: bool = False, **sampling: float) -> list[str]:
+
+def generate(source: str, prompts: Sequence[str | Messages], *, raw: bool = False, **sampling: float) -> list[str]:
     """Replies in the order of the prompts, n to each; sampling: the fields of SamplingParams.
 
-    UserError for settings that cannot be and for prompts that are empty or too long for the model.
+    UserError for a reward model, for settings that cannot be and for prompts that are empty or too long for the model.
     """
+    if is_scalar_model(source):
+        raise UserError(
+            f"FOLDER: {source!r} is a reward model, which writes no text; judge replies with fastrlhf score"
+        )
     try:
         params = SamplingParams(**sampling)
         tokenizer = load_tokenizer(source)
@@ -34,7 +56,9 @@ def generate(source: str, prompts: Sequence[str], *, raw: bool = False, **sampli
     return reply_texts(tokenizer, out)
 
 
-def score(source: str, prompts: Sequence[str], responses: Sequence[str], *, raw: bool = False) -> list[float]:
+def score(
+    source: str, prompts: Sequence[str | Messages], responses: Sequence[str], *, raw: bool = False
+) -> list[float]:
     """A reward model's raw score of each (prompt, response)."""
     tokenizer = load_tokenizer(source)
     model = load_reward_model(source)
@@ -42,7 +66,89 @@ def score(source: str, prompts: Sequence[str], responses: Sequence[str], *, raw:
         return score_texts(model, tokenizer, _as_asked(tokenizer, prompts, raw), list(responses))
 
 
-def _as_asked(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], raw: bool) -> list[str | list[dict]]:
-    """A prompt is a user's message where the tokenizer has a chat template, a text to continue where it has none."""
+def _as_asked(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Messages], raw: bool) -> list[str | Messages]:
+    """A text is a user's message where the tokenizer has a chat template, to be continued where it has none."""
     chat = tokenizer.chat_template is not None and not raw
-    return [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts]
+    return [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in prompts]
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def read_prompts(source: str) -> list[Prompt]:
+    """The prompts of a file (any form of load_prompts), or of stdin ("-"): JSON Lines, or a text a line.
+
+    UserError at the first bad row, naming file and line, and where there is no prompt.
+    """
+    if source != STDIN:
+        return load_prompts(source)[0]
+    lines = [(f"stdin:{n}", line.strip()) for n, line in enumerate(sys.stdin, 1) if line.strip()]
+    if lines and lines[0][1].startswith("{"):
+        lines = [(where, _json(where, line)) for where, line in lines]
+    prompts = []
+    for where, row in lines:
+        with suppress(DroppedRow):
+            prompts.append(parse_prompt(row, where))
+    if not prompts:
+        raise UserError("stdin: no prompts; write a text or a JSON row a line")
+    return prompts
+
+
+def _json(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: not valid JSON; the first line is, so every line must be one JSON value") from None
+
+
+def responses_of(prompt: Prompt) -> list[str]:
+    """What a row has to be scored: its response (completion), or each of its responses. UserError without them."""
+    name = next((name for name in _REPLIES if prompt.columns.get(name) is not None), None)
+    if name is None:
+        raise missing(prompt.where, "response", prompt.columns, "the text to score, or a list of them in responses")
+    value = prompt.columns[name]
+    if name != "responses":
+        return [_response(value, prompt.where, name)]
+    if not isinstance(value, list) or not value:
+        raise wrong(prompt.where, name, "a list of texts", value)
+    return [_response(one, prompt.where, f"{name}[{i}]") for i, one in enumerate(value)]
+
+
+def _response(value: Any, where: str, name: str) -> str:
+    """A model may have said nothing at all: an empty response has a score too."""
+    if isinstance(value, str):
+        return text_of(value, where, name, empty=True)
+    reply = completion_of(value, where, name)
+    if not isinstance(reply, str):
+        raise UserError(f'{where}: field "{name}" must be one reply, found {len(reply)} messages')
+    return reply
+
+
+def check_output(path: str, overwrite: bool) -> None:
+    """UserError, before a model works for it, for a file that is there and is to stay, or that cannot be written."""
+    target = Path(path).expanduser()
+    if target.is_dir():
+        raise UserError(f"--output: {path} is a folder; name a file")
+    if target.exists() and not overwrite:
+        raise UserError(f"--output: {path} exists; name another file, or use --overwrite")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written: {error.strerror}") from error
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"--output: {path} cannot be written: the folder {target.parent} is read-only")
+
+
+def write_rows(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSON Lines under `path`, whole or not at all. UserError for what the disk refuses."""
+    target = Path(path).expanduser()
+    beside = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    try:
+        beside.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        fsync(beside)
+        os.replace(beside, target)
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written: {error.strerror}") from error
+    finally:
+        beside.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from fastrlhf import __version__, cli
 from fastrlhf.config.inputs import INPUTS
+from fastrlhf.config.recipe import load_recipe, packaged_recipes, read_recipe
 from fastrlhf.config.stages import CONFIGS
 from tests import tiny
 
@@ -101,6 +103,72 @@ def test_score_prints_one_number_a_pair(trained, run):
     assert run("score", trained / "rm/final", *pairs, "--raw")[1] != out
 
 
+GREEDY = ("--temperature", "0", "--max-new-tokens", "5")
+
+
+def rows_of(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_generate_takes_a_file_and_leaves_a_file_that_score_takes(trained, run):
+    asked = [{"prompt": "the cat", "id": 7}, {"prompt": tiny.chat("今天的天气"), "id": 8}]
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    files = ("--prompts", "asked.jsonl", "--output", "made/replies.jsonl", "--samples", "2")
+    code, out, err = run("generate", trained / "ppo/final", *GREEDY, *files)
+    assert (code, out) == (0, "4 rows -> made/replies.jsonl\n"), err
+    rows = rows_of("made/replies.jsonl")
+    assert [(row["prompt"], row["id"]) for row in rows] == [(row["prompt"], row["id"]) for row in asked for _ in "12"]
+    one = run("generate", trained / "ppo/final", *GREEDY, "--prompt", "the cat")[1]
+    assert rows[0]["response"] + "\n" == one, "a file's text is encoded as one of the command line"
+
+    code, out, err = run("score", trained / "rm/final", "--prompts", "made/replies.jsonl", "--output", "scores.jsonl")
+    assert (code, out) == (0, "4 rows -> scores.jsonl\n"), err
+    scored = rows_of("scores.jsonl")
+    assert [{**row, "score": 0} for row in scored] == [{**row, "score": 0} for row in rows]
+    pair = ("--prompt", "the cat", "--response", rows[0]["response"])
+    assert float(run("score", trained / "rm/final", *pair)[1]) == pytest.approx(scored[0]["score"], abs=1e-4)
+    assert [p.name for p in Path("made").iterdir()] == ["replies.jsonl"]
+
+
+def test_score_takes_rows_with_several_responses(trained, run):
+    Path("many.jsonl").write_text(
+        '{"prompt": "the cat", "responses": ["yes", ""]}\n{"prompt": "b", "completion": "no"}'
+    )
+    code, out, err = run("score", trained / "rm/final", "--prompts", "many.jsonl")
+    assert code == 0 and len(out.splitlines()) == 3, err
+    assert run("score", trained / "rm/final", "--prompts", "many.jsonl", "--output", "many_scores.jsonl")[0] == 0
+    rows = rows_of("many_scores.jsonl")
+    assert [(row["prompt"], row["response"]) for row in rows] == [("the cat", "yes"), ("the cat", ""), ("b", "no")]
+    assert [f"{row['score']:.4f}" for row in rows] == [f"{float(line):.4f}" for line in out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"), [("the cat\n\n[b] c\n", ["the cat", "[b] c"]), ('{"prompt": "x"}\n\n{"messages": []}\n', None)]
+)
+def test_prompts_come_from_stdin_too(trained, run, monkeypatch, text, asked):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    code, out, err = run("generate", trained / "ppo/final", *GREEDY, "--prompts", "-")
+    if asked is None:
+        assert code == 2 and "stdin:3: " in err
+    else:
+        assert code == 0 and [line[4:] for line in out.splitlines() if line.startswith("--- ")] == asked, err
+
+
+def test_an_output_file_is_only_replaced_when_asked(trained, run):
+    Path("kept.jsonl").write_text("mine")
+    kept = ("generate", trained / "ppo/final", *GREEDY, "--prompt", "the cat", "--output", "kept.jsonl")
+    code, _, err = run(*kept)
+    assert code == 2 and "kept.jsonl exists; name another file, or use --overwrite" in err
+    assert Path("kept.jsonl").read_text() == "mine"
+    assert run(*kept, "--overwrite")[0] == 0 and rows_of("kept.jsonl")[0]["prompt"] == "the cat"
+
+
+def test_generate_names_score_for_a_reward_model(trained, run):
+    code, out, err = run("generate", trained / "rm/final", "--prompt", "the cat")
+    assert code == 2 and len(err.splitlines()) == 1 and out == ""
+    assert "is a reward model, which writes no text" in err and "fastrlhf score" in err
+
+
 def test_resume_of_a_finished_run_is_done_at_once(trained, run):
     before = (trained / "ppo/metrics.jsonl").read_bytes()
     code, out, _ = run("resume", trained / "ppo")
@@ -120,6 +188,52 @@ def test_overwrite_starts_again_and_the_fields_win_over_the_recipe(trained, run)
     assert code == 2 and "out/again is not empty; name another folder, or use --overwrite" in err
     assert run("sft", "sft.yaml", "--overwrite", "output_dir=out/again", "total_steps=1")[0] == 0
     assert "seed: 0" in Path("out/again/config.yaml").read_text()
+
+
+@pytest.mark.parametrize("stage", RECIPES)
+def test_a_stage_runs_without_a_recipe_file_as_with_it(trained, run, stage):
+    fields = [line.replace(": ", "=") for line in RECIPES[stage].splitlines()]
+    code, out, err = run(stage, *fields, f"output_dir=out/plain-{stage}")
+    folder = "rm" if stage == "reward" else stage
+    assert code == 0, err
+    assert out.startswith(f"fastrlhf {__version__} {stage}: base -> out/plain-{stage}\n")
+    written, plain = (read_recipe(Path(f"out/{name}/config.yaml"))[0] for name in (folder, f"plain-{stage}"))
+    assert plain == written | {"output_dir": f"out/plain-{stage}"}
+
+
+def test_a_recipe_may_stand_behind_its_overrides_and_have_an_equals_sign_in_its_name(run):
+    Path("a=b.yaml").write_text(RECIPES["sft"])
+    for arguments in (["seed=3", "sft.yaml"], ["a=b.yaml", "seed=3"]):
+        code, out, err = run("sft", *arguments, "output_dir=new", "--dry-run")
+        assert code == 0 and "seed: 3" in out, err
+    assert run("sft", "x=" + "y" * 5000)[0] == run("sft", "y" * 5000)[0] == 2
+
+
+def test_recipes_lists_each_in_a_line_and_prints_one_that_runs(run):
+    code, out, _ = run("recipes")
+    listed = {line.split()[1]: line.split()[0] for line in out.splitlines()}
+    assert code == 0 and listed["sft"] == "sft" and listed["reward"] == "reward" and listed["ppo-max"] == "ppo"
+    assert list(listed) == packaged_recipes() and all(line.endswith(".") for line in out.splitlines())
+    for name, stage in listed.items():
+        code, text, _ = run("recipes", name)
+        assert code == 0 and text.startswith("# ") and f"fastrlhf {stage} {name}" in text
+        Path("mine.yaml").write_text(text, encoding="utf-8")
+        inputs = [f"{i}=base" for i, spec in INPUTS[stage].items() if spec.required or i == "ptx_data"]
+        packaged, mine = (load_recipe(stage, source, [*inputs, "output_dir=o"])[1] for source in (name, "mine.yaml"))
+        assert packaged == mine
+
+
+@pytest.mark.parametrize(
+    "arguments", [["reward", "reward", "data=pairs.jsonl"], ["ppo", "instructgpt"], ["sft", "sft"]]
+)
+def test_what_is_missing_beside_a_packaged_recipe_is_one_line_that_edits_no_package(run, arguments):
+    code, _, err = run(*arguments)
+    assert code == 2 and len(err.splitlines()) == 1 and "site-packages" not in err and "recipes/" not in err
+    needed = [name for name, spec in INPUTS[arguments[0]].items() if spec.required] + ["output_dir"]
+    for name in {*needed} - {argument.partition("=")[0] for argument in arguments[2:]}:
+        assert f" {name}=..." in err
+    code, _, err = run("sft", "sft", "model=base", "data=sft.jsonl", "save_every=5")
+    assert (code, err) == (2, "error: output_dir: required on the command line; write output_dir=FOLDER\n")
 
 
 def test_dry_run_prints_a_recipe_that_is_its_own_fixed_point(run, tmp_path):
@@ -162,7 +276,13 @@ MISTAKES = {
     "unknown verb": (["pqo"], "pqo: no such command; did you mean ppo?"),
     "unknown verb, nothing near": (["bake"], "use one of quickstart, sft"),
     "verb of a later version": (["plan", "x"], "plan: no such command"),
-    "no recipe": (["ppo"], "arguments are required: RECIPE; see fastrlhf ppo --help"),
+    "no arguments": (["ppo"], "policy: required; give it on the command line, and reward, prompts and"),
+    "recipe of another command": (["ppo", "sft"], "sft: a recipe of fastrlhf sft, not of ppo"),
+    "packaged recipe, nothing with it": (
+        ["ppo", "ppo-max", "prompts=prompts.jsonl"],
+        "policy: required; give it on the command line, and reward and ptx_data too: policy=... reward=... ptx_data",
+    ),
+    "no such packaged recipe": (["recipes", "grpp"], "grpp: no packaged recipe; did you mean grpo?"),
     "missing recipe": (["ppo", "nope.yaml"], "nope.yaml: no such recipe (tried /"),
     "field as an option": (["ppo", "ppo.yaml", "--kl-coef", "0.1"], "a field is written kl_coef=VALUE"),
     "unknown option": (["report", "out", "--pdf"], "--pdf: no such option; see fastrlhf report --help"),
@@ -194,6 +314,15 @@ MISTAKES = {
     "generate with no number": (["generate", "base", "--prompt", "x", "--top-k", "x"], "invalid int value: 'x'"),
     "generate from an empty text": (["generate", "base", "--prompt", "", "--raw"], "prompt 0 is empty"),
     "generate too much": (["generate", "base", "--prompt", "x", "--max-new-tokens", "999"], "more than the model"),
+    "generate both ways": (["generate", "base", "--prompt=x", "--prompts=bad.jsonl"], "one is enough: --prompt or"),
+    "generate from a bad row": (["generate", "base", "--prompts=bad.jsonl"], "bad.jsonl:2: "),
+    "generate into a folder": (["generate", "base", "--prompt=x", "--output=base"], "base is a folder; name a file"),
+    "generate below a file": (
+        ["generate", "base", "--prompt=x", "--output=text.txt/a"],
+        "text.txt/a cannot be written",
+    ),
+    "score rows without responses": (["score", "base", "--prompts=prompts.jsonl"], 'prompts.jsonl:1: field "response"'),
+    "score both ways": (["score", "base", "--prompts=sft.jsonl", "--response=x"], "--response: the rows of --prompts"),
     "score by a policy": (["score", "base", "--prompt", "x", "--response", "y"], "'base' is no sequence classifier"),
     "score without response": (["score", "base", "--prompt", "x"], "arguments are required: --response"),
     "score unequal": (["score", "base", "--prompt=x", "--prompt=y", "--response=z"], "2 --prompt but 1 --response"),

@@ -91,11 +91,45 @@ def test_it_runs_from_the_wheel_alone(wheel, tmp_path):
 
 def test_the_wheel_says_what_it_is(wheel, metadata):
     assert f"Version: {fastrlhf.__version__}\n" in metadata and "License-Expression: Apache-2.0\n" in metadata
-    for extra in ("8bit", "flash", "lora", "gguf", "track", "test"):
+    for extra in ("8bit", "flash", "lora", "gguf", "tensorboard", "track", "triton", "test"):
         assert f"Provides-Extra: {extra}\n" in metadata
     with zipfile.ZipFile(wheel) as archive:
         (scripts,) = [archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt")]
     assert "fastrlhf = fastrlhf.cli:main" in scripts
+
+
+def test_a_plain_install_brings_neither_triton_nor_tensorboard(metadata):
+    """torch for CUDA brings its own triton; a CPU has no use for that gigabyte. The tests want both."""
+    needs = [
+        line.removeprefix("Requires-Dist: ") for line in metadata.splitlines() if line.startswith("Requires-Dist: ")
+    ]
+    base = {re.match(r"[\w.-]+", line)[0] for line in needs if "extra ==" not in line}
+    assert "torch" in base and not base & {"triton", "tensorboard"}
+    for name in ("triton", "tensorboard"):
+        extras = [re.search(r'extra == "(\w+)"', line)[1] for line in needs if line.startswith(name)]
+        assert sorted(extras) == sorted([name, "test"])
+    for place in ("POSIX :: Linux", "MacOS"):
+        assert f"Classifier: Operating System :: {place}\n" in metadata
+
+
+def test_a_stage_runs_without_triton_and_tensorboard(tmp_path):
+    code = (
+        "import sys\n"
+        "sys.modules.update(triton=None, tensorboard=None)\n"
+        "from tests import tiny\n"
+        "tiny.llama().save_pretrained('base'); tiny.tokenizer().save_pretrained('base')\n"
+        'open(\'d.jsonl\', \'w\').write(\'{"prompt": "the cat", "response": "yes"}\\n\' * 4)\n'
+        "from fastrlhf import cli\n"
+        "fields = 'model=base data=d.jsonl output_dir=out total_steps=1 mini_batch_size=2 max_tokens=64'\n"
+        "sys.exit(cli.main(['sft', *fields.split()]))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/final/model.safetensors").is_file()
+    assert done.stdout.count("fastrlhf[tensorboard]") == 1
 
 
 def test_the_changelog_and_the_version_agree():
@@ -110,7 +144,7 @@ def test_every_third_party_import_is_declared(metadata):
 
     found = set()
     for base in (ROOT, ROOT / "kernels"):
-        for path in (base / ("fastrlhf" if base == ROOT else "fastrlhf_kernels")).rglob("*.py"):
+        for path in base.glob("fastrlhf*/**/*.py"):
             module = ".".join(path.relative_to(base).with_suffix("").parts)
             found |= {n.split(".")[0] for n in imports(path.read_text(encoding="utf-8"), module)}
     third_party = found - set(sys.stdlib_module_names) - {"fastrlhf", "fastrlhf_kernels", "__future__"}

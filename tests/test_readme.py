@@ -1,13 +1,19 @@
-"""The two READMEs: their links lead somewhere, and the examples of the kernels run as they stand."""
+"""The two READMEs: their links lead somewhere, and their examples run as they stand, with tiny models and few steps."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fastrlhf import cli
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "kernels/README.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -29,3 +35,77 @@ def test_there_are_three_examples():
 def test_example_runs(code, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- the product's README
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what a reader downloads; here a tiny one takes its place
+ELSEWHERE = ("fastrlhf quickstart", "fastrlhf ppo smollm2-cpu", "fastrlhf generate runs/quickstart")  # have their tests
+SHORT = {
+    "sft": ["total_steps=1", "max_tokens=256"],
+    "reward": ["total_steps=1", "max_tokens=256"],
+    "ppo": ["total_steps=1", "rollout_batch_size=4", "mini_batch_size=4", "samples_per_prompt=2", "max_new_tokens=4"],
+    "generate": ["--max-new-tokens", "4"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every `fastrlhf ...` of the README's shell examples that can run here, in their order, without its comment."""
+    parts = [part.strip() for block in blocks("sh") for line in block.splitlines() for part in line.split("&&")]
+    lines = [re.sub(r"\s+#.*", "", part) for part in parts if part.startswith("fastrlhf ")]
+    return [line for line in lines if not line.startswith(ELSEWHERE)]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Path:
+    """A reader's folder: the files that README shows under their names, and a tiny model in place of the real one."""
+    root = tmp_path_factory.mktemp("reader")
+    tiny.llama(max_position_embeddings=1024).save_pretrained(root / "tiny")
+    tiny.tokenizer().save_pretrained(root / "tiny")
+    for name, text in re.findall(r"`([\w.]+)`[^`\n]*:\n\n```(?:jsonl|yaml)\n(.*?)```", README, re.DOTALL):
+        (root / name).write_text(text, encoding="utf-8")
+    return root
+
+
+def test_readme_shows_the_files_that_its_commands_read(reader):
+    shown = {path.name for path in reader.iterdir()} - {"tiny"}
+    assert shown == {"conversations.jsonl", "prompts.jsonl", "feedback.jsonl", "ppo.yaml"}
+    assert len(blocks("jsonl")) + len(blocks("yaml")) == 4, "every block has a name"
+
+
+def test_readme_teaches_messages():
+    for block in blocks("jsonl"):
+        for row in map(json.loads, block.splitlines()):
+            assert row.get("prompt", row.get("messages"))[0].keys() == {"role", "content"}
+
+
+def test_every_command_of_the_readme_runs_in_its_order(reader, monkeypatch, capsys):
+    monkeypatch.chdir(reader)
+    assert len(commands()) >= 12
+    for line in commands():
+        line, _, target = line.partition(" > ")
+        _, verb, *arguments = shlex.split(line.replace(MODEL, "tiny"))
+        code = cli.main([verb, *arguments, *SHORT.get(verb, [])])
+        out, err = capsys.readouterr()
+        assert code == 0, f"{line}\n{err}"
+        if target:
+            Path(target).write_text(out, encoding="utf-8")
+    replies = [json.loads(line) for line in Path("replies.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = [json.loads(line) for line in Path("scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(replies) == len(scores) == 2 and all(isinstance(row["score"], float) for row in scores)
+
+
+@pytest.mark.parametrize("index", range(2), ids=["your own reward", "the losses alone"])
+def test_python_example_of_the_readme_runs(reader, index):
+    code = blocks("python")[index].replace(MODEL, "tiny").replace("total_steps=50", "total_steps=1")
+    code = code.replace("rollout_batch_size=64", "rollout_batch_size=4, mini_batch_size=4")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=reader, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert index == 1 or (reader / "aligned/model.safetensors").is_file()
+    assert len(blocks("python")) == 2

@@ -7,6 +7,7 @@ recipe again, and so is config.yaml of the run folder.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,29 +21,33 @@ from fastrlhf.config.inputs import INPUTS
 from fastrlhf.config.stages import CONFIGS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+NO_OUTPUT = "required on the command line; write output_dir=FOLDER"
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 _DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".csv", ".txt", ".arrow")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def load_recipe(stage: str, source: str, overrides: list[str]) -> tuple[dict[str, Any], StageConfig]:
-    """-> (inputs, config) of a stage from a packaged recipe's name or a YAML path, and overrides.
+def load_recipe(stage: str, source: str | None, overrides: list[str]) -> tuple[dict[str, Any], StageConfig]:
+    """-> (inputs, config) of a stage from a packaged recipe's name or a YAML path, and overrides; source None: from the
+    overrides alone.
 
     Relative paths stay relative to the current directory. UserError: one line a problem, with FILE:LINE or
-    "command line", the field, the value and what is expected.
+    "command line", the field, the value and what is expected; one line for all the required inputs that are missing.
     """
-    path = find_recipe(source)
-    values, where = read_recipe(path)
+    path = None if source is None else find_recipe(source)
+    if path is not None and _is_packaged(path) and packaged_stage(path.stem) != stage:
+        raise UserError(f"{path.stem}: a recipe of fastrlhf {packaged_stage(path.stem)}, not of {stage}")
+    values, where = ({}, {}) if path is None else read_recipe(path)
     for name, value in parse_overrides(overrides).items():
         values[name], where[name] = value, "command line"
     inputs = {name: _input(values.pop(name)) for name in INPUTS[stage] if name in values}
-    problems = _input_problems(stage, inputs, path)
+    problems = _missing_inputs(stage, inputs, values, path) + _wrong_inputs(stage, inputs)
     config = None
     try:
         config = CONFIGS[stage](**values)
     except ConfigError as error:
-        problems = error.problems + problems
+        problems = _for_a_command(error.problems, problems)
     if config is None or problems:
         raise ConfigError(problems, where)
     return {name: value for name, value in inputs.items() if value is not None}, config
@@ -53,15 +58,35 @@ def packaged_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def packaged_recipe(name: str) -> str:
+    """The commented YAML of a packaged recipe. UserError naming the nearest one where there is none."""
+    names = packaged_recipes()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {close[0]}?" if close else f"packaged recipes: {', '.join(names)}"
+        raise UserError(f"{name}: no packaged recipe; {hint}")
+    return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def packaged_stage(name: str) -> str:
+    """The command that a packaged recipe is for, which its comments show."""
+    return packaged_recipe(name).partition("fastrlhf ")[2].split()[0]
+
+
+def _is_packaged(path: Path) -> bool:
+    return RECIPES.resolve() in path.resolve().parents
+
+
 def find_recipe(source: str) -> Path:
     """The file of a recipe: a path that exists, else a packaged recipe's name."""
     path = Path(source).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # which says no, where Path.is_file raises: of a name that is too long
         return path
     if source in packaged_recipes():
         return RECIPES / f"{source}.yaml"
-    what = "is a folder, not a recipe" if path.is_dir() else "no such recipe"
-    raise UserError(f"{source}: {what} (tried {path.absolute()}); packaged recipes: {', '.join(packaged_recipes())}")
+    what = "is a folder, not a recipe" if os.path.isdir(path) else "no such recipe"
+    names = ", ".join(packaged_recipes())
+    raise UserError(f"{source}: {what} (tried {path.absolute()}); packaged recipes: {names}; or write field=value only")
 
 
 class _Loader(yaml.SafeLoader):
@@ -162,16 +187,50 @@ def _input(value: Any) -> Any:
     return value
 
 
-def _input_problems(stage: str, inputs: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
+def _missing_inputs(
+    stage: str, inputs: Mapping[str, Any], fields: Mapping[str, Any], path: Path | None
+) -> list[tuple[str, str]]:
+    """One problem for all that a run needs and has not; nothing where only output_dir is missing (check_paths)."""
+    specs = {name: spec for name, spec in INPUTS[stage].items() if inputs.get(name) is None}
+    missing = [name for name, spec in specs.items() if spec.required]
+    if not missing:
+        return []
+    if "ptx_data" in specs and _is_positive(fields.get("ptx_coef")):
+        missing.append("ptx_data")
+    if _input(fields.get("output_dir")) is None:
+        missing.append("output_dir")
+    # A packaged recipe is nobody's to edit: what is missing there belongs on the command line.
+    is_own = path is not None and not _is_packaged(path)
+    first, *others = missing
+    places = f"add it to {path} or to the command line" if is_own else "give it on the command line"
+    what = specs[first].description
+    if others:
+        names = " and ".join(filter(None, [", ".join(others[:-1]), others[-1]]))
+        places, what = f"{places}, and {names} too", f"fastrlhf {stage} --help says what each is"
+    examples = " ".join(f"{name}=..." for name in missing)
+    return [(first, f"{first}: required; {places}: {examples} ({what})")]
+
+
+def _for_a_command(problems: list[tuple[str, str]], missing: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Problems of a config, after those of the inputs. Python may leave output_dir out, a command may not: there it is
+    missing, not a reason to take save_every back."""
+    kept = [(name, text) for name, text in problems if "output_dir = none writes nothing" not in text]
+    return missing + kept or [("output_dir", f"output_dir: {NO_OUTPUT}")]
+
+
+def _is_positive(value: Any) -> bool:
+    try:
+        return float(value or 0) > 0
+    except (TypeError, ValueError):  # the config says so itself
+        return False
+
+
+def _wrong_inputs(stage: str, inputs: Mapping[str, Any]) -> list[tuple[str, str]]:
     problems = []
     for name, spec in INPUTS[stage].items():
         value = inputs.get(name)
-        if value is None:
-            if spec.required:
-                problems.append(
-                    (name, f"{name}: required; add it to {path} or to the command line ({spec.description})")
-                )
-        elif not isinstance(value, str) and (spec.kind == "model" or not isinstance(value, list)):
+        listed = isinstance(value, list) and spec.kind != "model"
+        if value is not None and not isinstance(value, str) and not listed:
             problems.append((name, f"{name} = {value!r}: expected {spec.description}"))
     return problems
 
@@ -186,6 +245,8 @@ def check_paths(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> N
         named["chat_template"] = (config.chat_template, "file")
     wrong = {name: path_problem(value, kind) for name, (value, kind) in named.items() if isinstance(value, str)}
     wrong["output_dir"] = _output_problem(config)
+    if getattr(config, "ptx_coef", 0) > 0 and inputs.get("ptx_data") is None:
+        wrong["ptx_data"] = f"ptx_coef = {config.ptx_coef:g} needs rows to learn from; give ptx_data, or ptx_coef=0"
     problems = [(name, f"{name}: {problem}") for name, problem in wrong.items() if problem]
     if problems:
         raise ConfigError(problems)
@@ -215,7 +276,7 @@ def path_problem(value: str, kind: str) -> str | None:
 
 def _output_problem(config: StageConfig) -> str | None:
     if config.output_dir is None:
-        return "required on the command line; write output_dir=FOLDER"
+        return NO_OUTPUT
     path = Path(config.output_dir)
     if path.exists() and not path.is_dir():
         return f"{path} is a file; name a folder"

@@ -28,6 +28,11 @@ KL_ROWS = 32
 SIDES = ("chosen", "rejected")  # of a held-out pair
 
 
+def _say(step: str) -> None:
+    """What is measured from now on: seconds pass between these lines."""
+    print(f"verdict: {step}", flush=True)
+
+
 @dataclass(frozen=True)
 class Replies:
     """What one model said to the held-out prompts, sampled as in PPO, the same random numbers for every model."""
@@ -48,8 +53,9 @@ class Replies:
         return sum(map(len, self.response_ids)) / len(self.response_ids)
 
 
-def reply(folder: Path, rows: list[dict], config: PPOConfig) -> Replies:
-    """Answer each prompt once with the model in folder."""
+def reply(folder: Path, rows: list[dict], config: PPOConfig, who: str) -> Replies:
+    """Answer each prompt once with the model in folder, and say on the console who answers."""
+    _say(f"the {who} answers {len(rows)} held-out prompts")
     return answer(load_policy(str(folder)), load_tokenizer(str(folder)), rows, config)
 
 
@@ -73,6 +79,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: lis
 @torch.no_grad()
 def sequence_kl(policy: Replies, reference: Path, config: PPOConfig) -> float:
     """KL(policy || reference) in nats a reply: mean over the policy's own replies of the summed log-ratio."""
+    _say("the KL from the SFT model, on replies of the PPO model")
     other, total = load_policy(str(reference)), 0.0
     for start in range(0, len(policy.texts), KL_ROWS):
         rows = TokenRows(policy.prompt_ids, policy.response_ids)[start : start + KL_ROWS]
@@ -85,6 +92,7 @@ def sequence_kl(policy: Replies, reference: Path, config: PPOConfig) -> float:
 
 def pair_accuracy(folder: Path, rows: list[dict]) -> dict[str, float]:
     """Share of clean pairs that the reward model ranks right, for each kind of fault of the worse reply and "all"."""
+    _say(f"the reward model ranks {len(rows)} held-out pairs")
     model, tokenizer = load_reward_model(str(folder)), load_tokenizer(str(folder))
     prompts = [row["prompt"] for row in rows]
     better, worse = (score_texts(model, tokenizer, prompts, [row[side] for row in rows]) for side in SIDES)
@@ -109,13 +117,14 @@ class Before:
     def of(cls, folder: Path, config: PPOConfig) -> Before:
         """config: how to sample, and the seed."""
         rows, pairs = shipped("heldout_prompts"), shipped("heldout_pairs")
-        base, sft = (reply(folder / name, rows, config) for name in ("base", "sft/final"))
+        base = reply(folder / "base", rows, config, "base model")
+        sft = reply(folder / "sft/final", rows, config, "SFT model")
         return cls(folder, rows, base, sft, pair_accuracy(folder / "reward/final", pairs))
 
 
 def compare(before: Before, ppo: Path, config: PPOConfig) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """-> (the figures of `measure`, prompt and replies a held-out prompt) of the model in ppo."""
-    after = reply(ppo, before.rows, config)
+    after = reply(ppo, before.rows, config, "PPO model")
     kl = sequence_kl(after, before.folder / "sft/final", config)
     answers = [
         {"prompt": p, "response_sft": a, "response_ppo": b}

@@ -38,6 +38,7 @@ HEADLINES = {
     "perplexity/eval": "eval ppl",
     "accuracy/train": "accuracy",
     "accuracy/eval": "eval accuracy",
+    "correlation/eval": "eval correlation",
     "length/mean": "len",
     "learning_rate": "lr",
 }
@@ -169,6 +170,8 @@ class Console:
         self._step = step
         if step > 0:  # step 0 is the evaluation before training
             self._seconds.append(seconds)
+        if not self._pending:  # a line held back shows what it had, with the next step's; one that was printed is old
+            self._shown = {}
         self._shown |= {name: metrics[name] for name in HEADLINES if name in metrics}
         self._others = dict(list(metrics.items())[:3])
         self._speed = tokens_per_s if tokens_per_s is not None else self._speed

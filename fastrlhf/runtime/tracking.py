@@ -256,7 +256,11 @@ class Tracker:
                 purge = self._first_step + 1 if self._first_step else None
                 self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), max_queue=1000, purge_step=purge)
             self._writer.file_writer.add_summary(_summary(values), step)
-        except (ImportError, OSError) as error:  # a second copy of the curves is not worth a run
+        except ImportError as error:
+            self._tensorboard_broken = True
+            extra = "pip install 'fastrlhf[tensorboard]'"
+            self.note(f"TensorBoard files are not written ({error}): {extra}; metrics.jsonl has the same curves")
+        except OSError as error:  # a second copy of the curves is not worth a run
             self._tensorboard_broken = True
             self.event("tensorboard", f"TensorBoard files are no longer written ({error}); metrics.jsonl goes on")
 

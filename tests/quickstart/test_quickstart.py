@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -136,8 +138,21 @@ def short_run(tmp_path_factory):
         "ppo.total_steps=1",
     ]
     small = ["ppo.rollout_batch_size=4", "ppo.mini_batch_size=4", "ppo.max_new_tokens=8", "ppo.eval_every=0"]
-    code = quickstart.main([f"output_dir={out}", "seed=3", *short, *small])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = quickstart.main([f"output_dir={out}", "seed=3", *short, *small])
+    (out / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
     return out, code
+
+
+def test_the_verdict_stage_says_what_it_is_at_and_an_aim_is_no_failed_bar(short_run):
+    printed = (short_run[0] / "printed.txt").read_text(encoding="utf-8")
+    stage = printed.partition("--- verdict -> ")[2].partition("held-out prompts, 4 of")[0]
+    steps = [line.removeprefix("verdict: ") for line in stage.splitlines() if line.startswith("verdict: ")]
+    assert len(steps) == 5 and [s.split()[1] for s in steps] == ["base", "SFT", "reward", "PPO", "KL"]
+    bars = printed.partition("\nverdict, seed 3")[2].splitlines()[1:]
+    assert [line.split()[0] for line in bars if line.startswith("  ")][-2:] == ["aim", "aim"]
+    assert "low" not in {line.split()[0] for line in bars if line.startswith("  ")}
 
 
 def test_the_run_writes_verdict_replies_model_and_report(short_run):

@@ -116,10 +116,7 @@ def test_a_quickstart_folder_shows_all_stages_and_the_bars(quickstart):
     [
         ({"kl_sequence_mean": 12.5}, 'KL per response</div><div class="value">12.5 ✗'),
         ({"length_ppo": 12.0}, 'Length, PPO / SFT</div><div class="value">0.50 ✗'),
-        (
-            {"rm_pair_accuracy_by_fault": {"rude": 0.99, "vague": 0.7}},
-            'Reward-model accuracy</div><div class="value">70% ✗',
-        ),
+        ({"rm_pair_accuracy": 0.7}, 'Reward-model accuracy</div><div class="value">70% ✗'),
         ({"rate_ppo_shuffled": None}, 'Rule with prompts shuffled</div><div class="value">n/a ✗'),
     ],
 )
@@ -129,6 +126,15 @@ def test_a_missed_bar_is_marked(tmp_path, changed, expected):
     html = build_report(tmp_path).read_text()
     assert "Not passed: 93%" in html and html.count("✗") == html.count('class="tile bad"') == 1
     assert f'<div class="tile bad"><div class="name">{expected}' in html
+
+
+def test_an_aim_that_was_not_reached_is_no_failed_bar(tmp_path):
+    write_stage(tmp_path / "sft", "sft", 2)
+    missed = {"on_topic_sft": 0.94, "rm_pair_accuracy_by_fault": {"rude": 0.99, "vague": 0.7}}
+    (tmp_path / "verdict.json").write_text(json.dumps(VERDICT | missed))
+    html = build_report(tmp_path).read_text()
+    assert "✗" not in html and 'class="tile bad"' not in html and html.count("✓") == 7
+    assert 'SFT replies on topic</div><div class="value">94%<' in html and "worst kind of fault 70%, aim 85%" in html
 
 
 @pytest.mark.parametrize(("stage", "expected"), [("sft", SFT_FIGURES), ("reward", RM_FIGURES)])

@@ -234,6 +234,15 @@ def test_tensorboard_holds_the_curves_and_purges_on_resume(tmp_path):
     assert "time/rollout" in events.Tags()["scalars"]
 
 
+def test_without_tensorboard_one_line_names_the_extra(tmp_path, capsys, monkeypatch):
+    for module in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    run(tmp_path, range(1, 4))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "TensorBoard" in line]
+    assert "pip install 'fastrlhf[tensorboard]'" in line
+    assert not (tmp_path / "tensorboard").exists() and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_import_is_light():
     heavy = "{'torch', 'tensorboard', 'rich', 'transformers'}"
     code = f"import sys, fastrlhf.runtime.tracking; print(*sorted({heavy} & set(sys.modules)))"
@@ -289,7 +298,24 @@ def test_an_evaluation_before_training_is_no_step_for_the_eta():
         clock.now += seconds
         shown.step(step, {"reward/eval": 0.5} if step == 0 else {"reward/mean": 0.1 * step}, seconds)
     assert "eta" not in lines[2] and lines[3].endswith("eta 7m00s")
-    assert "eval reward 0.5" in lines[0] and "eval reward 0.5" in lines[3]
+
+
+def test_a_figure_is_shown_once_with_the_next_line_that_is_printed():
+    """An evaluation of a line that was held back is not lost, one that was printed is not repeated as if new."""
+    lines, clock = [], Clock()
+    shown = Console("ppo", 6, lines.append, enabled=False, clock=clock)
+    for step, seconds in ((1, 9.0), (2, 0.1), (3, 9.0), (4, 9.0), (5, 9.0), (6, 9.0)):
+        clock.now += seconds
+        evaluated = {"reward/eval": 0.5 * step} if step in (2, 5) else {}
+        shown.step(step, {"reward/mean": 0.1 * step, **evaluated}, seconds)
+    assert [line.split()[2] for line in lines] == ["1/6", "3/6", "4/6", "5/6", "6/6"]
+    assert [re.findall(r"eval reward (\S+)", line) for line in lines] == [[], ["1"], [], ["2.5"], []]
+
+
+def test_a_stage_of_scores_shows_how_good_it_is(capsys):
+    with Tracker(None, "reward", 1) as tracker:
+        tracker.log(1, {"loss/train": 0.3, "correlation/eval": 0.71})
+    assert "eval correlation 0.71" in capsys.readouterr().out
 
 
 def test_stages_show_their_own_figures(capsys):
