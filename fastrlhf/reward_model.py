@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import RewardConfig
-from fastrlhf.data.dataset import Counts, encode_rows, load_feedback, split_heldout
+from fastrlhf.data.dataset import Counts, encode_rows, load_feedback, reading, split_heldout
 from fastrlhf.data.feedback import Feedback
 from fastrlhf.data.templates import encode_prompt, encode_response, resolve_chat_template
 from fastrlhf.models.backbone import load_scalar_backbone
@@ -210,7 +210,7 @@ def load_records(
     config: RewardConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str
 ) -> tuple[list[Record], str]:
     """Feedback as token rows; what is too long is dropped or cut and counted, never silently."""
-    feedback, counts = load_feedback(source, score_range=config.score_range, skip_bad_rows=config.skip_bad_rows)
+    feedback, counts = load_feedback(source, score_range=config.score_range, **reading(config, role))
     encoded = encode_rows(feedback, lambda item: _encode(item, tokenizer, config, counts), counts, config.skip_bad_rows)
     records = [record for _, record in encoded if record is not None]
     if not records:

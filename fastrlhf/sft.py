@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import SFTConfig
-from fastrlhf.data.dataset import Counts, encode_rows, load_conversations, split_heldout
+from fastrlhf.data.dataset import Counts, encode_rows, load_conversations, reading, split_heldout
 from fastrlhf.data.encode import Example, encode_example, target_count
 from fastrlhf.data.templates import resolve_chat_template
 from fastrlhf.models.backbone import load_backbone
@@ -125,7 +125,7 @@ def load_examples(
     config: SFTConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str
 ) -> tuple[list[Example], str]:
     """Rows as examples; what is too long is dropped or cut and counted, never silently."""
-    rows, counts = load_conversations(source, format=config.format, skip_bad_rows=config.skip_bad_rows)
+    rows, counts = load_conversations(source, format=config.format, **reading(config, role))
     examples = []
     encode = partial(encode_example, tokenizer)
     for _, example in encode_rows(rows, encode, counts, config.skip_bad_rows):

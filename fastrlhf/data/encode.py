@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.checks import DroppedRow
-from fastrlhf.data.dataset import Counts, Located, encode_rows, load_conversations, load_prompts
+from fastrlhf.data.dataset import Counts, Located, encode_rows, load_conversations, load_prompts, reading
 from fastrlhf.data.feedback import Conversation, Prompt
-from fastrlhf.data.templates import encode_conversation, encode_prompt, encode_response
+from fastrlhf.data.templates import encode_conversation, encode_prompt, encode_response, encode_text
 
 E = TypeVar("E")
 
@@ -40,7 +40,7 @@ def target_count(examples: Iterable[Example]) -> int:
 def encode_example(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Example:
     """Loss on assistant tokens only, all turns of them; on every token of plain text, EOS included."""
     if row.text is not None:
-        ids = encode_prompt(tokenizer, row.text) + [tokenizer.eos_token_id]
+        ids = encode_text(tokenizer, row.text)
         target, group = [True] * len(ids), row.text
     elif row.messages is not None:
         ids, target = encode_conversation(tokenizer, row.messages)
@@ -91,7 +91,7 @@ def load_encoded_prompts(
     def encode(prompt: Prompt) -> EncodedPrompt:
         return EncodedPrompt(prompt, encode_prompt(tokenizer, prompt.prompt))
 
-    prompts, counts = load_prompts(source, skip_bad_rows=config.skip_bad_rows)
+    prompts, counts = load_prompts(source, **reading(config, role))
     encoded, _ = encode_usable(prompts, encode, counts, role=role, skip_bad_rows=config.skip_bad_rows)
     # Lengths are compared once all are known: the shortest of them is what a user must allow.
     limit = config.max_prompt_tokens
@@ -129,7 +129,7 @@ def load_ptx(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, ptx_data: An
             raise DroppedRow(f"longer than max_prompt_tokens + max_new_tokens = {limit}")
         return example
 
-    rows, counts = load_conversations(ptx_data, skip_bad_rows=config.skip_bad_rows)
+    rows, counts = load_conversations(ptx_data, **reading(config, "ptx_data"))
     return encode_usable(
         rows, encode, counts, role="ptx_data", skip_bad_rows=config.skip_bad_rows, remedy="raise max_prompt_tokens"
     )

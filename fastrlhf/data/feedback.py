@@ -23,14 +23,17 @@ from fastrlhf.data.checks import (
     meant,
     missing,
     number_of,
+    plain_reply,
     show,
     text_of,
     wrong,
 )
 from fastrlhf.data.foreign import (
+    CONTEXT,
     asked,
     bare_prompt,
     completion_of,
+    is_empty,
     joined,
     pair_of,
     prompt_columns,
@@ -76,12 +79,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt for rollouts. columns: the row's other columns, for reward functions; note: what was cut."""
+    """One prompt for rollouts. columns: the row's other columns, for reward functions; used: the names of the columns
+    that the prompt was made of; note: what was cut."""
 
     prompt: str | Messages
     columns: dict[str, Any] = field(default_factory=dict)
     where: str = ""
     note: str | None = None
+    used: frozenset[str] = frozenset()
 
 
 def _record(row: Any, where: str) -> dict:
@@ -108,9 +113,11 @@ def _replies(row: dict, where: str, name: str, least: int) -> tuple[str, ...]:
 
 def _reply(value: Any, where: str, name: str) -> str:
     reply = completion_of(value, where, name)
-    if not isinstance(reply, str):
+    if isinstance(reply, str):
+        return reply
+    if len(reply) > 1:
         raise BadRow(where, f'field "{name}" must be one reply, found {len(reply)} messages')
-    return reply
+    return plain_reply(reply[0], where, name)
 
 
 def parse_feedback(row: Any, where: str, score_range: tuple[float, float] = (1.0, 5.0)) -> Feedback:
@@ -265,7 +272,7 @@ def _conversation(row: dict, where: str, name: str, reply: Messages) -> Messages
 
 def _prompt_and_reply(row: dict, where: str) -> tuple[str | Messages, str]:
     prompt, [reply] = _with_reply(row, where)
-    return prompt, reply["content"]
+    return prompt, plain_reply(reply, where, _reply_column(row) or "messages")
 
 
 def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversation:
@@ -278,6 +285,8 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
     """
     row = _record({"text": row} if isinstance(row, str) else row, where)
     if format == "text" or ("text" in row and prompt_format(row) is None):
+        if format != "text":
+            _check_plain(row, where)
         _require(row, where, ("text",), 'a column of plain text (format "text")')
         return Conversation(text=text_of(row["text"], where, "text"), where=where)
     for name in ("ranking", "score", "scores"):
@@ -285,17 +294,31 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
             raise BadRow(where, f'field "{name}": judged replies are no SFT data; keep "prompt" and one "response"')
     if "edited" in row or "chosen" in row or "rejected" in row:
         feedback = _edit(row, where) if "edited" in row else _pair(row, where)
-        prompt, response = feedback.prompt, feedback.responses[0]
-    elif "label" in row and isinstance(row["label"], bool) or "kto_tag" in row:
-        feedback = _label(row, where)
-        if feedback.scores[0] < 0:
-            raise DroppedRow("replies that were not liked")
-        prompt, response = feedback.prompt, feedback.responses[0]
+        prompt, reply = feedback.prompt, {"role": "assistant", "content": feedback.responses[0]}
     else:
-        prompt, response = _prompt_and_reply(row, where)
+        is_kto = "label" in row and isinstance(row["label"], bool) or "kto_tag" in row
+        if is_kto and _label(row, where).scores[0] < 0:
+            raise DroppedRow("replies that were not liked")
+        prompt, [reply] = _with_reply(row, where)
     if isinstance(prompt, str):
-        return Conversation(prompt, response, where=where)
-    return Conversation(messages=[*prompt, {"role": "assistant", "content": response}], where=where)
+        return Conversation(prompt, reply["content"], where=where)
+    messages = [*prompt, reply]
+    if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+        raise DroppedRow("conversations without a turn to learn: all have weight 0")
+    return Conversation(messages=messages, where=where)
+
+
+# Columns that make a text one part of something: a turn of a tree, a labelled sample.
+_PARTS = ("role", "parent_id", "message_id", "label", "rank")
+
+
+def _check_plain(row: dict, where: str) -> None:
+    """Raise BadRow where a column beside "text" says that the text is not the whole that is to be learnt."""
+    context = [name for name in CONTEXT if not is_empty(row.get(name))]
+    column = next((name for name in (*_PARTS, *context) if name in row), None)
+    if column is not None:
+        problem = f'field "text" beside "{column}" is no plain text (columns: {", ".join(row)})'
+        raise BadRow(where, f"{problem}; make messages of it, or set format=text to learn each text as it is")
 
 
 def parse_prompt(row: Any, where: str) -> Prompt:
@@ -308,22 +331,22 @@ def parse_prompt(row: Any, where: str) -> Prompt:
         return Prompt(text_of(row, where, "prompt"), where=where)
     columns = row if isinstance(row, dict) else {}
     row = _record(row, where)
-    used = prompt_columns(row)
+    used = frozenset(prompt_columns(row))
     rest = {key: value for key, value in columns.items() if key not in used}
     prompt = _whole_prompt(row, where)
     if prompt is None:
         raise missing(where, "prompt", row, "text or a list of messages")
     if _is_open(prompt):
-        return Prompt(prompt, rest, where)
+        return Prompt(prompt, rest, where, used=used)
     if used == {"prompt"} and isinstance(row["prompt"][0], dict):
         raise BadRow(where, f'field "prompt" must end with a user message, its last role is {prompt[-1]["role"]!r}')
     if len(prompt) < 2 or not _is_open(asked(prompt)):
         raise BadRow(where, "the prompt has no human turn")
-    return Prompt(asked(prompt), rest, where, CUT)
+    return Prompt(asked(prompt), rest, where, CUT, used)
 
 
 def _whole_prompt(row: dict, where: str) -> str | Messages | None:
-    """The prompt of a row as the other stages read it: what its replies repeat of it, or add to it, is looked at too."""
+    """The prompt of a row as the other stages read it; its replies may repeat it or add turns to it."""
     if "chosen" in row and "rejected" in row and (not prompt_columns(row) or _is_message(row["chosen"])):
         return pair_of(row, where).prompt
     name = _reply_column(row)

@@ -20,6 +20,7 @@ from fastrlhf.data.checks import (
     check_order,
     messages_of,
     missing,
+    plain_reply,
     show,
     text_of,
     wrong,
@@ -84,13 +85,14 @@ def conversation_of(value: Any, where: str, field: str) -> Messages:
 
 
 def completion_of(value: Any, where: str, field: str) -> str | Messages:
-    """A reply: text, one message as a dict, or a list of messages (only one assistant message: its text)."""
+    """A reply: text, one message as a dict, or a list of messages (only one assistant message: its text, where it is
+    nothing more)."""
     if isinstance(value, str):
         return text_of(value, where, field)
     messages = messages_of([value] if isinstance(value, dict) else value, where, field, fragment=True)
     if messages[-1]["role"] != "assistant":
         raise BadRow(where, f'field "{field}" must end with an assistant message, not {messages[-1]["role"]}')
-    return messages[0]["content"] if len(messages) == 1 else messages
+    return messages[0]["content"] if len(messages) == 1 and len(messages[0]) == 2 else messages
 
 
 # ------------------------------------------------------------------------------------------- where a prompt stands
@@ -133,7 +135,8 @@ def _moss_turn(chat: dict, name: str, where: str) -> dict[str, str]:
     """The parts that a turn has, without their tags; what stands between the tags is kept to the letter."""
     turn = chat.get(name)
     if not isinstance(turn, dict):
-        raise missing(where, name, chat, f"turns turn_1 ... turn_{len(chat)} in chat")
+        expected = f"expected turns turn_1 ... turn_{len(chat)} in chat, found {', '.join(chat)}"
+        raise BadRow(where, f'field "{name}" is missing; {expected}')
     parts = {}
     for part, (head, end) in _MOSS_TAGS.items():
         if part in _MOSS_SPEECH or turn.get(part):
@@ -358,7 +361,7 @@ def _history(value: Any, where: str) -> Messages:
     return turns
 
 
-_MAP_HISTORY = f"use columns to map it, {_LEAVE_OUT}"
+_MAP_HISTORY = f"columns={{prompt: history}} reads it as the prompt, {_LEAVE_OUT}"
 
 
 # ----------------------------------------------------------------------------------------------- chosen and rejected
@@ -413,7 +416,8 @@ def _pair_of_conversations(chosen: Messages, rejected: Messages, where: str) -> 
         at = f"at turn {turn} of {len(chosen)} and {len(rejected)}"
         problem = f'"chosen" and "rejected" differ before their last turn ({at}); only the last reply may differ'
         raise BadRow(where, problem)
-    return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+    replies = [plain_reply(m[-1], where, key) for key, m in (("chosen", chosen), ("rejected", rejected))]
+    return Pair(chosen[:-1], *replies)
 
 
 def _pair_of_texts(row: dict, where: str) -> Pair:

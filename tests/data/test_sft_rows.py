@@ -23,7 +23,7 @@ def test_a_row_that_is_too_long_is_dropped_and_counted(tmp_path):
 def test_a_row_that_is_cut_ends_open_and_is_counted(tmp_path):
     cfg = config(max_tokens=32, overlong="truncate", output_dir=str(tmp_path / "run"))
     t = trainer(cfg, data=[*SINGLE, LONG])
-    (whole,) = trainer(config(max_tokens=100), data=[LONG]).examples
+    (whole,) = trainer(config(max_tokens=100), data=[LONG]).items
     cut = t.items[-1]
     assert cut.ids == whole.ids[:32] and cut.target == whole.target[:32]
     assert cut.ids[-1] != t.tokenizer.eos_token_id  # a made-up EOS would teach to stop there
@@ -34,7 +34,7 @@ def test_a_row_that_is_cut_ends_open_and_is_counted(tmp_path):
 def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(tmp_path):
     row = {"prompt": tiny.chat(" ".join(tiny.TEXTS)), "response": "no"}
     cfg = config(max_tokens=32, overlong="truncate", output_dir=str(tmp_path / "run"))
-    assert len(trainer(cfg, data=[*SINGLE, row]).examples) == len(SINGLE)
+    assert len(trainer(cfg, data=[*SINGLE, row]).items) == len(SINGLE)
     assert "6 used, dropped: 1 with no reply within max_tokens = 32" in log(tmp_path / "run")
 
 
