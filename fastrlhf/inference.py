@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.data.prompt_format import decide
 from fastrlhf.data.templates import encode_prompt, stop_token_ids
 from fastrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from fastrlhf.rl.scorers import score_texts
@@ -24,7 +25,8 @@ def generate(source: str, prompts: Sequence[str], *, raw: bool = False, **sampli
     try:
         params = SamplingParams(**sampling)
         tokenizer = load_tokenizer(source)
-        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in _as_asked(tokenizer, prompts, raw)]
+        _decide(tokenizer, raw)
+        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         model = load_policy(source)
         params = replace(params, stop_token_ids=stop_token_ids(tokenizer, model.generation_config))
         out = RolloutEngine(model, tokenizer).generate(prompt_ids, params)
@@ -36,12 +38,12 @@ def generate(source: str, prompts: Sequence[str], *, raw: bool = False, **sampli
 def score(source: str, prompts: Sequence[str], responses: Sequence[str], *, raw: bool = False) -> list[float]:
     """A reward model's raw score of each (prompt, response)."""
     tokenizer = load_tokenizer(source)
+    _decide(tokenizer, raw)
     model = load_reward_model(source)
     with torch.inference_mode():
-        return score_texts(model, tokenizer, _as_asked(tokenizer, prompts, raw), list(responses))
+        return score_texts(model, tokenizer, list(prompts), list(responses))
 
 
-def _as_asked(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], raw: bool) -> list[str | list[dict]]:
-    """A prompt is a user's message where the tokenizer has a chat template, a text to continue where it has none."""
-    chat = tokenizer.chat_template is not None and not raw
-    return [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts]
+def _decide(tokenizer: PreTrainedTokenizerBase, raw: bool) -> None:
+    """Read string prompts as training did: what the folder says, else messages where there is a chat template."""
+    decide(tokenizer, "raw" if raw else "auto", has_template=bool(tokenizer.chat_template))

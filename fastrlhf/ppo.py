@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.encode import EncodedPrompt, load_encoded_prompts, load_ptx
-from fastrlhf.data.templates import resolve_chat_template, stop_token_ids
+from fastrlhf.data.templates import settle_template, stop_token_ids
 from fastrlhf.models.loading import tokenizer_for
 from fastrlhf.models.token_batch import TokenRows, resolve_packing
 from fastrlhf.rl.advantages import KLController, RunningMoments
@@ -81,9 +81,9 @@ class PPOTrainer(Trainer):
         # What the run reads.
         self.evaluation = Evaluation(config, judge, prompts=eval_prompts is not None)
         tokenizer = tokenizer_for(tokenizer, policy)
-        notes = [f"chat template: {resolve_chat_template(tokenizer, config.chat_template)}"]
-        self.prompts, note = load_encoded_prompts(config, tokenizer, prompts, "prompts")
-        self.eval_prompts, eval_note = load_encoded_prompts(config, tokenizer, eval_prompts, "eval_prompts")
+        template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
+        self.prompts, note = load_encoded_prompts(config, tokenizer, prompts, "prompts", template)
+        self.eval_prompts, eval_note = load_encoded_prompts(config, tokenizer, eval_prompts, "eval_prompts", template)
         ptx_examples, ptx_note = load_ptx(config, tokenizer, ptx_data)
         notes += [text for text in (note, eval_note, ptx_note) if text]
 

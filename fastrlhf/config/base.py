@@ -56,6 +56,8 @@ class StageConfig(BaseModel):
     """attention implementation (auto: the flash attention for the GPU that is installed, else sdpa)"""
     chat_template: str | None = None
     """default, chatml, moss, moss-rlhf-en, moss-rlhf-zh or a .jinja file; none: the tokenizer's own, else default"""
+    prompt_format: Literal["auto", "chat", "raw"] = "auto"
+    """a string prompt is a user's message or raw text (auto: as the model's folder says, else chat with a template)"""
     columns: dict[str, str] | None = None
     """columns under other names, dotted into nested ones: {prompt: question, response: answers.0.text}"""
     ignore_columns: list[str] | None = None

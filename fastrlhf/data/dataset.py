@@ -169,11 +169,14 @@ def load_conversations(source: Any, *, format: str = "auto", **how: Unpack[Readi
 
 
 def load_prompts(source: Any, **how: Unpack[Reading]) -> Loaded[Prompt]:
-    """All prompts of a source; errors as in load_feedback.
+    """All prompts of a source, each with the columns of all rows, None where its row has none; errors as in
+    load_feedback.
 
     Prompts that were cut and prompts that stand in the source more than once are kept and noted in Counts.
     """
     prompts, counts = _load(source, parse_prompt, "prompts", **how)
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    prompts = [replace(prompt, columns={name: prompt.columns.get(name) for name in names}) for prompt in prompts]
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.note:

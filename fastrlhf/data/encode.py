@@ -18,6 +18,7 @@ from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.checks import DroppedRow
 from fastrlhf.data.dataset import Counts, Located, encode_rows, load_conversations, load_prompts, reading
 from fastrlhf.data.feedback import Conversation, Prompt
+from fastrlhf.data.prompt_format import Form, describe, form_of
 from fastrlhf.data.templates import encode_conversation, encode_prompt, encode_response, encode_text
 
 E = TypeVar("E")
@@ -79,9 +80,9 @@ def encode_usable(
 
 
 def load_encoded_prompts(
-    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str, template: str = "its chat template"
 ) -> tuple[list[EncodedPrompt] | None, str]:
-    """-> prompts with their ids, and what became of the rows; (None, "") where there is no source.
+    """-> prompts with their ids, and what became of the rows and their forms; (None, "") where there is no source.
 
     Raises UserError, naming `role`, for bad rows and where no prompt is short enough.
     """
@@ -101,7 +102,13 @@ def load_encoded_prompts(
         shortest = min(len(item.ids) for item in encoded)
         problem = f"every prompt is longer than max_prompt_tokens = {limit} (the shortest: {shortest})"
         raise UserError(f"{role}: {problem}; raise it")
-    return kept, f"{role}: {counts.line()}"
+    forms = [form_of(tokenizer, item.prompt.prompt) for item in kept]
+    return kept, "\n".join([f"{role}: {counts.line()}", *describe(tokenizer, forms, role, template)])
+
+
+def row_form(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Form:
+    """What an SFT row is, for the log."""
+    return "plain texts" if row.text is not None else form_of(tokenizer, row.prompt or row.messages)
 
 
 def check_ptx(config: PPOConfig, ptx_data: Any) -> None:

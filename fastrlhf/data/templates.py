@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import REASONING, Messages
+from fastrlhf.data.foreign import is_transcript
+from fastrlhf.data.prompt_format import as_asked, decide
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -92,6 +94,20 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) 
         tokenizer.chat_template = previous
         raise UserError(f"chat_template {label!r}: {error}") from error
     return label
+
+
+def settle_template(
+    tokenizer: PreTrainedTokenizerBase, name: str | None, prompt_format: str = "auto"
+) -> tuple[str, list[str]]:
+    """Set the chat template and decide what string prompts are -> the template in words, and what the user should know.
+
+    Raises UserError as resolve_chat_template.
+    """
+    has_template = name is not None or bool(tokenizer.chat_template)
+    label = resolve_chat_template(tokenizer, name)
+    note = decide(tokenizer, prompt_format, has_template=has_template)
+    template = f"chat template {label}" if name or not has_template else "the tokenizer's chat template"
+    return template, [note] if note else []
 
 
 def _preset(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
@@ -196,9 +212,11 @@ def _bare(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
     """Token ids of a prompt.
 
-    A string is tokenised as it is, with the special tokens its tokenizer puts in front (BOS; not a second one) but no
-    EOS behind; messages go through the chat template with the generation prompt, without further special tokens.
+    A string that is raw text (see prompt_format.py) is tokenised as it is, with the special tokens its tokenizer puts
+    in front (BOS; not a second one) but no EOS behind; messages, and strings that are a user's, go through the chat
+    template with the generation prompt, without further special tokens.
     """
+    prompt = as_asked(tokenizer, prompt)
     if isinstance(prompt, str):
         return _encode_plain(tokenizer, prompt)
     return _encode(tokenizer, render(tokenizer, _bare(tokenizer, prompt), add_generation_prompt=True))
@@ -231,6 +249,9 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, 
     Raises UserError: no EOS, or a template that rewrites the prompt or the reply when the two stand together.
     """
     eos = _need_eos(tokenizer)
+    if is_transcript(prompt) and not isinstance(as_asked(tokenizer, prompt), str):
+        response = response.strip() or response  # as the replies of transcripts are read
+    prompt = as_asked(tokenizer, prompt)
     if isinstance(prompt, str):
         whole = _encode_plain(tokenizer, prompt + response)
         ids = _behind(tokenizer, _encode_plain(tokenizer, prompt), whole, response)

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fastrlhf import PPOConfig, SFTConfig
+from fastrlhf import PPOConfig, PPOTrainer, SFTConfig
 from fastrlhf.config.errors import ConfigError, UserError
 from fastrlhf.data.dataset import load_conversations, load_feedback, load_prompts
 from fastrlhf.data.encode import encode_example
@@ -257,3 +257,31 @@ def test_the_fields_are_typed_on_the_command_line_and_in_yaml():
     assert PPOConfig(columns="none", ignore_columns="none").columns is None
     with pytest.raises(ConfigError, match="columns = 'question': expected a mapping"):
         PPOConfig(columns="question")
+
+
+# ------------------------------------------------------------------------------------------------ columns of a rollout
+
+
+def test_every_prompt_has_the_columns_of_all_rows():
+    rows = [{"prompt": "chat"}, "plain", {"prompt": "sum", "answer": "4"}, {"prompt": "x", "unit": "m"}]
+    prompts, _ = load_prompts(rows)
+    assert [p.columns for p in prompts] == [
+        {"answer": None, "unit": None},
+        {"answer": None, "unit": None},
+        {"answer": "4", "unit": None},
+        {"answer": None, "unit": "m"},
+    ]
+
+
+def test_a_reward_function_gets_every_column_in_every_step():
+    seen = []
+
+    def reward(prompts, responses, answer="none was given"):
+        seen.extend(zip(prompts, answer, strict=True))
+        return [0.0] * len(responses)
+
+    rows = [{"prompt": f"chat {i}"} for i in range(3)] + [{"prompt": "sum", "answer": "4"}]
+    config = PPOConfig(total_steps=4, rollout_batch_size=1, mini_batch_size=1, max_new_tokens=2, eval_every=0)
+    for _ in PPOTrainer(config, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=reward, prompts=rows):
+        pass
+    assert sorted(seen, key=str) == [("chat 0", None), ("chat 1", None), ("chat 2", None), ("sum", "4")]
