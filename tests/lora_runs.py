@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from fastrlhf.models.lora import Adapters
 from tests import tiny
+from tests.runs import letters
 
 ANSWERS = ["the answer is yes", "no", "谢谢您的提问。", "the moon looked at the cat", "yes; no", "在北京"]
 ROWS = [{"prompt": tiny.chat(p), "response": a} for p, a in zip(tiny.PROMPTS, ANSWERS, strict=True)]
@@ -33,10 +34,6 @@ def sft(model: str | PreTrainedModel, **fields: object) -> SFTTrainer:
 def reward_model(model: str | PreTrainedModel, **fields: object) -> RewardTrainer:
     config = RewardConfig(**{**COMMON, "eval_fraction": 0.0, **fields})
     return RewardTrainer(config, model=model, tokenizer=tiny.tokenizer(), data=PAIRS)
-
-
-def letters(prompts: list[str], responses: list[str]) -> list[float]:
-    return [r.count("e") - 0.1 * len(r) for r in responses]
 
 
 def ppo(policy: str | PreTrainedModel, reward: object = letters, **fields: object) -> PPOTrainer:

@@ -15,15 +15,11 @@ from fastrlhf.rl.experience import Experience, MiniBatch, make_experience, plan_
 from fastrlhf.rl.scorers import Scores
 from fastrlhf.rollout.result import Rollout
 from tests import tiny
+from tests.runs import PROMPTS, letters
 
-PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 PAIRS = [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in PROMPTS]
 COMMON = {"total_steps": 4, "mini_batch_size": 4, "learning_rate": 1e-3, "save_every": 2, "eval_every": 2}
 Trainer = SFTTrainer | RewardTrainer | PPOTrainer
-
-
-def letters(prompts: list[str], responses: list[str]) -> list[float]:
-    return [r.count("e") - 0.1 * len(r) for r in responses]
 
 
 STAGES = {"sft": (SFTConfig, SFTTrainer), "reward": (RewardConfig, RewardTrainer), "ppo": (PPOConfig, PPOTrainer)}

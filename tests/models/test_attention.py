@@ -15,23 +15,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fastrlhf import PPOConfig, PPOTrainer
+from fastrlhf import PPOTrainer
 from fastrlhf.models import loading, saving
 from tests import tiny
+from tests.runs import ppo_trainer
 
-PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 LAYERS = 2
 
 
-def letters(prompts: list[str], responses: list[str]) -> list[float]:
-    return [r.count("e") - 0.1 * len(r) for r in responses]
-
-
 def trainer(policy: object, **fields: object) -> PPOTrainer:
-    base = {"total_steps": 1, "rollout_batch_size": 4, "mini_batch_size": 4, "max_new_tokens": 8, "eval_every": 0,
-            "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "ppo_epochs": 1}  # fmt: skip
-    cfg = PPOConfig(**{**base, **fields})
-    return PPOTrainer(cfg, policy=policy, tokenizer=tiny.tokenizer(), reward=letters, prompts=PROMPTS)
+    sizes = {"total_steps": 1, "rollout_batch_size": 4, "max_new_tokens": 8}
+    return ppo_trainer(policy=policy, **{**sizes, "learning_rate": 1e-3, "critic_learning_rate": 1e-3, **fields})
 
 
 @pytest.fixture
@@ -103,7 +97,7 @@ def test_with_flash_attention_rows_are_packed_and_the_update_is_that_of_padded_s
     flashing = tiny.llama()
     flashing.config._attn_implementation = "flash_attention_2"
     ours, plain = trainer(flashing), trainer(tiny.llama())
-    assert ours.packed and not plain.packed
+    assert ours.joined and not plain.joined
     shapes.clear(), calls.clear()
     a = next(iter(ours))
     assert "sdpa" not in calls and ours.policy.config._attn_implementation == "flash_attention_2"

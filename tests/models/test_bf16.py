@@ -8,8 +8,8 @@ import torch
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from fastrlhf.models import saving
 from tests import tiny
+from tests.runs import PROMPTS, letters
 
-PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 PAIRS = [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in PROMPTS]
 FORMS = {
     "separate": {},
@@ -25,10 +25,6 @@ TINY_STEP = 1e-6  # AdamW's first step moves a weight by it; bf16 between 0.25 a
 def policy(tmp_path) -> str:
     saving.write_model(tmp_path / "policy", tiny.llama(), tiny.tokenizer(), [1])
     return str(tmp_path / "policy")
-
-
-def letters(prompts: list[str], responses: list[str]) -> list[float]:
-    return [r.count("e") - 0.1 * len(r) for r in responses]
 
 
 def masters_moved(optimizer, before: list[torch.Tensor]) -> float:

@@ -13,9 +13,12 @@ from fastrlhf.config.errors import ConfigError
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.models import heads, loading
 from fastrlhf.models.adapter_folder import read_adapter
+from fastrlhf.models.token_batch import target_log_probs
+from fastrlhf.rl.scorers import AdapterScorer
 from fastrlhf.sft import main as sft_main
 from tests import lora_runs as runs
 from tests import tiny
+from tests.runs import experience_of
 
 MODELS = pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
 STAGES = pytest.mark.parametrize("stage", [runs.sft, runs.reward_model])
@@ -49,8 +52,8 @@ def test_the_first_loss_is_that_of_full_training():
     )
     grads = {}
     for trainer in (t, full):
-        batch = next(trainer._batches(trainer.examples[:4]))
-        (-trainer._log_probs(batch).sum()).backward()
+        batch = next(trainer.batches(trainer.items[:4]))
+        (-target_log_probs(trainer.model, batch).sum()).backward()
         grads[trainer] = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
     name = "model.layers.1.mlp.up_proj"
     down = t.model.get_submodule(name).lora_A["policy"].weight
@@ -256,10 +259,10 @@ def test_a_reward_adapter_scores_over_the_policys_base(folders, policy, reward):
     t = runs.ppo(folders[policy], folders[reward], critic="shared_trunk", lora=1)
     assert t.scorer.model is None and t.scorer.adapters is t.roles.adapters
     runs.stir(t.roles.adapters, "policy")  # what the policy learns is nothing to the reward model
-    rollout, _ = t._rollout(t.prompts, 1, purpose="rollout")
+    rollout = t.rollout(t.prompts, 1, purpose="rollout")
     alone = loading.load_reward_model(folders[reward])
     want = scores(alone, [p + r for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)])
-    torch.testing.assert_close(torch.tensor(t._score(rollout)), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(t.scorer(rollout).values), want, rtol=1e-4, atol=1e-4)
     frozen = {n: p.clone() for n, p in t.roles.adapters.parameters("reward").items()}
     t.train()
     assert all(torch.equal(frozen[n], p) for n, p in t.roles.adapters.parameters("reward").items())
@@ -282,7 +285,7 @@ def test_all_roles_together_take_little_more_than_one_model(folders, reward, tmp
 def test_the_adapter_of_another_base_gets_a_model_of_its_own(folders, tmp_path):
     other = runs.base(tmp_path / "other", seed=1, hidden_size=64, vocab_size=640)
     t = runs.ppo(other, folders["rm"], total_steps=1)
-    assert t.scorer.adapters is None and t.scorer.model is not None
+    assert not isinstance(t.scorer, AdapterScorer) and t.scorer.model is not None
     t.train()
 
 
@@ -317,10 +320,9 @@ def test_ppo_with_every_adapter_resumes_exactly(folders, tmp_path, form):
 
 
 def test_reference_and_policy_go_through_one_call_path(folders):
-    """Both are `response_log_probs` of the same model object: as many forwards of it, none of another."""
+    """Both are `target_log_probs` of the same model object: as many forwards of it, none of another."""
     t = runs.ppo(folders["sft"], critic="shared_trunk", total_steps=1)
-    rollout, _ = t._rollout(t.prompts, 1, purpose="rollout")
-    rollout.scores = t._score(rollout)
+    rollout = t.rollout(t.prompts, 1, purpose="rollout")
     seen = []
     layer = next(iter(t.roles.adapters.layers.values()))
 
@@ -328,5 +330,5 @@ def test_reference_and_policy_go_through_one_call_path(folders):
         seen.append(() if layer.disable_adapters else tuple(layer.active_adapters))
 
     t.policy.base_model.register_forward_hook(note)
-    t._experience(rollout, t._plan(rollout)[0])
+    experience_of(t, rollout)
     assert len(seen) > 2 and seen == [("sft", "policy"), ("sft",)] * (len(seen) // 2)

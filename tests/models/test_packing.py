@@ -3,49 +3,40 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from fastrlhf import PPOConfig, PPOTrainer, UserError
-from fastrlhf.models.token_batch import TokenBatch, joined, resolve_packing
+from fastrlhf import PPOTrainer, UserError
+from fastrlhf.models.token_batch import TokenRows, joined, resolve_packing
+from fastrlhf.rl.experience import plan_epochs
 from tests import tiny
 from tests.models.test_attention import varlen
+from tests.runs import experience_of, ppo_trainer
 
-PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}  # rotary and learned positions
 FORMS = {"separate": {}, "shared_trunk": {"critic": "shared_trunk"}, "lora": {"lora": 4}}
 
 
-def letters(prompts: list[str], responses: list[str]) -> list[float]:
-    return [r.count("e") - 0.1 * len(r) for r in responses]
-
-
-def trainer(policy=None, **fields: object) -> PPOTrainer:
-    base = {"total_steps": 1, "rollout_batch_size": 8, "mini_batch_size": 8, "max_new_tokens": 10, "eval_every": 0,
-            "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "ppo_epochs": 1}  # fmt: skip
-    policy = policy or tiny.llama()
-    return PPOTrainer(
-        PPOConfig(**{**base, **fields}), policy=policy, tokenizer=tiny.tokenizer(), reward=letters, prompts=PROMPTS
-    )
+trainer = partial(ppo_trainer, total_steps=1, mini_batch_size=8, learning_rate=1e-3, critic_learning_rate=1e-3)
 
 
 def gradients(t: PPOTrainer, tokens: int) -> dict[str, list[torch.Tensor]]:
     """Of the policy's and the critic's loss on a whole rollout, off the first policy: ratios and clips are at work."""
-    rollout, _ = t._rollout([t.prompts[i % len(t.prompts)] for i in range(8)], 1, purpose="rollout")
-    rollout.scores = t._score(rollout)
-    experience, _ = t._experience(rollout, [[i] for i in range(8)])
-    experience.old_log_probs += 0.3 * torch.randn(
-        experience.old_log_probs.shape, generator=torch.Generator().manual_seed(1)
-    )
-    t.memory.first = tokens
+    rollout = t.rollout([t.prompts[i % len(t.prompts)] for i in range(8)], 1, purpose="rollout")
+    experience, _, _ = experience_of(t, rollout)
+    noise = torch.randn(experience.old_log_probs.shape, generator=torch.Generator().manual_seed(1))
+    experience = replace(experience, old_log_probs=experience.old_log_probs + 0.3 * noise)
+    t.memory.first_budget = tokens
     joint = t.critic.shares_trunk
     passes = {"policy": (True, joint)} if joint else {"critic": (False, True), "policy": (True, False)}
     found = {}
     for name, (policy, critic) in passes.items():
-        t.learner.accumulate(rollout, experience, list(range(8)), policy=policy, critic=critic)
+        t.learner.accumulate(rollout.rows, experience, list(range(8)), policy=policy, critic=critic)
         found[name] = [p.grad.clone() for o in t.learner.optimizers() for p in o.masters if p.grad is not None]
         t.learner.drop_gradients()
     return found
@@ -58,7 +49,7 @@ def test_gradients_are_those_of_padded_rows(name, form):
     results = {}
     for packing in (False, True):
         for tokens in (1, 60, 10_000):
-            t = trainer(MODELS[name](), packing=packing, **FORMS[form])
+            t = trainer(policy=MODELS[name](), packing=packing, **FORMS[form])
             torch.nn.init.normal_(t.critic.head.weight, std=0.1, generator=torch.Generator().manual_seed(2))
             results[packing, tokens] = gradients(t, tokens)
     want = results[False, 1]
@@ -73,7 +64,7 @@ def test_gradients_are_those_of_padded_rows(name, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_first_update_has_ratio_exactly_one(name, form):
-    t = trainer(MODELS[name](), packing=True, micro_batch_tokens=70, **FORMS[form])
+    t = trainer(policy=MODELS[name](), packing=True, micro_batch_tokens=70, **FORMS[form])
     rows = []
     t.policy.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -81,7 +72,7 @@ def test_the_first_update_has_ratio_exactly_one(name, form):
     step = next(iter(t))
     assert step.metrics["policy/ratio"] == 1.0 and step.metrics["kl/approx"] == 0.0 == step.metrics["kl/ref"]
     lengths = [len(p) + len(r) for p, r in zip(step.rollout.prompt_ids, step.rollout.response_ids, strict=True)]
-    groups = step.rollout.micro_batches(t._plan(step.rollout)[0][0], t.memory.tokens)
+    groups = step.rollout.rows.micro_batches(plan_epochs(t.config, 8, 0)[0][0], t.memory.tokens)
     trained = [(1, sum(lengths[i] for i in group)) for group in groups]
     assert len(trained) > 1 and rows[-len(trained) :] == trained  # one row each, and not a token of padding
 
@@ -99,7 +90,7 @@ def test_metrics_and_updates_are_those_of_padded_rows():
 
 def test_a_packed_batch_by_hand():
     prompts, responses = [[5, 6, 7], [4]], [[8, 9], [3, 2, 1]]
-    batch = TokenBatch.build(prompts, responses, torch.device("cpu"), packed=True)
+    batch = TokenRows(prompts, responses, joined=True).batch([0, 1], torch.device("cpu"))
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 3, 2, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
     assert batch.index.tolist() == [2, 3, 5, 6, 7] and batch.labels.tolist() == [8, 9, 3, 2, 1]
@@ -108,8 +99,8 @@ def test_a_packed_batch_by_hand():
 
 def test_only_states_of_response_tokens_reach_the_head():
     t = trainer(packing=True)
-    rollout, _ = t._rollout(t.prompts[:3], 1, purpose="rollout")
-    batch = rollout.tokens([2, 0], t.device)
+    rollout = t.rollout(t.prompts[:3], 1, purpose="rollout")
+    batch = rollout.rows.batch([2, 0], t.device)
     states = batch.hidden(t.policy)
     assert states.shape == (len(rollout.response_ids[2]) + len(rollout.response_ids[0]), 32)
     assert len(states) < batch.input_ids.numel()

@@ -205,8 +205,8 @@ def test_one_quantised_base_serves_every_role(tmp_path):
 def test_reference_scoring_uses_the_quantised_base():
     t = runs.ppo(tiny.llama(), quantize="nf4", critic="shared_trunk")
     runs.stir(t.roles.adapters, "policy")
-    rollout, _ = t._rollout(t.prompts, 1, purpose="rollout")
-    batch, plain = rollout.tokens(list(range(6)), t.device), tiny.llama()
+    rollout = t.rollout(t.prompts, 1, purpose="rollout")
+    batch, plain = rollout.rows.batch(range(6), t.device), tiny.llama()
     quantize_trunk(plain, "nf4", plain.device)
     with torch.no_grad(), t.roles.reference() as model:
         assert torch.equal(target_log_probs(model, batch, 1.0), target_log_probs(plain, batch, 1.0))

@@ -18,8 +18,11 @@ from transformers import (
 )
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardTrainer, UserError
+from fastrlhf.models.offload import Offload
 from fastrlhf.models.saving import padding_tokenizer
-from fastrlhf.rl.scorers import RewardModelScorer, Scorable, score_texts
+from fastrlhf.models.token_batch import TokenRows
+from fastrlhf.rl.scorers import RewardModelScorer, score_texts
+from fastrlhf.rollout.result import Texts
 from tests import tiny
 from tests.reward_runs import (
     CAT,
@@ -164,13 +167,11 @@ def test_ids_and_score_are_those_of_ppo(tmp_path):
     reply = ppo.tokenizer("the answer is yes", add_special_tokens=False)["input_ids"] + [ppo.tokenizer.eos_token_id]
     trained = [record.rows[0] for record in t.items]
     assert [ids + reply for _, ids in ppo.prompts] == trained
-    batch = Scorable(
-        prompts=[], responses=["the answer is yes"] * 3, raw_prompts=[p.prompt for p, _ in ppo.prompts],
-        prompt_ids=[ids for _, ids in ppo.prompts], response_ids=[reply] * 3, columns={},
-    )  # fmt: skip
+    texts = Texts([], [prompt.prompt for prompt, _ in ppo.prompts], ["the answer is yes"] * 3, {})
+    rows = TokenRows([ids for _, ids in ppo.prompts], [reply] * 3)
     assert isinstance(ppo.scorer, RewardModelScorer) and ppo.scorer.same_tokenizer
-    expected = ppo.scorer(batch)
-    rescored = score_texts(t.model, t.tokenizer, batch.raw_prompts, batch.responses)
+    expected = ppo.scorer.judge(texts, rows)
+    rescored = score_texts(t.model, t.tokenizer, texts.raw_prompts, texts.responses)
     assert expected == rescored and expected == pytest.approx(scores_of(t, trained), abs=1e-5)
 
 
@@ -180,11 +181,14 @@ def test_a_policy_with_another_tokenizer_is_scored_through_its_text():
     t.model.model.register_forward_pre_hook(
         lambda _, __, kwargs: seen.extend(kwargs["input_ids"].tolist()), with_kwargs=True
     )
-    scorer = RewardModelScorer(t.model, t.tokenizer, bare_tokenizer(), None)
+    scorer = RewardModelScorer(t.model, t.tokenizer, bare_tokenizer(), t.memory, Offload(t.device))
     policy_ids = bare_tokenizer()("no")["input_ids"]
-    batch = Scorable([], [PAIR["rejected"]], [CAT], [policy_ids], [policy_ids], {})
+    texts = Texts([], [CAT], [PAIR["rejected"]], {})
     assert not scorer.same_tokenizer
-    assert scorer(batch) == scores_of(t, [t.items[0].rows[1]]) and seen == [t.items[0].rows[1]] * 2
+    assert (
+        scorer.judge(texts, TokenRows([policy_ids], [policy_ids])) == scores_of(t, [t.items[0].rows[1]])
+        and seen == [t.items[0].rows[1]] * 2
+    )
 
 
 def test_a_reward_model_goes_on_training_from_its_folder(tmp_path):

@@ -19,19 +19,15 @@ from fastrlhf.rl.experience import Experience, MiniBatch
 from fastrlhf.runtime.memory import MOST_HALVINGS, MemoryBackoff, ran_out, remedies, token_budget
 from fastrlhf.runtime.optim import Optimizer
 from tests import tiny
+from tests.runs import PROMPTS, letters
 from tests.stage_runs import build, differing, everything, experience_of, leave_after, read, unequal
 
-PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 CPU = torch.device("cpu")
 BUDGET = 52  # tokens: 2 or 3 micro-batches a mini-batch
 
 
 def unheard(kind: str, message: str, **fields: object) -> None:
     """A report that nobody reads."""
-
-
-def letters(prompts: list[str], responses: list[str]) -> list[float]:
-    return [r.count("e") - 0.1 * len(r) for r in responses]
 
 
 def trainer(reward: object = letters, **fields: object) -> PPOTrainer:
