@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.encode import EncodedPrompt, load_encoded_prompts, load_ptx
+from fastrlhf.data.prompt_format import disagreement
 from fastrlhf.data.templates import settle_template, stop_token_ids
 from fastrlhf.models.loading import tokenizer_for
 from fastrlhf.models.token_batch import TokenRows, resolve_packing
@@ -111,6 +112,9 @@ class PPOTrainer(Trainer):
             report=self.tracker.note,
         )
         self.policy, self.critic, self.scorer = roles.policy, roles.critic, roles.scorer
+        read_otherwise = disagreement(tokenizer, getattr(self.scorer, "tokenizer", tokenizer), "reward")
+        if read_otherwise:
+            self.tracker.note(read_otherwise)
         shared = self.critic is not None and self.critic.shares_trunk
         self.engine = RolloutEngine(self.policy, tokenizer, value_head=self.critic.head if shared else None)
         readers = [model for model in (self.policy, roles.ref_policy, roles.value_model) if model is not None]

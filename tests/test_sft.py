@@ -157,9 +157,10 @@ def test_only_what_the_assistant_says_is_a_target():
 
 
 def test_a_plain_prompt_is_no_target_and_its_reply_ends():
-    t = trainer(data=DATA[-1:])
-    assert targets(t, t.items[0]) == " on the mat<|end|>"
-    assert t.tokenizer.decode(t.items[0].ids) == "the cat sat on the mat<|end|>"
+    for prompt_format, prompt in (("raw", "the cat sat"), ("auto", "<|user|>the cat sat<|end|><|assistant|>")):
+        t = trainer(config(prompt_format=prompt_format), data=DATA[-1:])
+        assert targets(t, t.items[0]) == " on the mat<|end|>"
+        assert t.tokenizer.decode(t.items[0].ids) == f"{prompt} on the mat<|end|>"
 
 
 def test_text_is_learnt_whole_and_ends():
@@ -178,7 +179,7 @@ def test_the_template_named_is_used_and_said(tmp_path):
 def test_the_console_says_template_and_counts(capsys):
     trainer()
     printed = capsys.readouterr().out
-    assert "data: 8 conversations: through the tokenizer's chat template" in printed
+    assert "data: 7 conversations: through the tokenizer's chat template" in printed
     assert "data: 8 rows read, 8 used" in printed
 
 

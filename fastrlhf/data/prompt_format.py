@@ -53,6 +53,14 @@ def decide(tokenizer: PreTrainedTokenizerBase, prompt_format: str, *, has_templa
     )
 
 
+def disagreement(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str) -> str | None:
+    """A sentence where a model of another folder was trained to read string prompts otherwise; None where not."""
+    ours, theirs = decision_of(tokenizer), decision_of(other)
+    if ours is None or theirs is None or ours.split()[-1] == theirs.split()[-1]:
+        return None
+    return f"{role}: its folder says prompt_format = {theirs.split()[-1]}, this run reads prompts as {ours.split()[-1]}"
+
+
 def as_asked(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> str | Messages:
     """The prompt as it is encoded: messages, which go through the chat template, or a string, which is raw text.
 

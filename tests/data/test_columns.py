@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fastrlhf import PPOConfig, PPOTrainer, SFTConfig
 from fastrlhf.config.errors import ConfigError, UserError
 from fastrlhf.data.dataset import load_conversations, load_feedback, load_prompts
-from fastrlhf.data.encode import encode_example
-from fastrlhf.data.feedback import parse_conversation
+from fastrlhf.data.encode import EncodedPrompt, encode_example
+from fastrlhf.data.feedback import Prompt, parse_conversation
 from fastrlhf.data.templates import encode_conversation, encode_prompt, encode_response
+from fastrlhf.rollout.result import make_rollout
+from fastrlhf.rollout.sampling import Generation
 from tests import tiny
 
 USER = [{"role": "user", "content": "Name a river."}]
@@ -285,3 +288,11 @@ def test_a_reward_function_gets_every_column_in_every_step():
     for _ in PPOTrainer(config, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=reward, prompts=rows):
         pass
     assert sorted(seen, key=str) == [("chat 0", None), ("chat 1", None), ("chat 2", None), ("sum", "4")]
+
+
+def test_a_rollout_takes_the_names_of_its_columns_from_all_of_its_prompts():
+    prompts = [EncodedPrompt(Prompt("a"), [5]), EncodedPrompt(Prompt("b", {"answer": "4"}), [6])]
+    rewards = [torch.zeros(1)] * 2
+    sampled = Generation([[7], [8]], log_probs=rewards, policy_log_probs=rewards, finished=[True, True])
+    rollout = make_rollout(tiny.tokenizer(), prompts, 1, sampled, joined=False)
+    assert rollout.texts.columns == {"answer": [None, "4"]}

@@ -107,10 +107,8 @@ def test_all_stages_and_score_read_a_string_prompt_alike(make, tmp_path):
     policy = save(sft, tmp_path / "sft")
     reward = RewardTrainer(RewardConfig(**small), model=policy, data=[row])
     reward_model = save(reward, tmp_path / "rm")
-    ppo = PPOTrainer(
-        PPOConfig(**small, rollout_batch_size=1, max_new_tokens=2),
-        policy=policy, reward=reward_model, prompts=["the cat"],
-    )  # fmt: skip
+    config = PPOConfig(**small, rollout_batch_size=1, max_new_tokens=2)
+    ppo = PPOTrainer(config, policy=policy, reward=reward_model, prompts=["the cat"])
     chat = make is tiny.tokenizer
     tokenizer = make()
     expected = "<|user|>the cat<|end|><|assistant|>" if chat else "the cat"
@@ -121,6 +119,19 @@ def test_all_stages_and_score_read_a_string_prompt_alike(make, tmp_path):
     assert inference.score(reward_model, ["the cat"], ["yes"]) == inference.score(reward_model, same, ["yes"], raw=True)
     stock = AutoTokenizer.from_pretrained(policy)
     assert stock("the cat")["input_ids"] == tokenizer("the cat")["input_ids"]
+
+
+def test_a_reward_model_that_reads_prompts_otherwise_is_named(tmp_path, capsys):
+    small = {"total_steps": 1, "mini_batch_size": 1, "eval_every": 0}
+    data = [{"prompt": "the cat", "chosen": "yes", "rejected": "no"}]
+    config = RewardConfig(**small, prompt_format="raw")
+    folder = save(RewardTrainer(config, model=tiny.llama(), tokenizer=tiny.tokenizer(), data=data), tmp_path)
+    config = PPOConfig(**small, rollout_batch_size=1, max_new_tokens=2)
+    capsys.readouterr()
+    PPOTrainer(config, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=folder, prompts=["the cat"])
+    printed = capsys.readouterr().out
+    assert "reward: its folder says prompt_format = raw, this run reads prompts as chat" in printed
+    assert "prompts: 1 string prompts: through the tokenizer's chat template" in printed
 
 
 def test_a_base_model_that_learnt_from_conversations_chats_afterwards(tmp_path):
