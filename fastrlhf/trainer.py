@@ -107,6 +107,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         self.last_step: int | None = None  # where a step finds that it is the last one
         self.best: float | None = None
         self.run_folder = RunFolder(config, inputs)
+        if distributed.is_lead():  # another rank may get here when the lead has taken the folder already
+            self.run_folder.check()
         self.store: CheckpointStore | None = None
         self.tracker = Tracker(None, config.stage, total_steps, console=distributed.is_lead())
         self.memory = MemoryBackoff(config, device, self.tracker.event)
