@@ -24,6 +24,7 @@ from fastrlhf.data.checks import DroppedRow, Messages, missing, text_of, wrong
 from fastrlhf.data.dataset import load_prompts
 from fastrlhf.data.feedback import Prompt, parse_prompt
 from fastrlhf.data.foreign import completion_of
+from fastrlhf.data.prompt_format import decide
 from fastrlhf.data.templates import encode_prompt, stop_token_ids
 from fastrlhf.models.loading import is_scalar_model, load_policy, load_reward_model, load_tokenizer
 from fastrlhf.rl.scorers import score_texts
@@ -47,7 +48,8 @@ def generate(source: str, prompts: Sequence[str | Messages], *, raw: bool = Fals
     try:
         params = SamplingParams(**sampling)
         tokenizer = load_tokenizer(source)
-        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in _as_asked(tokenizer, prompts, raw)]
+        _decide(tokenizer, raw)
+        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         model = load_policy(source)
         params = replace(params, stop_token_ids=stop_token_ids(tokenizer, model.generation_config))
         out = RolloutEngine(model, tokenizer).generate(prompt_ids, params)
@@ -61,15 +63,15 @@ def score(
 ) -> list[float]:
     """A reward model's raw score of each (prompt, response)."""
     tokenizer = load_tokenizer(source)
+    _decide(tokenizer, raw)
     model = load_reward_model(source)
     with torch.inference_mode():
-        return score_texts(model, tokenizer, _as_asked(tokenizer, prompts, raw), list(responses))
+        return score_texts(model, tokenizer, list(prompts), list(responses))
 
 
-def _as_asked(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Messages], raw: bool) -> list[str | Messages]:
-    """A text is a user's message where the tokenizer has a chat template, to be continued where it has none."""
-    chat = tokenizer.chat_template is not None and not raw
-    return [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in prompts]
+def _decide(tokenizer: PreTrainedTokenizerBase, raw: bool) -> None:
+    """Read string prompts as training did: what the folder says, else messages where there is a chat template."""
+    decide(tokenizer, "raw" if raw else "auto", has_template=bool(tokenizer.chat_template))
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.encode import EncodedPrompt, load_encoded_prompts, load_ptx
-from fastrlhf.data.templates import resolve_chat_template, stop_token_ids
+from fastrlhf.data.prompt_format import disagreement
+from fastrlhf.data.templates import settle_template, stop_token_ids
 from fastrlhf.models.loading import tokenizer_for
 from fastrlhf.models.token_batch import TokenRows, resolve_packing
 from fastrlhf.rl.advantages import KLController, RunningMoments
@@ -83,9 +84,9 @@ class PPOTrainer(Trainer):
         # What the run reads.
         self.evaluation = Evaluation(config, judge, prompts=eval_prompts is not None)
         tokenizer = tokenizer_for(tokenizer, policy)
-        notes = [f"chat template: {resolve_chat_template(tokenizer, config.chat_template)}"]
-        self.prompts, note = load_encoded_prompts(config, tokenizer, prompts, "prompts")
-        self.eval_prompts, eval_note = load_encoded_prompts(config, tokenizer, eval_prompts, "eval_prompts")
+        template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
+        self.prompts, note = load_encoded_prompts(config, tokenizer, prompts, "prompts", template)
+        self.eval_prompts, eval_note = load_encoded_prompts(config, tokenizer, eval_prompts, "eval_prompts", template)
         columns = {"prompts": _columns(self.prompts)}
         if self.eval_prompts is not None:
             columns["eval_prompts"] = _columns(self.eval_prompts)
@@ -120,6 +121,9 @@ class PPOTrainer(Trainer):
             report=self.tracker.note,
         )
         self.policy, self.critic, self.scorer = roles.policy, roles.critic, roles.scorer
+        read_otherwise = disagreement(tokenizer, getattr(self.scorer, "tokenizer", tokenizer), "reward")
+        if read_otherwise:
+            self.tracker.note(read_otherwise)
         shared = self.critic is not None and self.critic.shares_trunk
         self.engine = RolloutEngine(self.policy, tokenizer, value_head=self.critic.head if shared else None)
         readers = [model for model in (self.policy, roles.ref_policy, roles.value_model) if model is not None]

@@ -8,7 +8,7 @@ from typing import Any
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.inputs import INPUTS
 from fastrlhf.config.stages import PPOConfig, critic_updates, policy_updates, pretraining_updates, updates_per_step
-from fastrlhf.data.dataset import Counts, load_conversations, load_feedback, load_prompts
+from fastrlhf.data.dataset import Counts, load_conversations, load_feedback, load_prompts, reading
 from fastrlhf.data.encode import check_ptx
 from fastrlhf.models.adapter_folder import is_adapter
 from fastrlhf.models.backbone import same_base
@@ -44,14 +44,14 @@ def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> 
 
 
 def _rows(name: str, source: Any, config: StageConfig) -> tuple[Sequence[Any], Counts]:
-    skip = config.skip_bad_rows
+    how = reading(config, name)
     if name == "ptx_data":
-        return load_conversations(source, skip_bad_rows=skip)
+        return load_conversations(source, **how)
     if config.stage == "sft":
-        return load_conversations(source, format=config.format, skip_bad_rows=skip)
+        return load_conversations(source, format=config.format, **how)
     if config.stage == "reward":
-        return load_feedback(source, score_range=config.score_range, skip_bad_rows=skip)
-    return load_prompts(source, skip_bad_rows=skip)
+        return load_feedback(source, score_range=config.score_range, **how)
+    return load_prompts(source, **how)
 
 
 def outline(inputs: Mapping[str, Any], config: PPOConfig) -> list[str]:

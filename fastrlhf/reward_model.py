@@ -20,9 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import RewardConfig
-from fastrlhf.data.dataset import Counts, encode_rows, load_feedback, split_heldout
+from fastrlhf.data.dataset import Counts, encode_rows, load_feedback, reading, split_heldout
 from fastrlhf.data.feedback import Feedback
-from fastrlhf.data.templates import encode_prompt, encode_response, resolve_chat_template
+from fastrlhf.data.prompt_format import describe, form_of
+from fastrlhf.data.templates import encode_prompt, encode_response, settle_template
 from fastrlhf.models.backbone import load_scalar_backbone
 from fastrlhf.models.heads import sequence_scores
 from fastrlhf.models.loading import make_trainable, tokenizer_for
@@ -104,12 +105,12 @@ class RewardTrainer(SupervisedTrainer):
     ) -> None:
         inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
         tokenizer = tokenizer_for(tokenizer, model)
-        notes = [f"chat template: {resolve_chat_template(tokenizer, config.chat_template)}"]
-        records, note = load_records(config, tokenizer, data, "data")
+        template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
+        records, note = load_records(config, tokenizer, data, "data", template)
         notes.append(note)
         self.eval_records: list[Record] = []
         if eval_data is not None:
-            self.eval_records, note = load_records(config, tokenizer, eval_data, "eval_data")
+            self.eval_records, note = load_records(config, tokenizer, eval_data, "eval_data", template)
             notes.append(note)
         elif config.eval_fraction and len(records) > 1:
             records, self.eval_records = split_heldout(
@@ -207,15 +208,16 @@ class RewardTrainer(SupervisedTrainer):
 
 
 def load_records(
-    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str
+    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str, template: str
 ) -> tuple[list[Record], str]:
     """Feedback as token rows; what is too long is dropped or cut and counted, never silently."""
-    feedback, counts = load_feedback(source, score_range=config.score_range, skip_bad_rows=config.skip_bad_rows)
+    feedback, counts = load_feedback(source, score_range=config.score_range, **reading(config, role))
     encoded = encode_rows(feedback, lambda item: _encode(item, tokenizer, config, counts), counts, config.skip_bad_rows)
     records = [record for _, record in encoded if record is not None]
     if not records:
         raise UserError(f"{role}: nothing left to train on ({counts.line()}); raise max_tokens")
-    return records, f"{role}: {counts.line()}"
+    forms = [form_of(tokenizer, record.feedback.prompt) for record in records]
+    return records, "\n".join([f"{role}: {counts.line()}", *describe(tokenizer, forms, role, template)])
 
 
 def _encode(

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import SFTConfig
-from fastrlhf.data.dataset import Counts, encode_rows, load_conversations, split_heldout
-from fastrlhf.data.encode import Example, encode_example, target_count
-from fastrlhf.data.templates import resolve_chat_template
+from fastrlhf.data.dataset import Counts, encode_rows, load_conversations, reading, split_heldout
+from fastrlhf.data.encode import Example, encode_example, row_form, target_count
+from fastrlhf.data.prompt_format import describe
+from fastrlhf.data.templates import settle_template
 from fastrlhf.models.backbone import load_backbone
 from fastrlhf.models.loading import make_trainable, tokenizer_for
 from fastrlhf.models.lora import POLICY
@@ -51,12 +52,12 @@ class SFTTrainer(SupervisedTrainer):
     ) -> None:
         inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
         tokenizer = tokenizer_for(tokenizer, model)
-        notes = [f"chat template: {resolve_chat_template(tokenizer, config.chat_template)}"]
-        examples, note = load_examples(config, tokenizer, data, "data")
+        template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
+        examples, note = load_examples(config, tokenizer, data, "data", template)
         notes.append(note)
         self.eval_examples: list[Example] = []
         if eval_data is not None:
-            self.eval_examples, note = load_examples(config, tokenizer, eval_data, "eval_data")
+            self.eval_examples, note = load_examples(config, tokenizer, eval_data, "eval_data", template)
             notes.append(note)
         elif config.eval_fraction:
             examples, self.eval_examples = _split(examples, config)
@@ -122,21 +123,22 @@ class SFTTrainer(SupervisedTrainer):
 
 
 def load_examples(
-    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str
+    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str, template: str
 ) -> tuple[list[Example], str]:
     """Rows as examples; what is too long is dropped or cut and counted, never silently."""
-    rows, counts = load_conversations(source, format=config.format, skip_bad_rows=config.skip_bad_rows)
-    examples = []
+    rows, counts = load_conversations(source, format=config.format, **reading(config, role))
+    examples, forms = [], []
     encode = partial(encode_example, tokenizer)
-    for _, example in encode_rows(rows, encode, counts, config.skip_bad_rows):
+    for row, example in encode_rows(rows, encode, counts, config.skip_bad_rows):
         if len(example.ids) > config.max_tokens:
             example = _fitted(example, config, counts)
             if example is None:
                 continue
         examples.append(example)
+        forms.append(row_form(tokenizer, row))
     if not examples:
         raise UserError(f"{role}: nothing left to train on ({counts.line()}); raise max_tokens")
-    return examples, f"{role}: {counts.line()}"
+    return examples, "\n".join([f"{role}: {counts.line()}", *describe(tokenizer, forms, role, template)])
 
 
 def _fitted(example: Example, config: SFTConfig, counts: Counts) -> Example | None:

@@ -232,8 +232,6 @@ class Trainer(metaclass=_BegunWhenBuilt):
 
     def _begin(self) -> None:
         """Take the run folder, open its files, and get the state of a resumed run back."""
-        import rich.style  # noqa: F401 - it draws from `random` when first imported: now, not in the middle of a seeded run
-
         config, lead = self.config, distributed.is_lead()
         seed_rng(config.seed)  # for user reward functions too; a resumed run gets its own state back below
         with distributed.lead_first():

@@ -115,9 +115,10 @@ def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path):
         trainer(config(max_prompt_tokens=2))
 
 
-def test_string_prompts_are_tokenised_as_they_are():
-    t = trainer(prompts=["the cat sat"])
-    assert t.prompts[0][1] == t.tokenizer("the cat sat")["input_ids"]
+def test_string_prompts_are_a_users_messages_or_tokenised_as_they_are():
+    for prompt_format, prompt in (("raw", "the cat sat"), ("auto", "<|user|>the cat sat<|end|><|assistant|>")):
+        t = trainer(config(prompt_format=prompt_format), prompts=["the cat sat"])
+        assert t.prompts[0][1] == t.tokenizer(prompt)["input_ids"]
 
 
 def test_pad_equal_to_eos_changes_nothing():

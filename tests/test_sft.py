@@ -157,9 +157,10 @@ def test_only_what_the_assistant_says_is_a_target():
 
 
 def test_a_plain_prompt_is_no_target_and_its_reply_ends():
-    t = trainer(data=DATA[-1:])
-    assert targets(t, t.items[0]) == " on the mat<|end|>"
-    assert t.tokenizer.decode(t.items[0].ids) == "the cat sat on the mat<|end|>"
+    for prompt_format, prompt in (("raw", "the cat sat"), ("auto", "<|user|>the cat sat<|end|><|assistant|>")):
+        t = trainer(config(prompt_format=prompt_format), data=DATA[-1:])
+        assert targets(t, t.items[0]) == " on the mat<|end|>"
+        assert t.tokenizer.decode(t.items[0].ids) == f"{prompt} on the mat<|end|>"
 
 
 def test_text_is_learnt_whole_and_ends():
@@ -172,13 +173,13 @@ def test_text_is_learnt_whole_and_ends():
 def test_the_template_named_is_used_and_said(tmp_path):
     t = trainer(config(chat_template="default", output_dir=str(tmp_path / "run")), data=SINGLE[:1])
     assert t.tokenizer.decode(t.items[0].ids) == "User:\nthe cat\n\nAssistant:\nthe answer is yes<|end|>"
-    assert "chat template: default" in log(tmp_path / "run")
+    assert "data: 1 conversations: through chat template default" in log(tmp_path / "run")
 
 
 def test_the_console_says_template_and_counts(capsys):
     trainer()
     printed = capsys.readouterr().out
-    assert "chat template: the tokenizer's own" in printed
+    assert "data: 7 conversations: through the tokenizer's chat template" in printed
     assert "data: 8 rows read, 8 used" in printed
 
 

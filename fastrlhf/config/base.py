@@ -10,6 +10,7 @@ import difflib
 import types
 from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastrlhf.config.effects import idle_options
@@ -55,6 +56,12 @@ class StageConfig(BaseModel):
     """attention implementation (auto: the flash attention for the GPU that is installed, else sdpa)"""
     chat_template: str | None = None
     """default, chatml, moss, moss-rlhf-en, moss-rlhf-zh or a .jinja file; none: the tokenizer's own, else default"""
+    prompt_format: Literal["auto", "chat", "raw"] = "auto"
+    """a string prompt is a user's message or raw text (auto: as the model's folder says, else chat with a template)"""
+    columns: dict[str, str] | None = None
+    """columns under other names, dotted into nested ones: {prompt: question, response: answers.0.text}"""
+    ignore_columns: list[str] | None = None
+    """columns that are no part of the prompt, whatever their names say: left out of it and counted"""
     skip_bad_rows: bool = False
     """drop and count malformed data rows instead of stopping at the first one"""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -90,7 +97,9 @@ class StageConfig(BaseModel):
             raise ValueError("a boolean")
         if isinstance(value, str) and optional and value.lower() in ("none", "null", spelled(None, info.field_name)):
             return None
-        if isinstance(value, str) and tuple in kinds:
+        if isinstance(value, str) and dict in kinds:
+            return _mapping(value)
+        if isinstance(value, str) and (tuple in kinds or list in kinds):
             return [part.strip() for part in value.strip("[]() ").split(",")]
         return value
 
@@ -117,6 +126,15 @@ class StageConfig(BaseModel):
         return wrong
 
 
+def _mapping(text: str) -> Any:
+    """A mapping as typed on the command line, with or without its braces; a text that is none stays."""
+    try:
+        value = yaml.safe_load(text if text.startswith("{") else f"{{{text}}}")
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, dict) else text
+
+
 CONFIGS: dict[str, type[StageConfig]] = {}  # by verb; stages.py fills it
 _ELSEWHERE = {  # names of other libraries, of papers and of older versions
     "learning_rate": ("lr",),
@@ -135,7 +153,15 @@ _ELSEWHERE = {  # names of other libraries, of papers and of older versions
     "save_every": ("save_steps",),
     "eval_every": ("eval_steps",),
 }
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "two numbers low,high"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "two numbers low,high",
+    list: "names with commas between",
+    dict: "a mapping {field: column}",
+}
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 

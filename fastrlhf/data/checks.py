@@ -7,14 +7,16 @@ loaders count. Every check takes `where` ("file:line") and the name of the field
 from __future__ import annotations
 
 import difflib
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from fastrlhf.config.errors import UserError
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]  # role, content; and of some: weight 0 (not learnt), a key of REASONING
+REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _JUDGEMENTS = ("chosen", "rejected", "margin", "ranking", "score", "scores", "edited", "label")
 _TEXTS = ("prompt", "response", "responses", "messages", "conversations", "completion", "text")
@@ -55,22 +57,42 @@ def wrong(where: str, field: str, expected: str, value: Any) -> BadRow:
     return BadRow(where, f'field "{field}" must be {expected}, found {show(value)}')
 
 
-def missing(where: str, field: str, row: Iterable[str], expected: str) -> BadRow:
-    """The error for an absent field, naming the column that was probably meant."""
-    columns = [str(name) for name in row]
-    close = meant(field, columns)
-    hint = f'found "{close}"; did you mean "{field}"?' if close else f"columns: {', '.join(columns) or 'none'}"
-    return BadRow(where, f'field "{field}" is missing ({hint}); expected {expected}')
+def missing(where: str, field: str, row: Mapping[str, Any], expected: str) -> BadRow:
+    """The error for an absent field: the column that was probably meant, and how to map one that has another name."""
+    close = meant(field, row)
+    hint = f'found "{close}"; did you mean "{field}"?' if close else f"columns: {', '.join(map(str, row)) or 'none'}"
+    mapped = f"columns={{{field}: NAME}} reads it from another column"
+    others = f" (there are: {', '.join(map(str, row))})" if close else ""
+    return BadRow(where, f'field "{field}" is missing ({hint}); expected {expected}; {mapped}{others}')
 
 
-def meant(field: str, row: Iterable[str]) -> str | None:
-    """The column that looks like a misspelt field, or None."""
-    return next((column for column in row if _close(field, str(column))), None)
+def meant(field: str, row: Mapping[str, Any]) -> str | None:
+    """The column that looks like a misspelt field and holds what the field may hold, or None."""
+    return next((column for column in row if _close(field, str(column)) and _may_hold(field, row[column])), None)
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {  # of the fields that hold neither a text nor messages
+    **dict.fromkeys(("ranking", "scores", "responses"), list),
+    **dict.fromkeys(("score", "margin"), (int, float)),
+    "label": bool,
+    "chat": dict,
+}
+
+
+def _may_hold(field: str, value: Any) -> bool:
+    """Whether a value is of the field's kind: a whole number is no KTO label, a list of records no conversation."""
+    if field in _KINDS:
+        return isinstance(value, _KINDS[field])
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, str) or isinstance(first, dict) and not {"role", "from"}.isdisjoint(first)
 
 
 @lru_cache(maxsize=4096)
 def _close(field: str, column: str) -> bool:
-    return column not in FIELDS and bool(difflib.get_close_matches(field, [column.lower()], cutoff=0.8))
+    """Whether a column's name is a misspelling of a field's, not a name of its own made of it, as response_1 is."""
+    name = column.lower()
+    own = name != field and re.match(rf"{field}s?[\W_\d]", name) or re.search(rf"[\W_]{field}s?$", name)
+    return column not in FIELDS and not own and bool(difflib.get_close_matches(field, [name], cutoff=0.8))
 
 
 def show(value: Any) -> str:
@@ -125,10 +147,32 @@ def _message(message: Any, where: str, field: str, index: int) -> dict[str, str]
     role = message.get(role_key)
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRow(where, f"{name}: {role_key} {role!r} is unknown; use system, user, assistant or tool")
-    if message.get("tool_calls"):
-        raise BadRow(where, f"{name}: tool_calls are not supported; write the call into the content")
+    for key in ("tool_calls", "function_call"):
+        if message.get(key):
+            raise BadRow(where, f"{name}: {key} are not supported; write the call into the content")
     content = _content(message.get(content_key), where, f"{field}[{index}].{content_key}")
-    return {"role": _ROLES[role], "content": content}
+    checked = {"role": _ROLES[role], "content": content}
+    if not _is_learnt(message, where, name) and checked["role"] == "assistant":
+        checked["weight"] = 0
+    return checked | {
+        key: text_of(message[key], where, f"{field}[{index}].{key}") for key in REASONING if message.get(key)
+    }
+
+
+def _is_learnt(message: dict, where: str, name: str) -> bool:
+    """Whether a turn is to be learnt: weight 0 (OpenAI, Mistral), train or loss false (Axolotl, Swift) say no."""
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise BadRow(where, f"{name}: weight {weight!r} must be 0 (not learnt) or 1")
+    return weight != 0 and message.get("train") is not False and message.get("loss") is not False
+
+
+def plain_reply(message: dict, where: str, field: str) -> str:
+    """The content of a reply that is judged or compared as one text. Raises BadRow where it is more than that."""
+    more = [key for key in message if key not in ("role", "content")]
+    if more:
+        raise BadRow(where, f'field "{field}": {more[0]} of a reply that is judged cannot be used; remove it')
+    return message["content"]
 
 
 def _content(value: Any, where: str, field: str) -> str:

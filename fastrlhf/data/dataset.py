@@ -8,15 +8,20 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
+from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import BadRow, DroppedRow
+from fastrlhf.data.columns import Columns
 from fastrlhf.data.feedback import Conversation, Feedback, Prompt, parse_conversation, parse_feedback, parse_prompt
 from fastrlhf.data.rows import read_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 T, E = TypeVar("T"), TypeVar("E")
 Located = TypeVar("Located", Conversation, Feedback, Prompt)  # they know where they came from
@@ -67,22 +72,65 @@ class Counts:
 Loaded = tuple[list[T], Counts]  # the records of a source, and what became of its rows
 
 
-def _load(source: Any, parse: Callable[[Any, str], T], skip_bad_rows: bool, needs: str) -> Loaded[T]:
-    counts, items = Counts(), []
+class Reading(TypedDict, total=False):
+    """How the rows of a source are read: the fields of every stage's config of these names.
+
+    skip_bad_rows: bad rows are counted as malformed instead of ending the run. columns, ignore_columns: see Columns.
+    every_column: a mapping whose column no row has is an error.
+    """
+
+    skip_bad_rows: bool
+    columns: Mapping[str, str] | None
+    ignore_columns: Iterable[str] | None
+    every_column: bool
+
+
+def reading(config: StageConfig, role: str) -> Reading:
+    """What a config says of how the rows of an input are read; the mapping is of the main one: others may have less."""
+    return Reading(
+        skip_bad_rows=config.skip_bad_rows,
+        columns=config.columns,
+        ignore_columns=config.ignore_columns,
+        every_column=role in ("data", "prompts"),
+    )
+
+
+def _load(
+    source: Any,
+    parse: Callable[[Any, str], T],
+    needs: str,
+    *,
+    skip_bad_rows: bool = False,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Iterable[str] | None = None,
+    every_column: bool = True,
+) -> Loaded[T]:
+    counts, items, names = Counts(), [], Columns(columns, ignore_columns)
     for where, row in read_rows(source):
         counts.read += 1
         try:
             if isinstance(row, BadRow):
                 raise row
-            items.append(parse(row, where))
+            item = parse(names.of(row), where)
+            items.append(_with_columns(item, row) if isinstance(item, Prompt) else item)
         except DroppedRow as dropped:
             counts.add(dropped.reason)
         except BadRow as error:
             counts.add_bad(error, skip=skip_bad_rows)
+    if every_column:
+        names.check()
+    counts.noted += names.noted
     if not items:
         name = source if isinstance(source, (str, Path)) else f"the {type(source).__name__} given"
         raise UserError(f"{name}: no usable row of {needs} ({counts.line()})")
     return items, counts
+
+
+def _with_columns(prompt: Prompt, row: Any) -> Prompt:
+    """The prompt with the columns of its row that were renamed or left out: reward functions get them as they are."""
+    if not isinstance(row, Mapping):
+        return prompt
+    return replace(prompt, columns={**{k: v for k, v in row.items() if k not in prompt.used}, **prompt.columns})
 
 
 def encode_rows(
@@ -105,27 +153,30 @@ def encode_rows(
 
 
 def load_feedback(
-    source: Any, *, score_range: tuple[float, float] = (1.0, 5.0), skip_bad_rows: bool = False
+    source: Any, *, score_range: tuple[float, float] = (1.0, 5.0), **how: Unpack[Reading]
 ) -> Loaded[Feedback]:
     """All feedback of a source (see read_rows) in its order, and what became of its rows.
 
     Raises UserError at the first bad row, naming file, line and field; with skip_bad_rows bad rows are counted
-    as malformed instead. Raises it too when no usable row is left.
+    as malformed instead. Raises it too when no usable row is left, and for a mapping of columns that no row has.
     """
-    return _load(source, lambda row, where: parse_feedback(row, where, score_range), skip_bad_rows, "feedback")
+    return _load(source, lambda row, where: parse_feedback(row, where, score_range), "feedback", **how)
 
 
-def load_conversations(source: Any, *, format: str = "auto", skip_bad_rows: bool = False) -> Loaded[Conversation]:
+def load_conversations(source: Any, *, format: str = "auto", **how: Unpack[Reading]) -> Loaded[Conversation]:
     """All SFT examples of a source; format as in parse_conversation; errors as in load_feedback."""
-    return _load(source, lambda row, where: parse_conversation(row, where, format), skip_bad_rows, "SFT data")
+    return _load(source, lambda row, where: parse_conversation(row, where, format), "SFT data", **how)
 
 
-def load_prompts(source: Any, *, skip_bad_rows: bool = False) -> Loaded[Prompt]:
-    """All prompts of a source; errors as in load_feedback.
+def load_prompts(source: Any, **how: Unpack[Reading]) -> Loaded[Prompt]:
+    """All prompts of a source, each with the columns of all rows, None where its row has none; errors as in
+    load_feedback.
 
     Prompts that were cut and prompts that stand in the source more than once are kept and noted in Counts.
     """
-    prompts, counts = _load(source, parse_prompt, skip_bad_rows, "prompts")
+    prompts, counts = _load(source, parse_prompt, "prompts", **how)
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    prompts = [replace(prompt, columns={name: prompt.columns.get(name) for name in names}) for prompt in prompts]
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.note:

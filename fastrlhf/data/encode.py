@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.checks import DroppedRow
-from fastrlhf.data.dataset import Counts, Located, encode_rows, load_conversations, load_prompts
+from fastrlhf.data.dataset import Counts, Located, encode_rows, load_conversations, load_prompts, reading
 from fastrlhf.data.feedback import Conversation, Prompt
-from fastrlhf.data.templates import encode_conversation, encode_prompt, encode_response
+from fastrlhf.data.prompt_format import Form, describe, form_of
+from fastrlhf.data.templates import encode_conversation, encode_prompt, encode_response, encode_text
 
 E = TypeVar("E")
 
@@ -40,7 +41,7 @@ def target_count(examples: Iterable[Example]) -> int:
 def encode_example(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Example:
     """Loss on assistant tokens only, all turns of them; on every token of plain text, EOS included."""
     if row.text is not None:
-        ids = encode_prompt(tokenizer, row.text) + [tokenizer.eos_token_id]
+        ids = encode_text(tokenizer, row.text)
         target, group = [True] * len(ids), row.text
     elif row.messages is not None:
         ids, target = encode_conversation(tokenizer, row.messages)
@@ -79,9 +80,9 @@ def encode_usable(
 
 
 def load_encoded_prompts(
-    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str, template: str = "its chat template"
 ) -> tuple[list[EncodedPrompt] | None, str]:
-    """-> prompts with their ids, and what became of the rows; (None, "") where there is no source.
+    """-> prompts with their ids, and what became of the rows and their forms; (None, "") where there is no source.
 
     Raises UserError, naming `role`, for bad rows and where no prompt is short enough.
     """
@@ -91,7 +92,7 @@ def load_encoded_prompts(
     def encode(prompt: Prompt) -> EncodedPrompt:
         return EncodedPrompt(prompt, encode_prompt(tokenizer, prompt.prompt))
 
-    prompts, counts = load_prompts(source, skip_bad_rows=config.skip_bad_rows)
+    prompts, counts = load_prompts(source, **reading(config, role))
     encoded, _ = encode_usable(prompts, encode, counts, role=role, skip_bad_rows=config.skip_bad_rows)
     # Lengths are compared once all are known: the shortest of them is what a user must allow.
     limit = config.max_prompt_tokens
@@ -101,7 +102,13 @@ def load_encoded_prompts(
         shortest = min(len(item.ids) for item in encoded)
         problem = f"every prompt is longer than max_prompt_tokens = {limit} (the shortest: {shortest})"
         raise UserError(f"{role}: {problem}; raise it")
-    return kept, f"{role}: {counts.line()}"
+    forms = [form_of(tokenizer, item.prompt.prompt) for item in kept]
+    return kept, "\n".join([f"{role}: {counts.line()}", *describe(tokenizer, forms, role, template)])
+
+
+def row_form(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Form:
+    """What an SFT row is, for the log."""
+    return "plain texts" if row.text is not None else form_of(tokenizer, row.prompt or row.messages)
 
 
 def check_ptx(config: PPOConfig, ptx_data: Any) -> None:
@@ -129,7 +136,7 @@ def load_ptx(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, ptx_data: An
             raise DroppedRow(f"longer than max_prompt_tokens + max_new_tokens = {limit}")
         return example
 
-    rows, counts = load_conversations(ptx_data, skip_bad_rows=config.skip_bad_rows)
+    rows, counts = load_conversations(ptx_data, **reading(config, "ptx_data"))
     return encode_usable(
         rows, encode, counts, role="ptx_data", skip_bad_rows=config.skip_bad_rows, remedy="raise max_prompt_tokens"
     )

@@ -23,11 +23,24 @@ from fastrlhf.data.checks import (
     meant,
     missing,
     number_of,
+    plain_reply,
     show,
     text_of,
     wrong,
 )
-from fastrlhf.data.foreign import completion_of, pair_of, prompt_format, prompt_of
+from fastrlhf.data.foreign import (
+    CONTEXT,
+    asked,
+    bare_prompt,
+    completion_of,
+    is_empty,
+    joined,
+    pair_of,
+    prompt_columns,
+    prompt_format,
+    prompt_of,
+    with_context,
+)
 
 Kind = Literal["pair", "ranking", "score", "edit"]
 Ranking = tuple[tuple[int, ...], ...]
@@ -66,12 +79,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt for rollouts. columns: the row's other columns, for reward functions; note: what was cut."""
+    """One prompt for rollouts. columns: the row's other columns, for reward functions; used: the names of the columns
+    that the prompt was made of; note: what was cut."""
 
     prompt: str | Messages
     columns: dict[str, Any] = field(default_factory=dict)
     where: str = ""
     note: str | None = None
+    used: frozenset[str] = frozenset()
 
 
 def _record(row: Any, where: str) -> dict:
@@ -98,9 +113,11 @@ def _replies(row: dict, where: str, name: str, least: int) -> tuple[str, ...]:
 
 def _reply(value: Any, where: str, name: str) -> str:
     reply = completion_of(value, where, name)
-    if not isinstance(reply, str):
+    if isinstance(reply, str):
+        return reply
+    if len(reply) > 1:
         raise BadRow(where, f'field "{name}" must be one reply, found {len(reply)} messages')
-    return reply
+    return plain_reply(reply[0], where, name)
 
 
 def parse_feedback(row: Any, where: str, score_range: tuple[float, float] = (1.0, 5.0)) -> Feedback:
@@ -127,10 +144,10 @@ def parse_feedback(row: Any, where: str, score_range: tuple[float, float] = (1.0
 
 def _prompt(row: dict, where: str) -> str | Messages:
     """The prompt of a row whose reply stands in another column: it must end with the human's turn."""
-    prompt = prompt_of(row, where)
+    prompt = bare_prompt(row, where)
     if prompt is None:
         raise missing(where, "prompt", row, "text or a list of messages")
-    return _asking(prompt, where)
+    return _asking(with_context(prompt, row, where), where)
 
 
 def _asking(prompt: str | Messages, where: str) -> str | Messages:
@@ -221,25 +238,41 @@ def _label(row: dict, where: str) -> Feedback:
     return Feedback("score", prompt, (reply,), scores=(1.0 if row[name] else -1.0,), where=where)
 
 
-def _prompt_and_reply(row: dict, where: str) -> tuple[str | Messages, str]:
-    """The prompt and the last reply of a row, from two columns or from one conversation."""
+def _reply_column(row: dict) -> str | None:
+    """The column of the reply; None: it ends the conversation, or there is none."""
     columns = ("response", "completion", "output") if "instruction" in row else ("response", "completion")
-    name = next((name for name in columns if name in row), None)
+    return next((name for name in columns if name in row), None)
+
+
+def _with_reply(row: dict, where: str) -> tuple[str | Messages, Messages]:
+    """The prompt of a row and the assistant's message behind it, from two columns or from one conversation."""
+    name = _reply_column(row)
     if name is None:
-        # A prompt beside a whole conversation repeats its beginning.
-        messages = prompt_of({key: value for key, value in row.items() if key != "prompt"}, where)
+        messages = prompt_of(row, where)
         if messages is None or isinstance(messages, str):
             raise missing(where, "response", row, "a prompt and a response, or messages that end with a reply")
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             raise BadRow(where, f"a conversation must end with a reply, its last role is {messages[-1]['role']!r}")
-        return messages[:-1], messages[-1]["content"]
-    prompt, reply = _prompt(row, where), completion_of(row[name], where, name)
+        return messages[:-1], messages[-1:]
+    reply = completion_of(row[name], where, name)
     if isinstance(reply, str):
-        return prompt, reply
-    start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = [*start, *reply]
-    check_order(messages, where, name)
-    return messages[:-1], messages[-1]["content"]
+        return _prompt(row, where), [{"role": "assistant", "content": reply}]
+    messages = _conversation(row, where, name, reply)
+    return messages[:-1], messages[-1:]
+
+
+def _conversation(row: dict, where: str, name: str, reply: Messages) -> Messages:
+    """The conversation of a row whose reply, in column `name`, is several messages."""
+    prompt = bare_prompt(row, where)
+    if prompt is None:
+        check_order(reply, where, name)
+        return with_context(reply, row, where)
+    return with_context(joined(prompt, reply, where, name), row, where)
+
+
+def _prompt_and_reply(row: dict, where: str) -> tuple[str | Messages, str]:
+    prompt, [reply] = _with_reply(row, where)
+    return prompt, plain_reply(reply, where, _reply_column(row) or "messages")
 
 
 def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversation:
@@ -252,6 +285,8 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
     """
     row = _record({"text": row} if isinstance(row, str) else row, where)
     if format == "text" or ("text" in row and prompt_format(row) is None):
+        if format != "text":
+            _check_plain(row, where)
         _require(row, where, ("text",), 'a column of plain text (format "text")')
         return Conversation(text=text_of(row["text"], where, "text"), where=where)
     for name in ("ranking", "score", "scores"):
@@ -259,17 +294,31 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
             raise BadRow(where, f'field "{name}": judged replies are no SFT data; keep "prompt" and one "response"')
     if "edited" in row or "chosen" in row or "rejected" in row:
         feedback = _edit(row, where) if "edited" in row else _pair(row, where)
-        prompt, response = feedback.prompt, feedback.responses[0]
-    elif "label" in row and isinstance(row["label"], bool) or "kto_tag" in row:
-        feedback = _label(row, where)
-        if feedback.scores[0] < 0:
-            raise DroppedRow("replies that were not liked")
-        prompt, response = feedback.prompt, feedback.responses[0]
+        prompt, reply = feedback.prompt, {"role": "assistant", "content": feedback.responses[0]}
     else:
-        prompt, response = _prompt_and_reply(row, where)
+        is_kto = "label" in row and isinstance(row["label"], bool) or "kto_tag" in row
+        if is_kto and _label(row, where).scores[0] < 0:
+            raise DroppedRow("replies that were not liked")
+        prompt, [reply] = _with_reply(row, where)
     if isinstance(prompt, str):
-        return Conversation(prompt, response, where=where)
-    return Conversation(messages=[*prompt, {"role": "assistant", "content": response}], where=where)
+        return Conversation(prompt, reply["content"], where=where)
+    messages = [*prompt, reply]
+    if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+        raise DroppedRow("conversations without a turn to learn: all have weight 0")
+    return Conversation(messages=messages, where=where)
+
+
+# Columns that make a text one part of something: a turn of a tree, a labelled sample.
+_PARTS = ("role", "parent_id", "message_id", "label", "rank")
+
+
+def _check_plain(row: dict, where: str) -> None:
+    """Raise BadRow where a column beside "text" says that the text is not the whole that is to be learnt."""
+    context = [name for name in CONTEXT if not is_empty(row.get(name))]
+    column = next((name for name in (*_PARTS, *context) if name in row), None)
+    if column is not None:
+        problem = f'field "text" beside "{column}" is no plain text (columns: {", ".join(row)})'
+        raise BadRow(where, f"{problem}; make messages of it, or set format=text to learn each text as it is")
 
 
 def parse_prompt(row: Any, where: str) -> Prompt:
@@ -282,18 +331,36 @@ def parse_prompt(row: Any, where: str) -> Prompt:
         return Prompt(text_of(row, where, "prompt"), where=where)
     columns = row if isinstance(row, dict) else {}
     row = _record(row, where)
-    format_ = prompt_format(row)
-    if format_ is None:
-        if "chosen" in row and "rejected" in row:
-            return Prompt(pair_of(row, where).prompt, dict(columns), where)
+    used = frozenset(prompt_columns(row))
+    rest = {key: value for key, value in columns.items() if key not in used}
+    prompt = _whole_prompt(row, where)
+    if prompt is None:
         raise missing(where, "prompt", row, "text or a list of messages")
-    rest = {key: value for key, value in columns.items() if key not in format_.columns}
-    prompt = prompt_of(row, where)
     if _is_open(prompt):
-        return Prompt(prompt, rest, where)
-    end = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
-    if end is None:
-        raise BadRow(where, "the prompt has no human turn")
-    if format_.columns[0] == "prompt" and isinstance(row["prompt"][0], dict):
+        return Prompt(prompt, rest, where, used=used)
+    if used == {"prompt"} and isinstance(row["prompt"][0], dict):
         raise BadRow(where, f'field "prompt" must end with a user message, its last role is {prompt[-1]["role"]!r}')
-    return Prompt(prompt[: end + 1], rest, where, CUT)
+    if len(prompt) < 2 or not _is_open(asked(prompt)):
+        raise BadRow(where, "the prompt has no human turn")
+    return Prompt(asked(prompt), rest, where, CUT, used)
+
+
+def _whole_prompt(row: dict, where: str) -> str | Messages | None:
+    """The prompt of a row as the other stages read it; its replies may repeat it or add turns to it."""
+    if "chosen" in row and "rejected" in row and (not prompt_columns(row) or _is_message(row["chosen"])):
+        return pair_of(row, where).prompt
+    name = _reply_column(row)
+    if name is None or "chosen" in row:
+        return prompt_of(row, where)
+    if _is_message(row[name]):
+        reply = completion_of(row[name], where, name)
+        if isinstance(reply, list):
+            return asked(_conversation(row, where, name, reply))
+    prompt = bare_prompt(row, where)
+    return None if prompt is None else with_context(prompt, row, where)
+
+
+def _is_message(value: Any) -> bool:
+    """Whether a reply is written as messages, not as text."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict)

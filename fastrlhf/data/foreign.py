@@ -13,7 +13,18 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fastrlhf.data.checks import BadRow, DroppedRow, Messages, check_order, messages_of, missing, text_of, wrong
+from fastrlhf.data.checks import (
+    BadRow,
+    DroppedRow,
+    Messages,
+    check_order,
+    messages_of,
+    missing,
+    plain_reply,
+    show,
+    text_of,
+    wrong,
+)
 
 # The parts of a MOSS turn in their order, each with the tags around it.
 _MOSS_TAGS = {
@@ -74,13 +85,14 @@ def conversation_of(value: Any, where: str, field: str) -> Messages:
 
 
 def completion_of(value: Any, where: str, field: str) -> str | Messages:
-    """A reply: text, one message as a dict, or a list of messages (only one assistant message: its text)."""
+    """A reply: text, one message as a dict, or a list of messages (only one assistant message: its text, where it is
+    nothing more)."""
     if isinstance(value, str):
         return text_of(value, where, field)
     messages = messages_of([value] if isinstance(value, dict) else value, where, field, fragment=True)
     if messages[-1]["role"] != "assistant":
         raise BadRow(where, f'field "{field}" must end with an assistant message, not {messages[-1]["role"]}')
-    return messages[0]["content"] if len(messages) == 1 else messages
+    return messages[0]["content"] if len(messages) == 1 and len(messages[0]) == 2 else messages
 
 
 # ------------------------------------------------------------------------------------------- where a prompt stands
@@ -123,7 +135,8 @@ def _moss_turn(chat: dict, name: str, where: str) -> dict[str, str]:
     """The parts that a turn has, without their tags; what stands between the tags is kept to the letter."""
     turn = chat.get(name)
     if not isinstance(turn, dict):
-        raise missing(where, name, chat, f"turns turn_1 ... turn_{len(chat)} in chat")
+        expected = f"expected turns turn_1 ... turn_{len(chat)} in chat, found {', '.join(chat)}"
+        raise BadRow(where, f'field "{name}" is missing; {expected}')
     parts = {}
     for part, (head, end) in _MOSS_TAGS.items():
         if part in _MOSS_SPEECH or turn.get(part):
@@ -136,29 +149,15 @@ def _moss_turn(chat: dict, name: str, where: str) -> dict[str, str]:
 
 
 def _sharegpt(row: dict, where: str) -> Messages:
-    if row.get("tools") and row["tools"] != "[]":
-        raise BadRow(where, 'field "tools": tool descriptions are not supported; put them into a system message')
-    return _with_system(messages_of(row["conversations"], where, "conversations"), row, where)
+    return conversation_of(row["conversations"], where, "conversations")
 
 
 def _alpaca(row: dict, where: str) -> Messages:
-    instruction = text_of(row["instruction"], where, "instruction")
-    extra = text_of(row.get("input") or "", where, "input", empty=True)
-    messages: Messages = []
-    for i, pair in enumerate(row.get("history") or []):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise wrong(where, f"history[{i}]", "[human, reply]", pair)
-        messages += turns_of(pair, where, f"history[{i}]")
-    messages.append({"role": "user", "content": f"{instruction}\n{extra}" if extra.strip() else instruction})
-    return _with_system(messages, row, where)
-
-
-def _with_system(messages: Messages, row: dict, where: str) -> Messages:
-    if not row.get("system"):
-        return messages
-    if messages[0]["role"] == "system":
-        raise BadRow(where, 'field "system" is given besides a system message; keep one of them')
-    return [{"role": "system", "content": text_of(row["system"], where, "system")}, *messages]
+    """The instruction and, a line each, Alpaca's input and Dolly's context, as one user message."""
+    parts = [text_of(row["instruction"], where, "instruction")]
+    extras = (text_of(row.get(name) or "", where, name, empty=True) for name in ("input", "context"))
+    parts += [extra for extra in extras if extra.strip()]
+    return [{"role": "user", "content": "\n".join(parts)}]
 
 
 def _user_prompt(row: dict, where: str) -> Messages:
@@ -167,35 +166,202 @@ def _user_prompt(row: dict, where: str) -> Messages:
 
 class PromptFormat(NamedTuple):
     """A format that a prompt may have: the columns it is made from, and the function that makes it of a row. The first
-    column is the one by which the format is recognised."""
+    column is the one by which the format is recognised, if it holds one of `kinds`."""
 
     columns: tuple[str, ...]
+    kinds: tuple[type, ...]
     read: Callable[[dict, str], str | Messages]
 
 
 # In the order in which they are tried.
-_PROMPT_FORMATS = (
-    PromptFormat(("prompt",), _own_prompt),
-    PromptFormat(("chat", "meta_instruction", "num_turns"), moss_conversation),
-    PromptFormat(("conversations", "system", "tools"), _sharegpt),
-    PromptFormat(("instruction", "input", "history", "system"), _alpaca),
-    PromptFormat(("user_prompt",), _user_prompt),
-    PromptFormat(("messages",), lambda row, where: conversation_of(row["messages"], where, "messages")),
+_OWN = PromptFormat(("prompt",), (object,), _own_prompt)
+_CONVERSATIONS = (
+    PromptFormat(("chat", "meta_instruction", "num_turns"), (dict,), moss_conversation),
+    PromptFormat(("conversations", "system", "tools"), (list,), _sharegpt),
+    PromptFormat(("messages",), (list,), lambda row, where: conversation_of(row["messages"], where, "messages")),
+    PromptFormat(("instruction", "input", "context", "history", "system"), (str,), _alpaca),
+    PromptFormat(("user_prompt",), (str,), _user_prompt),
 )
+_FORMATS = (_OWN, *_CONVERSATIONS)
 
 
 def prompt_format(row: dict) -> PromptFormat | None:
     """The format of row's prompt; None: it has no column of a prompt."""
-    return next((known for known in _PROMPT_FORMATS if row.get(known.columns[0]) is not None), None)
+    return next((known for known in _FORMATS if row.get(known.columns[0]) is not None), None)
+
+
+def prompt_columns(row: dict) -> set[str]:
+    """The columns that row's prompt is made of."""
+    return {column for known in _formats_of(row) for column in known.columns}
+
+
+def _formats_of(row: dict) -> list[PromptFormat]:
+    """The formats that a row has columns of, the most telling first: a conversation before a prompt beside it."""
+    first = prompt_format(row)
+    if first is None:
+        return []
+    others = [known for known in _CONVERSATIONS if isinstance(row.get(known.columns[0]), known.kinds)]
+    return [*others, _OWN] if first is _OWN else [first, *(known for known in others if known is not first)]
 
 
 def prompt_of(row: dict, where: str) -> str | Messages | None:
     """The prompt, or the whole conversation, that row's prompt columns hold; None without such columns.
 
-    A "prompt" is a string (used as it is) or messages or turns; every other format gives messages.
+    A "prompt" is a string (used as it is) or messages or turns; every other format gives messages. Where a row has
+    several, all must say the same, and the conversation is taken. Raises BadRow.
     """
-    known = prompt_format(row)
-    return known.read(row, where) if known else None
+    prompt = _whole(row, where)
+    return None if prompt is None else with_context(prompt, row, where)
+
+
+def _whole(row: dict, where: str) -> str | Messages | None:
+    """prompt_of without what the columns of the context add to it."""
+    if prompt_format(row) is None:
+        return None
+    first, *others = _formats_of(row)
+    prompt = first.read(row, where)
+    for other in others:
+        check_agreement(other.read(row, where), prompt, where, other.columns[0], first.columns[0])
+    return prompt
+
+
+def bare_prompt(row: dict, where: str) -> str | Messages | None:
+    """The prompt of a row whose replies stand in columns of their own, without the columns of the context.
+
+    A conversation beside a "prompt" may have its reply at the end, which is no part of the prompt.
+    """
+    prompt = _whole(row, where)
+    return asked(prompt) if prompt is not None and len(_formats_of(row)) > 1 else prompt
+
+
+def asked(conversation: str | Messages) -> str | Messages:
+    """What a conversation asks for: itself without the reply at its end."""
+    ends_with_reply = isinstance(conversation, list) and conversation[-1]["role"] == "assistant"
+    return conversation[:-1] if ends_with_reply else conversation
+
+
+def check_agreement(stated: str | Messages, conversation: str | Messages, where: str, field: str, beside: str) -> None:
+    """Raise BadRow, which shows both, where a prompt contradicts the conversation beside it.
+
+    They agree, blanks apart, where the prompt is the whole of what the conversation asks, its first or its last user
+    turn, or all its turns in one text, with or without marks of who speaks.
+    """
+    prompt = _as_messages(asked(conversation))
+    if isinstance(stated, list):
+        systems, turns = _contents(asked(stated), system=True), _contents(asked(stated), system=False)
+        agrees = turns == _contents(prompt, system=False) or len(turns) == 1 and _is_turn_of(turns[0], prompt)
+        agrees = agrees and (not systems or systems == _contents(prompt, system=True))
+    else:
+        agrees = _is_turn_of(_without_blanks(stated), prompt) or _is_rendered(stated, prompt)
+    if not agrees:
+        remedy = "mend the row, or name the wrong column in ignore_columns"
+        both = f'field "{field}" is {_spelled(stated)}, but "{beside}" asks {_spelled(prompt)}'
+        raise BadRow(where, f"{both}; {remedy}")
+
+
+def _spelled(prompt: str | Messages) -> str:
+    """A prompt in an error message: who says what, its middle left out where it is long."""
+    turns = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return repr(turns if len(turns) <= 200 else f"{turns[:100]} ... {turns[-95:]}")
+
+
+def _as_messages(prompt: str | Messages) -> Messages:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _contents(messages: Messages, *, system: bool) -> list[str]:
+    return [_without_blanks(m["content"]) for m in messages if (m["role"] == "system") == system]
+
+
+def _is_turn_of(text: str, prompt: Messages) -> bool:
+    """Whether text, without blanks, is the first or the last thing that the user says."""
+    users = [_without_blanks(message["content"]) for message in prompt if message["role"] == "user"]
+    return text in (users[:1] + users[-1:])
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
+
+
+# What a text of several turns has beside their contents: tags, brackets, the names of those who speak.
+_SPEAKERS = re.compile(r"<[^<>]*>|\[/?[A-Z]+\]|human|user|assistant|gpt|bot|system|prompter|model|\W|_", re.IGNORECASE)
+
+
+def _is_rendered(text: str, prompt: Messages) -> bool:
+    """Whether text is these messages in their order, the system's left out or not, and otherwise marks of speakers."""
+    text = _without_blanks(text)
+    for messages in (prompt, [m for m in prompt if m["role"] != "system"]):
+        position, rest = 0, ""
+        for message in messages:
+            content = _without_blanks(message["content"])
+            index = text.find(content, position)
+            if index < 0:
+                break
+            rest, position = rest + text[position:index], index + len(content)
+        else:
+            if not _SPEAKERS.sub("", rest + text[position:]):
+                return True
+    return False
+
+
+# -------------------------------------------------------------------------------- columns that are part of the prompt
+
+_SYSTEM = ("system", "system_prompt", "developer")
+_UNREADABLE = {
+    "tools": "tool descriptions are not supported; put them into a system message",
+    "context": "it is part of an instruction's text only; put it into the prompt",
+    "images": "only text is supported",
+    "videos": "only text is supported",
+    "audios": "only text is supported",
+}
+CONTEXT = (*_SYSTEM, "history", *_UNREADABLE)
+_LEAVE_OUT = "or leave it out with ignore_columns"
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a column says nothing: None, blank text, an empty list or mapping, written as JSON too."""
+    return not value or isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")
+
+
+def with_context(prompt: str | Messages, row: dict, where: str) -> str | Messages:
+    """The prompt with the columns beside it that are part of it: a system message in front, earlier turns behind that.
+
+    Raises BadRow for a column that cannot be used: nothing that was asked is dropped in silence.
+    """
+    is_instruction = prompt_format(row) is not None and _formats_of(row)[0].read is _alpaca
+    for name, why in _UNREADABLE.items():
+        if not is_empty(row.get(name)) and not (name == "context" and is_instruction):
+            raise BadRow(where, f'field "{name}": {why}, {_LEAVE_OUT}')
+    turns = [] if is_empty(row.get("history")) else _history(row["history"], where)
+    systems = {name: text_of(row[name], where, name) for name in _SYSTEM if not is_empty(row.get(name))}
+    if not turns and not systems:
+        return prompt
+    messages = list(_as_messages(prompt))
+    if messages[0]["role"] == "system":
+        systems = {f"{messages[0]['role']} message": messages.pop(0)["content"], **systems}
+    first, *more = systems.items() if systems else [(None, None)]
+    for name, text in more:
+        if _without_blanks(text) != _without_blanks(first[1]):
+            raise BadRow(where, f'field "{name}" is given besides a {first[0]}; keep one of them, {_LEAVE_OUT}')
+    if turns and (not messages or [m["role"] for m in asked(messages)] != ["user"]):
+        raise BadRow(where, f'field "history" is given besides a conversation; keep one of them, {_LEAVE_OUT}')
+    system = [{"role": "system", "content": first[1]}] if first[1] is not None else []
+    return [*system, *turns, *messages]
+
+
+def _history(value: Any, where: str) -> Messages:
+    """Earlier turns: Alpaca's [[human, reply], ...]."""
+    if not isinstance(value, list):
+        raise BadRow(where, f'field "history" must be a list of [human, reply], found {show(value)}; {_MAP_HISTORY}')
+    turns: Messages = []
+    for i, pair in enumerate(value):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise wrong(where, f"history[{i}]", "[human, reply]", pair)
+        turns += turns_of(pair, where, f"history[{i}]")
+    return turns
+
+
+_MAP_HISTORY = f"columns={{prompt: history}} reads it as the prompt, {_LEAVE_OUT}"
 
 
 # ----------------------------------------------------------------------------------------------- chosen and rejected
@@ -210,23 +376,32 @@ class Pair(NamedTuple):
 def pair_of(row: dict, where: str) -> Pair:
     """The pair of a row with columns chosen and rejected, in whatever of the formats. Raises BadRow."""
     both = {key: row[key] for key in ("chosen", "rejected")}
-    prompt = prompt_of(row, where)
+    prompt = bare_prompt(row, where)
     if prompt is None:
         if all(isinstance(v, str) for v in both.values()) and not all(map(is_transcript, both.values())):
-            return _pair_of_texts(row, where)
-        return _pair_of_conversations(*(conversation_of(v, where, key) for key, v in both.items()), where)
-    replies = {key: completion_of(v, where, key) for key, v in both.items()}
-    if all(isinstance(reply, str) for reply in replies.values()):
-        return Pair(prompt, **replies)
-    start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    full = []
-    for key, reply in replies.items():
-        tail = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
-        # Some published sets repeat the whole conversation in chosen and rejected, the prompt included.
-        repeats = len(tail) > 1 and tail[0]["role"] in ("system", "user")
-        full.append(tail if repeats else [*start, *tail])
-        check_order(full[-1], where, key)
-    return _pair_of_conversations(*full, where)
+            pair = _pair_of_texts(row, where)
+        else:
+            pair = _pair_of_conversations(*(conversation_of(v, where, key) for key, v in both.items()), where)
+    else:
+        replies = {key: completion_of(v, where, key) for key, v in both.items()}
+        if all(isinstance(reply, str) for reply in replies.values()):
+            pair = Pair(prompt, **replies)
+        else:
+            full = (joined(prompt, reply, where, key) for key, reply in replies.items())
+            pair = _pair_of_conversations(*full, where)
+    return pair._replace(prompt=with_context(pair.prompt, row, where))
+
+
+def joined(prompt: str | Messages, reply: str | Messages, where: str, field: str) -> Messages:
+    """The conversation of a prompt and a reply. Some published sets repeat the prompt in the reply. Raises BadRow."""
+    tail = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+    if len(tail) > 1 and tail[0]["role"] in ("system", "user"):
+        check_order(tail, where, field)
+        check_agreement(prompt, tail, where, "prompt", field)
+        return tail
+    messages = [*_as_messages(prompt), *tail]
+    check_order(messages, where, field)
+    return messages
 
 
 def _pair_of_conversations(chosen: Messages, rejected: Messages, where: str) -> Pair:
@@ -241,7 +416,8 @@ def _pair_of_conversations(chosen: Messages, rejected: Messages, where: str) -> 
         at = f"at turn {turn} of {len(chosen)} and {len(rejected)}"
         problem = f'"chosen" and "rejected" differ before their last turn ({at}); only the last reply may differ'
         raise BadRow(where, problem)
-    return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+    replies = [plain_reply(m[-1], where, key) for key, m in (("chosen", chosen), ("rejected", rejected))]
+    return Pair(chosen[:-1], *replies)
 
 
 def _pair_of_texts(row: dict, where: str) -> Pair:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from fastrlhf.config.errors import UserError
-from fastrlhf.data.checks import Messages
+from fastrlhf.data.checks import REASONING, Messages
+from fastrlhf.data.foreign import is_transcript
+from fastrlhf.data.prompt_format import as_asked, decide
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -94,6 +96,20 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) 
     return label
 
 
+def settle_template(
+    tokenizer: PreTrainedTokenizerBase, name: str | None, prompt_format: str = "auto"
+) -> tuple[str, list[str]]:
+    """Set the chat template and decide what string prompts are -> the template in words, and what the user should know.
+
+    Raises UserError as resolve_chat_template.
+    """
+    has_template = name is not None or bool(tokenizer.chat_template)
+    label = resolve_chat_template(tokenizer, name)
+    note = decide(tokenizer, prompt_format, has_template=has_template)
+    template = f"chat template {label}" if name or not has_template else "the tokenizer's chat template"
+    return template, [note] if note else []
+
+
 def _preset(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     token = _NEEDED_TOKEN.get(name)
     if token and token not in tokenizer.get_vocab():
@@ -130,8 +146,14 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_genera
 
     if not tokenizer.chat_template:
         raise UserError('the tokenizer has no chat template: name one, e.g. chat_template="default"')
+    for number, message in enumerate(messages, 1):
+        key = next((key for key in REASONING if key in message and key not in str(tokenizer.chat_template)), None)
+        if key is not None:
+            remedy = "remove it, or write it into the content"
+            raise UserError(f"message {number} has {key}, which the chat template does not write; {remedy}")
+    shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateSyntaxError as error:
         raise UserError(f"line {error.lineno} of the chat template is broken: {error.message}") from error
     except TemplateError as error:
@@ -167,15 +189,43 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return stop
 
 
+def _bare(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
+    """The messages without the control tokens at their ends that the template writes too: they would stand twice."""
+    ends = [end for end in (end_of_turn(tokenizer), tokenizer.eos_token) if end]
+    bare = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "assistant":
+            for end in ends:
+                content = content.removesuffix(end)
+        bare.append({**message, "content": content or message["content"]})
+    bos = tokenizer.bos_token
+    if (
+        bos
+        and bare[0]["content"].startswith(bos)
+        and render(tokenizer, bare, add_generation_prompt=True).startswith(bos)
+    ):
+        bare[0]["content"] = bare[0]["content"].removeprefix(bos)
+    return bare
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
     """Token ids of a prompt.
 
-    A string is tokenised as it is, with the special tokens its tokenizer puts in front (BOS) but no EOS
-    behind; messages go through the chat template with the generation prompt, without further special tokens.
+    A string that is raw text (see prompt_format.py) is tokenised as it is, with the special tokens its tokenizer puts
+    in front (BOS; not a second one) but no EOS behind; messages, and strings that are a user's, go through the chat
+    template with the generation prompt, without further special tokens.
     """
+    prompt = as_asked(tokenizer, prompt)
     if isinstance(prompt, str):
         return _encode_plain(tokenizer, prompt)
-    return _encode(tokenizer, render(tokenizer, prompt, add_generation_prompt=True))
+    return _encode(tokenizer, render(tokenizer, _bare(tokenizer, prompt), add_generation_prompt=True))
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a whole document: the text and EOS, which is not added to a text that ends with it."""
+    ids, eos = _encode_plain(tokenizer, text), _need_eos(tokenizer)
+    return ids if ids[-1:] == [eos] else [*ids, eos]
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -183,24 +233,32 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # Some tokenizers put EOS behind every text; a prompt that ends the document would ask for nothing.
     bare = _encode(tokenizer, text)
     appended = ids[-1:] == [tokenizer.eos_token_id] and ids[len(ids) - len(bare) :] != bare
-    return ids[:-1] if appended else ids
+    ids = ids[:-1] if appended else ids
+    # What a chat template wrote begins with BOS already.
+    front = ids[: len(ids) - len(bare)]
+    return bare if front and bare[: len(front)] == front else ids
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, response: str) -> list[int]:
     """Token ids of the reply alone, its stop token included.
 
     For messages they are what the chat template puts behind the generation prompt, up to and including the
-    end-of-turn token; for a plain prompt, or a template without such a token, the text and EOS.
+    end-of-turn token; for a plain prompt, or a template without such a token, the text and EOS. A stop token that the
+    reply ends with already is not added again.
     encode_prompt(prompt) + encode_response(prompt, response) is the sequence of every stage.
     Raises UserError: no EOS, or a template that rewrites the prompt or the reply when the two stand together.
     """
     eos = _need_eos(tokenizer)
+    if is_transcript(prompt) and not isinstance(as_asked(tokenizer, prompt), str):
+        response = response.strip() or response  # as the replies of transcripts are read
+    prompt = as_asked(tokenizer, prompt)
     if isinstance(prompt, str):
         whole = _encode_plain(tokenizer, prompt + response)
         ids = _behind(tokenizer, _encode_plain(tokenizer, prompt), whole, response)
-        return ids if ids[-1:] == [eos] else [*ids, eos]
+        return ids if ids and ids[-1] in stop_token_ids(tokenizer) else [*ids, eos]
+    *prompt, reply = _bare(tokenizer, [*prompt, {"role": "assistant", "content": response}])
     text = render(tokenizer, prompt, add_generation_prompt=True)
-    return _encode_turn(tokenizer, text, _encode(tokenizer, text), prompt, response)
+    return _encode_turn(tokenizer, text, _encode(tokenizer, text), prompt, reply)
 
 
 def _behind(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], whole: list[int], reply: str) -> list[int]:
@@ -209,11 +267,10 @@ def _behind(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], whole: li
     return whole[n:] if whole[:n] == prompt_ids else _encode(tokenizer, reply)
 
 
-def _encode_turn(tokenizer, text: str, prompt_ids: list[int], prompt: Messages, response: str) -> list[int]:
+def _encode_turn(tokenizer, text: str, prompt_ids: list[int], prompt: Messages, message: dict) -> list[int]:
     """encode_response for messages whose rendered text and ids are known."""
-    messages = [*prompt, {"role": "assistant", "content": response}]
-    full = render(tokenizer, messages, add_generation_prompt=False)
-    reply = full[_span(tokenizer, full, text, prompt, response)]
+    full = render(tokenizer, [*prompt, message], add_generation_prompt=False)
+    reply = full[_span(tokenizer, full, text, prompt, message["content"])]
     ids = _behind(tokenizer, prompt_ids, _encode(tokenizer, text + reply), reply)
     eos, stop = _need_eos(tokenizer), end_of_turn(tokenizer)
     complete = reply.endswith(stop) if stop else ids[-1:] == [eos]
@@ -246,18 +303,18 @@ def _span(tokenizer, full: str, head: str, before: Messages, content: str) -> sl
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
     """(ids, mask) of a conversation that ends with an assistant turn.
 
-    The mask is true on what the assistant says, the end-of-turn token of each of its turns included. ids
-    equal encode_prompt(messages[:-1]) + encode_response(messages[:-1], last content). A token that straddles
-    the border between a header and an earlier reply is not trained on.
+    The mask is true on what the assistant says, the end-of-turn token of each of its turns included, and false on
+    turns of weight 0. ids equal encode_prompt(messages[:-1]) + encode_response(messages[:-1], last content). A token
+    that straddles the border between a header and an earlier reply is not trained on.
     Raises UserError naming the turn where the template is not prefix-preserving.
     """
-    *prompt, last = messages
+    *prompt, last = _bare(tokenizer, messages)
     text = render(tokenizer, prompt, add_generation_prompt=True)
     prompt_ids = _encode(tokenizer, text)
-    response_ids = _encode_turn(tokenizer, text, prompt_ids, prompt, last["content"])
+    response_ids = _encode_turn(tokenizer, text, prompt_ids, prompt, last)
     mask = [False] * len(prompt_ids)
     for turn, message in enumerate(prompt):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and message.get("weight") != 0:
             before = prompt[:turn]
             head = render(tokenizer, before, add_generation_prompt=True)
             span = _span(tokenizer, text, head, before, message["content"])
@@ -269,7 +326,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
             first += first < len(head_ids)
             past = _common(prompt_ids, _encode(tokenizer, text[: span.stop]))
             mask[first:past] = [True] * max(0, past - first)
-    return prompt_ids + response_ids, mask + [True] * len(response_ids)
+    return prompt_ids + response_ids, mask + [last.get("weight") != 0] * len(response_ids)
 
 
 def _common(a: list[int], b: list[int]) -> int:

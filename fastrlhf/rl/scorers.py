@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
-from fastrlhf.data.templates import encode_prompt, encode_response, resolve_chat_template
+from fastrlhf.data.templates import encode_prompt, encode_response, settle_template
 from fastrlhf.models.adapter_folder import AdapterFolder
 from fastrlhf.models.heads import last_hidden, right_padded, sequence_scores
 from fastrlhf.models.loading import (
@@ -472,5 +472,5 @@ def reward_tokenizer(reward: str, policy_tokenizer: PreTrainedTokenizerBase) -> 
     """Load the tokenizer of a reward-model folder, with its chat template where it will read texts."""
     tokenizer = load_tokenizer(reward)
     if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
-        resolve_chat_template(tokenizer, None)
+        settle_template(tokenizer, None)
     return tokenizer

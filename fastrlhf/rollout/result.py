@@ -92,7 +92,7 @@ def make_rollout(
 ) -> Rollout:
     """Put together what was asked and what was sampled. joined: how `TokenRows` puts a micro-batch into rows."""
     asked = [pair for pair in prompts for _ in range(samples_per_prompt)]
-    names = sorted(asked[0][0].columns)
+    names = sorted({name for prompt, _ in prompts for name in prompt.columns})
     texts = Texts(
         prompts=[render_prompt(tokenizer, prompt.prompt) for prompt, _ in asked],
         raw_prompts=[prompt.prompt for prompt, _ in asked],

@@ -56,6 +56,7 @@ def test_long_prompts_are_dropped_and_counted_and_the_shortest_is_named_where_al
     sizes = [len(tokenizer(text)["input_ids"]) for text in tiny.TEXTS[:3]]
     shortest = min(sizes)
     kept, note = load_encoded_prompts(PPOConfig(max_prompt_tokens=shortest), tokenizer, tiny.TEXTS[:3], "prompts")
+    note = note.splitlines()[0]
     assert [item.prompt.prompt for item in kept] == [tiny.TEXTS[sizes.index(shortest)]]
     assert len(kept[0].ids) == shortest
     assert note == f"prompts: 3 rows read, 1 used, dropped: 2 longer than max_prompt_tokens = {shortest}"

@@ -45,7 +45,7 @@ def test_counts_and_template_are_printed(tmp_path, capsys):
     twin = {**PAIR, "rejected": PAIR["chosen"]}
     trainer(config(output_dir=str(tmp_path / "run")), data=[*MIXED, twin])
     log, printed = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8"), capsys.readouterr().out
-    for line in ("chat template: the tokenizer's own", "7 rows read, 6 used, dropped: 1 chosen equals rejected"):
+    for line in (": through the tokenizer's chat template", "7 rows read, 6 used, dropped: 1 chosen equals rejected"):
         assert line in log and line in printed
 
 
