@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.checkpoint.atomic import CheckpointError, replace_folder
+from fastrlhf.checkpoint.atomic import CheckpointError, export_folder
 from fastrlhf.checkpoint.run_folder import RunFolder, check_identity, identity
 from fastrlhf.checkpoint.state import (
     load_optimizer_tensors,
@@ -153,7 +153,12 @@ class Trainer(metaclass=_BegunWhenBuilt):
     # ------------------------------------------------------------------------------------------------- the user's end
 
     def __iter__(self) -> Iterator[Step]:
-        return self._steps()
+        if distributed.is_lead():
+            self.run_folder.take()
+        try:
+            yield from self._steps()
+        finally:
+            self.run_folder.release()
 
     def train(self) -> dict[str, float]:
         """Run every remaining step -> the metrics of the last one."""
@@ -166,7 +171,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         """Write the first trained model as a folder that stock transformers loads, replaced as a whole: weights (an
         adapter merged into them), tokenizer, chat template and generation config.
 
-        adapter: the LoRA adapter alone, as peft loads it (with the head of a reward model); UserError without `lora`.
+        A folder that holds anything but an earlier export is refused with a UserError that names it. adapter: the LoRA
+        adapter alone, as peft loads it (with the head of a reward model); UserError without `lora`.
         """
         first = next(iter(self.trained().values()))
         if adapter and first.adapter is None:
@@ -178,8 +184,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         with self.averaged():
             weights = first.merged() if first.merged and not adapter else None
             write_adapter = first.adapter if adapter else None
-            replace_folder(
-                lambda target: write_model(target, model, self.tokenizer, stops, weights, write_adapter), Path(folder)
+            export_folder(
+                lambda target: write_model(target, model, self.tokenizer, stops, weights, write_adapter), folder
             )
 
     def save_as_trained(self, folder: Path) -> None:
@@ -222,7 +228,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
             if self.folder is not None:
                 try:
                     self.save_as_trained(self.folder / "best")
-                except CheckpointError as error:  # the older best model is still there
+                except UserError as error:  # the disk, or another's file: the older best model is still there
                     self.tracker.event("checkpoint", str(error))
         return metrics
 
@@ -234,15 +240,19 @@ class Trainer(metaclass=_BegunWhenBuilt):
         seed_rng(config.seed)  # for user reward functions too; a resumed run gets its own state back below
         with distributed.lead_first():
             self.store, checkpoint = self.run_folder.open() if lead else self.run_folder.read()
-        if lead and self.folder is not None:
-            resumed = checkpoint.state["bytes"] if checkpoint else {}
-            self.tracker.open(self.folder, resumed if config.resume else None)
-        for note in self.store.notes if self.store else []:
-            self.tracker.note(note)
-        if checkpoint is not None:
-            self._restore(checkpoint)
-            if lead:
-                self.run_folder.write_recipe(self.folder)  # it may go further than it was first told to
+        try:
+            if lead and self.folder is not None:
+                resumed = checkpoint.state["bytes"] if checkpoint else {}
+                self.tracker.open(self.folder, resumed if config.resume else None)
+            for note in self.store.notes if self.store else []:
+                self.tracker.note(note)
+            if checkpoint is not None:
+                self._restore(checkpoint)
+                if lead:
+                    self.run_folder.write_recipe(self.folder)  # it may go further than it was first told to
+        except UserError:
+            self.run_folder.release()
+            raise
 
     def _all_parts(self) -> dict[str, Stateful]:
         return {"guard": self.guard, "memory": self.memory, **self.parts()}
