@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from fastrlhf.config.errors import UserError
@@ -68,11 +69,9 @@ def release(folder: Path) -> None:
     descriptor = _held.pop(os.path.realpath(folder), None)
     if descriptor is None:
         return
-    try:
+    with suppress(OSError):  # a file that stays is no lock
         if _is(descriptor, folder / LOCK):
             os.unlink(folder / LOCK)
-    except OSError:  # a file that stays is no lock
-        pass
     os.close(descriptor)
 
 
@@ -86,10 +85,9 @@ def check_free(folder: Path) -> None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(_in_use(folder)) from error
-    except OSError:
-        pass
+    except OSError as error:
+        if isinstance(error, (BlockingIOError, PermissionError)):  # else: a file system without locks
+            raise UserError(_in_use(folder)) from error
     finally:
         os.close(descriptor)
 

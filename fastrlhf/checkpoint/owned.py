@@ -21,7 +21,8 @@ RUN_FILES = {"config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "event
 RUN_FILES |= {"report.html", ".report.html.partial", "verdict.json", "heldout.jsonl", LOCK}
 RUN_FILES |= {f".tmp-{name}" for name in ("config.yaml", "run.json")}
 # What libraries write beside weights: for folders of older versions and damaged ones, which list nothing.
-MODEL_FILE = re.compile(r".*\.(safetensors|json|jinja|txt|model|py)|\.mode|README\.md")
+MODEL_FILE = re.compile(r".*\.(safetensors|json|jinja|txt|model|py)|\.mode")
+CHECKPOINT = re.compile(r"(\.(tmp|old)-.*)?step-\d{6,}(-\d+)?")
 
 
 def write_list(folder: Path) -> None:
@@ -66,11 +67,7 @@ def _foreign(run: Path) -> Iterator[Path]:
 
 def _foreign_checkpoints(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if (
-            path.is_symlink()
-            or not path.is_dir()
-            or not re.fullmatch(r"(\.(tmp|old)-.*)?step-\d{6,}(-\d+)?", path.name)
-        ):
+        if path.is_symlink() or not path.is_dir() or not CHECKPOINT.fullmatch(path.name):
             yield path
         else:
             yield from _others(path, _listed(path / MANIFEST), MANIFEST)

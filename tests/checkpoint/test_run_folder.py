@@ -167,8 +167,7 @@ def test_the_folder_is_held_while_the_loop_runs(tmp_path):
     t = build("sft", output_dir=str(tmp_path))
     for _ in t:
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()} {socket.gethostname()}\n"
-        probe = "import sys; from pathlib import Path; from fastrlhf.checkpoint import lock; lock.acquire(Path(sys.argv[1]))"
-        done = subprocess.run([sys.executable, "-c", probe, str(tmp_path)], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", HOLDER, str(tmp_path)], capture_output=True, text=True)
         assert f"is in use by process {os.getpid()} on" in done.stderr
         break
     assert not (tmp_path / ".lock").exists()
@@ -179,7 +178,7 @@ def test_a_start_that_was_killed_with_the_lock_alone_is_no_run(tmp_path):
     assert build("sft", output_dir=str(tmp_path)).steps_done == 0
 
 
-# --------------------------------------------------------------------------------------------------- nothing to go on from
+# ---------------------------------------------------------------------------------------------- nothing to go on from
 
 
 @pytest.mark.parametrize("damage", ["a byte", "folder gone", "manifest gone"])
