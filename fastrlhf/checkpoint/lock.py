@@ -37,7 +37,7 @@ if fcntl is not None:
 def acquire(folder: Path) -> None:
     """Take the folder, which exists, for this process. Raises UserError naming the process that has it."""
     name = os.path.realpath(folder)
-    if fcntl is None or name in _held:
+    if fcntl is None or (name in _held and _is(_held[name], folder / LOCK)):
         return
     while True:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -52,9 +52,10 @@ def acquire(folder: Path) -> None:
         if _is(descriptor, folder / LOCK):
             break
         os.close(descriptor)  # its owner removed it between our two calls
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
     _held[name] = descriptor
+    with suppress(OSError):  # a full disk: the next one is told less
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
 
 
 def moved(before: Path, after: Path) -> None:

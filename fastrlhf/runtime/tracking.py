@@ -209,13 +209,20 @@ class Tracker:
             self._console.line(line)
 
     def bytes(self) -> dict[str, int]:
-        """Lengths of metrics.jsonl, samples.jsonl and events.jsonl, synced to disk; for the checkpoint."""
-        lengths = {}
+        """`lengths`, synced to disk; for the checkpoint."""
+        self.sync()
+        return self.lengths()
+
+    def lengths(self) -> dict[str, int]:
+        """Lengths of metrics.jsonl, samples.jsonl and events.jsonl."""
+        open_ones = [name for name in (METRICS, SAMPLES, EVENTS) if name in self._files]
+        return {name: os.fstat(self._files[name].fileno()).st_size for name in open_ones}
+
+    def sync(self) -> None:
+        """Force what was written to the disk."""
         for name in (METRICS, SAMPLES, EVENTS):
             if name in self._files:
                 os.fsync(self._files[name].fileno())
-                lengths[name] = os.fstat(self._files[name].fileno()).st_size
-        return lengths
 
     def close(self) -> None:
         """Write what is held back, close the files, give the terminal back. May be called twice."""
