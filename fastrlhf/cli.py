@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastrlhf._version import __version__
 from fastrlhf.config.errors import UserError
@@ -30,6 +30,8 @@ STAGES = {"sft": "sft", "reward": "reward_model", "ppo": "ppo"}  # verb -> modul
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; argv defaults to the process's arguments. Returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.excepthook = _print_traceback  # of a bug
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a reply that the terminal cannot show is no crash
@@ -42,9 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_KILLED
     except UserError as error:
         if "--debug" in arguments:
-            traceback.print_exc()
+            _print_traceback()
         if _speaks():
             _print_error(str(error))
+        return EXIT_USER_ERROR
+    except OSError as error:  # a folder that cannot be written, a full disk, a host that is not reached
+        if "--debug" in arguments:
+            _print_traceback()
+        if _speaks():
+            _print_error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
         return EXIT_USER_ERROR
     except RankLost as error:
         if _speaks():
@@ -267,8 +275,18 @@ def _shown(text: str) -> str:
     return clean(text) if sys.stdout.isatty() else text
 
 
+def _print_traceback(*error: Any) -> None:
+    """The traceback of `error` (type, value, traceback; none: the one being handled), safe for a terminal."""
+    from fastrlhf.runtime.console import clean, redact
+
+    lines = traceback.format_exception(*(error or sys.exc_info()))
+    print(redact(clean("".join(lines))), end="", file=sys.stderr)
+
+
 def _print_error(message: str) -> None:
-    lines = message.splitlines() or [""]
+    from fastrlhf.runtime.console import clean, redact
+
+    lines = redact(clean(message)).splitlines() or [""]
     if len(lines) > MESSAGE_LINES:
         rest = len(lines) - MESSAGE_LINES + 1
         lines = [*lines[: MESSAGE_LINES - 1], f"... and {rest} more"]

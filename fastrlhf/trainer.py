@@ -479,7 +479,8 @@ def device_of(model: object) -> torch.device:
 
 def run_stage(trainer: type[Trainer], inputs: dict[str, Any], config: StageConfig) -> int:
     """Run a whole stage for the command line: train, write output_dir/final (with lora and a base that is not quantised
-    output_dir/adapter too; else final is the adapter) -> exit code 0, or 75 when interrupted."""
+    output_dir/adapter too; else final is the adapter) -> exit code 0, or 75 when interrupted, or when the
+    disk is full, with a checkpoint to go on from."""
     if config.output_dir is None:
         raise UserError("output_dir: name the run folder, for example output_dir=runs/first")
     stage = trainer(config, **inputs)
@@ -492,6 +493,11 @@ def run_stage(trainer: type[Trainer], inputs: dict[str, Any], config: StageConfi
         stage.tracker.note(f"done: {stage.folder / 'final'}")
     except Interrupted as stopped:
         stage.tracker.note(str(stopped))
+        return EXIT_INTERRUPTED
+    except CheckpointError as error:  # of the third save that failed in a row, or of the export
+        if stage.store.latest() is None:
+            raise
+        stage.tracker.note(f"{error}; make room and go on with: fastrlhf resume {stage.folder}")
         return EXIT_INTERRUPTED
     finally:
         stage.tracker.close()

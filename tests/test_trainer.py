@@ -476,6 +476,66 @@ def test_the_third_failed_checkpoint_in_a_row_stops_the_run(tmp_path):
     assert t.steps_done == 3 and len(read(tmp_path / "run" / "metrics.jsonl")) == 3
 
 
+def test_lines_that_a_full_disk_did_not_take_are_written_whole_when_there_is_room(tmp_path, whole, capsys):
+    """What happened meanwhile is said on the console; the files are those of a run on a sound disk."""
+    folder, _ = whole("sft")
+    t = build("sft", output_dir=str(tmp_path / "run"))
+    steps = iter(t)
+    next(steps)
+    sizes = [(tmp_path / "run" / name).stat().st_size for name in ("metrics.jsonl", "events.jsonl")]
+    with FullDisk(sizes[0] + 10):  # a part of a line has room
+        t.tracker.event("alarm", "seen while the disk was full" + "." * sizes[0])
+        next(steps)
+        assert (tmp_path / "run" / "metrics.jsonl").stat().st_size == sizes[0]
+        assert (tmp_path / "run" / "events.jsonl").stat().st_size == sizes[1]
+    said = capsys.readouterr().out
+    assert "seen while the disk was full" in said and said.count("metrics.jsonl: not written (File too large)") == 1
+    list(steps)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    assert [e["kind"] for e in read(tmp_path / "run" / "events.jsonl")][0] == "alarm"
+
+
+def test_a_line_torn_before_the_checkpoint_ends_nothing(tmp_path, capsys):
+    t = build("sft", output_dir=str(tmp_path / "run"), save_every=1)
+    steps = iter(t)
+    next(steps)
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 2, "lo')
+    leave_after(t, 1)
+    again = build("sft", output_dir=str(tmp_path / "run"), save_every=1, resume=True)
+    assert "skipped a damaged line" in capsys.readouterr().out
+    again.train()
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-2:]
+    ] == [
+        3,
+        4,
+    ]
+
+
+@pytest.mark.parametrize(("sound", "code"), [(1, EXIT_INTERRUPTED), (0, None)])
+def test_three_failed_saves_end_with_75_where_there_is_a_checkpoint(sound, code, tmp_path, base, capsys):
+    """Else with an error of the user's, which the command line ends with 2."""
+    inputs = {"model": str(base / "model"), "data": str(base / "rows.jsonl")}
+    cfg = SFTConfig(**{**COMMON, "total_steps": 9, "save_every": 1, "eval_every": 0}, output_dir=str(tmp_path / "run"))
+    full = FullDisk()
+
+    def fill(t: Trainer) -> None:
+        optimizer = next(iter(t.trained().values())).optimizer
+        optimizer.inner.register_step_pre_hook(lambda *_: full.__enter__() if t.steps_done == sound else None)
+
+    try:
+        if code is None:
+            with pytest.raises(UserError, match="was not written .* the third failure in a row"):
+                run_stage(from_files(base, fill), inputs, cfg)
+        else:
+            assert run_stage(from_files(base, fill), inputs, cfg) == code
+    finally:
+        full.__exit__()
+    said = capsys.readouterr().out
+    assert (f"make room and go on with: fastrlhf resume {tmp_path / 'run'}" in said) == (code is not None)
+
+
 # ----------------------------------------------------------------------------------------------- metrics, best, exports
 
 

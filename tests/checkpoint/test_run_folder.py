@@ -209,3 +209,11 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_and_says_so(tmp_p
     capsys.readouterr()
     assert build("sft", output_dir=str(tmp_path), resume=True).steps_done == 0
     assert "no checkpoint was written in the 1 steps of this run yet" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ folders that cannot be used
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence():
+    with pytest.raises(UserError, match="output_dir: '/proc/run' cannot be used .*; name a folder that can be"):
+        build("sft", output_dir="/proc/run")
