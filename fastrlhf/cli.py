@@ -11,6 +11,7 @@ import importlib
 import shutil
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         sys.excepthook = _print_traceback  # of a bug
+        threading.excepthook = _end_of_thread
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a reply that the terminal cannot show is no crash
@@ -151,10 +153,12 @@ def _generate(verb: str, arguments: list[str]) -> int:
     args = _parse(parser, arguments)
     _check_model("FOLDER", args.model)
     options = {name: value for name, value in vars(args).items() if name not in ("model", "prompt", "debug")}
+    from fastrlhf.runtime.console import redact
+
     replies = _load("inference").generate(args.model, args.prompt, **options)
     for i, reply in enumerate(replies):
         if len(replies) > 1:
-            print(f"--- {_shown(args.prompt[i // args.n])}")
+            print(f"--- {redact(_shown(args.prompt[i // args.n]))}")
         print(_shown(reply), flush=True)
     return EXIT_DONE
 
@@ -281,6 +285,14 @@ def _print_traceback(*error: Any) -> None:
 
     lines = traceback.format_exception(*(error or sys.exc_info()))
     print(redact(clean("".join(lines))), end="", file=sys.stderr)
+
+
+def _end_of_thread(end: threading.ExceptHookArgs) -> None:
+    """A full disk ends the thread that writes TensorBoard's files: one sentence, the run goes on."""
+    if issubclass(end.exc_type, OSError):
+        _print_error(f"{end.thread.name if end.thread else 'a thread'} ended: {end.exc_value}")
+    elif not issubclass(end.exc_type, SystemExit):
+        _print_traceback(end.exc_type, end.exc_value, end.exc_traceback)
 
 
 def _print_error(message: str) -> None:

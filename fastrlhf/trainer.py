@@ -327,6 +327,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         with distributed.lead_first():
             self.store, checkpoint = self.run_folder.open() if lead else self.run_folder.read()
         try:
+            if checkpoint is not None:
+                _check_state(checkpoint)
             if lead and self.folder is not None:
                 resumed = checkpoint.state["bytes"] if checkpoint else {}
                 self.tracker.open(self.folder, resumed if config.resume else None)
@@ -502,6 +504,15 @@ def run_stage(trainer: type[Trainer], inputs: dict[str, Any], config: StageConfi
     finally:
         stage.tracker.close()
     return 0
+
+
+def _check_state(checkpoint: Checkpoint) -> None:
+    """UserError for a checkpoint made by hand: what no run leaves out is missing."""
+    state = checkpoint.state
+    known = {"step", "best", "last_step", "config", "optimizers", "parts", "tensors", "bytes"}
+    missing = sorted(known - state.keys()) if isinstance(state, dict) else ["step"]
+    if missing:
+        raise UserError(f"{checkpoint.path}/state.json: has no {missing[0]!r}; start again with another output_dir")
 
 
 def _rng_name(rank: int) -> str:

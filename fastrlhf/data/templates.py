@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import Messages
+from fastrlhf.data.limits import TEMPLATE_SECONDS, time_limit
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -130,8 +131,15 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_genera
 
     if not tokenizer.chat_template:
         raise UserError('the tokenizer has no chat template: name one, e.g. chat_template="default"')
+    slow = f"the chat template takes more than {TEMPLATE_SECONDS:g} s for a conversation of {len(messages)} messages"
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        with time_limit(TEMPLATE_SECONDS, f"{slow}; repair it, or name another with chat_template"):
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"the chat template fails ({what}); repair it, or name another with chat_template") from error
     except TemplateSyntaxError as error:
         raise UserError(f"line {error.lineno} of the chat template is broken: {error.message}") from error
     except TemplateError as error:
