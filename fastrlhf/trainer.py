@@ -113,6 +113,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         self._stop: StopSignal | None = None  # while the loop runs
         self._stopping = False
         self.run_folder = RunFolder(config, inputs)
+        if distributed.is_lead():  # another rank may get here when the lead has taken the folder already
+            self.run_folder.check()
         self.store: CheckpointStore | None = None
         self.tracker = Tracker(None, config.stage, total_steps, console=distributed.is_lead())
         self.memory = MemoryBackoff(config, device, self.tracker.event)
@@ -320,6 +322,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
 
     def _begin(self) -> None:
         """Take the run folder, open its files, and get the state of a resumed run back."""
+        import rich.style  # noqa: F401 - it draws from `random` when first imported: now, not in the middle of a seeded run
+
         config, lead = self.config, distributed.is_lead()
         for role in self.trained().values():
             role.optimizer.inner.register_step_pre_hook(self._update_begins)

@@ -30,15 +30,19 @@ MAY_CHANGE |= {"probe", "offload", "gradient_checkpointing", "micro_batch_tokens
 
 
 class RunFolder:
-    """The folder of a run. It is checked when this is made, and taken by `open`: nothing is written or removed before
-    everything else of the run is ready. path None: there is no folder, and nothing is written.
+    """The folder of a run. It is checked first, by `check`, and taken last, by `open`: nothing is written or removed
+    before everything else of the run is ready. path None: there is no folder, and nothing is written.
 
-    inputs: the trainer's arguments beside the config, by name. Raises UserError for a folder that cannot be used.
+    inputs: the trainer's arguments beside the config, by name.
     """
 
     def __init__(self, config: StageConfig, inputs: dict[str, Any]) -> None:
         self.config, self.inputs = config, inputs
         self.path = Path(config.output_dir) if config.output_dir else None
+
+    def check(self) -> None:
+        """Refuse a folder that cannot be used (UserError), in the process that leads."""
+        config = self.config
         if self.path is not None:
             check_folder(self.path, overwrite=config.overwrite, resume=config.resume, verb=config.stage)
 

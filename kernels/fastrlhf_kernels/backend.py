@@ -65,6 +65,10 @@ def _obstacle(tensors: tuple[Tensor | None, ...], name: str) -> str:
     return f"the tensors are on {what} (its kernels run on a GPU, or on the CPU with TRITON_INTERPRET=1)"
 
 
-@torch.compiler.assume_constant_result
 def _capability(device: int | None) -> tuple[int, int]:
     return OLDEST if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+# What `torch.compiler.assume_constant_result` sets. It is not called: it imports torch._dynamo, a second and more, into
+# every process that imports this package.
+_capability._dynamo_marked_constant = True

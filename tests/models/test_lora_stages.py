@@ -13,6 +13,7 @@ from fastrlhf.config.errors import ConfigError
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.models import heads, loading
 from fastrlhf.models.adapter_folder import read_adapter
+from fastrlhf.models.token_batch import target_log_probs
 from fastrlhf.rl.scorers import AdapterScorer
 from fastrlhf.sft import main as sft_main
 from tests import lora_runs as runs
@@ -51,8 +52,8 @@ def test_the_first_loss_is_that_of_full_training():
     )
     grads = {}
     for trainer in (t, full):
-        batch = next(trainer._batches(trainer.examples[:4]))
-        (-trainer._log_probs(batch).sum()).backward()
+        batch = next(trainer.batches(trainer.items[:4]))
+        (-target_log_probs(trainer.model, batch).sum()).backward()
         grads[trainer] = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
     name = "model.layers.1.mlp.up_proj"
     down = t.model.get_submodule(name).lora_A["policy"].weight

@@ -189,7 +189,7 @@ def test_best_of_n_is_measured_once_before_training(tmp_path):
     assert event["curve"] == best_of_n_curve(groups, 5)
     drawn = build_report(run).read_text(encoding="utf-8").partition('<figure id="fig-reward-kl"')[2]
     figure, _, rest = drawn.partition("</figure>")
-    assert "series-1-0" in figure and "stroke-dasharray" in figure and "best of 1, 2, 4" in figure
+    assert "series-0-1" in figure and 'class="dashed"' in figure and "best of 1, 2, 4" in figure
     assert '<figure id="fig-win-rate"' in rest
 
 

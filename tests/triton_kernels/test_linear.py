@@ -169,7 +169,7 @@ def test_gradients_nobody_needs_are_not_computed(device, monkeypatch):
     with recorded() as launches:  # rows whose gradient is exactly zero are left out of the backward
         head = plain_head(*(t.detach().to("meta") for t in (hidden, weight, labels)))
         linear_log_probs.linear_backward(head, *[zeros.to("meta")] * 5, Need(True, True, False, False))
-    assert launches[0].kernel is linear_log_probs._linear_backward
+    assert launches[0].kernel.fn.__name__ == "_linear_backward"
     seen = []
     backward = linear_log_probs.linear_backward
     monkeypatch.setattr(
