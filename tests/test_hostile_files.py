@@ -53,9 +53,7 @@ def test_adapters_that_lead_back_to_themselves_are_named(tmp_path: Path) -> None
         folder.mkdir()
         config = {"peft_type": "LORA", "lora_alpha": 1, "base_model_name_or_path": str(base)}
         (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        UserError, match="a/adapter_config.json: base_model_name_or_path leads back to '.*a'"
-    ):
+    with pytest.raises(UserError, match="a/adapter_config.json: base_model_name_or_path leads back to '.*a'"):
         base_of(a, "policy")
     config = {"peft_type": "LORA", "lora_alpha": 1, "base_model_name_or_path": str(a)}
     (a / "adapter_config.json").write_text(json.dumps(config))
@@ -144,10 +142,10 @@ def test_secrets_in_prompts_reach_neither_table_nor_log(capsys: pytest.CaptureFi
 
 
 def test_an_error_cannot_steer_the_terminal_or_tell_a_secret(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["sft", f"no\x1b[2Jsuch{TOKEN}\x07"]) == 2
+    assert main(["sft", f"no\x1b[2Jsuch-{TOKEN}\x07"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and TOKEN not in said and not {"\x1b", "\x07"} & set(said)
-    assert main(["sft", f"no\x1b[2Jsuch{TOKEN}", "--debug"]) == 2
+    assert main(["sft", f"no\x1b[2Jsuch-{TOKEN}", "--debug"]) == 2
     said = capsys.readouterr().err
     assert "Traceback" in said and TOKEN not in said and "\x1b" not in said
 
@@ -156,7 +154,7 @@ BUG = """
 import sys
 import fastrlhf.cli as cli
 def bug(verb, arguments):
-    raise KeyError("\\x1b[2J{token}")
+    raise KeyError("\\x1b[2J {token}")
 def disk(verb, arguments):
     open("/proc/no/such", "w")
 cli.VERBS["bug"], cli.VERBS["disk"] = (bug, ""), (disk, "")

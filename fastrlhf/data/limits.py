@@ -46,9 +46,7 @@ def bounded_lines(file: IO[bytes], name: str) -> Iterator[bytes]:
     while line := file.readline(ROW_BYTES + 1):
         number += 1
         if len(line) > ROW_BYTES:
-            raise UserError(
-                f"{name}:{number}: the row unpacks to more than {ROW_BYTES >> 20} MiB, the most for a row"
-            )
+            raise UserError(f"{name}:{number}: the row unpacks to more than {ROW_BYTES >> 20} MiB, the most for a row")
         yield line
 
 
