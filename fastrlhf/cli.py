@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,6 +35,9 @@ STAGES = {"sft": "sft", "reward": "reward_model", "ppo": "ppo"}  # verb -> modul
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; argv defaults to the process's arguments. Returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.excepthook = _print_traceback  # of a bug
+        threading.excepthook = _end_of_thread
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a reply that the terminal cannot show is no crash
@@ -46,9 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_KILLED
     except UserError as error:
         if "--debug" in arguments:
-            traceback.print_exc()
+            _print_traceback()
         if _speaks():
             _print_error(str(error))
+        return EXIT_USER_ERROR
+    except OSError as error:  # a folder that cannot be written, a full disk, a host that is not reached
+        if "--debug" in arguments:
+            _print_traceback()
+        if _speaks():
+            _print_error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
         return EXIT_USER_ERROR
     except RankLost as error:
         if _speaks():
@@ -190,10 +200,12 @@ def _generate(verb: str, arguments: list[str]) -> int:
     if args.output is not None:
         written = [{**row.columns, "prompt": row.prompt, "response": r} for row, r in zip(asked, replies)]
         return _write(args.output, written)
+    from fastrlhf.runtime.console import redact
+
     for row, reply in zip(asked, replies):
         if len(replies) > 1:
             text = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
-            print(f"--- {_shown(text)}")
+            print(f"--- {redact(_shown(text))}")
         print(_shown(reply), flush=True)
     return EXIT_DONE
 
@@ -361,8 +373,26 @@ def _shown(text: str) -> str:
     return clean(text) if sys.stdout.isatty() else text
 
 
+def _print_traceback(*error: Any) -> None:
+    """The traceback of `error` (type, value, traceback; none: the one being handled), safe for a terminal."""
+    from fastrlhf.runtime.console import clean, redact
+
+    lines = traceback.format_exception(*(error or sys.exc_info()))
+    print(redact(clean("".join(lines))), end="", file=sys.stderr)
+
+
+def _end_of_thread(end: threading.ExceptHookArgs) -> None:
+    """A full disk ends the thread that writes TensorBoard's files: one sentence, the run goes on."""
+    if issubclass(end.exc_type, OSError):
+        _print_error(f"{end.thread.name if end.thread else 'a thread'} ended: {end.exc_value}")
+    elif not issubclass(end.exc_type, SystemExit):
+        _print_traceback(end.exc_type, end.exc_value, end.exc_traceback)
+
+
 def _print_error(message: str) -> None:
-    lines = message.splitlines() or [""]
+    from fastrlhf.runtime.console import clean, redact
+
+    lines = redact(clean(message)).splitlines() or [""]
     if len(lines) > MESSAGE_LINES:
         rest = len(lines) - MESSAGE_LINES + 1
         lines = [*lines[: MESSAGE_LINES - 1], f"... and {rest} more"]

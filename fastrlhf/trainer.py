@@ -9,10 +9,11 @@ Last, when `__init__` is done, the run folder is taken and a resumed run gets it
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.checkpoint.atomic import CheckpointError, replace_folder
+from fastrlhf.checkpoint.atomic import CheckpointError, export_folder
 from fastrlhf.checkpoint.run_folder import RunFolder, check_identity, identity
 from fastrlhf.checkpoint.state import (
     load_optimizer_tensors,
@@ -41,7 +42,7 @@ from fastrlhf.models.lora import Adapters
 from fastrlhf.models.saving import write_model
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import Sampler
-from fastrlhf.runtime.guards import Interrupted, StopSignal, UpdateGuard
+from fastrlhf.runtime.guards import Interrupted, StopNow, StopSignal, UpdateGuard
 from fastrlhf.runtime.memory import MemoryBackoff
 from fastrlhf.runtime.metrics import throughput
 from fastrlhf.runtime.optim import Optimizer, TrainedRole, lr_at
@@ -106,6 +107,11 @@ class Trainer(metaclass=_BegunWhenBuilt):
         self.planned_steps, self.steps_done = total_steps, 0
         self.last_step: int | None = None  # where a step finds that it is the last one
         self.best: float | None = None
+        self._unfinished: dict[str, float] | None = None  # metrics of a step whose evaluation has not ended
+        self._end: dict[str, Any] | None = None  # state at the end of the last step; None: weights have changed since
+        self._saved_end: dict[str, Any] | None = None  # the one that the last checkpoint holds
+        self._stop: StopSignal | None = None  # while the loop runs
+        self._stopping = False
         self.run_folder = RunFolder(config, inputs)
         if distributed.is_lead():  # another rank may get here when the lead has taken the folder already
             self.run_folder.check()
@@ -155,7 +161,12 @@ class Trainer(metaclass=_BegunWhenBuilt):
     # ------------------------------------------------------------------------------------------------- the user's end
 
     def __iter__(self) -> Iterator[Step]:
-        return self._steps()
+        if distributed.is_lead():
+            self.run_folder.take()
+        try:
+            yield from self._steps()
+        finally:
+            self.run_folder.release()
 
     def train(self) -> dict[str, float]:
         """Run every remaining step -> the metrics of the last one."""
@@ -168,7 +179,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         """Write the first trained model as a folder that stock transformers loads, replaced as a whole: weights (an
         adapter merged into them), tokenizer, chat template and generation config.
 
-        adapter: the LoRA adapter alone, as peft loads it (with the head of a reward model); UserError without `lora`.
+        A folder that holds anything but an earlier export is refused with a UserError that names it. adapter: the LoRA
+        adapter alone, as peft loads it (with the head of a reward model); UserError without `lora`.
         """
         first = next(iter(self.trained().values()))
         if adapter and first.adapter is None:
@@ -180,8 +192,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         with self.averaged():
             weights = first.merged() if first.merged and not adapter else None
             write_adapter = first.adapter if adapter else None
-            replace_folder(
-                lambda target: write_model(target, model, self.tokenizer, stops, weights, write_adapter), Path(folder)
+            export_folder(
+                lambda target: write_model(target, model, self.tokenizer, stops, weights, write_adapter), folder
             )
 
     def save_as_trained(self, folder: Path) -> None:
@@ -191,29 +203,107 @@ class Trainer(metaclass=_BegunWhenBuilt):
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def _steps(self) -> Iterator[Step]:
-        """Run the remaining steps. Raises Interrupted after a signal, once a checkpoint is written."""
-        config = self.config
-        with StopSignal() as stop:
-            if self.steps_done == 0 and config.eval_every:
-                self.tracker.log(0, self._evaluate())
+        """Run the remaining steps. Raises Interrupted after a signal, once a checkpoint is written.
+
+        Until a step changes weights they are those of the end of the last one. Whatever ends the loop before that (an
+        exception of a reward, memory that runs out, a signal) has that end saved, and resume makes the step anew.
+        """
+        with ExitStack() as stack:
+            self._stop = stack.enter_context(StopSignal(self._describe_stop))
+            stack.push(self._on_the_way_out)
+            self._end = self._state_of_the_end()
+            if self.steps_done == 0 and self.config.eval_every:
+                self._finish_step({}, {})
+            elif self._unfinished is not None:  # it was stopped in this evaluation
+                self._finish_step(self._unfinished, {})
+                self._stop_if_asked()
             while self.steps_done < self.total_steps:
-                result = self.step()
-                done, total = self.steps_done, self.total_steps  # a step may find that it was the last
-                if config.eval_every and (done % config.eval_every == 0 or done == total):
-                    result.metrics.update(self._evaluate())
-                self.tracker.log(done, result.metrics, result.timings)
-                stopping = distributed.any_of(stop.requested)
-                due = config.save_every and done % config.save_every == 0
-                if due or stopping or done == total:
-                    self._save()
+                if self._stop.requested and distributed.size() == 1:  # it came after the step or in the user's loop
+                    raise StopNow
+                with self._at_once():
+                    result = self.step()
+                self._finish_step(result.metrics, result.timings)
                 yield result
-                if stopping and done < total:
-                    where = f"; go on with: fastrlhf resume {self.folder}" if self.folder else ""
-                    by = stop.name or "a signal to another rank"
-                    raise Interrupted(f"stopped by {by} after step {done} of {total}{where}")
+                self._stop_if_asked()
+
+    def _at_once(self) -> AbstractContextManager[None]:
+        """Let signals stop the work inside. Ranks have to stop together, so several of them do at the end of a step."""
+        return self._stop.at_once() if distributed.size() == 1 else nullcontext()
+
+    def _finish_step(self, metrics: dict[str, float], timings: dict[str, float]) -> None:
+        """Evaluate where that is due, write the row of the step, save where that is due."""
+        config, done = self.config, self.steps_done
+        last = done == self.total_steps  # a step may find that it was the last
+        if config.eval_every and (done % config.eval_every == 0 or last):
+            self._unfinished = {name: getattr(value, "item", lambda v=value: v)() for name, value in metrics.items()}
+            self._end = self._state_of_the_end()
+            metrics.update(self._evaluate())
+        self.tracker.log(done, metrics, timings)
+        self._unfinished = None
+        self._end = self._state_of_the_end()
+        self._stopping = distributed.any_of(self._stop.requested)
+        if done > 0 and (self._stopping or last or (config.save_every and done % config.save_every == 0)):
+            self._save()
+
+    def _stop_if_asked(self) -> None:
+        if self._stopping and self.steps_done < self.total_steps:
+            raise self._interrupted(self._stop)
+
+    def _interrupted(self, stop: StopSignal) -> Interrupted:
+        done, by = self.steps_done, stop.name or "a signal to another rank"
+        where = f"; go on with: fastrlhf resume {self.folder}" if self.folder else ""
+        return Interrupted(f"stopped by {by} after step {done} of {self.total_steps}{where}")
+
+    def _describe_stop(self, now: bool) -> str:
+        """Say what a signal leads to."""
+        first = "stopping now, without the step that was begun" if now else "waiting for the end of the step"
+        return first if self.store is None else f"{first}, then writing a checkpoint"
+
+    def _update_begins(self, *_: object) -> None:
+        """Called before an optimizer changes a weight: the step is ended from here on."""
+        if self._stop is not None:
+            self._end = None
+            self._stop.hold()
+
+    def _state_of_the_end(self) -> dict[str, Any]:
+        """Everything that a step changes before its update, as it is after the last one."""
+        state = {
+            "step": self.steps_done,
+            "last_step": self.last_step,
+            "best": self.best,
+            "unfinished": self._unfinished,
+            "parts": {name: part.state() for name, part in self._all_parts().items()},
+            "bytes": self.tracker.lengths(),
+        }
+        return {**copy.deepcopy(state), "rng": rng_tensors()}
+
+    def _on_the_way_out(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Go back to the end of the last step and save it, where the loop is left in the middle of a step by an
+        exception that came before the update. Several ranks are left by one: they cannot save together."""
+        stop, self._stop = self._stop, None
+        if kind in (None, GeneratorExit, Interrupted) or issubclass(kind, CheckpointError) or stop.insisted:
+            return
+        if self._end is None or distributed.size() > 1:
+            return
+        self._go_back(self._end)
+        if self.steps_done > 0 and self._end is not self._saved_end:  # before the first step nothing is lost
+            self._save()
+        if kind is StopNow:
+            raise self._interrupted(stop) from None
+        if self.store is not None and self._end is self._saved_end:
+            self.tracker.note(f"step {self.steps_done} of {self.total_steps} is saved: fastrlhf resume goes on from it")
+
+    def _go_back(self, end: dict[str, Any]) -> None:
+        for role in self.trained().values():
+            role.optimizer.zero_grad()
+        self.steps_done, self.last_step, self.best = end["step"], end["last_step"], end["best"]
+        self._unfinished = end["unfinished"]
+        for name, part in self._all_parts().items():
+            part.load_state(copy.deepcopy(end["parts"][name]))
+        restore_rng(end["rng"])
 
     def _evaluate(self) -> dict[str, float]:
-        with self.tracker.phase("evaluate"):
+        with self.tracker.phase("evaluate"), self._at_once():
             metrics = self.evaluate()
         name, higher = self.best_metric
         value = metrics.get(name)
@@ -224,7 +314,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
             if self.folder is not None:
                 try:
                     self.save_as_trained(self.folder / "best")
-                except CheckpointError as error:  # the older best model is still there
+                except UserError as error:  # the disk, or another's file: the older best model is still there
                     self.tracker.event("checkpoint", str(error))
         return metrics
 
@@ -233,18 +323,26 @@ class Trainer(metaclass=_BegunWhenBuilt):
     def _begin(self) -> None:
         """Take the run folder, open its files, and get the state of a resumed run back."""
         config, lead = self.config, distributed.is_lead()
+        for role in self.trained().values():
+            role.optimizer.inner.register_step_pre_hook(self._update_begins)
         seed_rng(config.seed)  # for user reward functions too; a resumed run gets its own state back below
         with distributed.lead_first():
             self.store, checkpoint = self.run_folder.open() if lead else self.run_folder.read()
-        if lead and self.folder is not None:
-            resumed = checkpoint.state["bytes"] if checkpoint else {}
-            self.tracker.open(self.folder, resumed if config.resume else None)
-        for note in self.store.notes if self.store else []:
-            self.tracker.note(note)
-        if checkpoint is not None:
-            self._restore(checkpoint)
-            if lead:
-                self.run_folder.write_recipe(self.folder)  # it may go further than it was first told to
+        try:
+            if checkpoint is not None:
+                _check_state(checkpoint)
+            if lead and self.folder is not None:
+                resumed = checkpoint.state["bytes"] if checkpoint else {}
+                self.tracker.open(self.folder, resumed if config.resume else None)
+            for note in self.store.notes if self.store else []:
+                self.tracker.note(note)
+            if checkpoint is not None:
+                self._restore(checkpoint)
+                if lead:
+                    self.run_folder.write_recipe(self.folder)  # it may go further than it was first told to
+        except UserError:
+            self.run_folder.release()
+            raise
 
     def _all_parts(self) -> dict[str, Stateful]:
         return {"guard": self.guard, "memory": self.memory, **self.parts()}
@@ -252,9 +350,11 @@ class Trainer(metaclass=_BegunWhenBuilt):
     def _save(self) -> None:
         if self.store is None:
             return
+        end = self._end
         random = _rng_of_every_rank()
         if not distributed.is_lead():
             return
+        self.tracker.sync()
         trained = self.trained()
         groups = {name: part.tensors() for name, part in self.tensor_parts().items()}
         groups = {name: group for name, group in groups.items() if group}
@@ -265,19 +365,16 @@ class Trainer(metaclass=_BegunWhenBuilt):
             if role.parts is not None:
                 tensors[f"weights_{name}"] = {key: tensor.detach() for key, tensor in role.parts.items()}
         state = {
-            "step": self.steps_done,
-            "last_step": self.last_step,
-            "best": self.best,
+            **{name: end[name] for name in ("step", "last_step", "best", "unfinished", "parts", "bytes")},
             "config": identity(self.config),
             "optimizers": optimizers,
-            "parts": {name: part.state() for name, part in self._all_parts().items()},
             "tensors": sorted(groups),
-            "bytes": self.tracker.bytes(),
         }
         models = {name: role.model for name, role in trained.items() if role.parts is None}
         try:
             with self.tracker.phase("save"):
                 self.store.save(self.steps_done, models=models, tensors=tensors, state=state, tokenizer=self.tokenizer)
+            self._saved_end = end
         except CheckpointError as error:
             if error.fatal:
                 raise
@@ -298,7 +395,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
         mine = _rng_name(distributed.rank())  # a run may go on with more ranks than it had
         restore_rng(checkpoint.tensors(mine if f"{mine}.safetensors" in checkpoint.files else "rng"))
         self.steps_done, self.best = state["step"], state["best"]
-        self.last_step = state["last_step"]
+        self.last_step, self._unfinished = state["last_step"], state.get("unfinished")
         for name, part in self._all_parts().items():
             part.load_state(state["parts"][name])
         parts = self.tensor_parts()
@@ -386,7 +483,8 @@ def device_of(model: object) -> torch.device:
 
 def run_stage(trainer: type[Trainer], inputs: dict[str, Any], config: StageConfig) -> int:
     """Run a whole stage for the command line: train, write output_dir/final (with lora and a base that is not quantised
-    output_dir/adapter too; else final is the adapter) -> exit code 0, or 75 when interrupted."""
+    output_dir/adapter too; else final is the adapter) -> exit code 0, or 75 when interrupted, or when the
+    disk is full, with a checkpoint to go on from."""
     if config.output_dir is None:
         raise UserError("output_dir: name the run folder, for example output_dir=runs/first")
     stage = trainer(config, **inputs)
@@ -400,9 +498,23 @@ def run_stage(trainer: type[Trainer], inputs: dict[str, Any], config: StageConfi
     except Interrupted as stopped:
         stage.tracker.note(str(stopped))
         return EXIT_INTERRUPTED
+    except CheckpointError as error:  # of the third save that failed in a row, or of the export
+        if stage.store.latest() is None:
+            raise
+        stage.tracker.note(f"{error}; make room and go on with: fastrlhf resume {stage.folder}")
+        return EXIT_INTERRUPTED
     finally:
         stage.tracker.close()
     return 0
+
+
+def _check_state(checkpoint: Checkpoint) -> None:
+    """UserError for a checkpoint made by hand: what no run leaves out is missing."""
+    state = checkpoint.state
+    known = {"step", "best", "last_step", "config", "optimizers", "parts", "tensors", "bytes"}
+    missing = sorted(known - state.keys()) if isinstance(state, dict) else ["step"]
+    if missing:
+        raise UserError(f"{checkpoint.path}/state.json: has no {missing[0]!r}; start again with another output_dir")
 
 
 def _rng_name(rank: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -272,9 +273,15 @@ def test_other_data_is_refused(tmp_path):
 
 
 def signalled(t: Trainer, at: int, number: int = signal.SIGTERM) -> Trainer:
-    """Send a signal to this process in the middle of step `at`."""
-    optimizer = next(iter(t.trained().values()))[1]
-    optimizer.inner.register_step_pre_hook(lambda *_: os.kill(os.getpid(), number) if t.steps_done == at - 1 else None)
+    """Send a signal to this process, once, in the middle of the update of step `at`."""
+    sent: list[int] = []
+
+    def send(*_: object) -> None:
+        if not sent and t.steps_done == at - 1:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    next(iter(t.trained().values())).optimizer.inner.register_step_pre_hook(send)
     return t
 
 
@@ -301,6 +308,94 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(stage, tmp_path
     resumed.train()
     assert differing(resumed, uninterrupted) == []
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+class Lost(Exception):
+    """What a reward function may raise."""
+
+
+def leaves_once(t: Trainer, at: int, how: object, *, evaluating: bool = False) -> Trainer:
+    """Leave the work of step `at` (or the evaluation after it) once, before any update: by an exception or a signal."""
+    real = t.rollout if isinstance(t, PPOTrainer) else t.accumulate
+    left = []
+
+    def work(*args: object, **kwargs: object) -> object:
+        if not left and t.steps_done == at - (not evaluating) and (kwargs.get("purpose") == "eval") == evaluating:
+            left.append(random.random() + float(torch.rand(())))  # draws that must be undone
+            if isinstance(how, BaseException):
+                raise how
+            os.kill(os.getpid(), how)
+            pytest.fail("not at once")
+        return real(*args, **kwargs)
+
+    setattr(t, "rollout" if isinstance(t, PPOTrainer) else "accumulate", work)
+    return t
+
+
+STOPS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+WAYS = [Lost("reward"), UserError("reward"), torch.OutOfMemoryError("rollout"), SystemExit(0), *STOPS]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_whatever_ends_a_step_before_its_update_has_the_last_step_saved(stage, how, tmp_path, whole):
+    """Byte for byte: step 4 is made anew, by another process or by the same trainer."""
+    if stage == "sft" and isinstance(how, torch.OutOfMemoryError):
+        pytest.skip("the policy for memory makes it again from smaller pieces")
+    folder, uninterrupted = whole(stage)
+    t = leaves_once(build(stage, output_dir=str(tmp_path / "run")), 4, how)
+    with pytest.raises(type(how) if isinstance(how, BaseException) else Interrupted):
+        t.train()
+    assert t.steps_done == 3 and (tmp_path / "run" / "checkpoints" / "step-000003").is_dir()
+    random.seed(7), torch.manual_seed(7)
+    resumed = build(stage, output_dir=str(tmp_path / "run"), resume=True)
+    assert resumed.steps_done == 3
+    resumed.train()
+    t.train()
+    for run in (resumed, t):
+        assert differing(run, uninterrupted) == []
+    checkpoint = Path("checkpoints", "step-000004", "rng.safetensors")
+    assert (tmp_path / "run" / checkpoint).read_bytes() == (folder / checkpoint).read_bytes()
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_an_evaluation_that_is_stopped_is_made_when_the_run_goes_on(at, tmp_path, whole):
+    """The row of its step is written then, the last step's too."""
+    folder, uninterrupted = whole("ppo")
+    t = leaves_once(build("ppo", output_dir=str(tmp_path / "run")), at, signal.SIGTERM, evaluating=True)
+    with pytest.raises(Interrupted, match=f"after step {at} of 4"):
+        t.train()
+    assert read(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == at - 1
+    resumed = build("ppo", output_dir=str(tmp_path / "run"), resume=True)
+    assert resumed.steps_done == at
+    resumed.train()
+    assert differing(resumed, uninterrupted) == [] and resumed.best == uninterrupted.best
+    for name in ("metrics.jsonl", "samples.jsonl", "best/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_an_exception_in_the_middle_of_an_update_saves_nothing(tmp_path):
+    t = build("sft", output_dir=str(tmp_path / "run"), save_every=0)
+    optimizer = next(iter(t.trained().values())).optimizer
+
+    def fail(*_: object) -> None:
+        if t.steps_done == 1:
+            raise Lost
+
+    optimizer.inner.register_step_post_hook(fail)
+    with pytest.raises(Lost):
+        t.train()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_first_signal_says_what_is_waited_for(tmp_path, capfd):
+    with pytest.raises(Interrupted):
+        signalled(build("sft", output_dir=str(tmp_path / "run")), 1, signal.SIGINT).train()
+    said = "SIGINT: waiting for the end of the step, then writing a checkpoint; once more ends at once"
+    assert said in capfd.readouterr().err
+    with pytest.raises(Interrupted):
+        leaves_once(build("sft"), 1, signal.SIGINT).train()
+    assert "SIGINT: stopping now, without the step that was begun; once more" in capfd.readouterr().err
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path):
@@ -381,6 +476,66 @@ def test_the_third_failed_checkpoint_in_a_row_stops_the_run(tmp_path):
     assert t.steps_done == 3 and len(read(tmp_path / "run" / "metrics.jsonl")) == 3
 
 
+def test_lines_that_a_full_disk_did_not_take_are_written_whole_when_there_is_room(tmp_path, whole, capsys):
+    """What happened meanwhile is said on the console; the files are those of a run on a sound disk."""
+    folder, _ = whole("sft")
+    t = build("sft", output_dir=str(tmp_path / "run"))
+    steps = iter(t)
+    next(steps)
+    sizes = [(tmp_path / "run" / name).stat().st_size for name in ("metrics.jsonl", "events.jsonl")]
+    with FullDisk(sizes[0] + 10):  # a part of a line has room
+        t.tracker.event("alarm", "seen while the disk was full" + "." * sizes[0])
+        next(steps)
+        assert (tmp_path / "run" / "metrics.jsonl").stat().st_size == sizes[0]
+        assert (tmp_path / "run" / "events.jsonl").stat().st_size == sizes[1]
+    said = capsys.readouterr().out
+    assert "seen while the disk was full" in said and said.count("metrics.jsonl: not written (File too large)") == 1
+    list(steps)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    assert [e["kind"] for e in read(tmp_path / "run" / "events.jsonl")][0] == "alarm"
+
+
+def test_a_line_torn_before_the_checkpoint_ends_nothing(tmp_path, capsys):
+    t = build("sft", output_dir=str(tmp_path / "run"), save_every=1)
+    steps = iter(t)
+    next(steps)
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 2, "lo')
+    leave_after(t, 1)
+    again = build("sft", output_dir=str(tmp_path / "run"), save_every=1, resume=True)
+    assert "skipped a damaged line" in capsys.readouterr().out
+    again.train()
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-2:]
+    ] == [
+        3,
+        4,
+    ]
+
+
+@pytest.mark.parametrize(("sound", "code"), [(1, EXIT_INTERRUPTED), (0, None)])
+def test_three_failed_saves_end_with_75_where_there_is_a_checkpoint(sound, code, tmp_path, base, capsys):
+    """Else with an error of the user's, which the command line ends with 2."""
+    inputs = {"model": str(base / "model"), "data": str(base / "rows.jsonl")}
+    cfg = SFTConfig(**{**COMMON, "total_steps": 9, "save_every": 1, "eval_every": 0}, output_dir=str(tmp_path / "run"))
+    full = FullDisk()
+
+    def fill(t: Trainer) -> None:
+        optimizer = next(iter(t.trained().values())).optimizer
+        optimizer.inner.register_step_pre_hook(lambda *_: full.__enter__() if t.steps_done == sound else None)
+
+    try:
+        if code is None:
+            with pytest.raises(UserError, match="was not written .* the third failure in a row"):
+                run_stage(from_files(base, fill), inputs, cfg)
+        else:
+            assert run_stage(from_files(base, fill), inputs, cfg) == code
+    finally:
+        full.__exit__()
+    said = capsys.readouterr().out
+    assert (f"make room and go on with: fastrlhf resume {tmp_path / 'run'}" in said) == (code is not None)
+
+
 # ----------------------------------------------------------------------------------------------- metrics, best, exports
 
 
@@ -437,13 +592,12 @@ def test_a_first_evaluation_that_measured_nothing_is_not_the_best(tmp_path):
 def test_an_export_is_whole_and_replaces_the_old_one(stage, kind, tmp_path):
     t = build(stage)
     t.save(tmp_path / "out")
-    (tmp_path / "out" / "stray.bin").write_text("from before")
     t.train()
     t.save(tmp_path / "out")
     model = kind.from_pretrained(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), t.model.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tiny.CHAT_TEMPLATE
-    assert not (tmp_path / "out" / "stray.bin").exists() and [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_export_that_fails_leaves_the_old_one(tmp_path):

@@ -16,8 +16,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from fastrlhf.checkpoint import owned
+from fastrlhf.config.errors import UserError
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(UserError):
     """A checkpoint could not be written; nothing was left behind and older ones are untouched.
 
     Training may go on and try again at the next interval unless `fatal` is set: that was the third failure
@@ -99,6 +102,36 @@ def recover(folder: Path) -> None:
     for tmp in folder.glob(".tmp-*"):
         if tmp.is_dir() and not tmp.is_symlink():
             shutil.rmtree(tmp, ignore_errors=True)
+
+
+def export_folder(write: Callable[[Path], None], target: str | Path) -> None:
+    """`replace_folder` for a folder that people may put files into: with a list of its files, and refused where another
+    file is in the folder that would be replaced.
+
+    Raises UserError naming that file, or the folder where nothing tells who wrote it.
+    """
+    target = Path(os.path.realpath(target))  # what a link points to is written, the link stays
+    check_export(target)
+    check_export(target.with_name(f".old-{target.name}"))
+
+    def write_listed(folder: Path) -> None:
+        write(folder)
+        owned.write_list(folder)
+
+    replace_folder(write_listed, target)
+
+
+def check_export(folder: Path) -> None:
+    """UserError where `folder` cannot be replaced without losing what an export did not write."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"save: {str(folder)!r} is a file; name a folder")
+    try:
+        other = owned.unlisted(folder) if folder.is_dir() else None
+    except OSError as error:
+        raise UserError(f"save: {str(folder)!r} cannot be read ({error.strerror}); name another folder") from error
+    if other is not None:
+        what = "is not known to be an export" if other == folder else "was not written by an export"
+        raise UserError(f"save: {str(other)!r} {what}, so nothing is replaced; move it away, or name another folder")
 
 
 def replace_folder(write: Callable[[Path], None], target: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from fastrlhf._version import __version__
+from fastrlhf.checkpoint import lock, owned
 from fastrlhf.checkpoint.atomic import settle
 from fastrlhf.checkpoint.store import Checkpoint, CheckpointStore
 from fastrlhf.config.base import StageConfig
@@ -49,18 +51,42 @@ class RunFolder:
         if self.path is None:
             return None, None
         config = self.config
-        prepare_folder(self.path, overwrite=config.overwrite, resume=config.resume, verb=config.stage)
-        store, checkpoint = self.read()
-        if checkpoint is None or not (self.path / "run.json").exists():
-            self._describe()
+        try:
+            if self.path.is_dir():
+                lock.acquire(self.path)
+            prepare_folder(self.path, overwrite=config.overwrite, resume=config.resume, verb=config.stage)
+            store, checkpoint = self.read()
+            if checkpoint is None or not (self.path / "run.json").exists():
+                self._describe()
+        except OSError as error:
+            self.release()
+            raise UserError(_no_folder(self.path, error)) from error
+        except UserError:
+            self.release()
+            raise
         return store, checkpoint
+
+    def take(self) -> None:
+        """Lock the folder, which `open` took and `release` gave back, again."""
+        if self.path is not None and self.path.is_dir():
+            lock.acquire(self.path)
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self.path is not None:
+            lock.release(self.path)
 
     def read(self) -> tuple[CheckpointStore | None, Checkpoint | None]:
         """The same for the processes that follow."""
         if self.path is None:
             return None, None
         store = CheckpointStore(self.path)
-        return store, store.latest() if self.config.resume else None
+        if not self.config.resume:
+            return store, None
+        checkpoint = store.latest()
+        if checkpoint is None:
+            _check_nothing_lost(store, self.config.save_every)
+        return store, checkpoint
 
     def write_recipe(self, folder: Path) -> None:
         """Write config.yaml, as a recipe that starts the same run anew in another folder."""
@@ -85,7 +111,9 @@ class RunFolder:
                 os.replace(fresh / name, self.path / name)
             fresh.rmdir()
         else:
+            lock.acquire(fresh)  # before anybody can see it under its name
             os.rename(fresh, self.path)
+            lock.moved(fresh, self.path)
 
     def _named_inputs(self) -> dict[str, Any]:
         return {name: described(value) for name, value in self.inputs.items() if value is not None}
@@ -100,7 +128,11 @@ def check_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | Non
         raise UserError(f"output_dir: {str(folder)!r} is a file; name a folder")
     if resume and not folder.is_dir():
         raise UserError(f"output_dir: {str(folder)!r} does not exist, so there is nothing to resume")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    try:
+        names = {path.name for path in folder.iterdir()} - {lock.LOCK} if folder.is_dir() else set()
+    except OSError as error:
+        raise UserError(_no_folder(folder, error)) from error
+    lock.check_free(folder)
     if resume:
         if names - {"config.yaml"} and not names & {"run.json", "checkpoints"}:  # config.yaml: killed between the two
             raise UserError(f"output_dir: {str(folder)!r} holds files that no run wrote; there is nothing to resume")
@@ -116,14 +148,64 @@ def check_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | Non
         )
     if "run.json" not in names:
         raise UserError(f"output_dir: {str(folder)!r} holds files that no run wrote; empty it by hand")
+    for stage in owned.STAGE_FOLDERS:  # of a quickstart
+        lock.check_free(folder / stage)
+    other = owned.foreign(folder)
+    if other is not None:
+        raise UserError(
+            f"output_dir: {str(other)!r} was not written by a run, so nothing in {str(folder)!r} is removed; "
+            "move it away, or name another folder"
+        )
+
+
+def _no_folder(folder: Path, error: OSError) -> str:
+    return (
+        f"output_dir: {str(folder)!r} cannot be used ({error.strerror or error}); name a folder that can be written to"
+    )
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl file that can be read."""
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _check_nothing_lost(store: CheckpointStore, save_every: int) -> None:
+    """UserError for a run to be resumed that has no checkpoint left but had one: to begin at step 0 would lose its
+    steps. A run that was killed before its first checkpoint begins again, and a note says so."""
+    steps = [row["step"] for row in _rows(store.run_dir / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    saved = any("time/save" in row for row in _rows(store.run_dir / "timings.jsonl"))
+    done = max(steps, default=0)
+    damaged = [note for note in store.notes if " is damaged " in note]
+    if damaged or (done > 0 and (saved or done > save_every > 0)):
+        what = "; ".join(damaged) or f"{store.folder} holds no checkpoint, and metrics.jsonl has {done} steps"
+        raise UserError(
+            f"resume: no checkpoint to go on from: {what}. Nothing was removed: put a checkpoint back, or start over "
+            "with another output_dir or with --overwrite"
+        )
+    if done > 0:
+        store.notes.append(f"no checkpoint was written in the {done} steps of this run yet: it begins again at step 0")
 
 
 def prepare_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | None = None) -> None:
-    """Check a folder and, to overwrite, empty it. Only what a run wrote is ever removed: a folder without run.json is
-    not."""
+    """Check a folder and, to overwrite, empty it, its lock kept. Only what a run wrote is ever removed: a folder with
+    any other file is refused."""
     check_folder(folder, overwrite=overwrite, resume=resume, verb=verb)
-    if overwrite and not resume and folder.is_dir():
-        shutil.rmtree(folder)
+    if not overwrite or resume or not folder.is_dir():
+        return
+    try:  # run.json goes last: a folder that was emptied halfway is still known as a run's
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "run.json"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != lock.LOCK:
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir: {str(folder)!r} cannot be emptied ({error})") from error
 
 
 def write_run_json(folder: Path, *, verb: str, **fields: Any) -> None:

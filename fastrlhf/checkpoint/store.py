@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fastrlhf._version import __version__
 from fastrlhf.checkpoint.atomic import CheckpointError, files, recover, replace_folder, sha256
+from fastrlhf.checkpoint.owned import MANIFEST
 from fastrlhf.checkpoint.quiet import quiet_loading
 from fastrlhf.checkpoint.state import mismatch
 from fastrlhf.config.errors import UserError
@@ -40,7 +41,7 @@ FAILURES_ALLOWED = 3
 SPACE_FACTOR = 1.2  # file headers, tokenizer, and file-system rounding above the bytes of the tensors
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 STEP = re.compile(r"step-(\d{6,})")
-MANIFEST = "MANIFEST.json"
+FIELDS = {"format_version": int, "step": int, "versions": dict, "files": dict}  # of a manifest
 
 
 class DamagedError(Exception):
@@ -90,18 +91,28 @@ def _verify(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path}: {error}") from error
     if not intact:
         raise DamagedError(f"{path}: its content does not match its own hash")
+    wrong = next((name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)), None)
+    if wrong is not None:  # made by hand: its hash fits
+        raise DamagedError(f"{path}: has no {wrong!r} as fastrlhf writes it")
     # From here on the manifest is what some version wrote, so its fields may be relied on: a format that is not known
     # is no damage, and an older checkpoint must not be taken in its place.
     if manifest["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"{path}: checkpoint format {manifest['format_version']}, this version of fastrlhf reads "
-            f"format {FORMAT_VERSION}; use the version that wrote it ({manifest['versions']['fastrlhf']})"
+            f"format {FORMAT_VERSION}; use the version that wrote it ({manifest['versions'].get('fastrlhf')})"
         )
     if folder.name != folder_name(manifest["step"]):
         raise DamagedError(f"{path}: written for step {manifest['step']}, found in a folder called {folder.name}")
     for name, expected in manifest["files"].items():
+        if not isinstance(expected, dict) or {"bytes", "sha256"} - expected.keys() or not _inside(name):
+            raise DamagedError(f"{path}: its entry {name!r} is not one that fastrlhf writes")
         _verify_file(folder / name, expected)
     return manifest
+
+
+def _inside(name: str) -> bool:
+    """Whether a name in a manifest stays in the checkpoint's own folder."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _verify_file(file: Path, expected: dict[str, Any]) -> None:
@@ -309,7 +320,9 @@ class CheckpointStore:
             folder = self.folder / folder_name(step)
             try:
                 checkpoint = Checkpoint(folder, _verify(folder))
-            except DamagedError as error:
+            except (DamagedError, OSError, ValueError) as error:
+                if isinstance(error, UserError):
+                    raise
                 self._damaged.add(folder.name)
                 self.notes.append(f"checkpoint {folder.name} is damaged and not used ({error})")
                 warnings.warn(self.notes[-1], stacklevel=2)

@@ -19,6 +19,7 @@ from typing import Any
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import BadRow
+from fastrlhf.data.limits import bounded_content, bounded_lines
 from fastrlhf.data.sources import is_packaged, packaged_file
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv")
@@ -116,11 +117,12 @@ def _read_file(path: Path) -> Rows:
             return
         with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as file:
             if name.endswith((".jsonl", ".jsonl.gz")):
-                yield from _json_lines(file, str(path))
+                yield from _json_lines(bounded_lines(file, str(path)) if name.endswith(".gz") else file, str(path))
             elif name.endswith(".csv"):
                 yield from _csv(file.read(), str(path))
             else:
-                yield from _json(file.read(), str(path))
+                packed = name.endswith(".gz")
+                yield from _json(bounded_content(file, str(path)) if packed else file.read(), str(path))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
 

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import REASONING, Messages
 from fastrlhf.data.foreign import is_transcript
+from fastrlhf.data.limits import TEMPLATE_SECONDS, time_limit
 from fastrlhf.data.prompt_format import as_asked, decide
 
 if TYPE_CHECKING:
@@ -152,8 +153,15 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_genera
             remedy = "remove it, or write it into the content"
             raise UserError(f"message {number} has {key}, which the chat template does not write; {remedy}")
     shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    slow = f"the chat template takes more than {TEMPLATE_SECONDS:g} s for a conversation of {len(messages)} messages"
     try:
-        return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=add_generation_prompt)
+        with time_limit(TEMPLATE_SECONDS, f"{slow}; repair it, or name another with chat_template"):
+            return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"the chat template fails ({what}); repair it, or name another with chat_template") from error
     except TemplateSyntaxError as error:
         raise UserError(f"line {error.lineno} of the chat template is broken: {error.message}") from error
     except TemplateError as error:

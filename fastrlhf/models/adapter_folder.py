@@ -73,7 +73,7 @@ def adapter_config(source: str | Path, role: str) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise UserError(f"{where}: peft_type is {kind!r}; only LORA adapters can be read")
-    if not config.get("base_model_name_or_path"):
+    if not isinstance(config.get("base_model_name_or_path"), str) or not config["base_model_name_or_path"]:
         raise UserError(f"{where}: names no base_model_name_or_path; write the folder or hub id of its model in")
     for name, harmless in REFUSED.items():
         if config.get(name) not in (harmless, None):
@@ -81,12 +81,25 @@ def adapter_config(source: str | Path, role: str) -> dict[str, Any]:
     extra = set(config.get("modules_to_save") or ()) - HEADS
     if extra:
         raise UserError(f"{where}: modules_to_save = {sorted(extra)} cannot be read; merge the adapter with peft")
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise UserError(f"{where}: lora_alpha is {alpha!r}, where a number belongs")
     return config
 
 
 def base_of(source: str | Path, role: str) -> str:
     """The folder, hub id or file of the adapter's model, as its config names it."""
-    return adapter_config(source, role)["base_model_name_or_path"]
+    base = named = adapter_config(source, role)["base_model_name_or_path"]
+    seen = {Path(source).resolve()}
+    while is_adapter(named):
+        if Path(named).resolve() in seen:
+            raise UserError(
+                f"{role}: {Path(source) / CONFIG}: base_model_name_or_path leads back to {named!r}, an adapter; "
+                "write the folder or hub id of its model in"
+            )
+        seen.add(Path(named).resolve())
+        named = adapter_config(named, role)["base_model_name_or_path"]
+    return base
 
 
 def is_reward_adapter(source: str | Path, role: str) -> bool:

@@ -30,7 +30,7 @@ from fastrlhf.models import adapter_folder
 from fastrlhf.models.heads import check_head
 from fastrlhf.models.quantization import quantize_trunk
 from fastrlhf.models.saving import padding_token
-from fastrlhf.models.sources import load_pretrained, locate, reason
+from fastrlhf.models.sources import load_pretrained, locate, reading
 from fastrlhf.runtime.distributed import device as local_device
 from fastrlhf.runtime.hardware import resolve_attention, resolve_dtype
 
@@ -51,10 +51,8 @@ def _read_config(source: str, role: str) -> PreTrainedConfig | None:
     where, extra = locate(source, role)
     if extra:
         return None
-    try:
+    with reading(role, source):
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{role}: cannot load {source!r}: {reason(error)}") from error
 
 
 def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
@@ -65,10 +63,8 @@ def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenize
     files = [file.name for file in Path(where).glob("*")]
     if files and not extra and not any(TOKENIZER_FILE.match(name) for name in files):
         raise UserError(f"tokenizer: {str(source)!r} holds no tokenizer files; pass tokenizer=FOLDER")
-    try:
+    with reading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer: cannot load one from {str(source)!r}: {reason(error)}") from error
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {str(source)!r} has no eos_token; set one, replies could never end")
     return tokenizer

@@ -46,18 +46,32 @@ def load_pretrained(auto: type, source: str, role: str, **kwargs: object) -> Pre
     options = {"output_loading_info": True, **extra, **kwargs}
     if not extra:  # a folder or hub id: safetensors only, a pickle can run code
         options["use_safetensors"] = True
-    try:
-        # Reading a GGUF file draws a bar of its own, which into a file is a line a tensor.
-        silent = redirect_stderr(io.StringIO()) if extra and not sys.stderr.isatty() else nullcontext()
-        with silent, quiet_loading():
-            model, info = auto.from_pretrained(where, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{role}: cannot load {str(source)!r}: {reason(error)}") from error
+    # Reading a GGUF file draws a bar of its own, which into a file is a line a tensor.
+    silent = redirect_stderr(io.StringIO()) if extra and not sys.stderr.isatty() else nullcontext()
+    with reading(role, source), silent, quiet_loading():
+        model, info = auto.from_pretrained(where, trust_remote_code=False, **options)
     if info["missing_keys"]:  # transformers would fill them with random numbers
         missing = sorted(info["missing_keys"])[0]
         raise UserError(f"{role}: {str(source)!r} has no weights for {missing!r}; it is no {type(model).__name__}")
     return model
 
 
-def reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+class reading:  # noqa: N801 - used as `with reading(...)`
+    """Around a library that reads files of others: whatever it raises over them is one UserError."""
+
+    def __init__(self, role: str, source: object) -> None:
+        self.role, self.source = role, str(source)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind is not None and issubclass(kind, Exception) and not issubclass(kind, UserError):
+            raise UserError(f"{self.role}: cannot load {self.source!r}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, with its type where the text alone says little."""
+    lines = str(error).strip().splitlines() or [""]
+    plain = isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)) and lines[0]
+    return lines[0] if plain else f"{type(error).__name__}: {lines[0]}"

@@ -57,10 +57,12 @@ _BREAKS = re.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 _ASSIGNED = r"['\"]?\s*[:=]\s*['\"]?"
+_IN_URLS = r"[\w-]*(?:token|key|secret|password|passwd|pwd|auth|sig|signature|credential|code|session)"
 _SECRETS = (
     (re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_|xox[abp]-)[A-Za-z0-9_-]{12,}"), r"\1***"),
     (re.compile(r"\bAKIA[0-9A-Z]{16}\b"), "AKIA***"),
     (re.compile(r"(://)[^/\s@]+@"), r"\1***@"),
+    (re.compile(rf"(?i)([?&#;](?:{_IN_URLS})=)[^\s&#'\"]+"), r"\1***"),
     (re.compile(rf"(?i)\b(\w*(?:_token|api_?key|password|secret))({_ASSIGNED})[^\s'\",}}]{{6,}}"), r"\1\2***"),
 )
 
@@ -227,7 +229,7 @@ class Console:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A small table; every cell is cleaned, shortened and taken literally."""
-        table = _table(title, header, [[one_line(cell) for cell in row] for row in rows])
+        table = _table(title, header, [[one_line(redact(clean(cell[:16_000]))) for cell in row] for row in rows])
         page = io.StringIO()
         plain = _rich().console.Console(file=page, width=110, color_system=None, force_terminal=False, highlight=False)
         plain.print(table)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 IN_A_ROW = 3
 IN_LAST = (5, 100)
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+HANGUP = getattr(signal, "SIGHUP", None)  # not on every system
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -76,24 +80,33 @@ def check_rows(
         )
 
 
-class StopSignal:
-    """While active, SIGTERM, SIGUSR1 and Ctrl-C only set `requested`; the loop saves and leaves at its next
-    safe point.
+class StopNow(BaseException):
+    """Raised by a signal where the work of the step can be dropped; `except Exception` in a reward does not end it."""
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread Python delivers no signals and
+
+class StopSignal:
+    """While active, SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C ask the loop to stop.
+
+    Inside `at_once` the signal raises StopNow; elsewhere it sets `requested` only, and the loop stops at its next safe
+    point. Either way stderr is told what is done and waited for: `describe(now)` says it. A second SIGTERM or Ctrl-C
+    raises KeyboardInterrupt. SIGHUP stays ignored under nohup. Outside the main thread Python delivers no signals and
     nothing is installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, describe: Callable[[bool], str] | None = None) -> None:
         self.requested = False
         self.name: str | None = None  # of the last signal, for the log
-        self._interrupts = 0
+        self._describe = describe or (lambda now: "stopping")
+        self._raises = False
+        self._insists = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self._previous[number] = signal.signal(number, self._receive)
+            numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+            for number in numbers:
+                if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,9 +115,34 @@ class StopSignal:
                 signal.signal(number, handler)
         self._previous.clear()
 
+    @property
+    def insisted(self) -> bool:
+        """Whether a second SIGTERM or Ctrl-C came: nothing is waited for any more."""
+        return self._insists > 1
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal raise StopNow inside, until `hold`."""
+        self._raises = not self.requested  # what goes on after a signal is to be ended
+        try:
+            yield
+        finally:
+            self._raises = False
+
+    def hold(self) -> None:
+        """From here to the end of `at_once` what was begun is ended first."""
+        self._raises = False
+
     def _receive(self, number: int, _: FrameType | None) -> None:
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
+        self._insists += number in (signal.SIGINT, signal.SIGTERM)
+        if self.insisted:
             raise KeyboardInterrupt
-        self.requested = True
+        first, self.requested = not self.requested, True
         self.name = signal.Signals(number).name
+        if first:
+            with suppress(OSError, ValueError, RuntimeError):  # stderr is closed, or was being written to
+                sys.stderr.write(f"{self.name}: {self._describe(self._raises)}; once more ends at once\n")
+                sys.stderr.flush()
+        if self._raises:
+            self._raises = False
+            raise StopNow

@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -38,6 +38,7 @@ RATES = (  # tokens that a stage counts, the seconds they took, the rate written
     ("perf/tokens", "time/step", "perf/tokens_per_s"),
 )
 EARLY_LINES = 1000  # held back for a folder that may never be opened
+WAITING_LINES = 10_000  # of one file, while the disk is full
 REMEMBERED_PROMPTS = 512  # "before" texts held in memory
 # Legal in a JSON string, but obeyed by terminals or a line end to str.splitlines: written as \uXXXX.
 _ESCAPE = re.compile(r"[\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
@@ -68,6 +69,8 @@ class Tracker:
         self._before: dict[str, tuple[str, float | None]] = {}
         self._step = self._first_step = 0
         self._early: list[tuple[str, bytes]] = []  # lines for files that are not open yet
+        self._waiting: dict[str, list[bytes]] = {}  # lines that a full disk did not take, by file
+        self._failing: set[str] = set()  # files of which the console was told that they cannot be written
         self._writer: SummaryWriter | None = None
         self._tensorboard_broken = False
         self._stack: list[str] = []
@@ -90,14 +93,18 @@ class Tracker:
         """Write into the files of a run folder from here on, and what was said before too: a run takes its folder only
         when everything else is ready. Arguments and errors are those of the constructor."""
         self.run_dir = Path(run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         problems: list[str] = []
-        self._open_files(self.run_dir, resume_bytes)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._open_files(self.run_dir, resume_bytes)
+        except OSError as error:
+            where = error.filename or self.run_dir
+            raise UserError(f"{where}: cannot be written ({error.strerror}); free the disk or name a folder") from error
         self._recall(self.run_dir, problems)
         self._first_step = self._step
-        for name, line in self._early:
-            self._files[name].write(line)
-        self._early.clear()
+        early, self._early = self._early, []
+        for name, line in early:
+            self._append(name, line)
         for problem in problems:
             self._console.line(f"skipped a damaged line: {problem}", style="yellow")
 
@@ -209,13 +216,23 @@ class Tracker:
             self._console.line(line)
 
     def bytes(self) -> dict[str, int]:
-        """Lengths of metrics.jsonl, samples.jsonl and events.jsonl, synced to disk; for the checkpoint."""
-        lengths = {}
+        """`lengths`, synced to disk; for the checkpoint."""
+        self.sync()
+        return self.lengths()
+
+    def lengths(self) -> dict[str, int]:
+        """Lengths of metrics.jsonl, samples.jsonl and events.jsonl, whole lines all."""
+        open_ones = [name for name in (METRICS, SAMPLES, EVENTS) if name in self._files]
+        return {name: os.fstat(self._files[name].fileno()).st_size for name in open_ones}
+
+    def sync(self) -> None:
+        """Force what was written to the disk."""
         for name in (METRICS, SAMPLES, EVENTS):
             if name in self._files:
-                os.fsync(self._files[name].fileno())
-                lengths[name] = os.fstat(self._files[name].fileno()).st_size
-        return lengths
+                try:
+                    os.fsync(self._files[name].fileno())
+                except OSError as error:
+                    self._say_once(name, f"{self.run_dir / name}: not forced to the disk ({error.strerror})")
 
     def close(self) -> None:
         """Write what is held back, close the files, give the terminal back. May be called twice."""
@@ -227,7 +244,8 @@ class Tracker:
         self._seconds.clear()
         self._console.close()
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # a second copy of the curves
+                self._writer.close()
             self._writer = None
         files, self._files = self._files, {}
         for file in files.values():
@@ -242,9 +260,30 @@ class Tracker:
 
     def _append(self, name: str, line: bytes) -> None:
         if name in self._files:
-            self._files[name].write(line)
+            waiting = self._waiting.setdefault(name, [])
+            if len(waiting) < WAITING_LINES:
+                waiting.append(line)
+            self._write_waiting(name)
         elif self.run_dir is None and len(self._early) < EARLY_LINES:
             self._early.append((name, line))
+
+    def _write_waiting(self, name: str) -> None:
+        """Write the lines that wait for a file, each whole or not at all; where the disk is full the rest waits."""
+        waiting = self._waiting.get(name, [])
+        while waiting:
+            problem = _write_whole(self._files[name], waiting[0])
+            if problem is not None:
+                self._say_once(name, f"{self.run_dir / name}: not written ({problem}); its lines wait")
+                return
+            waiting.pop(0)
+        self._failing.discard(name)
+
+    def _say_once(self, name: str, sentence: str) -> None:
+        """Tell the console that a file cannot be written: once, until it can again."""
+        known = name in self._failing
+        self._failing.add(name)
+        if not known:
+            self._console.line(sentence, style="yellow")
 
     def _tensorboard(self, step: int, values: Mapping[str, float | None]) -> None:
         if self.run_dir is None or self._tensorboard_broken:
@@ -313,6 +352,19 @@ def _score(score: Any) -> str:
     return "" if score is None else number(_plain(score))
 
 
+def _write_whole(file: BinaryIO, line: bytes) -> str | None:
+    """Append a line, or leave the file as it was -> what the disk said, or None. One write may take a part only."""
+    before, written = os.fstat(file.fileno()).st_size, 0
+    try:
+        while written < len(line):
+            written += file.write(line[written:]) or 0
+    except OSError as error:
+        with suppress(OSError):
+            file.truncate(before)
+        return error.strerror or str(error)
+    return None
+
+
 def _cut(file: BinaryIO, path: Path, length: int) -> None:
     size = os.fstat(file.fileno()).st_size
     if size < length:
@@ -321,6 +373,8 @@ def _cut(file: BinaryIO, path: Path, length: int) -> None:
             "restore the file, or start again with overwrite=true"
         )
     file.truncate(length)
+    if length and path.read_bytes()[length - 1 :] != b"\n":  # torn when the checkpoint was written
+        file.write(b"\n")
 
 
 def _host_peak_gib() -> float | None:

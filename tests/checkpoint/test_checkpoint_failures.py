@@ -19,7 +19,7 @@ import torch
 from fastrlhf.checkpoint.atomic import CheckpointError, replace_folder
 from fastrlhf.checkpoint.state import rng_tensors
 from fastrlhf.checkpoint.store import CheckpointStore
-from fastrlhf.runtime.guards import StopSignal
+from fastrlhf.runtime.guards import StopNow, StopSignal
 from tests.checkpoints import save, store_with, tiny, train
 
 # --- damage ---
@@ -216,7 +216,7 @@ def test_state_that_json_cannot_hold_is_a_bug_and_leaves_nothing(tmp_path: Path)
 # --- signals ---
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_only_sets_the_flag(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignal() as stop:
@@ -226,12 +226,38 @@ def test_a_signal_only_sets_the_flag(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_a_second_interrupt_stops_at_once() -> None:
-    with StopSignal():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_one_ends_at_once(first: int, second: int, capfd: pytest.CaptureFixture) -> None:
+    """A warning of the scheduler before it is not the first."""
+    with StopSignal(lambda now: "the step is ended") as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), first)
+        assert not stop.insisted
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), second)
+        assert stop.insisted
+    assert capfd.readouterr().err == "SIGUSR1: the step is ended; once more ends at once\n"
+
+
+def test_work_that_can_be_dropped_is_left_at_once_until_it_holds() -> None:
+    with StopSignal() as stop, pytest.raises(StopNow), stop.at_once():
+        os.kill(os.getpid(), signal.SIGHUP)
+        pytest.fail("not at once")
+    with StopSignal() as stop, stop.at_once():
+        stop.hold()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested
+
+
+def test_a_run_under_nohup_goes_on_when_the_terminal_is_gone() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_outside_the_main_thread_nothing_is_installed() -> None:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 
 from fastrlhf import UserError
 from fastrlhf.checkpoint.run_folder import prepare_folder
-from tests.stage_runs import build, read
+from tests import tiny
+from tests.stage_runs import build, leave_after, read
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
@@ -25,11 +38,10 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
 def test_overwrite_empties_the_folder_of_a_run(tmp_path):
     run = tmp_path / "run"
     build("sft", output_dir=str(run), total_steps=2).train()
-    (run / "left_over").write_text("")
     with pytest.raises(UserError, match="is not empty"):
         build("sft", output_dir=str(run))
     t = build("sft", output_dir=str(run), total_steps=1, save_every=0, overwrite=True)
-    assert not (run / "left_over").exists() and not (run / "checkpoints").exists() and t.steps_done == 0
+    assert not (run / "checkpoints").exists() and t.steps_done == 0
     t.train()
     assert [row["step"] for row in read(run / "metrics.jsonl")] == [0, 1]
 
@@ -66,3 +78,142 @@ def test_without_an_output_dir_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     build("sft", total_steps=2).train()
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------- whose files, whose folder
+
+
+@pytest.mark.parametrize("where", ["notes.md", "final/notes.md", "checkpoints/notes.md", "mine/a/b", "final/sub/x.csv"])
+def test_overwrite_refuses_a_folder_with_a_file_that_no_run_wrote(where, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "run" / where
+    t = build("sft", output_dir=str(run), total_steps=2)
+    t.train()
+    t.save(run / "final")
+    t.tracker.close()
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.write_text("years of work")
+    before = files_of(run)
+    with pytest.raises(UserError, match=rf"'{other}' was not written by a run, so nothing in '.*' is removed"):
+        build("sft", output_dir=str(run), overwrite=True)
+    assert files_of(run) == before
+    other.unlink()
+    shutil.rmtree(run / "mine", ignore_errors=True)
+    shutil.rmtree(run / "final" / "sub", ignore_errors=True)
+    assert build("sft", output_dir=str(run), overwrite=True, save_every=0).steps_done == 0
+    assert not (run / "final").exists() and not (run / "checkpoints").exists()
+
+
+def test_a_damaged_run_and_what_a_kill_left_of_a_save_are_overwritten(tmp_path):
+    build("sft", output_dir=str(tmp_path), total_steps=2).train()
+    (tmp_path / "checkpoints" / "step-000002" / "MANIFEST.json").write_text("{")
+    half = tmp_path / "checkpoints" / ".tmp-step-000004-77"
+    half.mkdir()
+    (half / "rng.safetensors").write_text("")
+    build("sft", output_dir=str(tmp_path), overwrite=True)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_export_replaces_an_export_and_nothing_else(tmp_path):
+    t, out = build("sft"), tmp_path / "out"
+    tiny.llama().save_pretrained(out)  # a model that somebody else wrote
+    before = files_of(out)
+    with pytest.raises(UserError, match=rf"save: '{out}' is not known to be an export, so nothing is replaced"):
+        t.save(out)
+    assert files_of(out) == before
+    t.save(tmp_path / "ours")
+    t.save(tmp_path / "ours")
+    (tmp_path / "ours" / "README.md").write_text("years of work")
+    with pytest.raises(UserError, match=r"save: '.*ours/README.md' was not written by an export"):
+        t.save(tmp_path / "ours")
+    assert (tmp_path / "ours" / "README.md").read_text() == "years of work"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="save: '.*file' is a file; name a folder"):
+        t.save(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    t.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "config.json").exists()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from fastrlhf.checkpoint import lock
+lock.acquire(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("fields", [{"resume": True}, {"overwrite": True}])
+def test_a_run_that_lives_is_left_alone_and_a_dead_one_is_not_locked(fields, tmp_path):
+    build("sft", output_dir=str(tmp_path), total_steps=2).train()
+    before = files_of(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            who = rf"is in use by process {other.pid} on {re.escape(socket.gethostname())}; wait for it"
+            with pytest.raises(UserError, match=who):
+                build("sft", output_dir=str(tmp_path), inputs={"model": "/no/such/model"}, **fields)
+            assert {**files_of(tmp_path), ".lock": b""} == {**before, ".lock": b""}
+        finally:
+            other.kill()
+    assert (tmp_path / ".lock").exists()
+    build("sft", output_dir=str(tmp_path), total_steps=3, **fields).train()
+    assert not (tmp_path / ".lock").exists(), "a run that ended leaves no lock"
+
+
+def test_the_folder_is_held_while_the_loop_runs(tmp_path):
+    t = build("sft", output_dir=str(tmp_path))
+    for _ in t:
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()} {socket.gethostname()}\n"
+        done = subprocess.run([sys.executable, "-c", HOLDER, str(tmp_path)], capture_output=True, text=True)
+        assert f"is in use by process {os.getpid()} on" in done.stderr
+        break
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_start_that_was_killed_with_the_lock_alone_is_no_run(tmp_path):
+    (tmp_path / ".lock").write_text("1 elsewhere\n")
+    assert build("sft", output_dir=str(tmp_path)).steps_done == 0
+
+
+# ---------------------------------------------------------------------------------------------- nothing to go on from
+
+
+@pytest.mark.parametrize("damage", ["a byte", "folder gone", "manifest gone"])
+def test_a_run_whose_checkpoints_are_lost_does_not_begin_again_in_silence(damage, tmp_path):
+    build("sft", output_dir=str(tmp_path), total_steps=3, save_every=1).train()
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    for folder in folders:
+        if damage == "a byte":
+            (folder / "state.json").write_bytes((folder / "state.json").read_bytes() + b" ")
+        elif damage == "manifest gone":
+            (folder / "MANIFEST.json").unlink()
+    if damage == "folder gone":
+        shutil.rmtree(tmp_path / "checkpoints")
+    before = files_of(tmp_path)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(UserError, match="no checkpoint to go on from: .*--overwrite") as caught,
+    ):
+        warnings.simplefilter("ignore")
+        build("sft", output_dir=str(tmp_path), resume=True)
+    assert files_of(tmp_path) == before
+    named = [folder.name in str(caught.value) for folder in folders]
+    assert all(named) or "metrics.jsonl has 3 steps" in str(caught.value)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_and_says_so(tmp_path, capsys):
+    leave_after(build("sft", output_dir=str(tmp_path)), 1)
+    capsys.readouterr()
+    assert build("sft", output_dir=str(tmp_path), resume=True).steps_done == 0
+    assert "no checkpoint was written in the 1 steps of this run yet" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ folders that cannot be used
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence():
+    with pytest.raises(UserError, match="output_dir: '/proc/run' cannot be used .*; name a folder that can be"):
+        build("sft", output_dir="/proc/run")
