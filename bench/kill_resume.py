@@ -231,7 +231,7 @@ class Experiment:
         return run
 
     def preempt(self, run: Path, step: int) -> tuple[int, int | None]:
-        """SIGTERM once `step` rows of metrics are there -> exit code, newest checkpoint; the run is then ended.
+        """SIGTERM once `step` steps are logged -> exit code, newest checkpoint; the run is then ended.
 
         A run that ended before the signal came says nothing: it is tried again, up to five times.
         """
@@ -239,7 +239,7 @@ class Experiment:
         for _ in range(5):
             shutil.rmtree(run, ignore_errors=True)
             child = self.child(run)
-            while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
+            while not metrics.exists() or metrics.read_bytes().count(b"\n") < step + 1:  # step 0 is an evaluation
                 time.sleep(0.002)
             os.kill(child.pid, signal.SIGTERM)
             code, newest = child.wait(), last_step(run)

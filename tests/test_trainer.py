@@ -72,13 +72,16 @@ def test_objects_are_described_and_only_python_can_resume_them(tmp_path):
         read_run_json(tmp_path / "run")
 
 
+ONE_SENTENCE = "fastrlhf.recipes.rewards:one_short_sentence"
+
+
 @pytest.mark.parametrize(("count", "named"), [(3, []), (3000, ["prompts"])])
 def test_a_short_list_is_part_of_the_recipe_and_a_long_one_is_data(tmp_path, base, count, named):
     prompts, config = ["the cat"] * count, PPOConfig(total_steps=1, output_dir=str(tmp_path / "run"))
     policy = str(base / "model")
-    PPOTrainer(config, policy=policy, reward=[["a", 1.0, "json:dumps"]], prompts=prompts)
+    PPOTrainer(config, policy=policy, reward=[["a", 1.0, ONE_SENTENCE]], prompts=prompts)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["from_python"] == named and run["inputs"]["reward"] == [["a", 1.0, "json:dumps"]]
+    assert run["from_python"] == named and run["inputs"]["reward"] == [["a", 1.0, ONE_SENTENCE]]
     inputs, _ = load_recipe("ppo", str(tmp_path / "run" / "config.yaml"), [])
     assert inputs["prompts"] == (prompts if count == 3 else "<list>")
 
@@ -155,7 +158,7 @@ def test_what_happens_before_the_folder_is_taken_is_written_down_too(tmp_path):
     t.tracker.close()
     assert [(e["kind"], e["step"]) for e in read(tmp_path / "run" / "events.jsonl")] == [("early", 0)]
     lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
-    assert "chat template" in lines[0] and lines[-1].endswith("early: said before the run folder is taken")
+    assert "rows read" in lines[0] and lines[-1].endswith("early: said before the run folder is taken")
 
 
 class Failing(SFTTrainer):
@@ -570,11 +573,12 @@ def test_save_every_0_saves_at_the_end_and_eval_every_0_never_evaluates(tmp_path
 
 
 def test_a_first_evaluation_that_measured_nothing_is_not_the_best(tmp_path):
-    """A reward that can judge no reply at step 1: NaN is neither better nor worse than what follows."""
+    """A reward that can judge no held-out reply at first: NaN is neither better nor worse than what follows."""
     answers = [None, None, 1.0, 2.0]
 
     def reward(prompts: list[str], responses: list[str]) -> list[float | None]:
-        return [answers[min(t.steps_done, 3)]] * len(responses)
+        held_out = len(responses) == 1
+        return [answers[min(t.steps_done, 3)] if held_out else 1.0] * len(responses)
 
     cfg = PPOConfig(
         total_steps=3, rollout_batch_size=2, mini_batch_size=2, max_new_tokens=3, eval_every=1, save_every=0,

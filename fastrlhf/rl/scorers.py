@@ -163,7 +163,7 @@ class AdapterScorer(RewardModelScorer):
         memory: MemoryBackoff,
     ) -> None:
         adapters.add(REWARD, folder)
-        self.adapters, self.tokenizer, self.memory = adapters, tokenizer, memory
+        self.adapters, self.tokenizer, self.memory, self.label = adapters, tokenizer, memory, None
         self.same_tokenizer = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
         self.head = nn.Linear(folder.head["weight"].shape[1], 1, bias="bias" in folder.head).requires_grad_(False)
         self.head.load_state_dict(folder.head)

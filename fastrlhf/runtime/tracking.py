@@ -221,7 +221,10 @@ class Tracker:
         return self.lengths()
 
     def lengths(self) -> dict[str, int]:
-        """Lengths of metrics.jsonl, samples.jsonl and events.jsonl, whole lines all."""
+        """Lengths of metrics.jsonl, samples.jsonl and events.jsonl, whole lines all. Lines that wait for room are tried
+        once more first: a checkpoint that does not count them would lose them at resume."""
+        for name in self._files:
+            self._write_waiting(name)
         open_ones = [name for name in (METRICS, SAMPLES, EVENTS) if name in self._files]
         return {name: os.fstat(self._files[name].fileno()).st_size for name in open_ones}
 
@@ -247,6 +250,8 @@ class Tracker:
             with suppress(OSError):  # a second copy of the curves
                 self._writer.close()
             self._writer = None
+        for name in self._files:
+            self._write_waiting(name)
         files, self._files = self._files, {}
         for file in files.values():
             file.close()
