@@ -15,8 +15,8 @@ from fastrlhf import UserError
 from fastrlhf.checkpoint.store import CheckpointStore, manifest_text
 from fastrlhf.cli import main
 from fastrlhf.data import limits
+from fastrlhf.data.rendering import render
 from fastrlhf.data.rows import read_rows
-from fastrlhf.data.templates import render
 from fastrlhf.models.adapter_folder import base_of
 from fastrlhf.models.loading import check_source, load_tokenizer
 from fastrlhf.runtime.console import Console, redact

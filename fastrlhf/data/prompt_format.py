@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import DroppedRow, Messages
 from fastrlhf.data.foreign import is_transcript, transcript_of
+from fastrlhf.data.rendering import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +112,7 @@ def _marks(tokenizer: PreTrainedTokenizerBase) -> tuple[re.Pattern[str], str, st
         if tokenizer.chat_template:
             probe = "fastrlhf-probe"
             turn = [{"role": "user", "content": probe}]
-            rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            rendered = render(tokenizer, turn, add_generation_prompt=True)
             head, _, tail = rendered.partition(probe)
             head, tail = _mark(controls, head), _mark(controls, tail.rstrip().rpartition("\n")[2])
         marks = (controls, head, tail)

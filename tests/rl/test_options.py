@@ -351,6 +351,7 @@ eval_every output_dir overwrite resume"""
 def test_every_option_that_changes_the_numbers_has_a_line():
     """docs/options.md: formula and source of each; not of what steers a run."""
     text = (Path(__file__).parents[2] / "docs" / "options.md").read_text(encoding="utf-8")
-    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    tables = [table for table in text.split("\n\n") if table.startswith("| option")]
+    cells = [line.split("|")[1] for table in tables for line in table.splitlines() if line.startswith("| `")]
     named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
     assert named == set(PPOConfig.model_fields) - set(STEERING.split())
