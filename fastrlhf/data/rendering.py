@@ -1,0 +1,40 @@
+"""The one call of a chat template: what it writes for messages, or a sentence about why it cannot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastrlhf.config.errors import UserError
+from fastrlhf.data.checks import REASONING, Messages
+from fastrlhf.data.limits import TEMPLATE_SECONDS, time_limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool) -> str:
+    """The chat template's text for the messages. Raises UserError where the template refuses them."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    if not tokenizer.chat_template:
+        raise UserError('the tokenizer has no chat template: name one, e.g. chat_template="default"')
+    for number, message in enumerate(messages, 1):
+        key = next((key for key in REASONING if key in message and key not in str(tokenizer.chat_template)), None)
+        if key is not None:
+            remedy = "remove it, or write it into the content"
+            raise UserError(f"message {number} has {key}, which the chat template does not write; {remedy}")
+    shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    slow = f"the chat template takes more than {TEMPLATE_SECONDS:g} s for a conversation of {len(messages)} messages"
+    try:
+        with time_limit(TEMPLATE_SECONDS, f"{slow}; repair it, or name another with chat_template"):
+            return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"the chat template fails ({what}); repair it, or name another with chat_template") from error
+    except TemplateSyntaxError as error:
+        raise UserError(f"line {error.lineno} of the chat template is broken: {error.message}") from error
+    except TemplateError as error:
+        roles = ", ".join(str(m.get("role")) for m in messages)
+        raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from error
