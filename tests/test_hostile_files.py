@@ -70,15 +70,12 @@ def test_adapters_that_lead_back_to_themselves_are_named(tmp_path: Path) -> None
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than 0.2 s"),
     ],
 )
-def test_a_broken_or_endless_template_is_one_sentence(
-    template: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fastrlhf.data.templates.TEMPLATE_SECONDS", 0.2)
+def test_a_broken_or_endless_template_is_one_sentence(template: str, message: str) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = template
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(UserError, match=message):
-        render(tokenizer, tiny.chat("the cat"), add_generation_prompt=True)
+        render(tokenizer, tiny.chat("the cat"), add_generation_prompt=True, seconds=0.2)
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
@@ -111,14 +108,14 @@ def test_a_checkpoint_without_what_every_run_writes_is_one_sentence(tmp_path: Pa
         build("sft", output_dir=str(tmp_path), resume=True)
 
 
-def test_a_small_file_that_unpacks_to_a_huge_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "ROW_BYTES", 1 << 20)
-    monkeypatch.setattr(limits, "FILE_BYTES", 1 << 20)
-    for name in ("rows.jsonl.gz", "rows.json.gz"):
-        with gzip.open(tmp_path / name, "wb") as file:
-            file.write(b'{"text": "good"}\n' + b'{"text": "' + b"x" * (2 << 20) + b'"}\n')
-        with pytest.raises(UserError, match=rf"{name}.* unpacks to more than"):
-            list(read_rows(str(tmp_path / name)))
+def test_a_small_file_that_unpacks_to_a_huge_row_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'{"text": "good"}\n' + b'{"text": "' + b"x" * (limits.ROW_BYTES + 1) + b'"}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl.gz:2: the row unpacks to more than 64 MiB"):
+        list(read_rows(str(path)))
+    with gzip.open(path) as file, pytest.raises(UserError, match="it unpacks to more than 1 MiB"):
+        limits.bounded_content(file, "rows.json.gz", 1 << 20)
 
 
 # ------------------------------------------------------------------------------------------------------ what is printed

@@ -40,19 +40,19 @@ def time_limit(seconds: float, sentence: str) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def bounded_lines(file: IO[bytes], name: str) -> Iterator[bytes]:
-    """The lines of a packed file. UserError for one above ROW_BYTES: a few kilobytes may unpack to gigabytes."""
+def bounded_lines(file: IO[bytes], name: str, limit: int = ROW_BYTES) -> Iterator[bytes]:
+    """The lines of a packed file. UserError for one above `limit` bytes: a few kilobytes may unpack to gigabytes."""
     number = 0
-    while line := file.readline(ROW_BYTES + 1):
+    while line := file.readline(limit + 1):
         number += 1
-        if len(line) > ROW_BYTES:
-            raise UserError(f"{name}:{number}: the row unpacks to more than {ROW_BYTES >> 20} MiB, the most for a row")
+        if len(line) > limit:
+            raise UserError(f"{name}:{number}: the row unpacks to more than {limit >> 20} MiB, the most for a row")
         yield line
 
 
-def bounded_content(file: IO[bytes], name: str) -> bytes:
-    """The content of a packed file. UserError above FILE_BYTES."""
-    content = file.read(FILE_BYTES + 1)
-    if len(content) > FILE_BYTES:
-        raise UserError(f"{name}: it unpacks to more than {FILE_BYTES >> 30} GiB; use .jsonl.gz, which is read by rows")
+def bounded_content(file: IO[bytes], name: str, limit: int = FILE_BYTES) -> bytes:
+    """The content of a packed file. UserError above `limit` bytes."""
+    content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UserError(f"{name}: it unpacks to more than {limit >> 20} MiB; use .jsonl.gz, which is read by rows")
     return content

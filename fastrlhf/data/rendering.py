@@ -12,8 +12,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool) -> str:
-    """The chat template's text for the messages. Raises UserError where the template refuses them."""
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    add_generation_prompt: bool,
+    seconds: float = TEMPLATE_SECONDS,
+) -> str:
+    """The chat template's text for the messages. Raises UserError where the template refuses them, or takes longer than
+    `seconds`."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     if not tokenizer.chat_template:
@@ -24,9 +31,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_genera
             remedy = "remove it, or write it into the content"
             raise UserError(f"message {number} has {key}, which the chat template does not write; {remedy}")
     shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    slow = f"the chat template takes more than {TEMPLATE_SECONDS:g} s for a conversation of {len(messages)} messages"
+    slow = f"the chat template takes more than {seconds:g} s for a conversation of {len(messages)} messages"
     try:
-        with time_limit(TEMPLATE_SECONDS, f"{slow}; repair it, or name another with chat_template"):
+        with time_limit(seconds, f"{slow}; repair it, or name another with chat_template"):
             return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=add_generation_prompt)
     except UserError:
         raise

@@ -73,9 +73,9 @@ def _topics(text: str) -> tuple[Topic, ...]:
 TOPICS: dict[str, tuple[Topic, ...]] = {"en": _topics(_EN), "zh": _topics(_ZH)}
 
 
-def shipped(name: str) -> list[dict[str, Any]]:
+def shipped(name: str, folder: Path = DATA_DIR) -> list[dict[str, Any]]:
     """The rows of a shipped file ("sft", "heldout_pairs", ...). UserError when the installed copy is damaged."""
-    path, problems = DATA_DIR / f"{name}.jsonl", []
+    path, problems = folder / f"{name}.jsonl", []
     rows = list(read_records(path, problems))
     if problems or not rows:
         raise UserError(f"{problems[0] if problems else f'{path}: holds no rows'}; install fastrlhf again")

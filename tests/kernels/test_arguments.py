@@ -123,13 +123,17 @@ def test_the_choice_of_backend(monkeypatch):
     assert "FASTRLHF_BACKEND" in choose_backend().reason
 
 
+def machine(monkeypatch, **facts) -> None:
+    """Pretend to be another machine: what the backend found out about it at import stands in these names."""
+    for name, fact in facts.items():
+        monkeypatch.setattr(backend, name, fact)
+
+
 def test_triton_is_taken_for_gpu_tensors_and_refused_where_it_cannot_run(monkeypatch):
     on_gpu = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda", 0))
     for name in ("FASTRLHF_BACKEND", "TRITON_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(backend, "TRITON", True)
-    monkeypatch.setattr(backend, "INTERPRET", False)
-    monkeypatch.setattr(backend, "_capability", lambda index: (9, 0))
+    machine(monkeypatch, TRITON=True, INTERPRET=False, _capability=lambda index: (9, 0))
     assert choose_backend("auto", on_gpu) == ("triton", "the tensors are on a GPU")
     assert choose_backend("auto", on_gpu, kernel=False).name == "torch"
     double = SimpleNamespace(dtype=torch.float64, device=on_gpu.device)
@@ -139,11 +143,11 @@ def test_triton_is_taken_for_gpu_tensors_and_refused_where_it_cannot_run(monkeyp
     assert choose_backend("auto", X).name == "torch" and "the tensors are on cpu" in choose_backend("auto", X).reason
     with pytest.raises(ValueError, match="the tensors are on cpu .*TRITON_INTERPRET=1"):
         choose_backend("triton", X)
-    monkeypatch.setattr(backend, "INTERPRET", True)
+    machine(monkeypatch, INTERPRET=True)
     assert choose_backend("triton", X).name == "triton" and choose_backend("auto", X).name == "torch"
-    monkeypatch.setattr(backend, "_capability", lambda index: (7, 5))
+    machine(monkeypatch, _capability=lambda index: (7, 5))
     assert choose_backend("auto", on_gpu) == ("torch", "the GPU is older than sm_80")
-    monkeypatch.setattr(backend, "TRITON", False)
+    machine(monkeypatch, TRITON=False)
     assert choose_backend("auto", on_gpu).name == "torch"
     with pytest.raises(ValueError, match="pip install triton"):
         choose_backend("triton", on_gpu)

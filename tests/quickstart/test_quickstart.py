@@ -14,7 +14,7 @@ import pytest
 
 from bench.quickstart_data.__main__ import main as quickstart_data
 from fastrlhf import UserError, quickstart
-from fastrlhf.quickstart import content, judge
+from fastrlhf.quickstart import judge
 from fastrlhf.quickstart.content import DATA_DIR, shipped
 from fastrlhf.quickstart.settings import load_settings
 from fastrlhf.quickstart.verdict import shuffled
@@ -66,12 +66,11 @@ def test_the_check_names_a_file_that_was_changed_one_too_many_and_one_missing(tm
         (None, "sft.jsonl: holds no rows"),
     ],
 )
-def test_a_damaged_copy_of_the_shipped_data_is_named(tmp_path, monkeypatch, text, expected):
-    monkeypatch.setattr(content, "DATA_DIR", tmp_path)  # the only other way is to damage the real one
+def test_a_damaged_copy_of_the_shipped_data_is_named(tmp_path, text, expected):
     if text is not None:
         (tmp_path / "sft.jsonl").write_text(text)
     with pytest.raises(UserError, match=f"{expected}.*; install fastrlhf again"):
-        shipped("sft")
+        shipped("sft", tmp_path)
 
 
 def test_all_four_kinds_in_both_languages():

@@ -56,12 +56,17 @@ def run(function, leaves, labels, per_token, options, wide):
     return loss, stats, torch.autograd.grad(loss, leaves)
 
 
+def in_chunks(monkeypatch, rows: int) -> None:
+    """Have the launcher cut its rows, as it does where the workspace is small beside the vocabulary."""
+    monkeypatch.setattr(linear_ppo_loss, "chunk_rows", lambda n, vocabulary, size=4: min(n, rows))
+
+
 @pytest.mark.parametrize("chunk", [10_000, 16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1.2e-2), (torch.float16, 2e-3)])
 def test_loss_statistics_and_gradients(device, monkeypatch, options, dtype, limit, chunk):
     """The loss is as exact as in fp32; gradients are rounded to the dtype (by the interpreter towards zero)."""
-    monkeypatch.setattr(linear_ppo_loss, "chunk_rows", lambda n, vocabulary, size=4: min(n, chunk))
+    in_chunks(monkeypatch, chunk)
     arguments = problem(device, dtype, **options)
     triton = lambda *a, **k: kernels.linear_ppo_loss(*a, backend="triton", **k)  # noqa: E731
     loss, stats, grads = run(triton, *arguments, lambda t: t.detach().clone())
@@ -91,7 +96,7 @@ def test_the_plan_without_a_softmax_pass(device, monkeypatch, options, descripto
     chip = tuning.chip_of(device)
     monkeypatch.setitem(tuning.SOFTMAX_FROM, chip.name, 1000)
     monkeypatch.setattr(linear_ppo_loss, "softmax_ppo", None)
-    monkeypatch.setattr(linear_ppo_loss, "chunk_rows", lambda n, vocabulary, size=4: min(n, 32))
+    in_chunks(monkeypatch, 32)
     leaves, labels, (old, advantages, mask), used = problem(device, torch.bfloat16, **options)
     old[3], old[4], old[5] = old[3] - 200, old[4] + 90, old[5] - 60
     mask[2:6] = True
@@ -132,7 +137,7 @@ def test_rows_of_the_plan_without_a_softmax_pass_that_are_out_of_range(device, m
 def test_the_faster_plan_is_measured_once_where_that_is_asked_for(device, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTRLHF_AUTOTUNE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(autotune, "_answers", {})
+    autotune.answers.clear()
     runs = []
     plain = linear_ppo_loss.softmax_ppo
     monkeypatch.setattr(linear_ppo_loss, "softmax_ppo", lambda *a: runs.append("softmax") or plain(*a))
@@ -144,7 +149,7 @@ def test_the_faster_plan_is_measured_once_where_that_is_asked_for(device, monkey
     (answer,) = json.loads(autotune.cache_file().read_text()).values()
     assert answer in ("softmax", "exponentials")
     del runs[:]
-    autotune._answers.clear()  # another process reads the file
+    autotune.answers.clear()  # another process reads the file
     call()
     assert len(runs) == (answer == "softmax")
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import fastrlhf_kernels as kernels
 from fastrlhf_kernels import reference
 from fastrlhf_kernels.gpu import log_probs
+from fastrlhf_kernels.gpu.launch import recorded
 from fastrlhf_kernels.operands import LossOptions, Rows, Tokens
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -134,18 +135,16 @@ def test_the_same_bits_alone_and_in_a_batch_and_every_time(device):
     assert torch.equal(whole[16:], kernels.token_log_probs(logits[16:], labels[16:], backend="triton"))
 
 
-def test_double_precision_is_refused_and_the_argument_reaches_the_kernels(device, monkeypatch):
-    started = []
-    original = log_probs.launch
-    monkeypatch.setattr(log_probs, "launch", lambda k, *a, **o: started.append(k) or original(k, *a, **o))
+def test_double_precision_is_refused_and_the_argument_reaches_the_kernels(device):
     logits, labels = (
         torch.randn(2, 50, device=device).requires_grad_(),
         torch.zeros(2, dtype=torch.int64, device=device),
     )
-    kernels.token_log_probs(logits, labels, backend="triton").sum().backward()
-    assert [kernel.fn.__name__ for kernel in started] == ["_forward", "_backward"]
-    kernels.token_log_probs(logits, labels, backend="torch").sum().backward()
-    assert len(started) == 2
+    with recorded(start=True) as launches:
+        kernels.token_log_probs(logits, labels, backend="triton").sum().backward()
+        assert [launch.kernel.fn.__name__ for launch in launches] == ["_forward", "_backward"]
+        kernels.token_log_probs(logits, labels, backend="torch").sum().backward()
+        assert len(launches) == 2
     with pytest.raises(ValueError, match="float64 runs in torch only"):
         kernels.token_log_probs(logits.double(), labels, backend="triton")
 

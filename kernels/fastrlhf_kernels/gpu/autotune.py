@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 REPETITIONS = 5
-_answers: dict[str, str] = {}
+answers: dict[str, str] = {}
 
 
 def wanted() -> bool:
@@ -30,15 +30,15 @@ def cache_file() -> Path:
 
 def fastest(question: str, ways: dict[str, Callable[[], object]], device: torch.device) -> str:
     """The name of the way with the least median time; from memory or the cache file where `question` was answered."""
-    if question not in _answers:
-        _answers.update(_stored())
-    if _answers.get(question) not in ways:
+    if question not in answers:
+        answers.update(_stored())
+    if answers.get(question) not in ways:
         for way in ways.values():
             way()  # compiles
         times = {name: _median(way, device) for name, way in ways.items()}
-        _answers[question] = min(times, key=times.__getitem__)
+        answers[question] = min(times, key=times.__getitem__)
         _store()
-    return _answers[question]
+    return answers[question]
 
 
 def _median(way: Callable[[], object], device: torch.device) -> float:
@@ -71,7 +71,7 @@ def _store() -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(_stored() | _answers, file, indent=1, sort_keys=True)
+            json.dump(_stored() | answers, file, indent=1, sort_keys=True)
         os.replace(file.name, path)
     except OSError:
         return  # a home that cannot be written: measured again next time

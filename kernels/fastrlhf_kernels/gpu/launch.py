@@ -19,17 +19,20 @@ class Launch(NamedTuple):
 
 
 _records: list[Launch] | None = None
+_started = False  # whether what is recorded runs too
 
 
 @contextmanager
-def recorded():
-    """Kernels are listed in this context, not started: with `meta` tensors the launchers run without any device."""
-    global _records
-    before, _records = _records, []
+def recorded(*, start: bool = False):
+    """Kernels are listed in this context, not started: with `meta` tensors the launchers run without any device.
+    start: they are started too."""
+    global _records, _started
+    before = (_records, _started)
+    _records, _started = [], start
     try:
         yield _records
     finally:
-        _records = before
+        _records, _started = before
 
 
 def launch(kernel, programs: int, device: torch.device, *arguments, warps: int = 4, stages: int = 2, **constants):
@@ -41,7 +44,8 @@ def launch(kernel, programs: int, device: torch.device, *arguments, warps: int =
         return
     if _records is not None:
         _records.append(Launch(kernel, arguments, constants, warps, stages))
-        return
+        if not _started:
+            return
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

@@ -31,7 +31,7 @@ from .terms import (
     store_sums,
 )
 
-SLICE_BYTES = 1 << 28  # of the logits' gradient, see `_slice_columns`
+SLICE_BYTES = 1 << 28  # of the logits' gradient, see `columns_at_once`
 NONE_IGNORED = -(1 << 62)  # the rows that count were picked before
 
 
@@ -201,7 +201,7 @@ def linear_backward(head: Head, g: Tensor | None, ge: Tensor | None, entropy, to
     options = {"adapter": head.v is not None, "backward": True, "described": described}
     tile = tuning.product_tile(chip, n, head.half, **options)
     constants = {"DESCRIPTORS": described} | head.precisions() | tile.constants()
-    blocks, slice_columns = -(-n // tile.rows), _slice_columns(n, vocabulary)
+    blocks, columns_of_slice = -(-n // tile.rows), columns_at_once(n, vocabulary)
     dtype = torch.promote_types(head.x.dtype, weight.dtype)
     gain = _gain(dtype, incoming)
     operands, args = head.operands(tile, described), head.args()
@@ -210,8 +210,8 @@ def linear_backward(head: Head, g: Tensor | None, ge: Tensor | None, entropy, to
     dbias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if need.bias else None
     dlora_b = torch.zeros_like(head.lora_b) if need.lora else None
     dv = torch.zeros_like(head.v) if head.v is not None and (need.hidden or need.lora) else None
-    for first in range(0, vocabulary, slice_columns):
-        last = min(vocabulary, first + slice_columns)
+    for first in range(0, vocabulary, columns_of_slice):
+        last = min(vocabulary, first + columns_of_slice)
         dz = torch.empty(n, last - first, dtype=dtype, device=device)
         programs = blocks * -(-(last - first) // tile.columns)
         arguments = (*operands, args, dz, gain, incoming, n, blocks, first, last)
@@ -236,7 +236,7 @@ def linear_backward(head: Head, g: Tensor | None, ge: Tensor | None, entropy, to
     return dx, dw, dbias, da, dlora_b
 
 
-def _slice_columns(n: int, vocabulary: int) -> int:
+def columns_at_once(n: int, vocabulary: int) -> int:
     """Columns of a slice: 16,384; fewer where its gradient [n, columns] would pass SLICE_BYTES or max(2048, n / 4) rows
     of the vocabulary. At least 128.
     """
