@@ -6,7 +6,7 @@ Medians of CUDA events with the L2 cache cleared before each repetition. The flo
 the same work without any of ours: for logits the bytes read and written over the measured copy bandwidth, for the head
 cuBLAS's time for the matrix products (3 for the fused loss, 4 for a forward and a backward that computes the logits
 anew). `fraction` is floor / ours. The two plans of linear_ppo_loss stand below each other: the least H at which
-"softmax" wins belongs into `tuning.SOFTMAX_FROM`. `--device cpu` with small sizes tries the script itself; its figures
+"softmax" wins belongs into `tuning.CHIPS`. `--device cpu` with small sizes tries the script itself; its figures
 mean nothing.
 """
 
@@ -80,7 +80,7 @@ def head_rows(n: int, width: int, vocabulary: int, device: torch.device, options
     labels = torch.randint(0, vocabulary, (n,), device=device)
     advantages, old = torch.randn(n, device=device), torch.full((n,), -11.0, device=device)
     mask = torch.ones_like(labels)
-    chip = tuning.chip_of(device).name if device.type == "cuda" else "cpu"
+    chip = tuning.chip_of(device) if device.type == "cuda" else tuning.INTERPRETER
     with torch.no_grad():
         product = median_ms(lambda: hidden @ weight.T, device, options.repetitions)
     print(f"one product by cuBLAS: {product:.2f} ms = {2e-9 * n * width * vocabulary / product:.0f} TFLOP/s")
@@ -104,11 +104,10 @@ def head_rows(n: int, width: int, vocabulary: int, device: torch.device, options
     for plan, width_from in (("softmax", 0), ("exponentials", 1 << 30)):
 
         def planned(h, w, width_from=width_from):
-            tuning.SOFTMAX_FROM[chip] = width_from  # see tuning.ppo_plan
-            return ppo(h, w)
+            with tuning.pretend(chip._replace(softmax_from=width_from)):  # see tuning.ppo_plan
+                return ppo(h, w)
 
         yield f"linear_ppo_loss, plan {plan}", 3 * product, backward_of(planned, hidden, weight)
-    tuning.SOFTMAX_FROM.pop(chip)
     for name in ("liger", "trl", "cce", "quack"):
         try:
             run = peers.arm(name)

@@ -11,6 +11,7 @@ import fastrlhf_kernels as kernels
 from fastrlhf_kernels import reference
 from fastrlhf_kernels.gpu import autotune, exponential_ppo, linear_ppo_loss, tuning
 from fastrlhf_kernels.gpu.head import DenseHead
+from fastrlhf_kernels.gpu.launch import recorded
 from fastrlhf_kernels.operands import Head, LossOptions, Need, Tokens
 
 OPTIONS = {
@@ -93,9 +94,7 @@ EXPONENTIAL_OPTIONS = {
 @pytest.mark.parametrize("options", EXPONENTIAL_OPTIONS.values(), ids=EXPONENTIAL_OPTIONS.keys())
 def test_the_plan_without_a_softmax_pass(device, monkeypatch, options, descriptors):
     """Against float64, with old log-probs near and so far that rows must be computed again; no other plan runs."""
-    chip = tuning.chip_of(device)
-    monkeypatch.setitem(tuning.SOFTMAX_FROM, chip.name, 1000)
-    monkeypatch.setattr(linear_ppo_loss, "softmax_ppo", None)
+    chip = tuning.chip_of(device)._replace(softmax_from=1000)
     in_chunks(monkeypatch, 32)
     leaves, labels, (old, advantages, mask), used = problem(device, torch.bfloat16, **options)
     old[3], old[4], old[5] = old[3] - 200, old[4] + 90, old[5] - 60
@@ -104,8 +103,9 @@ def test_the_plan_without_a_softmax_pass(device, monkeypatch, options, descripto
     triton = lambda *a, **k: kernels.linear_ppo_loss(*a, backend="triton", **k)  # noqa: E731
     advantages[3] = abs(advantages[3])  # clipped: a ratio of e^200 has no finite loss otherwise
     described = chip._replace(descriptors=descriptors) if chip.name == "interpreter" else chip
-    with tuning.pretend(described):
+    with tuning.pretend(described), recorded(start=True) as launches:
         loss, stats, grads = run(triton, *arguments, lambda t: t.detach().clone())
+    assert {launch.kernel.fn.__name__ for launch in launches} == {"_exponentials", "_exponential_terms"}
     want, want_stats, want_grads = run(reference.linear_ppo_loss, *arguments, lambda t: t.detach().double())
     assert abs(float(loss) - float(want)) <= 1e-5 * max(1.0, abs(float(want)))
     for name in ("log_probs", "entropy", "clip_frac"):
@@ -138,20 +138,19 @@ def test_the_faster_plan_is_measured_once_where_that_is_asked_for(device, monkey
     monkeypatch.setenv("FASTRLHF_AUTOTUNE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     autotune.answers.clear()
-    runs = []
-    plain = linear_ppo_loss.softmax_ppo
-    monkeypatch.setattr(linear_ppo_loss, "softmax_ppo", lambda *a: runs.append("softmax") or plain(*a))
     leaves, labels, per_token, options = problem(device, torch.bfloat16, n=4, vocabulary=40, width=16)
     arguments = (leaves[0].requires_grad_(), leaves[1], labels, *per_token)
-    call = lambda: kernels.linear_ppo_loss(*arguments, backend="triton")  # noqa: E731
-    call()
-    assert len(runs) >= autotune.REPETITIONS
+
+    def softmax_passes() -> int:
+        with recorded(start=True) as launches:
+            kernels.linear_ppo_loss(*arguments, backend="triton")
+        return sum(launch.kernel.fn.__name__ == "_ppo" for launch in launches)
+
+    assert softmax_passes() >= autotune.REPETITIONS
     (answer,) = json.loads(autotune.cache_file().read_text()).values()
     assert answer in ("softmax", "exponentials")
-    del runs[:]
     autotune.answers.clear()  # another process reads the file
-    call()
-    assert len(runs) == (answer == "softmax")
+    assert softmax_passes() == (answer == "softmax")
 
 
 def test_rows_that_could_not_be_left_out_count_nothing(device):

@@ -9,6 +9,7 @@ stored. A row whose policy moved by more than 2 ** 60 is computed again with its
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -209,7 +210,7 @@ def exponential_ppo(head: DenseHead, tokens: Tokens, count: Tensor, options: Los
     """`linear_ppo_loss.linear_ppo`, `rows` tokens at a time. Memory: 2 bytes a token of a chunk and column."""
     n, (vocabulary, width) = len(head), head.weight.shape
     device, chip = head.x.device, tuning.chip_of(head.x.device)
-    make = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)  # noqa: E731
+    make = partial(torch.zeros, dtype=torch.float32, device=device)
     results = Terms(make(n), make(n), make(n))
     dx = make(n, width) if need.hidden else None
     dw = make(vocabulary, width) if need.weight else None

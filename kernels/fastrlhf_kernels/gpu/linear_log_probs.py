@@ -8,6 +8,7 @@ The products of bf16 or fp16 numbers are exact in fp32, so this is an fp32 head.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -170,7 +171,7 @@ def linear_forward(head: Head, *, entropy: bool, batch_invariant: bool = False) 
     """log-prob, entropy (or None), maximum and sum of exponentials, each [n] fp32."""
     head = DenseHead(head)
     n, device = len(head), head.x.device
-    make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)  # noqa: E731
+    make = partial(torch.empty, dtype=torch.float32, device=device)
     results = Results(make(n).fill_(torch.nan), make(n) if entropy else None, make(n), make(n))
     chip = tuning.chip_of(device)
     described = chip.descriptors and not batch_invariant and head.aligned  # alignment may differ from call to call

@@ -9,6 +9,7 @@ behind it run where torch has its fastest ones.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def softmax_ppo(head: DenseHead, tokens: Tokens, count: Tensor, options: LossOpt
     dtype = head.x.dtype if head.half else torch.float32
     late = dtype == torch.float16  # its smallest number is 6e-8: divide the sums, not the terms
     divisor = torch.ones_like(count) if late else count
-    make = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=head.x.device)  # noqa: E731
+    make = partial(torch.zeros, dtype=torch.float32, device=head.x.device)
     loss, log_probs, entropy = make(n), make(n), make(n)
     dx = make(*head.x.shape) if need.hidden else None
     dw = make(*head.weight.shape) if need.weight else None

@@ -7,6 +7,7 @@ taken before they are divided by the temperature, so that a large common offset 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -244,7 +245,7 @@ def rows_forward(rows: Rows, ignore_index: int, entropy: bool):
     """token_log_probs: (log-prob, entropy or an empty tensor, maximum, sum of exponentials), in the labels' shape."""
     shape, n, device = rows.labels.shape, rows.labels.numel(), rows.logits.device
     source, inner = _row_args(rows)
-    make = lambda *size: torch.empty(size, dtype=torch.float32, device=device)  # noqa: E731
+    make = partial(torch.empty, dtype=torch.float32, device=device)
     results = Results(make(n), make(n) if entropy else None, make(n), make(n))
     tile, programs, splits, width = _grid(n, source.columns, device)
     sums = Sums(*(make(n, splits) for _ in range(3))) if splits > 1 else None

@@ -11,8 +11,10 @@ from ..backend import INTERPRET
 
 
 class Chip(NamedTuple):
-    """A target of the compiler: name, warp size, multiprocessors, shared memory of a block in bytes, and whether it
-    copies blocks of tensors by descriptor (TMA).
+    """A target of the compiler: name, warp size, multiprocessors, shared memory of a block in bytes, whether it
+    copies blocks of tensors by descriptor (TMA), and the least hidden size from which the cuBLAS product and a softmax
+    pass beat exponentials in the product's epilogue (`linear_ppo_loss.py`), as `python -m bench.gpu_kernels` measures
+    it. 0: from the first; no chip was measured yet.
     """
 
     name: str
@@ -20,6 +22,7 @@ class Chip(NamedTuple):
     multiprocessors: int
     shared: int
     descriptors: bool = False
+    softmax_from: int = 0
 
 
 class Tile(NamedTuple):
@@ -87,7 +90,7 @@ def _read(index: int) -> Chip:
     else:
         name = f"sm_{about.major}{about.minor}"
         base = CHIPS.get(name, CHIPS["sm_100"] if about.major == 10 else CHIPS["sm_86"])  # 99 KiB fits all others
-    return Chip(name, base.warp, about.multi_processor_count, base.shared, base.descriptors)
+    return base._replace(name=name, multiprocessors=about.multi_processor_count)
 
 
 # --- elementwise sweeps over rows of logits ---
@@ -170,14 +173,9 @@ def product_splits(
     return -(-vocabulary // columns), columns
 
 
-# chip -> least hidden size from which the cuBLAS product and a softmax pass beat exponentials in the product's
-# epilogue (`linear_ppo_loss.py`), as `python -m bench.gpu_kernels` measures it. Empty: no chip was measured yet.
-SOFTMAX_FROM: dict[str, int] = {}
-
-
 def ppo_plan(chip: Chip, width: int) -> str:
     """ "exponentials" or "softmax": the former where it was measured to be faster."""
-    return "exponentials" if width < SOFTMAX_FROM.get(chip.name, 0) else "softmax"
+    return "exponentials" if width < chip.softmax_from else "softmax"
 
 
 # --- decode attention ---
