@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
@@ -38,6 +39,7 @@ class Counts:
     dropped: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
     malformed: list[str] = field(default_factory=list)  # the first MALFORMED_KEPT messages of skipped rows
+    limit: int | None = None  # max_samples: no row behind the first so many was read
 
     @property
     def used(self) -> int:
@@ -59,7 +61,8 @@ class Counts:
 
     def line(self) -> str:
         """For people: "2400 rows read, 2391 used, dropped: 6 longer than 1024 tokens, 3 malformed"."""
-        text = f"{self.read} rows read, {self.used} used"
+        limited = " (max_samples)" if self.read == self.limit else ""
+        text = f"{self.read} rows read{limited}, {self.used} used"
         if self.dropped:
             text += ", dropped: " + ", ".join(f"{n} {reason}" for reason, n in self.dropped.most_common())
         if self.noted:
@@ -76,13 +79,15 @@ class Reading(TypedDict, total=False):
     """How the rows of a source are read: the fields of every stage's config of these names.
 
     skip_bad_rows: bad rows are counted as malformed instead of ending the run. columns, ignore_columns: see Columns.
-    every_column: a mapping whose column no row has is an error.
+    every_column: a mapping whose column no row has is an error. max_samples: rows behind the first so many are not
+    looked at.
     """
 
     skip_bad_rows: bool
     columns: Mapping[str, str] | None
     ignore_columns: Iterable[str] | None
     every_column: bool
+    max_samples: int | None
 
 
 def reading(config: StageConfig, role: str) -> Reading:
@@ -92,6 +97,7 @@ def reading(config: StageConfig, role: str) -> Reading:
         columns=config.columns,
         ignore_columns=config.ignore_columns,
         every_column=role in ("data", "prompts"),
+        max_samples=config.max_samples,
     )
 
 
@@ -104,9 +110,10 @@ def _load(
     columns: Mapping[str, str] | None = None,
     ignore_columns: Iterable[str] | None = None,
     every_column: bool = True,
+    max_samples: int | None = None,
 ) -> Loaded[T]:
-    counts, items, names = Counts(), [], Columns(columns, ignore_columns)
-    for where, row in read_rows(source):
+    counts, items, names = Counts(limit=max_samples), [], Columns(columns, ignore_columns)
+    for where, row in islice(read_rows(source), max_samples):
         counts.read += 1
         try:
             if isinstance(row, BadRow):
