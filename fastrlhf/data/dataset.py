@@ -29,6 +29,7 @@ Located = TypeVar("Located", Conversation, Feedback, Prompt)  # they know where 
 MALFORMED = "malformed"
 MALFORMED_KEPT = 5
 REPEATED = "repeat an earlier prompt"
+SCORES_TO_JUDGE = 20  # fewer may leave out the ends of their scale by chance
 
 
 @dataclass
@@ -165,9 +166,18 @@ def load_feedback(
     """All feedback of a source (see read_rows) in its order, and what became of its rows.
 
     Raises UserError at the first bad row, naming file, line and field; with skip_bad_rows bad rows are counted
-    as malformed instead. Raises it too when no usable row is left, and for a mapping of columns that no row has.
+    as malformed instead. Raises it too when no usable row is left, and for a mapping of columns that no row has. Scores
+    that do not reach the ends of score_range, perhaps because it is another scale than theirs, are noted in Counts.
     """
-    return _load(source, lambda row, where: parse_feedback(row, where, score_range), "feedback", **how)
+    items, counts = _load(source, lambda row, where: parse_feedback(row, where, score_range), "feedback", **how)
+    scores = [score for item in items for score in item.scores or ()]
+    if len(scores) >= SCORES_TO_JUDGE and any(-1 < score < 1 for score in scores):
+        low, high = score_range
+        seen = [low + (end + 1) / 2 * (high - low) for end in (min(scores), max(scores))]
+        if seen != [low, high]:
+            note = f"scored from {seen[0]:.4g} to {seen[1]:.4g} on a scale of {low:g} to {high:g} (score_range)"
+            counts.noted[note] = sum(item.scores is not None for item in items)
+    return items, counts
 
 
 def load_conversations(source: Any, *, format: str = "auto", **how: Unpack[Reading]) -> Loaded[Conversation]:

@@ -23,8 +23,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, PACKED, DataName, data_name
 from fastrlhf.data.checks import BadRow
 from fastrlhf.data.limits import bounded_content, bounded_lines
-from fastrlhf.data.sources import is_packaged, packaged_file
-from fastrlhf.data.splits import files_of, is_saved
+from fastrlhf.data.sources import files_of, is_packaged, is_saved, packaged_file
 
 # What the cells of a CSV column hold, where that is not text. A prompt may be either: text, or messages as JSON.
 _CSV_LISTS = ("messages", "conversations", "responses", "scores", "ranking", "history")
@@ -39,7 +38,7 @@ def read_rows(source: Any) -> Rows:
     """(where, row) of every row of source.
 
     source: a path (.json, .jsonl, .ndjson, .csv, each also .gz, .bz2, .xz or .zst; .parquet), a folder (written by
-    save_to_disk, or of such files: see splits.py) or a hub id, both also with :SPLIT or :CONFIG:SPLIT behind them,
+    save_to_disk, or of such files: see sources.py) or a hub id, both also with :SPLIT or :CONFIG:SPLIT behind them,
     package://NAME/FILE, a datasets.Dataset, or a list of rows. A line that is no JSON or no UTF-8 comes as a BadRow in
     the row's place, so that the caller may skip it. where is "file:line", "file row N" or "row N" (all from 1). Raises
     UserError: unreadable or unknown source, a file that is broken as a whole, a split that is not there.
@@ -251,13 +250,19 @@ def _csv(data: bytes, name: str) -> Rows:
             if None in row:
                 yield where, BadRow(where, f"has more cells than the header's {len(rows.fieldnames or ())}")
             else:
-                yield where, {key: _cell(key, value) for key, value in row.items()}
+                yield where, CsvRow((key, csv_cell(key, value)) for key, value in row.items())
     except csv.Error as error:
         raise BadRow(f"{name} row {number + 1}", f"not valid CSV ({error})") from error
 
 
-def _cell(column: str, text: str | None) -> Any:
+class CsvRow(dict):
+    """A row whose values were texts before csv_cell read them by the names of their columns."""
+
+
+def csv_cell(column: str, text: Any) -> Any:
     """A CSV cell: empty is missing; lists, messages, numbers and booleans where the column asks for them."""
+    if not isinstance(text, str):
+        return text
     if not text:
         return None
     if column == "label":

@@ -224,6 +224,17 @@ def test_a_mapped_column_takes_the_place_of_one_of_that_name_and_of_its_own():
     assert prompt.prompt == "Hi"
 
 
+def test_a_mapped_cell_of_a_csv_file_is_read_as_the_field_that_it_is(tmp_path):
+    path = tmp_path / "f.csv"
+    path.write_text(
+        'question,helpfulness,turns,id\nHi,3,"[{""role"": ""user"", ""content"": ""Hi""}]",7\n', encoding="utf-8"
+    )
+    [item], _ = load_feedback(path, columns={"prompt": "question", "response": "id", "score": "helpfulness"})
+    assert (item.prompt, item.responses, item.scores) == ("Hi", ("7",), (0.0,))
+    [prompt], _ = load_prompts(path, columns={"messages": "turns"})
+    assert prompt.prompt == [{"role": "user", "content": "Hi"}] and prompt.columns["id"] == "7"
+
+
 def test_a_mapping_that_finds_nothing_says_what_there_is():
     with pytest.raises(UserError, match=r"columns = system: sytem: no row has such a column; there are: prompt, b"):
         load_prompts([{"prompt": "Hi"}, {"prompt": "Hi", "b": 1}], columns={"system": "sytem"})
