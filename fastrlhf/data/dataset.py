@@ -171,12 +171,12 @@ def load_feedback(
     """
     items, counts = _load(source, lambda row, where: parse_feedback(row, where, score_range), "feedback", **how)
     scores = [score for item in items for score in item.scores or ()]
-    if len(scores) >= SCORES_TO_JUDGE and any(-1 < score < 1 for score in scores):
+    is_scale = len(scores) >= SCORES_TO_JUDGE and any(-1 < score < 1 for score in scores)  # others are labels
+    if is_scale and not {-1, 1} <= set(scores):
         low, high = score_range
-        seen = [low + (end + 1) / 2 * (high - low) for end in (min(scores), max(scores))]
-        if seen != [low, high]:
-            note = f"scored from {seen[0]:.4g} to {seen[1]:.4g} on a scale of {low:g} to {high:g} (score_range)"
-            counts.noted[note] = sum(item.scores is not None for item in items)
+        least, most = (low + (end + 1) / 2 * (high - low) for end in (min(scores), max(scores)))
+        note = f"scored from {least:.4g} to {most:.4g} on a scale of {low:g} to {high:g} (score_range)"
+        counts.noted[note] = sum(item.scores is not None for item in items)
     return items, counts
 
 

@@ -76,10 +76,17 @@ def _dataset(rows: Any, source: Any = None, split: str | None = None) -> Rows:
     elif split is not None and split != str(rows.split):
         only = f"split {rows.split}" if rows.split else "dataset without splits"
         raise UserError(f"{name}: no split {split!r}; it is one {only}")
+    if isinstance(rows, (list, tuple)) and rows and all(map(_is_file_name, rows)):
+        remedy = "name one of them or a folder that holds them all, or join them"
+        raise UserError(f"data is a list of file names ({rows[0]}, ...), not of rows; {remedy}")
     if hasattr(rows, "with_format"):
         rows = rows.with_format(None)  # a format set for training would give tensors and arrays
     name = f"{source} row" if source else "row"
     return ((f"{name} {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _is_file_name(row: Any) -> bool:
+    return isinstance(row, Path) or isinstance(row, str) and row.lower().endswith(DATA_SUFFIXES)
 
 
 def _read_hub(name: DataName) -> Rows:

@@ -111,8 +111,11 @@ def _of_split(files: list[_File], folder: Path, name: str, split: str | None) ->
 
 
 def _data_files(folder: Path) -> Iterable[Path]:
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
     files: list[Path] = []
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=fail):
         depth = len(Path(place).relative_to(folder).parts)
         folders[:] = [name for name in folders if not name.startswith(".") and depth < DEEPEST]
         kept = [name for name in names if name.lower().endswith(DATA_SUFFIXES) and not name.startswith(".")]

@@ -152,6 +152,10 @@ MADE = st.fixed_dictionaries(
         "label": st.booleans(),
         "responses": st.lists(TEXTS, min_size=2, max_size=2),
         "ranking": st.just([0, 1]),
+        **dict.fromkeys(("response_1", "response_2"), TEXTS),
+        "preference_strength": st.integers(-1, 1),
+        **dict.fromkeys(("conversation_a", "conversation_b"), conversations()),
+        "winner": st.sampled_from(["model_a", "model_b", "tie"]),
     },
 )
 

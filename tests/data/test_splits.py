@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 from functools import partial
@@ -20,6 +21,7 @@ from fastrlhf.config.recipe import path_problem
 from fastrlhf.data import limits
 from fastrlhf.data.dataset import load_conversations, load_feedback, load_prompts, reading
 from fastrlhf.data.rows import read_rows
+from fastrlhf.data.sources import files_of
 from fastrlhf.inference import read_prompts
 
 
@@ -111,6 +113,12 @@ def test_shards_of_several_splits_are_never_mixed(tmp_path):
         load_prompts(f"{tmp_path / 'd'}:train")
 
 
+def test_what_the_system_refuses_is_named(tmp_path):
+    path = fill(tmp_path, "a.jsonl") / "a.jsonl"
+    with pytest.raises(UserError, match="a.jsonl: cannot be read .Not a directory"):
+        files_of(path)
+
+
 def test_splits_of_saved_datasets(tmp_path):
     one, two = (datasets.Dataset.from_list([{"prompt": text}], split=text) for text in ("train", "test"))
     both = datasets.DatasetDict({"train": one, "test": two})
@@ -195,6 +203,28 @@ def test_every_input_of_rows_takes_a_split(tmp_path):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row), encoding="utf-8")
     assert load_feedback(f"{tmp_path}:test")[0][0].responses[0] == "test"
     assert load_conversations(f"{tmp_path}:test")[0][0].response == "test"
+
+
+def test_a_list_of_files_is_no_list_of_texts():
+    for files in (["a.jsonl", "b.jsonl.zst"], [Path("a.txt")]):
+        with pytest.raises(UserError, match="data is a list of file names .a.*, not of rows; name one of them"):
+            load_prompts(files)
+    assert prompts(["What is in a.jsonl", "Hi"]) == ["What is in a.jsonl", "Hi"]
+
+
+def test_prompts_of_generate_and_score_are_mapped_as_those_of_a_run(tmp_path, monkeypatch):
+    lines = '{"question": "a", "tools": [1]}\n{"question": 3}\n{"question": "b"}\n'
+    (tmp_path / "q.jsonl").write_text(lines, encoding="utf-8")
+    how = {"columns": {"prompt": "question"}, "ignore_columns": ["tools"]}
+    for source in (str(tmp_path / "q.jsonl"), "-"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        assert [p.prompt for p in read_prompts(source, skip_bad_rows=True, **how)] == ["a", "b"]
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        with pytest.raises(UserError, match=':2: field "prompt" must be'):
+            read_prompts(source, **how)
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        with pytest.raises(UserError, match="columns = prompt: qestion: no row has such a column|:1: .*is missing"):
+            read_prompts(source, columns={"prompt": "qestion"})
 
 
 # --------------------------------------------------------------------------------------------------------------- files
