@@ -364,7 +364,7 @@ def _whole_prompt(row: dict, where: str) -> str | Messages | None:
     if "chosen" in row and "rejected" in row and (not prompt_columns(row) or _is_message(row["chosen"])):
         return pair_of(row, where).prompt
     name = _reply_column(row)
-    if name is None or "chosen" in row:
+    if name is None or not {"chosen", "ranking", "scores"}.isdisjoint(row):  # its replies stand elsewhere
         return prompt_of(row, where)
     if _is_message(row[name]):
         reply = completion_of(row[name], where, name)

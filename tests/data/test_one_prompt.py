@@ -79,6 +79,15 @@ AGREEING = {
         {"messages": [*ONE, assistant("look(river)"), {"role": "tool", "content": "Ebro"}, assistant(GOOD)]},
         [*ONE, assistant("look(river)"), {"role": "tool", "content": "Ebro"}],
     ),
+    "a ranking beside a completion": (
+        {
+            "prompt": ONE,
+            "responses": [GOOD, BAD],
+            "ranking": [0, 1],
+            "completion": [system("Be brief."), *ONE, assistant(GOOD)],
+        },
+        ONE,
+    ),
     "an instruction beside the prompt": ({"prompt": "Hi", "instruction": "Hi", "output": GOOD}, [user("Hi")]),
 }
 
