@@ -93,7 +93,7 @@ def dz_block(x, column, label, base, scale, total, g, ge, entropy, inverse, ENTR
     return (dz + tl.where(column[None, :] == label[:, None], g, 0.0)) * inverse[:, None]
 
 
-@triton.jit(do_not_specialize=["n", "inner"])
+@triton.jit(do_not_specialize=["n", "inner", "splits"])
 def _forward(
     source,
     results,
@@ -128,7 +128,7 @@ def _forward(
         store_results(results, rows, live, inside, log_prob, top, total, weighted)
 
 
-@triton.jit(do_not_specialize=["n", "inner"])
+@triton.jit(do_not_specialize=["n", "inner", "splits"])
 def _backward(source, out, incoming, n, inner, ignore_index, splits, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     part = program % splits
@@ -229,7 +229,9 @@ def _row_args(rows: Rows) -> tuple[RowArgs, int]:
         logits = logits.reshape(1, -1, columns) if logits.ndim == 1 else logits[None]
     temperature = Temperature.of(rows.temperatures, rows.temperature)
     labels = rows.labels.reshape(-1).contiguous()
-    return RowArgs(logits, labels, temperature, columns, *logits.stride()), max(1, logits.shape[1])
+    outer, *strides = logits.stride()
+    outer = 0 if len(logits) == 1 else outer  # nobody's: no kernel of its own for every number of rows
+    return RowArgs(logits, labels, temperature, columns, outer, *strides), max(1, logits.shape[1])
 
 
 def _grid(n: int, columns: int, device: torch.device):
