@@ -113,9 +113,10 @@ def _stage(verb: str, arguments: list[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="check fields, data and models, print the recipe, stop")
     _add_flags(parser, "overwrite", "skip_bad_rows")
+    _add_accept_changed(parser)
     args = _parse(parser, arguments)
     source, overrides = _recipe_and_overrides(args.overrides)
-    inputs, config = recipe.load_recipe(verb, source, overrides + args.flags)
+    inputs, config = recipe.load_recipe(verb, source, overrides + args.flags + _accepted(args))
     recipe.check_paths(verb, inputs, config)
     if args.dry_run:
         for line in _load("preflight").check_inputs(verb, inputs, config):
@@ -168,13 +169,14 @@ def _resume(verb: str, arguments: list[str]) -> int:
 
     parser = _parser(verb, "RUN_DIR")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of the run")
+    _add_accept_changed(parser)
     args = _parse(parser, arguments)
     _first_line(verb, args.run_dir)
     stage = _load("checkpoint.run_folder").read_run_json(args.run_dir)["verb"]
     as_before = ["resume=true", "overwrite=false", f"output_dir={args.run_dir}"]
     if stage == "quickstart":
-        return _load("quickstart").main(as_before)
-    inputs, config = recipe.load_recipe(stage, f"{args.run_dir}/config.yaml", as_before)
+        return _load("quickstart").main(as_before + _accepted(args))
+    inputs, config = recipe.load_recipe(stage, f"{args.run_dir}/config.yaml", as_before + _accepted(args))
     recipe.check_paths(stage, inputs, config)
     return _load(STAGES[stage]).main(inputs, config)
 
@@ -329,6 +331,18 @@ def _add_flags(parser: _Parser, *fields: str) -> None:
         text, option = f"{field}=true", "--" + field.replace("_", "-")
         parser.add_argument(option, action="append_const", const=text, dest="flags", help=f"the same as {text}")
     parser.set_defaults(flags=[])
+
+
+def _add_accept_changed(parser: _Parser) -> None:
+    parser.add_argument(
+        "--accept-changed",
+        metavar="NAME[,NAME]",
+        help="with resume: go on although these inputs or fields are not what the run was started with",
+    )
+
+
+def _accepted(args: argparse.Namespace) -> list[str]:
+    return [] if args.accept_changed is None else [f"accept_changed={args.accept_changed}"]
 
 
 def _fields_help(stage: str) -> str:

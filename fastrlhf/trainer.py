@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint.atomic import CheckpointError, export_folder
-from fastrlhf.checkpoint.run_folder import RunFolder, check_identity, identity
+from fastrlhf.checkpoint.run_folder import RunFolder, identity
 from fastrlhf.checkpoint.state import (
     load_optimizer_tensors,
     load_parts,
@@ -115,6 +115,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
         self.run_folder = RunFolder(config, inputs)
         if distributed.is_lead():  # another rank may get here when the lead has taken the folder already
             self.run_folder.check()
+            self.run_folder.read_inputs(tokenizer.chat_template)
         self.store: CheckpointStore | None = None
         self.tracker = Tracker(None, config.stage, total_steps, console=distributed.is_lead())
         self.memory = MemoryBackoff(config, device, self.tracker.event)
@@ -331,12 +332,15 @@ class Trainer(metaclass=_BegunWhenBuilt):
         try:
             if checkpoint is not None:
                 _check_state(checkpoint)
+                notes = self.run_folder.same(checkpoint.state)
             if lead and self.folder is not None:
                 resumed = checkpoint.state["bytes"] if checkpoint else {}
                 self.tracker.open(self.folder, resumed if config.resume else None)
             for note in self.store.notes if self.store else []:
                 self.tracker.note(note)
             if checkpoint is not None:
+                for note in notes:
+                    self.tracker.note(note)
                 self._restore(checkpoint)
                 if lead:
                     self.run_folder.write_recipe(self.folder)  # it may go further than it was first told to
@@ -354,6 +358,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         random = _rng_of_every_rank()
         if not distributed.is_lead():
             return
+        for note in self.run_folder.hashed():
+            self.tracker.note(note)
         self.tracker.sync()
         trained = self.trained()
         groups = {name: part.tensors() for name, part in self.tensor_parts().items()}
@@ -367,6 +373,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
         state = {
             **{name: end[name] for name in ("step", "last_step", "best", "unfinished", "parts", "bytes")},
             "config": identity(self.config),
+            "inputs": self.run_folder.fingerprints.result(),
             "optimizers": optimizers,
             "tensors": sorted(groups),
         }
@@ -382,7 +389,6 @@ class Trainer(metaclass=_BegunWhenBuilt):
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        check_identity(state["config"], self.config)
         for name, role in self.trained().items():
             if role.parts is None:
                 checkpoint.load_model(name, role.model)
@@ -397,7 +403,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         self.steps_done, self.best = state["step"], state["best"]
         self.last_step, self._unfinished = state["last_step"], state.get("unfinished")
         for name, part in self._all_parts().items():
-            part.load_state(state["parts"][name])
+            saved = state["parts"][name]
+            part.load_state(_of_other_rows(saved, part.state()) if self.config.accept_changed else saved)
         parts = self.tensor_parts()
         for name in state["tensors"]:
             parts[name].load_tensors(checkpoint.tensors(name))
@@ -515,6 +522,15 @@ def _check_state(checkpoint: Checkpoint) -> None:
     missing = sorted(known - state.keys()) if isinstance(state, dict) else ["step"]
     if missing:
         raise UserError(f"{checkpoint.path}/state.json: has no {missing[0]!r}; start again with another output_dir")
+
+
+def _of_other_rows(saved: Any, now: Any) -> Any:
+    """The state of a part for rows whose change was accepted: where there are more or fewer, a sampler begins its next
+    epoch."""
+    if not isinstance(now, dict) or now.keys() != {"n", "seed", "epoch", "cursor"}:
+        return saved
+    same = all(saved[name] == now[name] for name in ("n", "seed"))
+    return saved if same else {**now, "epoch": saved["epoch"] + 1}
 
 
 def _rng_name(rank: int) -> str:

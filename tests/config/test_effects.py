@@ -47,10 +47,11 @@ GIVEN = {  # a value of each option of the table that asks for something
     "save_every": 5,
     "overwrite": True,
     "resume": True,
+    "accept_changed": ["data"],
     "epochs": 3,
     "gradient_checkpointing": True,
 }
-ACTING = {"kl_controller": "adaptive", "critic_warmup_steps": 1, "output_dir": "run"}  # where no default lets it act
+ACTING = {"kl_controller": "adaptive", "critic_warmup_steps": 1, "output_dir": "run", "resume": True}  # where no default lets it act
 NEEDED = {"advantage": {"samples_per_prompt": 2}, "whiten_advantages": {"samples_per_prompt": 2}}
 CASES = [
     (cls, row.choice, value, name)
@@ -114,7 +115,7 @@ SWITCHED_OFF = [
     (SFTConfig, {"total_steps": 9}, "epochs"),
     (RewardConfig, {"total_steps": 9}, "epochs"),
     (RewardConfig, {"head_only": True}, "gradient_checkpointing"),
-    *((cls, {"output_dir": None}, "save_every overwrite resume") for cls in CONFIGS.values()),
+    *((cls, {"output_dir": None}, "save_every overwrite resume accept_changed") for cls in CONFIGS.values()),
 ]
 
 
