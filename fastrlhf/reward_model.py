@@ -165,8 +165,8 @@ class RewardTrainer(SupervisedTrainer):
         pairs, right = sums[1].tolist()
         return {"accuracy/train": right / pairs} if pairs else {}
 
-    def token_count(self, item: Record) -> int:
-        return sum(map(len, item.rows))
+    def token_ids(self, item: Record) -> list[list[int]]:
+        return item.rows
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

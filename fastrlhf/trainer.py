@@ -42,11 +42,12 @@ from fastrlhf.models.lora import Adapters
 from fastrlhf.models.saving import write_model
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import Sampler
-from fastrlhf.runtime.guards import Interrupted, StopNow, StopSignal, UpdateGuard
+from fastrlhf.runtime.guards import Interrupted, StopNow, StopSignal
 from fastrlhf.runtime.memory import MemoryBackoff
 from fastrlhf.runtime.metrics import throughput
 from fastrlhf.runtime.optim import Optimizer, TrainedRole, lr_at
 from fastrlhf.runtime.tracking import Tracker
+from fastrlhf.runtime.updates import UpdateGuard
 
 EXIT_INTERRUPTED = 75
 
@@ -119,7 +120,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
         self.store: CheckpointStore | None = None
         self.tracker = Tracker(None, config.stage, total_steps, console=distributed.is_lead())
         self.memory = MemoryBackoff(config, device, self.tracker.event)
-        self.guard = UpdateGuard()
+        self.guard = UpdateGuard(self.tracker.event, tokenizer.decode)
         for note in notes:
             self.tracker.note(note)
 
@@ -219,16 +220,22 @@ class Trainer(metaclass=_BegunWhenBuilt):
                 self._finish_step(self._unfinished, {})
                 self._stop_if_asked()
             while self.steps_done < self.total_steps:
-                if self._stop.requested and distributed.size() == 1:  # it came after the step or in the user's loop
-                    raise StopNow
+                self.stop_together()  # it came after the step or in the user's loop
+                self.tracker.begin(self.steps_done + 1)
                 with self._at_once():
                     result = self.step()
                 self._finish_step(result.metrics, result.timings)
                 yield result
                 self._stop_if_asked()
 
+    def stop_together(self) -> None:
+        """Stop here, before the update of a step, where a signal came to any rank; a step calls it between its parts.
+        One rank alone stops at once."""
+        if self._stop is not None and distributed.any_of(self._stop.requested):
+            raise StopNow
+
     def _at_once(self) -> AbstractContextManager[None]:
-        """Let signals stop the work inside. Ranks have to stop together, so several of them do at the end of a step."""
+        """Let signals stop the work inside. Ranks have to stop together: several of them do in `stop_together`."""
         return self._stop.at_once() if distributed.size() == 1 else nullcontext()
 
     def _finish_step(self, metrics: dict[str, float], timings: dict[str, float]) -> None:
@@ -258,6 +265,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
     def _describe_stop(self, now: bool) -> str:
         """Say what a signal leads to."""
         first = "stopping now, without the step that was begun" if now else "waiting for the end of the step"
+        if distributed.size() > 1 and self._end is not None:
+            first = "waiting for all ranks to come to the end of this part of the step"
         return first if self.store is None else f"{first}, then writing a checkpoint"
 
     def _update_begins(self, *_: object) -> None:
@@ -280,14 +289,16 @@ class Trainer(metaclass=_BegunWhenBuilt):
 
     def _on_the_way_out(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """Go back to the end of the last step and save it, where the loop is left in the middle of a step by an
-        exception that came before the update. Several ranks are left by one: they cannot save together."""
+        exception that came before the update. Several ranks save together where they stopped together; where one of
+        them failed they cannot."""
         stop, self._stop = self._stop, None
         if kind in (None, GeneratorExit, Interrupted) or issubclass(kind, CheckpointError) or stop.insisted:
             return
-        if self._end is None or distributed.size() > 1:
+        if self._end is None or (distributed.size() > 1 and kind is not StopNow):
             return
         self._go_back(self._end)
-        if self.steps_done > 0 and self._end is not self._saved_end:  # before the first step nothing is lost
+        unsaved = distributed.any_of(self._end is not self._saved_end)
+        if self.steps_done > 0 and unsaved:  # before the first step nothing is lost
             self._save()
         if kind is StopNow:
             raise self._interrupted(stop) from None
@@ -302,6 +313,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
         for name, part in self._all_parts().items():
             part.load_state(copy.deepcopy(end["parts"][name]))
         restore_rng(end["rng"])
+        self.tracker.begin(self.steps_done)
 
     def _evaluate(self) -> dict[str, float]:
         with self.tracker.phase("evaluate"), self._at_once():
@@ -448,16 +460,16 @@ class SupervisedTrainer(Trainer):
         """Metrics of a step beside its loss, from the sums of `accumulate` over all ranks."""
 
     @abstractmethod
-    def token_count(self, item: Any) -> int:
-        """Tokens that the model reads for an item."""
+    def token_ids(self, item: Any) -> list[list[int]]:
+        """The rows of tokens that the model reads for an item."""
 
     def step(self) -> Step:
         config = self.config
         items = [self.items[i] for i in self.sampler.take(config.mini_batch_size)]
         self.model.train()  # transformers checkpoints activations in this mode only; dropout is off in both
         with self.tracker.phase("update"):
-            sums = self.memory.attempt(partial(self.accumulate, items), undo=self.optimizer.zero_grad)
-            distributed.all_reduce_sum(*sums)
+            optimizers = {self.role: self.optimizer}
+            items, sums, norms, cause = self.guard.gradients(items, self._sums, optimizers, self.token_ids)
             rate = lr_at(
                 self.steps_done,
                 base=config.learning_rate,
@@ -465,19 +477,25 @@ class SupervisedTrainer(Trainer):
                 warmup_steps=config.warmup_steps,
                 total_steps=self.total_steps,
             )
-            result = self.optimizer.step(rate)
+            result = self.optimizer.apply(rate, norms[self.role])
+            self.guard.record(self.role, result.applied, cause)
         self.steps_done += 1
-        sentence = self.guard.record(result.applied, self.role)
-        if sentence is not None:
-            self.tracker.event("non_finite_update", sentence, step=self.steps_done)
         metrics = {
             "loss/train": float(sums[0]),
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
-            "update/skipped": float(self.guard.skipped),
+            "update/skipped": float(self.guard.updates_skipped),
+            "update/left_out": float(self.guard.rows_left_out),
             **self.step_metrics(sums),
         }
-        return Step(metrics, throughput("perf/tokens", sum(map(self.token_count, items)), self.device))
+        tokens = sum(len(ids) for item in items for ids in self.token_ids(item))
+        return Step(metrics, throughput("perf/tokens", tokens, self.device))
+
+    def _sums(self, items: list[Any]) -> tuple[Tensor, ...]:
+        """`accumulate`, over all ranks."""
+        sums = self.memory.attempt(partial(self.accumulate, items), undo=self.optimizer.zero_grad)
+        distributed.all_reduce_sum(*sums)
+        return sums
 
     def parts(self) -> dict[str, Stateful]:
         return {"sampler": self.sampler}

@@ -2,8 +2,9 @@
 
 SHA-256 of the bytes: of a data file, of all files of a data folder, of the files of a model folder that a loader reads
 (weights, config, tokenizer; those of the base too where the folder is an adapter), of FILE.py or MODULE's file for
-FILE.py:FUNCTION and MODULE:FUNCTION. A model of the hub: its revision. Objects from Python: the rows as JSON, a checksum
-of the weights, the vocabulary of a tokenizer, the source text of a function. What none of this fits is "not checked".
+FILE.py:FUNCTION and MODULE:FUNCTION. A model of the hub: its revision. Objects from Python: the rows as JSON, a
+checksum of the weights, the vocabulary of a tokenizer, the source text of a function. What none of this fits is "not
+checked".
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from fastrlhf.checkpoint.atomic import sha256
 from fastrlhf.data.sources import is_packaged, packaged_file
 
 MODEL_SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model")
-FUNCTIONS = ("reward", "function")  # kinds of inputs that may name a function
 CHUNK = 1 << 22  # elements of a tensor that are widened at a time
 
 
@@ -38,7 +38,7 @@ class NotChecked(Exception):  # noqa: N818
 
 
 class Fingerprint(NamedTuple):
-    """path: absolute, None where nothing on this disk was named. digest: None where it was not checked, for `reason`."""
+    """path: absolute, None where nothing on this disk was named. digest: None where there is none, for `reason`."""
 
     path: str | None
     digest: str | None
@@ -46,12 +46,13 @@ class Fingerprint(NamedTuple):
 
 
 class _Input(NamedTuple):
-    """An input still to be hashed. files: relative name -> file."""
+    """An input still to be hashed. files: relative name -> file; rest: what the input says beside its path."""
 
     name: str
     path: Path | None
     files: dict[str, Path]
     digest: Callable[[], str] | None = None
+    rest: str = ""
 
 
 class Fingerprints:
@@ -91,23 +92,24 @@ class Fingerprints:
         for part in plan:
             path = None if part.path is None else str(part.path.absolute())
             try:
-                digest = self._folder(part.files) if part.digest is None else part.digest()
+                digest = self._content(part.files, part.rest) if part.digest is None else part.digest()
                 self._result[part.name] = Fingerprint(path, digest)
             except (NotChecked, OSError, ValueError, TypeError) as error:
                 self._result[part.name] = Fingerprint(path, None, str(error))
         self.seconds += time.monotonic() - start
 
-    def _folder(self, files: Mapping[str, Path]) -> str:
+    def _content(self, files: Mapping[str, Path], rest: str) -> str:
+        """Hash the files of a folder, or one file whatever it is called."""
         if not files:
             raise NotChecked("no files")
-        lines = []
+        lines = [rest] * bool(rest)
         for name, path in sorted(files.items()):
             real = os.path.realpath(path)
             if real not in self._files:
                 self._files[real] = sha256(Path(real))
                 self.bytes += os.path.getsize(real)
             lines.append(f"{name} {self._files[real]}")
-        return lines[0].rpartition(" ")[2] if len(lines) == 1 else _digest(line.encode() for line in lines)
+        return _digest(line.encode() for line in lines)
 
     # --------------------------------------------------------------------------------------- from an argument to files
 
@@ -138,44 +140,43 @@ class Fingerprints:
             yield _Input(name, None, {}, partial(_rows, value))
 
     def _named(self, name: str, text: str, kind: str) -> Iterator[_Input]:
-        path = path_of(text, kind, name)
+        path, rest = path_of(text, kind, name)
         if path is None:
             yield _Input(name, None, {}, partial(_hub_revision, text, kind))
             return
         if path.is_file():
-            yield _Input(name, path, {path.name: path})
+            yield _Input(name, path, {"": path}, rest=rest)
             return
         models = kind != "data"
         inside = (p for p in (path.iterdir() if models else path.rglob("*")) if p.is_file() and p.name[0] != ".")
         files = {p.relative_to(path).as_posix(): p for p in inside if not models or p.suffix in MODEL_SUFFIXES}
-        yield _Input(name, path, files)
+        yield _Input(name, path, files, rest=rest)
         base = _base_of(path) if models else None
         if base is not None and len(name) < 200:  # an adapter that leads back to itself was refused before
             yield from self._named(f"{name}.base", base, kind)
 
 
-def path_of(text: str, kind: str, role: str) -> Path | None:
-    """The file or folder that the value of an input names; None: none that is here (a hub id). kind: of the input,
-    which errors call `role`."""
+def path_of(text: str, kind: str, role: str) -> tuple[Path | None, str]:
+    """-> the file or folder that the value of an input names, None: none that is here (a hub id); and what it says
+    beside that (a function, a split). kind: of the input, which errors call `role`."""
     if is_packaged(text):
-        return packaged_file(text, role)
+        return packaged_file(text, role), ""
     path = Path(text).expanduser()
     if os.path.exists(path):
-        return path
-    where, colon, _ = text.rpartition(":")
-    if not colon or "://" in text:
-        return None
+        return path, ""
+    where, colon, rest = text.rpartition(":")
+    if not colon or "://" in text or kind == "model":
+        return None, ""
     if kind == "data":  # NAME:SPLIT
-        return path_of(where, kind, role)
-    if kind not in FUNCTIONS:
-        return None
+        path, before = path_of(where, kind, role)
+        return path, f"{before}:{rest}"
     if where.endswith(".py"):
-        return Path(where) if os.path.isfile(where) else None
+        return (Path(where) if os.path.isfile(where) else None), rest
     try:
         spec = importlib.util.find_spec(where)
     except (ImportError, ValueError):
-        return None
-    return None if spec is None or not spec.has_location else Path(spec.origin)
+        return None, ""
+    return (None if spec is None or not spec.has_location else Path(spec.origin)), rest
 
 
 def absolute(value: Any, kind: str) -> Any:
@@ -217,7 +218,7 @@ def _base_of(folder: Path) -> str | None:
         return None
 
 
-# -------------------------------------------------------------------------------------------------- what is no file here
+# ------------------------------------------------------------------------------------------------- what is no file here
 
 
 def _digest(lines: Iterable[bytes]) -> str:
@@ -294,13 +295,13 @@ def changes(saved: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) ->
             changed[name] = f"{name}: this run was started {first} and would resume {then} it ({_where(there)})"
             continue
         before, here = saved[name], now[name]
-        moved = "" if before.path == here.path else f", which was {_where(before)} then"
+        moved = "" if before.path == here.path else f", which was {_where(before)} then,"
         if before.digest is None or here.digest is None:
             notes.append(f"{name}: not checked whether it is as before ({before.reason or here.reason})")
         elif before.digest != here.digest:
             changed[name] = f"{name}: {_where(here)}{moved} is not what this run was started with (other content)"
         elif moved:
-            notes.append(f"{name}: {_where(here)}{moved}; its content is the same")
+            notes.append(f"{name}: {_where(here)}{moved} has the same content")
     return changed, notes
 
 

@@ -1,4 +1,4 @@
-"""A resumed run proves that it reads what it was started with: data, models, rewards, fields; all that differs is told."""
+"""A resumed run proves that it reads what it was started with: data, models, rewards and fields."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ REWARD = "def length(prompts, responses):\n    return [float(len(r)) for r in re
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory) -> Path:
-    """What a PPO run reads, and the run folder after its first step."""
-    root = tmp_path_factory.mktemp("origin")
+    """What a PPO run reads, by relative paths, and its folder after the first step."""
+    root = tmp_path_factory.mktemp("origin") / "place"
     for name in ("model", "judge"):
         tiny.llama().save_pretrained(root / name)
         tiny.tokenizer().save_pretrained(root / name)
     (root / "rows.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS), encoding="utf-8")
     (root / "rules.py").write_text(REWARD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        ppo().train()
     return root
 
 
 @pytest.fixture
 def place(origin, tmp_path, monkeypatch) -> Path:
-    """A copy of it that may be changed, with a run that stopped after a step; paths are relative to it."""
+    """A copy of it that may be changed."""
     place = tmp_path / "place"
     shutil.copytree(origin, place)
     monkeypatch.chdir(place)
-    ppo().train()
     return place
 
 
@@ -73,11 +75,11 @@ def change_the_reward(place: Path) -> None:
 CHANGES = {"prompts": change_a_row, "policy": change_a_weight, "reward": change_the_reward}
 
 
-def test_nothing_changed_and_the_paths_are_absolute_in_the_checkpoint(place, capsys):
+def test_nothing_changed_and_the_paths_are_absolute_in_the_checkpoint(origin, place, capsys):
     state = json.loads((place / "run/checkpoints/step-000001/state.json").read_text())
     paths = {name: path for name, (path, *_) in state["inputs"].items()}
     assert paths == {
-        "policy": str(place / "model"), "reward": str(place / "rules.py"), "prompts": str(place / "rows.jsonl"),
+        "policy": str(origin / "model"), "reward": str(origin / "rules.py"), "prompts": str(origin / "rows.jsonl"),
         "chat_template": None,
     }  # fmt: skip
     assert all(len(digest) == 64 for _, digest, _ in state["inputs"].values())
@@ -114,20 +116,22 @@ def test_all_that_differs_is_one_error_fields_too(place):
 
 
 def test_an_unknown_name_lists_the_names(place):
-    with pytest.raises(UserError, match="there is no 'polcy' .*; inputs: chat_template, policy, prompts, reward; fields"):
+    with pytest.raises(
+        UserError, match="there is no 'polcy' .*; inputs: chat_template, policy, prompts, reward; fields"
+    ):
         resumed(accept_changed=["polcy"])
     with pytest.raises(UserError, match="accept_changed = data: resume = false goes on with no run"):
         ppo(accept_changed=["data"])
 
 
-def test_a_folder_that_was_moved_is_the_same(place, capsys):
+def test_a_folder_that_was_moved_is_the_same(origin, place, capsys):
     os.rename(place / "model", place / "elsewhere")
     assert resumed({"policy": "elsewhere"}).steps_done == 1
     said = capsys.readouterr().out
-    assert f"policy: {place / 'elsewhere'}, which was {place / 'model'} then; its content is the same" in said
+    assert f"policy: {place / 'elsewhere'}, which was {origin / 'model'} then, has the same content" in said
     shutil.copytree(place / "elsewhere", place / "model")
     change_a_weight(place)
-    with pytest.raises(UserError, match=r"^policy: /.*model is not what"):
+    with pytest.raises(UserError, match=r"^policy: /.*model, which was /.*model then, is not what"):
         resumed()
 
 
@@ -141,6 +145,7 @@ def test_an_input_more_or_less_is_a_difference(place):
 
 def test_the_command_line_goes_on_from_any_folder(place, tmp_path, monkeypatch, capsys):
     """What config.yaml names is absolute; a file that changed is refused there too, and accepted by name."""
+    ppo(overwrite=True).train()
     run = str(place / "run")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["resume", run]) == 0
@@ -205,13 +210,16 @@ def a_reward(prompts: list[str], responses: list[str]) -> list[float]:
     return [0.0] * len(responses)
 
 
-def test_what_python_hands_over_is_compared_where_it_can_be(origin):
+def test_what_python_hands_over_is_compared_where_it_can_be(origin, tmp_path):
     rows = [{"prompt": "天", "response": "b"}, {"prompt": [{"role": "user", "content": "a"}], "response": "c"}]
     assert same_twice(lambda: {"data": rows})["data"] != digests(data=rows[:1])["data"] is not None
     assert digests(reward=a_reward)["reward"] == digests(reward=partial(a_reward))["reward"] is not None
     line = Fingerprints({"data": iter(rows), "reward": len, "model": "no/such-model"}, KINDS, {}).line()
     assert "not checked at a resume: data (a list_iterator can be read only once), reward (its source is not" in line
     assert "model (from the hub)" in line
+    (tmp_path / "two.py").write_text(REWARD + REWARD.replace("length", "other"))
+    both = [digests(reward=f"{tmp_path}/two.py:{name}")["reward"] for name in ("length", "other")]
+    assert len({*both, None}) == 3, "another function of the same file"
     module = digests(reward="fastrlhf.recipes.rewards:one_short_sentence")
     assert module["reward"] is not None and digests(data=f"{origin}/rows.jsonl:train")["data"] is not None
 
