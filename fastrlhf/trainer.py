@@ -536,7 +536,7 @@ def run_stage(trainer: type[Trainer], inputs: dict[str, Any], config: StageConfi
 def _check_state(checkpoint: Checkpoint) -> None:
     """UserError for a checkpoint made by hand: what no run leaves out is missing."""
     state = checkpoint.state
-    known = {"step", "best", "last_step", "config", "optimizers", "parts", "tensors", "bytes"}
+    known = {"step", "best", "last_step", "config", "inputs", "optimizers", "parts", "tensors", "bytes"}
     missing = sorted(known - state.keys()) if isinstance(state, dict) else ["step"]
     if missing:
         raise UserError(f"{checkpoint.path}/state.json: has no {missing[0]!r}; start again with another output_dir")

@@ -21,6 +21,7 @@ Cause = Literal["weights", "rows", "sum"]
 IN_A_ROW = 3
 IN_LAST = (5, 100)
 TEXT_SHOWN = 60  # characters of a row in the message; the fields of the event hold all of it
+ROWS_WRITTEN = 32  # of one event
 LEARNING_RATES = {"critic": "critic_learning_rate"}  # of the others: learning_rate
 ADVICE: dict[Cause, str] = {
     "weights": "its weights hold NaN or infinity: begin with sound ones, or resume from an older checkpoint",
@@ -90,10 +91,12 @@ class UpdateGuard:
         return Gradients(kept, result, norms, "rows" if all(faulty) else "sum")
 
     def leave_out(self, rows: Sequence[Sequence[list[int]]], place: str) -> None:
-        """Count rows of token ids that are not finite, and write them down: the event holds each row's text and ids."""
+        """Count rows of token ids that are not finite, and write them down: the event holds text and ids of the first
+        ROWS_WRITTEN."""
         self.rows_left_out += len(rows)
-        dumped = [{"texts": [self.decode(ids) for ids in row], "ids": [list(ids) for ids in row]} for row in rows]
-        first = dumped[0]["texts"][0]
+        texts = [[self.decode(ids) for ids in row] for row in rows[:ROWS_WRITTEN]]
+        dumped = [{"texts": t, "ids": [list(ids) for ids in row]} for t, row in zip(texts, rows)]
+        first = texts[0][0]
         what = f"{len(rows)} row{'s' * (len(rows) > 1)} left out of {place}: NaN or infinity in what the model makes of"
         message = f"{what} {first[:TEXT_SHOWN]!r}; the others are learned from"
         self.report("non_finite_row", message, rows=dumped)

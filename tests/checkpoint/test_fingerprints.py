@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -236,3 +237,18 @@ def test_files_that_no_loader_reads_may_change(origin, tmp_path):
 def test_a_trainer_without_a_folder_hashes_nothing():
     t: Trainer = build("sft")
     assert t.run_folder.fingerprints is None
+
+
+def test_a_model_of_the_hub_is_its_revision(tmp_path, monkeypatch):
+    """As the cache of the hub has it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    home = tmp_path / "models--ours--tiny"
+    for revision in ("a1", "b2"):
+        (home / "snapshots" / revision).mkdir(parents=True)
+        (home / "snapshots" / revision / "config.json").write_text("{}")
+    (home / "refs").mkdir()
+    seen = []
+    for revision in ("a1", "b2"):
+        (home / "refs" / "main").write_text(revision)
+        seen.append(digests(model="ours/tiny")["model"])
+    assert seen == ["revision a1", "revision b2"]
