@@ -83,7 +83,7 @@ _TURNS = ("prompt", "chosen", "rejected", "messages", "conversations")  # a list
 def _may_hold(field: str, value: Any) -> bool:
     """Whether a value is of the field's kind: a whole number is no KTO label, a list of records no conversation."""
     if field in _KINDS:
-        return isinstance(value, _KINDS[field]) and (field == "label" or not isinstance(value, bool))
+        return isinstance(value, _KINDS[field]) and (field in ("label", "unsafe") or not isinstance(value, bool))
     first = value[0] if isinstance(value, list) and value else value
     if isinstance(first, str):
         return first is value or field in _TURNS
@@ -219,7 +219,7 @@ def marks_of(row: dict[str, Any], where: str, replies: int) -> tuple[bool, ...]:
     """
     if "unsafe" not in row:
         close = meant("unsafe", row)
-        if close not in (None, "safe"):  # a column of its own in data sets about safety
+        if close is not None:
             raise missing(where, "unsafe", row, "true, false, or a list of them")
         return (False,) * replies
     value = row["unsafe"]
