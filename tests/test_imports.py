@@ -19,7 +19,7 @@ RULE = (
     ("__main__",),
     ("cli",),
     ("quickstart",),
-    ("preflight", "inference", "report"),  # verbs of their own, never imported by training
+    ("preflight", "inference", "convert", "report"),  # verbs of their own, never imported by training
     ("ppo", "reward_model", "sft"),
     ("trainer",),
     ("rl",),
