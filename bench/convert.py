@@ -30,6 +30,8 @@ idle = peak()
 convert(*sys.argv[1:])
 print(peak(), idle)
 """
+# A process begins with the peak of the one that starts it, so that one is small.
+LAUNCH = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', *sys.argv[1:]]))"
 UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 
@@ -71,7 +73,8 @@ def _random(shape: tuple[int, ...], difference: bool) -> Tensor:
 def peak_of(folder: Path, out: Path, base: Path | None = None) -> tuple[int, int]:
     """(peak of a process that converts, its peak once all is imported), in bytes."""
     arguments = [str(path) for path in (folder, out, base) if path is not None]
-    done = subprocess.run([sys.executable, "-c", RUN, *arguments], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", LAUNCH, RUN, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     peak, idle = (int(value) * UNIT for value in done.stdout.split()[-2:])

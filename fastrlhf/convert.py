@@ -397,7 +397,10 @@ def _moon_tokenizer(source: Path, config: Mapping[str, Any]) -> PreTrainedTokeni
         if not (source / name).is_file() and not (source / "tokenizer.json").is_file():
             raise UserError(f"FOLDER: {str(source)!r} has no {name}, which its tokenizer is made of; copy it there too")
     with reading("tokenizer", source):
-        tokenizer = GPT2Tokenizer.from_pretrained(source, trust_remote_code=False)
+        named = [source / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+        states_eos = any(path.is_file() and "eos_token" in json.loads(path.read_text("utf-8")) for path in named)
+        default = {} if states_eos else {"eos_token": moss.MOON_TOKENS[-1]}  # of MOSS's own class
+        tokenizer = GPT2Tokenizer.from_pretrained(source, trust_remote_code=False, **default)
         ends = [token for token in moss.MOON_TOKENS if token in tokenizer.get_vocab()]
         # Plain added tokens in the files; special ones keep the blanks around them and are left out of shown replies.
         special = [AddedToken(token, special=True, normalized=False) for token in ends]

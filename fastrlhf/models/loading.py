@@ -211,8 +211,11 @@ def scalar_model(
     """A new scalar-head model on a copy of another model's trunk (share: on that trunk itself).
 
     The head starts at N(0, 1/(H+1)) drawn from `seed` (Stiennon et al. 2020, as summarize_from_feedback does), or at
-    zero where seed is None (a value model that predicts 0 before it has seen a return).
+    zero where seed is None (a value model that predicts 0 before it has seen a return). On a CodeGen (MOSS) it is a
+    GPT-J of the same weights.
     """
+    if trunk_of.config.model_type == "codegen":
+        trunk_of = moss.gptj_of(trunk_of)
     config = copy.deepcopy(trunk_of.config)
     config.num_labels = 1
     config.id2label, config.label2id = {0: "score"}, {"score": 0}

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import CodeGenConfig, PreTrainedModel
+from transformers import CodeGenConfig, GPTJConfig, GPTJForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.models.weight_files import tensor_names, weight_files
@@ -28,6 +29,7 @@ MOON_FIELDS = (
     "use_cache", "bos_token_id", "eos_token_id", "tie_word_embeddings",
 )  # fmt: skip
 MOON_TOKENS = ("<eoh>", "<eot>", "<eoc>", "<eor>", "<eom>")  # the ends of MOSS's parts; the tags before them are text
+QKV_BLOCKS = 4
 REWARD_HEAD = "reward_head.weight"
 BUFFERS = re.compile(r"\.(causal_mask|rotary_emb\.inv_freq)$")  # saved by older code, computed by today's
 LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
@@ -120,6 +122,30 @@ def _remedy(source: str) -> str:
 def codegen_config(config: Mapping[str, Any]) -> CodeGenConfig:
     """The CodeGen that a moss-moon config describes."""
     return CodeGenConfig(**{name: config[name] for name in MOON_FIELDS if name in config})
+
+
+@torch.no_grad()
+def gptj_of(model: PreTrainedModel) -> GPTJForCausalLM:
+    """A CodeGen as the GPT-J that computes the same: of the two, transformers has a sequence classifier of GPT-J only.
+
+    CodeGen lays the rows of q, v and k out in four blocks of heads, GPT-J has a matrix of each; all else is equal. The
+    other weights are shared with the model.
+    """
+    names = [*MOON_FIELDS, "pad_token_id"]
+    fields = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
+    config = GPTJConfig(**fields | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0))
+    with no_init_weights():
+        other = GPTJForCausalLM(config)
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if not name.endswith("attn.qkv_proj.weight"):
+            weights[name] = tensor
+            continue
+        blocks = tensor.view(QKV_BLOCKS, 3, -1, tensor.shape[1])
+        for part, letter in enumerate("qvk"):
+            weights[name.replace("qkv_", f"{letter}_")] = blocks[:, part].reshape(-1, tensor.shape[1])
+    other.load_state_dict(weights, assign=True)
+    return other.eval()
 
 
 # ------------------------------------------------------------------------------------------------------- differences
