@@ -40,7 +40,8 @@ from fastrlhf.models.saving import padding_token
 from fastrlhf.models.sources import reading
 from fastrlhf.models.weight_files import SHARD_BYTES, WEIGHT_FILE, Header, ShardWriter, WeightFiles
 
-SUM_SHARD_BYTES = 256 << 20  # sums are made in memory
+SUM_SHARD_BYTES = 512 << 20  # sums are made in memory
+SUM_AT_ONCE = 1 << 23  # elements
 KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", "LICENSE", "NOTICE")  # endings of files beside weights
 CHECKSUM_TOLERANCE = 1e-5  # relative, as MOSS-RLHF compares
 ROLE = "convert"
@@ -330,7 +331,7 @@ def _check_room(target: Path, plan: Plan) -> None:
 
 
 def _write_weights(plan: Plan, folder: Path) -> float:
-    """Write the weights -> the sum of all that were read or made, fp32 sums of tensors added in fp64."""
+    """Write the weights -> with a base the sum of all of them, also of those left out."""
     writer = ShardWriter(folder, plan.stem, SUM_SHARD_BYTES if plan.base else SHARD_BYTES)
     total = 0.0
     for names in plan.files.shards():
@@ -338,18 +339,34 @@ def _write_weights(plan: Plan, folder: Path) -> float:
             if _without_buffers(name) is None:
                 continue
             tensor = plan.files.get(name)
-            if name in plan.sums:
-                tensor = (tensor.float() + plan.base.get(name).float()).to(tensor.dtype)
             if plan.base is not None:
-                total += float(tensor.float().sum())
+                tensor, part = _summed(tensor, plan.base.get(name) if name in plan.sums else None)
+                total += part
             new = plan.rename(name)
-            if new is not None and writer.add(new, tensor):
-                _release(plan)
+            full = new is not None and writer.add(new, tensor)
             del tensor
+            if full or plan.base is not None:
+                _release(plan)
         writer.flush()
         _release(plan)
     writer.close()
     return total
+
+
+def _summed(tensor: Tensor, base: Tensor | None) -> tuple[Tensor, float]:
+    """-> (tensor + base in the tensor's dtype, made in fp32; the sum of its elements). A few rows at a time."""
+    if tensor.dim() == 0 or not tensor.is_floating_point():
+        return (tensor if base is None else tensor + base), float(tensor.double().sum())
+    result = tensor if base is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    total, rows = 0.0, max(1, SUM_AT_ONCE * len(tensor) // max(1, tensor.numel()))
+    for start in range(0, len(tensor), rows):
+        part = slice(start, start + rows)
+        exact = tensor[part].float()
+        if base is not None:
+            exact = exact + base[part].float()
+            result[part] = exact
+        total += float(exact.sum())
+    return result, total
 
 
 def _release(plan: Plan) -> None:

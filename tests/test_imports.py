@@ -21,7 +21,7 @@ RULE = (
     ("quickstart",),
     ("preflight", "inference", "convert", "report"),  # verbs of their own, never imported by training
     ("ppo", "reward_model", "sft"),
-    ("trainer",),
+    ("trainer", "eval_metrics"),
     ("rl",),
     ("rollout",),
     ("models",),
