@@ -109,7 +109,7 @@ def _plan(source: Path, base: str | None) -> Plan:
     config = moss.read_config(source)
     if config.get("model_type") == "moss":
         return _plan_moon(source, config, base)
-    if config.get("model_type") not in CONFIG_MAPPING:
+    if str(config.get("model_type")) not in CONFIG_MAPPING:
         kind = f"model_type {config.get('model_type')!r}, which transformers does not know"
         code = "; it comes with code of its own (auto_map), which is never run" if "auto_map" in config else ""
         raise UserError(
@@ -164,7 +164,7 @@ def _plan_moon(source: Path, config: dict[str, Any], base: str | None) -> Plan:
     with reading(ROLE, source), torch.device("meta"):
         model = CodeGenForCausalLM(moss.codegen_config(config))
     _check_names(model, files.headers, _without_buffers, str(source))
-    tokenizer = _moon_tokenizer(source, config)
+    tokenizer = _moon_tokenizer(source, model.config)
     model.config.dtype = _dtype(files.headers)
     model.config.architectures = [type(model).__name__]
     return Plan("moss-moon-003's layout, to CodeGen", files, model.config, _without_buffers, tokenizer=tokenizer)
@@ -176,7 +176,7 @@ def _plan_pickles(source: Path, files: WeightFiles, config: dict[str, Any], base
         raise UserError(f"--base: {str(source)!r} is an adapter, no folder of differences; leave --base out")
     if files.paths[0].suffix == ".safetensors":
         raise UserError(f"FOLDER: {str(source)!r} is in the stock layout with safetensors; it needs no conversion")
-    known = [name for name in config.get("architectures") or [] if hasattr(transformers, name)]
+    known = [name for name in config.get("architectures") or [] if hasattr(transformers, str(name))]
     config = {name: value for name, value in config.items() if name != "auto_map"}
     if config and not known:  # as MOSS-RLHF's ["Llama"]
         config["architectures"] = [type(model).__name__ for model in [_causal_lm(config)] if model is not None]
@@ -407,7 +407,7 @@ def _generation_config(plan: Plan) -> GenerationConfig:
 # -------------------------------------------------------------------------------------------------------- tokenizers
 
 
-def _moon_tokenizer(source: Path, config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def _moon_tokenizer(source: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """MOSS's byte-level BPE as a stock GPT2Tokenizer, the ends of its parts as special tokens, and, where replies end
     with <eom>, its chat template. UserError where files are missing or a token gets another id than they say."""
     for name in ("vocab.json", "merges.txt"):
@@ -423,7 +423,7 @@ def _moon_tokenizer(source: Path, config: Mapping[str, Any]) -> PreTrainedTokeni
         special = [AddedToken(token, special=True, normalized=False) for token in ends]
         tokenizer.add_special_tokens({"additional_special_tokens": special})
         added = source / "added_tokens.json"
-        stated = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
+        stated = dict(json.loads(added.read_text(encoding="utf-8"))) if added.is_file() else {}
         tokenizer.init_kwargs.pop("auto_map", None)
     for token, index in stated.items():
         if tokenizer.convert_tokens_to_ids(token) != index:
@@ -431,8 +431,8 @@ def _moon_tokenizer(source: Path, config: Mapping[str, Any]) -> PreTrainedTokeni
             raise UserError(
                 f"{added}: {token!r} is to be {index}, but behind vocab.json it is {got}; vocab.json is another's"
             )
-    if len(tokenizer) > config["vocab_size"]:
-        size = f"{len(tokenizer)} tokens, the model {config['vocab_size']}"
+    if len(tokenizer) > config.vocab_size:
+        size = f"{len(tokenizer)} tokens, the model {config.vocab_size}"
         raise UserError(f"FOLDER: {str(source)!r}: its tokenizer has {size}; the files are of two models")
     if tokenizer.eos_token == moss.MOON_TOKENS[-1]:
         resolve_chat_template(tokenizer, "moss")

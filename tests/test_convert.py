@@ -128,7 +128,8 @@ def test_its_tokenizer_is_stock_gpt2_with_the_five_ends(moon):
 @pytest.mark.parametrize("change", [{"wbits": 4}, {"wbits": 8}, "qweight"])
 def test_packed_variants_are_refused_with_the_reason(given, tmp_path, change):
     if change == "qweight":
-        write_bins(given, {"transformer.h.0.attn.qkv_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}, 2)
+        packed = {f"transformer.h.0.attn.qkv_proj.{part}": torch.zeros(4, 4).int() for part in ("qweight", "qzeros")}
+        write_bins(given, packed, 2)
     else:
         config = json.loads((given / "config.json").read_text())
         write_json(given / "config.json", config | change)
@@ -389,6 +390,23 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
     said = error_of(convert, str(tmp_path / "m"), str(tmp_path / "out"))
     assert "holds more than tensors; nothing of it was run" in said
     assert not (tmp_path / "CANARY").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({}, "holds no tensors"),
+        ([1], "holds a list, not tensors by name"),
+        ({"a": torch.eye(3).to_sparse()}, "'a' is sparse, quantised or without values"),
+        ({"a": torch.zeros(3, device="meta")}, "'a' is sparse, quantised or without values"),
+        ({"a": torch.empty(3, dtype=torch.complex32)}, "torch.complex32 is a dtype that safetensors does not hold"),
+    ],
+)
+def test_what_is_no_plain_weight_is_one_sentence(tmp_path, weights, said):
+    write_llama(tmp_path / "m")
+    torch.save(weights, tmp_path / "m/pytorch_model.bin")
+    assert said in error_of(convert, str(tmp_path / "m"), str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_code_of_an_unknown_model_is_never_run(tmp_path):

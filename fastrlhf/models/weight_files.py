@@ -99,6 +99,11 @@ class _Shard:
         if wrong is not None:
             kind = type(tensors[wrong]).__name__
             raise UserError(f"{self.path}: {wrong!r} is a {kind}; a checkpoint of weights holds nothing but tensors")
+        if not tensors:
+            raise UserError(f"{self.path}: holds no tensors; copy it again")
+        for name, tensor in tensors.items():
+            if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+                raise UserError(f"{self.path}: {name!r} is sparse, quantised or without values; expected plain weights")
         return {str(name): tensor.detach() for name, tensor in tensors.items()}
 
     def names(self) -> list[str]:
@@ -216,7 +221,12 @@ class ShardWriter:
         """End the shard."""
         if not self._tensors:
             return
-        save_file(self._tensors, self._path(len(self._shards)), metadata={"format": "pt"})
+        try:
+            save_file(self._tensors, self._path(len(self._shards)), metadata={"format": "pt"})
+        except KeyError as error:
+            raise UserError(
+                f"{error} is a dtype that safetensors does not hold; convert those weights first"
+            ) from error
         self._shards.append(list(self._tensors))
         self._total += self._bytes
         self._tensors, self._storages, self._bytes = {}, set(), 0
