@@ -345,6 +345,18 @@ def _label(verb: str, arguments: list[str]) -> int:
     )
 
 
+def _convert(verb: str, arguments: list[str]) -> int:
+    parser = _parser(verb, "FOLDER OUT [--base FOLDER] [--checksum NUMBER]")
+    parser.add_argument("folder", metavar="FOLDER", help="moss-moon-003, MOSS-RLHF, differences, or pickled weights")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; empty or not there")
+    parser.add_argument("--base", metavar="FOLDER", help="the model that FOLDER's weights are differences to")
+    parser.add_argument("--checksum", metavar="NUMBER", type=float, help="what all weights must sum up to, with --base")
+    args = _parse(parser, arguments)
+    _first_line(verb, f"{args.folder} -> {args.out}")
+    print("\n".join(_load("convert").convert(args.folder, args.out, args.base, args.checksum)))
+    return EXIT_DONE
+
+
 VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "quickstart": (_quickstart, "align a small model on embedded data, offline on a CPU: SFT, reward, PPO, verdict"),
     "sft": (_stage, "fine-tune a model on conversations or text"),
@@ -355,6 +367,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "generate": (_generate, "print a model's replies to prompts"),
     "score": (_score, "print a reward model's scores of responses"),
     "label": (_label, "judge replies in the browser: score, rank, edit; the file trains a reward model"),
+    "convert": (_convert, "make a folder that transformers loads of MOSS's, MOSS-RLHF's or pickled weights"),
     "report": (_report, "write report.html of a run"),
 }
 

@@ -10,6 +10,7 @@ from fastrlhf.config.inputs import INPUTS
 from fastrlhf.config.stages import PPOConfig, critic_updates, policy_updates, pretraining_updates, updates_per_step
 from fastrlhf.data.dataset import Counts, load_conversations, load_feedback, load_prompts, reading
 from fastrlhf.data.encode import check_ptx
+from fastrlhf.eval_metrics import load_eval_metrics
 from fastrlhf.models.adapter_folder import is_adapter
 from fastrlhf.models.backbone import same_base
 from fastrlhf.models.loading import check_source, load_tokenizer
@@ -32,6 +33,8 @@ def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> 
                 columns[name] = {column for prompt in rows for column in prompt.columns}
         elif spec.kind == "model":
             check_source(value, name)
+    if inputs.get("compute_metrics") is not None:
+        load_eval_metrics(inputs["compute_metrics"], config, held_out="eval_data" in inputs or config.eval_fraction > 0)
     if isinstance(config, PPOConfig):
         check_ptx(config, inputs.get("ptx_data"))
         judge = Evaluation(config, inputs.get("judge"), prompts="eval_prompts" in inputs).judge

@@ -23,6 +23,7 @@ from fastrlhf.data.dataset import Counts, encode_rows, load_feedback, reading, s
 from fastrlhf.data.feedback import Feedback
 from fastrlhf.data.prompt_format import describe, form_of
 from fastrlhf.data.templates import encode_prompt, encode_response, settle_template
+from fastrlhf.eval_metrics import load_eval_metrics
 from fastrlhf.models.backbone import load_scalar_backbone
 from fastrlhf.models.heads import sequence_scores
 from fastrlhf.models.loading import make_trainable, tokenizer_for
@@ -78,7 +79,8 @@ class RewardTrainer(SupervisedTrainer):
     """Train a scalar-head model. Fields of the config: docs/api.md.
 
     model: a causal LM (its trunk gets a new head) or a reward model to go on with; folder, hub id, GGUF file or a
-    loaded one. data, eval_data: whatever `load_feedback` reads. Raises UserError before any training for bad input.
+    loaded one. data, eval_data: whatever `load_feedback` reads. compute_metrics: see eval_metrics.py. Raises UserError
+    before any training for bad input.
     """
 
     role = "reward model"
@@ -91,8 +93,10 @@ class RewardTrainer(SupervisedTrainer):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         data: Any,
         eval_data: Any = None,
+        compute_metrics: Any = None,
     ) -> None:
         inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
+        inputs["compute_metrics"] = compute_metrics
         tokenizer = tokenizer_for(tokenizer, model)
         template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
         records, note = load_records(config, tokenizer, data, "data", template)
@@ -105,6 +109,7 @@ class RewardTrainer(SupervisedTrainer):
             records, self.eval_records = split_heldout(
                 records, config.eval_fraction, config.seed, key=lambda r: json.dumps(r.feedback.prompt)
             )  # judgements of the same prompt stay together
+        self.compute_metrics = load_eval_metrics(compute_metrics, config, held_out=bool(self.eval_records))
         ordered = any(r.feedback.ordered_pairs() for r in self.eval_records)
         self.best_metric = ("accuracy/eval", True) if ordered else ("loss/eval", False)
         device, padded = device_of(model), padding_tokenizer(tokenizer)
@@ -159,7 +164,8 @@ class RewardTrainer(SupervisedTrainer):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """On held-out records: loss, pair accuracy, mean margin, correlation with the scores; margins as an event."""
+        """On held-out records: loss, pair accuracy, mean margin, correlation with the scores, the user's own;
+        margins as an event."""
         if not self.eval_records:
             return {}
         self.model.eval()
@@ -177,6 +183,8 @@ class RewardTrainer(SupervisedTrainer):
         given = [(float(v), target) for s, f in both if f.kind == "score" for v, target in zip(s, f.scores)]
         if len({target for _, target in given}) > 1:
             metrics["correlation/eval"] = float(torch.corrcoef(torch.tensor(given, dtype=torch.float64).T)[0, 1])
+        if self.compute_metrics is not None:
+            metrics |= self.compute_metrics([s.tolist() for s, _ in both], [f for _, f in both], metrics)
         return metrics
 
     def _held_out_scores(self) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -21,10 +23,11 @@ from fastrlhf.data.dataset import Counts, encode_rows, load_conversations, readi
 from fastrlhf.data.encode import Example, encode_example, row_form, target_count
 from fastrlhf.data.prompt_format import describe
 from fastrlhf.data.templates import settle_template
+from fastrlhf.eval_metrics import TokenPrediction, load_eval_metrics
 from fastrlhf.models.backbone import load_backbone
 from fastrlhf.models.loading import make_trainable, tokenizer_for
 from fastrlhf.models.lora import POLICY
-from fastrlhf.models.token_batch import TokenBatch, resolve_packing, target_log_probs, target_row
+from fastrlhf.models.token_batch import TokenBatch, likeliest_tokens, resolve_packing, target_log_probs, target_row
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches, pack
 from fastrlhf.runtime.guards import check_rows
@@ -36,7 +39,8 @@ class SFTTrainer(SupervisedTrainer):
     """Fine-tune a causal LM on conversations or text. Fields of the config: docs/api.md.
 
     model: folder, hub id, GGUF file, or a loaded model (trained in place). data, eval_data: whatever
-    `load_conversations` reads. Raises UserError before any training for what cannot work.
+    `load_conversations` reads. compute_metrics: see eval_metrics.py. Raises UserError before any training for what
+    cannot work.
     """
 
     role, best_metric = "model", ("loss/eval", False)
@@ -49,18 +53,24 @@ class SFTTrainer(SupervisedTrainer):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         data: Any,
         eval_data: Any = None,
+        compute_metrics: Any = None,
     ) -> None:
         inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
+        inputs["compute_metrics"] = compute_metrics
         tokenizer = tokenizer_for(tokenizer, model)
         template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
-        examples, note = load_examples(config, tokenizer, data, "data", template)
+        asked = compute_metrics is not None  # for rows
+        keep = asked and eval_data is None
+        examples, note = load_examples(config, tokenizer, data, "data", template, keep_rows=keep)
         notes.append(note)
         self.eval_examples: list[Example] = []
         if eval_data is not None:
-            self.eval_examples, note = load_examples(config, tokenizer, eval_data, "eval_data", template)
+            held_out = load_examples(config, tokenizer, eval_data, "eval_data", template, keep_rows=asked)
+            self.eval_examples, note = held_out
             notes.append(note)
         elif config.eval_fraction:
             examples, self.eval_examples = _split(examples, config)
+        self.compute_metrics = load_eval_metrics(compute_metrics, config, held_out=bool(self.eval_examples))
         device = device_of(model)
         super().__init__(config, items=examples, inputs=inputs, tokenizer=tokenizer, device=device, notes=notes)
 
@@ -82,15 +92,23 @@ class SFTTrainer(SupervisedTrainer):
 
     def batches(self, examples: Sequence[Example]) -> Iterator[TokenBatch]:
         """This rank's rows of one example each, or of several where packing is on, grouped under the token budget."""
-        examples = [examples[i] for i in assign_rows([len(e.ids) for e in examples])]
-        lengths = [len(e.ids) for e in examples]
+        for rows in self.groups(examples):
+            yield self.batch(examples, rows)
+
+    def groups(self, examples: Sequence[Example]) -> Iterator[list[list[int]]]:
+        """This rank's micro-batches: of each its rows, of a row the indices of its examples."""
+        mine = assign_rows([len(e.ids) for e in examples])
+        lengths = [len(examples[i].ids) for i in mine]
         rows = pack(lengths, self.config.max_tokens) if self.joined else [[i] for i in range(len(lengths))]
         sizes = [sum(lengths[i] for i in row) for row in rows]
         for group in micro_batches(sizes, self.memory.tokens):
-            filled = [[target_row(examples[i]) for i in rows[r]] for r in group]
+            filled = [[mine[i] for i in rows[r]] for r in group]
             if self.joined and "flash" in str(self.model.config._attn_implementation):
-                filled = [[example for row in filled for example in row]]  # it keeps examples apart in one row only
-            yield TokenBatch.build(filled, self.device)
+                filled = [[index for row in filled for index in row]]  # it keeps examples apart in one row only
+            yield filled
+
+    def batch(self, examples: Sequence[Example], rows: list[list[int]]) -> TokenBatch:
+        return TokenBatch.build([[target_row(examples[i]) for i in row] for row in rows], self.device)
 
     def step_metrics(self, sums: Sequence[Tensor]) -> dict[str, float]:
         return {}
@@ -100,14 +118,18 @@ class SFTTrainer(SupervisedTrainer):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """loss/eval in nats a target token, perplexity/eval = exp of it, over the held-out examples."""
+        """loss/eval in nats a target token, perplexity/eval = exp of it, over the held-out examples; and the user's."""
         if not self.eval_examples:
             return {}
         self.model.eval()
         total = torch.tensor(self.memory.attempt(self._held_out_loss), dtype=torch.float64)
         distributed.all_reduce_sum(total)
         loss = float(total) / target_count(self.eval_examples)
-        return {"loss/eval": loss, "perplexity/eval": math.exp(min(loss, 700.0))}
+        metrics = {"loss/eval": loss, "perplexity/eval": math.exp(min(loss, 700.0))}
+        if self.compute_metrics is not None:
+            predictions = self.predictions(self.memory.attempt(self._held_out_tokens))
+            metrics |= self.compute_metrics(predictions, [e.row for e in self.eval_examples], metrics)
+        return metrics
 
     def _held_out_loss(self) -> float:
         """The summed loss of this rank's held-out examples."""
@@ -116,6 +138,31 @@ class SFTTrainer(SupervisedTrainer):
             total += float(-target_log_probs(self.model, batch).sum())
         return total
 
+    def _held_out_tokens(self) -> Tensor:
+        """[2, T] fp64 of all target tokens of the held-out examples, in their order: the likeliest id, log p of the
+        true one; zero for those of other ranks."""
+        examples = self.eval_examples
+        counts = [sum(e.target) for e in examples]
+        found = torch.zeros(2, sum(counts), dtype=torch.float64)
+        places = list(torch.arange(sum(counts)).split(counts))
+        for rows in self.groups(examples):
+            batch = self.batch(examples, rows)
+            hidden = batch.hidden(self.model)
+            log_probs = target_log_probs(self.model, batch, hidden=hidden)
+            part = torch.stack([likeliest_tokens(self.model, hidden).double(), log_probs.double()])
+            found[:, torch.cat([places[i] for row in rows for i in row])] = part.cpu()
+        return found
+
+    def predictions(self, found: Tensor) -> list[TokenPrediction]:
+        """What `compute_metrics` gets, from every rank's part of `_held_out_tokens`."""
+        distributed.all_reduce_sum(found)
+        counts = [sum(e.target) for e in self.eval_examples]
+        parts = zip(self.eval_examples, found[0].split(counts), found[1].split(counts), strict=True)
+        return [
+            TokenPrediction(list(compress(e.ids, e.target)), ids.long().tolist(), log_probs.tolist())
+            for e, ids, log_probs in parts
+        ]
+
     def trained(self) -> dict[str, TrainedRole]:
         if self.adapters is None:
             return {"model": TrainedRole(self.model, self.optimizer)}
@@ -123,9 +170,9 @@ class SFTTrainer(SupervisedTrainer):
 
 
 def load_examples(
-    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str, template: str
+    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str, template: str, *, keep_rows: bool
 ) -> tuple[list[Example], str]:
-    """Rows as examples; what is too long is dropped or cut and counted, never silently."""
+    """Rows as examples; what is too long is dropped or cut and counted, never silently. keep_rows: with their rows."""
     rows, counts = load_conversations(source, format=config.format, **reading(config, role))
     examples, forms = [], []
     encode = partial(encode_example, tokenizer)
@@ -134,7 +181,7 @@ def load_examples(
             example = _fitted(example, config, counts)
             if example is None:
                 continue
-        examples.append(example)
+        examples.append(replace(example, row=row) if keep_rows else example)
         forms.append(row_form(tokenizer, row))
     if not examples:
         raise UserError(f"{role}: nothing left to train on ({counts.line()}); raise max_tokens")

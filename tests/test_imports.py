@@ -19,9 +19,9 @@ RULE = (
     ("__main__",),
     ("cli",),
     ("quickstart", "label"),
-    ("preflight", "inference", "report"),  # verbs of their own, never imported by training
+    ("preflight", "inference", "convert", "report"),  # verbs of their own, never imported by training
     ("ppo", "reward_model", "sft"),
-    ("trainer",),
+    ("trainer", "eval_metrics"),
     ("rl",),
     ("rollout",),
     ("models",),

@@ -315,6 +315,8 @@ def is_plain(value: Any) -> bool:
     """True for what YAML can hold: names and paths, but no loaded models, functions or data sets."""
     if isinstance(value, (list, tuple)):
         return len(value) <= INLINE_ITEMS and all(is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(name, str) for name in value) and is_plain(list(value.values()))
     return value is None or isinstance(value, (str, int, float, Path))
 
 

@@ -27,11 +27,15 @@ class StageInput(NamedTuple):
 
 _ROWS = "JSON, JSONL, CSV (each also packed), Parquet, or a folder or hub id, [:CONFIG]:SPLIT behind it"
 _MODEL = "Hugging Face folder, hub id or GGUF file"
-_REWARD = "reward model, FILE.py:FUNCTION, MODULE:FUNCTION, or a list of [name, weight, one of these]"
+_REWARD = (
+    "reward model, FILE.py:FUNCTION, MODULE:FUNCTION, {model: CLASSIFIER, label: LABEL}, or a list of "
+    "[name, weight, one of the first three] or {name, weight, model or function, label}"
+)
 _TRAINED = {"model": StageInput(True, "model", f"the model to train: {_MODEL}")}
 _OPTIONAL = {
     "eval_data": StageInput(False, "data", "held-out rows in the same formats"),
     "tokenizer": StageInput(False, "model", "folder or hub id; none: the one of the model"),
+    "compute_metrics": StageInput(False, "function", "FILE.py:FUNCTION or MODULE:FUNCTION: numbers of held-out rows"),
 }
 _TEXTS = StageInput(True, "data", f"conversations or text to learn from: {_ROWS}")
 _FEEDBACK = StageInput(True, "data", f"feedback records (pairs, rankings, scores, edits, mixed): {_ROWS}")

@@ -174,7 +174,7 @@ def _input(value: Any) -> Any:
     if isinstance(value, str):
         if value.lower() in ("none", "null", ""):
             return None
-        if value.startswith("["):
+        if value.startswith(("[", "{")):
             try:
                 return yaml.safe_load(value)
             except yaml.YAMLError:
@@ -226,7 +226,7 @@ def _wrong_inputs(stage: str, inputs: Mapping[str, Any]) -> list[tuple[str, str]
     problems = []
     for name, spec in INPUTS[stage].items():
         value = inputs.get(name)
-        listed = isinstance(value, list) and spec.kind != "model"
+        listed = isinstance(value, list) and spec.kind != "model" or isinstance(value, dict) and spec.kind == "reward"
         if value is not None and not isinstance(value, str) and not listed:
             problems.append((name, f"{name} = {value!r}: expected {spec.description}"))
     return problems

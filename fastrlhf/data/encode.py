@@ -26,11 +26,13 @@ E = TypeVar("E")
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and which of them are targets (the first never is: nothing predicts it); group: what it answers."""
+    """Token ids, and which of them are targets (the first never is: nothing predicts it); group: what it answers; row:
+    what it was made of, where somebody asks for that."""
 
     ids: list[int]
     target: list[bool]
     group: str
+    row: Conversation | None = None
 
 
 def target_count(examples: Iterable[Example]) -> int:

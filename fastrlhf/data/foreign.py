@@ -107,8 +107,8 @@ def moss_conversation(row: dict, where: str) -> Messages:
     """Messages of a MOSS SFT row: meta_instruction and chat.turn_N with Human, Inner Thoughts, ..., MOSS.
 
     Where any turn uses a tool, every turn keeps its parts: thoughts and commands are one assistant message
-    in MOSS's own tags (the "moss" template writes it as it is), results a tool message. Otherwise a turn is
-    a user and an assistant message.
+    in MOSS's own tags (the "moss" template writes it as it is), results a tool message of weight 1: as in MOSS's
+    training, its tags are learnt and what a tool said is not. Otherwise a turn is a user and an assistant message.
     """
     chat = row["chat"]
     if not isinstance(chat, dict) or not chat:
@@ -126,7 +126,7 @@ def moss_conversation(row: dict, where: str) -> Messages:
         if uses_tools:
             thoughts, commands, results = (turn.get(part, "None") for part in tools)
             call = f"<|Inner Thoughts|>: {thoughts}<eot>\n<|Commands|>: {commands}<eoc>"
-            messages += [{"role": "assistant", "content": call}, {"role": "tool", "content": results}]
+            messages += [{"role": "assistant", "content": call}, {"role": "tool", "content": results, "weight": 1}]
         messages.append({"role": "assistant", "content": turn["MOSS"]})
     return messages
 

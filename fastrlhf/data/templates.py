@@ -284,8 +284,9 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
     """(ids, mask) of a conversation that ends with an assistant turn.
 
     The mask is true on what the assistant says, the end-of-turn token of each of its turns included, and false on
-    turns of weight 0. ids equal encode_prompt(messages[:-1]) + encode_response(messages[:-1], last content). A token
-    that straddles the border between a header and an earlier reply is not trained on.
+    turns of weight 0. Of a tool's message of weight 1 (MOSS's results) the template's tags are learnt, not the content.
+    ids equal encode_prompt(messages[:-1]) + encode_response(messages[:-1], last content). A token that straddles the
+    border between a header and an earlier reply is not trained on.
     Raises UserError naming the turn where the template is not prefix-preserving.
     """
     *prompt, last = _bare(tokenizer, messages)
@@ -293,20 +294,34 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
     prompt_ids = _encode(tokenizer, text)
     response_ids = _encode_turn(tokenizer, text, prompt_ids, prompt, last)
     mask = [False] * len(prompt_ids)
+    spoken: dict[int, slice] = {}  # where the assistant's turns stand
     for turn, message in enumerate(prompt):
-        if message["role"] == "assistant" and message.get("weight") != 0:
+        if message["role"] == "assistant":
             before = prompt[:turn]
             head = render(tokenizer, before, add_generation_prompt=True)
-            span = _span(tokenizer, text, head, before, message["content"])
-            # The text up to the reply and the text up to its end, encoded alone, begin with the ids of the whole: as
-            # many as they share stand before the reply, or before its end. A token that straddles the reply's beginning
-            # is not shared, and is skipped.
-            head_ids = _encode(tokenizer, text[: span.start])
-            first = _common(prompt_ids, head_ids)
-            first += first < len(head_ids)
-            past = _common(prompt_ids, _encode(tokenizer, text[: span.stop]))
-            mask[first:past] = [True] * max(0, past - first)
+            spoken[turn] = _span(tokenizer, text, head, before, message["content"])
+    spans = [span for turn, span in spoken.items() if prompt[turn].get("weight") != 0]
+    for turn, message in enumerate(prompt):
+        if message["role"] == "tool" and message.get("weight") == 1:
+            end = spoken[turn + 1].start if turn + 1 in spoken else len(text)
+            spans += _around(text, message["content"], spoken[turn - 1].stop, end)
+    for span in spans:
+        # The text up to the span and the text up to its end, encoded alone, begin with the ids of the whole: as many
+        # as they share stand before it, or before its end. A token that straddles its beginning is skipped.
+        head_ids = _encode(tokenizer, text[: span.start])
+        first = _common(prompt_ids, head_ids)
+        first += first < len(head_ids)
+        past = _common(prompt_ids, _encode(tokenizer, text[: span.stop]))
+        mask[first:past] = [True] * max(0, past - first)
     return prompt_ids + response_ids, mask + [last.get("weight") != 0] * len(response_ids)
+
+
+def _around(text: str, content: str, start: int, end: int) -> list[slice]:
+    """The parts of text[start:end] in front of a content, without the blanks between them, and behind it."""
+    at = text.find(content, start, end)
+    if at < 0:  # the template writes it otherwise: nothing of it is learnt
+        return []
+    return [slice(start, len(text[:at].rstrip(" "))), slice(at + len(content), end)]
 
 
 def _common(a: list[int], b: list[int]) -> int:

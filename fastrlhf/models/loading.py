@@ -26,7 +26,7 @@ from transformers.initialization import no_init_weights
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.templates import stop_token_ids
-from fastrlhf.models import adapter_folder
+from fastrlhf.models import adapter_folder, moss
 from fastrlhf.models.heads import check_head
 from fastrlhf.models.quantization import quantize_trunk
 from fastrlhf.models.saving import padding_token
@@ -51,6 +51,7 @@ def _read_config(source: str, role: str) -> PreTrainedConfig | None:
     where, extra = locate(source, role)
     if extra:
         return None
+    moss.check_stock(where, role)
     with reading(role, source):
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
 
@@ -63,6 +64,8 @@ def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenize
     files = [file.name for file in Path(where).glob("*")]
     if files and not extra and not any(TOKENIZER_FILE.match(name) for name in files):
         raise UserError(f"tokenizer: {str(source)!r} holds no tokenizer files; pass tokenizer=FOLDER")
+    if not extra:
+        moss.check_stock(where, "tokenizer", weights=False)
     with reading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
     if needs_eos and tokenizer.eos_token_id is None:
@@ -91,6 +94,8 @@ def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> 
     model = load_pretrained(auto, source, role, dtype=torch_dtype, attn_implementation=kind)
     if str(source).endswith(".gguf") or "gguf" in str(getattr(model.config, "quantization_config", "")):
         model = _fresh_copy(model)
+    else:
+        moss.check_no_difference(model, str(source), role)
     model.config._name_or_path = str(source)  # what an adapter of it names as its base
     return model
 
@@ -145,13 +150,13 @@ def _fresh_copy(model: PreTrainedModel) -> PreTrainedModel:
     return fresh.eval()
 
 
-def is_scalar_model(source: Source) -> bool:
+def is_scalar_model(source: Source, role: str = "model") -> bool:
     """True for a sequence classifier (a reward or value model), false for a causal LM; reads the config only."""
     if isinstance(source, PreTrainedModel):
         return isinstance(getattr(source, "score", None), nn.Linear)
     if adapter_folder.is_adapter(source):
-        return adapter_folder.is_reward_adapter(source, "model")
-    names = getattr(_read_config(source, "model"), "architectures", None) or []
+        return adapter_folder.is_reward_adapter(source, role)
+    names = getattr(_read_config(source, role), "architectures", None) or []
     return any("SequenceClassification" in name for name in names)
 
 
@@ -165,7 +170,7 @@ def load_reward_model(
     if adapter_folder.is_adapter(source):
         model = scalar_base(source, dtype, attention, role)
         return adapter_folder.merge_into(model, adapter_folder.read_adapter(source, role))
-    if isinstance(source, str | Path) and not is_scalar_model(source):
+    if isinstance(source, str | Path) and not is_scalar_model(source, role):
         raise UserError(f"{role}: {str(source)!r} is no sequence classifier; train one with `fastrlhf reward`")
     model = _load(AutoModelForSequenceClassification, source, role, dtype, attention)
     if getattr(model.config, "num_labels", None) != 1 or not isinstance(getattr(model, "score", None), nn.Linear):
@@ -206,8 +211,11 @@ def scalar_model(
     """A new scalar-head model on a copy of another model's trunk (share: on that trunk itself).
 
     The head starts at N(0, 1/(H+1)) drawn from `seed` (Stiennon et al. 2020, as summarize_from_feedback does), or at
-    zero where seed is None (a value model that predicts 0 before it has seen a return).
+    zero where seed is None (a value model that predicts 0 before it has seen a return). On a CodeGen (MOSS) it is a
+    GPT-J of the same weights.
     """
+    if trunk_of.config.model_type == "codegen":
+        trunk_of = moss.gptj_of(trunk_of)
     config = copy.deepcopy(trunk_of.config)
     config.num_labels = 1
     config.id2label, config.label2id = {0: "score"}, {"score": 0}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fastrlhf.checkpoint.quiet import quiet_loading
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.sources import is_packaged, packaged_file
-from fastrlhf.models import adapter_folder
+from fastrlhf.models import adapter_folder, moss
 from fastrlhf.runtime.hardware import installed
 
 
@@ -46,10 +46,13 @@ def load_pretrained(auto: type, source: str, role: str, **kwargs: object) -> Pre
     options = {"output_loading_info": True, **extra, **kwargs}
     if not extra:  # a folder or hub id: safetensors only, a pickle can run code
         options["use_safetensors"] = True
+        moss.check_stock(where, role)
     # Reading a GGUF file draws a bar of its own, which into a file is a line a tensor.
     silent = redirect_stderr(io.StringIO()) if extra and not sys.stderr.isatty() else nullcontext()
     with reading(role, source), silent, quiet_loading():
         model, info = auto.from_pretrained(where, trust_remote_code=False, **options)
+    if moss.REWARD_HEAD in info["unexpected_keys"]:  # of a hub id, whose files were not looked into
+        moss.refuse_reward_head(str(source), role)
     if info["missing_keys"]:  # transformers would fill them with random numbers
         missing = sorted(info["missing_keys"])[0]
         raise UserError(f"{role}: {str(source)!r} has no weights for {missing!r}; it is no {type(model).__name__}")
@@ -67,7 +70,8 @@ class reading:  # noqa: N801 - used as `with reading(...)`
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if kind is not None and issubclass(kind, Exception) and not issubclass(kind, UserError):
-            raise UserError(f"{self.role}: cannot load {self.source!r}: {reason(error)}") from error
+            remedy = moss.remedy_for(self.source, str(error))
+            raise UserError(f"{self.role}: cannot load {self.source!r}: {remedy or reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:

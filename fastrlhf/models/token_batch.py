@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.encode import Example
-from fastrlhf.models.heads import check_packing, hidden_states, lm_head
+from fastrlhf.models.heads import check_packing, head_logits, hidden_states, lm_head
 from fastrlhf.runtime.batching import assign_rows, micro_batches
 from fastrlhf_kernels import linear_log_probs
 
@@ -90,6 +90,21 @@ def target_log_probs(
     head = lm_head(model)
     hidden = batch.hidden(model) if hidden is None else hidden
     return linear_log_probs(hidden, head.weight, batch.labels, temperature=temperature, **head.kwargs())
+
+
+@torch.no_grad()
+def likeliest_tokens(model: PreTrainedModel, hidden: Tensor, block: int = 1 << 13) -> Tensor:
+    """Return the id [N] int64 of the highest logit of each of hidden [N, H]; a block of the vocabulary at a time."""
+    head = lm_head(model)
+    best = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+    tokens = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    for start in range(0, len(head.weight), block):
+        part = slice(start, start + block)
+        bias = None if head.bias is None else head.bias[part]
+        value, index = head_logits(head._replace(weight=head.weight[part], bias=bias), hidden).max(-1)
+        tokens = torch.where(value > best, index + start, tokens)  # of equal ones the lowest id
+        best = torch.maximum(best, value)
+    return tokens
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,13 @@ class UserFunction:
             raise UserError(f"{self.what}, {where}: {returned} for {count} responses; {remedy}")
         return entries
 
+    def once(self, *arguments: object) -> Any:
+        """Call it with these very arguments -> whatever it returns. UserError for an exception of the function."""
+        result, error = _bounded(lambda: self.function(*arguments), self.timeout)
+        if error is not None:
+            raise UserError(f"{self.what}: {_said(error)}") from error
+        return result
+
     def number(self, index: int, score: object, token: int | None = None) -> float:
         """`score` as a finite float. index, token: whose it is, for the UserError."""
         where = f"{self.what}, sample {index}" + ("" if token is None else f", token {token}")

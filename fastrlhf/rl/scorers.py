@@ -347,6 +347,8 @@ def read_reward(
         return reward
     if callable(reward) or is_function_reference(reward):
         reward = [(None, 1.0, reward)]
+    if isinstance(reward, Mapping):
+        reward = [reward]
     if not isinstance(reward, (list, tuple)) or not reward:
         raise _none_of(reward)
     parts = [item if isinstance(item, Part) else _part(item, reward, config) for item in reward]
@@ -382,7 +384,9 @@ def _part(item: object, reward: object, config: PPOConfig) -> Part:
     if is_function_reference(source):
         source = load_function(source)  # type: ignore[arg-type]
     if isinstance(source, (str, Path, PreTrainedModel)):
-        return Part(str(name), float(weight), source if isinstance(source, PreTrainedModel) else str(source), label)
+        source = source if isinstance(source, PreTrainedModel) else str(source)
+        known = next(part for part in (name, label, _named(source)) if part is not None)
+        return Part(str(known), float(weight), source, label)
     if not callable(source):
         raise _none_of(reward)
     if label is not None:
@@ -416,7 +420,7 @@ def _check_model(source: str | PreTrainedModel, label: str | int | None) -> None
         if not isinstance(source, str) and not hasattr(source, "score"):
             raise UserError(f"reward: {_named(source)} reads tokens of its own; give its folder instead")
     elif len(names) > 1:
-        example = "[{name: NAME, weight: 1, model: MODEL, label: LABEL}]"
+        example = "{model: MODEL, label: LABEL}"
         raise UserError(f"reward: {_named(source)} has the labels {', '.join(names.values())}; name one: {example}")
 
 
@@ -426,8 +430,8 @@ def _named(source: str | PreTrainedModel) -> str:
 
 def _none_of(reward: object) -> UserError:
     return UserError(
-        f"reward: {reward!r} is none of: a reward-model folder or hub id, a function, 'module:function', or a list of "
-        "(name, weight, function or model) or of {name, weight, function or model, label}"
+        f"reward: {reward!r} is none of: a reward-model folder or hub id, a function, 'module:function', "
+        "{model, label}, or a list of (name, weight, function or model) or of {name, weight, function or model, label}"
     )
 
 
@@ -464,9 +468,11 @@ def make_scorer(
 
 
 def label_index(source: str | PreTrainedModel, label: str | int) -> int:
-    """Return the number of a label that is given by name or number. UserError with the labels there are."""
+    """Return the number of a label that is given by name, in whatever case, or number. UserError with the labels."""
     names = labels_of(source)
-    index = next((i for i, name in names.items() if name == label), label)
+    alike = [i for i, name in names.items() if name == label]
+    alike = alike or [i for i, name in names.items() if name.casefold() == str(label).casefold()]
+    index = alike[0] if len(alike) == 1 else label
     if isinstance(index, str) and index.isdecimal():
         index = int(index)
     if not isinstance(index, int) or isinstance(index, bool) or index not in names:

@@ -195,11 +195,11 @@ def test_moss_tools_keep_their_parts_in_every_turn():
         system("You are MOSS.\n"),
         user("2+2?"),
         assistant('<|Inner Thoughts|>: sum<eot>\n<|Commands|>: Calculate("2+2")<eoc>'),
-        {"role": "tool", "content": "\n4\n"},
+        {"role": "tool", "content": "\n4\n", "weight": 1},
         assistant("4"),
         user("Hi"),
         assistant("<|Inner Thoughts|>: None<eot>\n<|Commands|>: None<eoc>"),
-        {"role": "tool", "content": "None"},
+        {"role": "tool", "content": "None", "weight": 1},
         assistant("Hello"),
     ]
 

@@ -135,6 +135,23 @@ def test_moss_tool_conversation_is_written_in_its_own_tags():
     assert tokenizer.decode([i for i, target in zip(ids, mask) if target]) == call + " ok<eom>"
 
 
+@pytest.mark.parametrize("results", ["\n4\n", "None", " 4", "<|Results|>: <eor>"])
+def test_of_moss_results_the_tags_are_learnt_and_the_content_is_not(results):
+    """As finetune_moss.py has it, token by token; its human turns, which it learns too, are masked here."""
+    tokenizer = preset_tokenizer("moss")
+    call = "<|Inner Thoughts|>: ok<eot>\n<|Commands|>: Hi<eoc>"
+    tool = {"role": "tool", "content": results, "weight": 1}
+    turn = [USER, {"role": "assistant", "content": call}, tool, ASSISTANT]
+    blank = "" if results.startswith("\n") else " "
+    parts = [("<|Human|>: Hi<eoh>\n", False), (f"{call}\n<|Results|>:", True), (f"{blank}{results}", False)]
+    parts += [("<eor>\n<|MOSS|>: ok<eom>", True)]
+    parts = [*parts, ("\n", False), *parts]
+    encoded = [(tokenizer(text, add_special_tokens=False)["input_ids"], learnt) for text, learnt in parts]
+    ids, mask = encode_conversation(tokenizer, [*turn, *turn])
+    assert ids == [i for part, _ in encoded for i in part]
+    assert mask == [learnt for part, learnt in encoded for _ in part]
+
+
 # Shapes of the chat templates of current models, reduced to what matters here.
 LLAMA3 = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim + '<|eot|>' }}{% endfor %}"

@@ -335,8 +335,8 @@ def test_a_classifier_with_two_labels_is_no_reward_model():
 
 
 def test_a_trunk_without_a_classifier_form_is_named():
-    with pytest.raises(UserError, match="CodeGenForCausalLM has no sequence-classification form"):
-        loading.scalar_model(codegen(), tiny.tokenizer(), 0)
+    with pytest.raises(UserError, match="CohereForCausalLM has no sequence-classification form"):
+        loading.scalar_model(MODELS["cohere"](), tiny.tokenizer(), 0)
 
 
 @pytest.mark.parametrize("kind", [2, 3, 4])

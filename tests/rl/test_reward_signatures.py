@@ -438,6 +438,15 @@ def test_a_classifier_of_several_labels_scores_by_one_of_them(folders, kind, lab
         assert score == pytest.approx(float(want[2]), abs=1e-5)
 
 
+def test_one_classifier_stands_without_a_list(folders):
+    """Its label in whatever case; a label 0 is a label; it is called after its label."""
+    listed = make([{"model": folders["classes"], "label": "rude"}]).judge(TEXTS, ROWS)
+    for label in ("rude", "Rude", 0, "0"):
+        assert make({"model": folders["classes"], "label": label}).judge(TEXTS, ROWS) == listed
+    assert [part.name for part in read_reward({"model": folders["rm"]}, PPOConfig())] == [repr(folders["rm"])]
+    assert [part.name for part in read_reward({"model": folders["classes"], "label": 0}, PPOConfig())] == ["0"]
+
+
 def test_an_encoder_reads_the_reply_alone_with_its_own_tokenizer(folders):
     """At most as much of it as it has positions for."""
     texts = Texts(["one"] * 3, RAW, ["a", "bb a", "ccc bb a bb a bb a bb"], {})

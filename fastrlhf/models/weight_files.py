@@ -1,0 +1,250 @@
+"""Weights as files: the shards of a folder read a tensor at a time, and new shards written as they fill.
+
+Safetensors, and torch's .bin through torch.load(weights_only=True): its unpickler builds tensors and plain containers
+and calls nothing else. Both are mapped into memory where the file allows it, so what is read is what is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastrlhf.config.errors import UserError
+
+STEMS = ("model", "pytorch_model", "adapter_model")  # as transformers and peft name them
+SHARD_OF = re.compile(r"(?P<stem>[\w.-]+?)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<ending>safetensors|bin)$")
+WEIGHT_FILE = re.compile(rf"({'|'.join(STEMS)})(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
+LFS_POINTER = b"version https://git-lfs"
+SHARD_BYTES = 4 << 30  # the most a written shard holds, beside a single larger tensor
+
+
+class Header(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights of a model or adapter: safetensors where there are any, else .bin; may be none."""
+    for ending in (".safetensors", ".bin"):
+        found = [path for path in sorted(folder.glob(f"*{ending}")) if WEIGHT_FILE.fullmatch(path.name)]
+        if found or (folder / f"{'model' if ending != '.bin' else 'pytorch_model'}{ending}.index.json").is_file():
+            return found
+    return []
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Names of the tensors of a folder, from its index or the headers of safetensors; no pickle is opened.
+
+    What cannot be read gives no names: loading it says why.
+    """
+    indexes = sorted(folder.glob("*.index.json"))
+    try:
+        if indexes:
+            return set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"])
+        return {name for path in folder.glob("*.safetensors") for name in _Shard(path).names()}
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return set()
+
+
+class _reading:  # noqa: N801 - used as `with _reading(path)`
+    """Whatever a library raises over a file of weights is one UserError that names it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind is None or not issubclass(kind, Exception) or issubclass(kind, UserError):
+            return
+        if kind.__name__ == "UnpicklingError":  # torch's own text advises to switch the check off
+            problem = "it is damaged or holds more than tensors; nothing of it was run"
+        else:
+            problem = f"it is damaged ({kind.__name__}: {(str(error).splitlines() or [''])[0][:200]}); copy it again"
+        raise UserError(f"{self.path}: cannot be read as weights: {problem}") from error
+
+
+class _Shard:
+    """One open file of weights."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.mapped = path, True
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(f"{path}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+        with _reading(path):
+            self._tensors = None if path.suffix == ".safetensors" else self._unpickled()
+            self._file = safe_open(path, framework="pt") if self._tensors is None else None
+
+    def _unpickled(self) -> dict[str, Tensor]:
+        try:
+            tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            self.mapped = False  # written by a torch before 1.6, not as a zip file: it is read whole
+            tensors = torch.load(self.path, map_location="cpu", weights_only=True)
+        if not isinstance(tensors, Mapping):
+            raise UserError(f"{self.path}: holds a {type(tensors).__name__}, not tensors by name")
+        wrong = next((name for name, value in tensors.items() if not isinstance(value, Tensor)), None)
+        if wrong is not None:
+            kind = type(tensors[wrong]).__name__
+            raise UserError(f"{self.path}: {wrong!r} is a {kind}; a checkpoint of weights holds nothing but tensors")
+        if not tensors:
+            raise UserError(f"{self.path}: holds no tensors; copy it again")
+        for name, tensor in tensors.items():
+            if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+                raise UserError(f"{self.path}: {name!r} is sparse, quantised or without values; expected plain weights")
+        return {str(name): tensor.detach() for name, tensor in tensors.items()}
+
+    def names(self) -> list[str]:
+        return list(self._file.keys()) if self._tensors is None else list(self._tensors)
+
+    def header(self, name: str) -> Header:
+        if self._tensors is not None:
+            return Header(tuple(self._tensors[name].shape), self._tensors[name].dtype)
+        part = self._file.get_slice(name)
+        empty = part[:0] if part.get_shape() else self._file.get_tensor(name)
+        return Header(tuple(part.get_shape()), empty.dtype)
+
+    def get(self, name: str) -> Tensor:
+        with _reading(self.path):
+            return self._file.get_tensor(name) if self._tensors is None else self._tensors[name]
+
+
+class WeightFiles:
+    """The weights of a folder, a tensor at a time. headers: shape and dtype by name.
+
+    Raises UserError, naming files, for shards that are missing, damaged or hold other tensors than the index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.paths = folder, weight_files(folder)
+        missing = self._missing()
+        if missing:
+            names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise UserError(f"{folder}: of its weights {len(missing)} shards are missing: {names}; copy them there too")
+        if not self.paths:
+            raise UserError(f"{folder}: holds no weights (model*.safetensors or pytorch_model*.bin)")
+        self.headers: dict[str, Header] = {}
+        self._path_of: dict[str, Path] = {}
+        self._open: _Shard | None = None
+        for path in self.paths:
+            shard = self._shard(path)
+            with _reading(path):
+                found = {name: shard.header(name) for name in shard.names()}
+            self._path_of |= dict.fromkeys(found, path)
+            self.headers |= found
+        lost = sorted(set(self._weight_map()) - set(self.headers))
+        if lost:
+            where = self._weight_map()[lost[0]]
+            raise UserError(f"{folder}: {where} holds no {lost[0]!r}, which the index says it does; copy it again")
+
+    def _weight_map(self) -> dict[str, str]:
+        ending = self.paths[0].suffix if self.paths else None
+        for path in sorted(self.folder.glob("*.index.json")):
+            if WEIGHT_FILE.fullmatch(path.name) and ending in (None, Path(path.name.split(".index")[0]).suffix):
+                try:
+                    return {
+                        str(k): str(v) for k, v in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()
+                    }
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise UserError(f"{path}: is no index of shards ({type(error).__name__}); copy it again") from error
+        return {}
+
+    def _missing(self) -> list[str]:
+        """Shards that the index or the count in the files' names speaks of and that are not there."""
+        named = set(self._weight_map().values())
+        for path in self.paths:
+            match = SHARD_OF.fullmatch(path.name)
+            if match:
+                stem, count, ending = match["stem"], int(match["count"]), match["ending"]
+                named |= {f"{stem}-{i:05d}-of-{count:05d}.{ending}" for i in range(1, count + 1)}
+        return sorted(named - {path.name for path in self.paths})
+
+    def _shard(self, path: Path) -> _Shard:
+        if self._open is None or self._open.path != path:
+            self._open = None  # the old mapping goes before the new one comes
+            self._open = _Shard(path)
+        return self._open
+
+    def release(self) -> None:
+        """Give the pages of what was read back. A file that had to be read whole stays: it would be read again."""
+        if self._open is not None and self._open.mapped:
+            self._open = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._path_of
+
+    def get(self, name: str) -> Tensor:
+        """A tensor on the CPU, perhaps a view of the mapped file: it is not to be written into."""
+        return self._shard(self._path_of[name]).get(name)
+
+    def shards(self) -> Iterator[list[str]]:
+        """The names of each file's tensors, file after file."""
+        for path in self.paths:
+            yield [name for name, own in self._path_of.items() if own == path]
+
+
+class ShardWriter:
+    """Tensors into `STEM-00001-of-0000N.safetensors` and their index, or one `STEM.safetensors`; peak: one shard."""
+
+    def __init__(self, folder: Path, stem: str = "model", limit: int = SHARD_BYTES) -> None:
+        self.folder, self.stem, self.limit = folder, stem, limit
+        self._tensors: dict[str, Tensor] = {}
+        self._storages: set[int] = set()
+        self._bytes, self._total = 0, 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> bool:
+        """Take a tensor -> whether that filled the shard, which is then on the disk. What shares memory is copied."""
+        storage = tensor.untyped_storage().data_ptr()
+        shared = storage in self._storages or tensor.untyped_storage().nbytes() > tensor.nbytes
+        tensor = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+        self._storages.add(storage)
+        self._tensors[name] = tensor
+        self._bytes += tensor.nbytes
+        if self._bytes >= self.limit:
+            self.flush()
+        return not self._tensors
+
+    def flush(self) -> None:
+        """End the shard."""
+        if not self._tensors:
+            return
+        try:
+            save_file(self._tensors, self._path(len(self._shards)), metadata={"format": "pt"})
+        except KeyError as error:
+            raise UserError(
+                f"{error} is a dtype that safetensors does not hold; convert those weights first"
+            ) from error
+        self._shards.append(list(self._tensors))
+        self._total += self._bytes
+        self._tensors, self._storages, self._bytes = {}, set(), 0
+
+    def close(self) -> None:
+        """End the last shard, give all their final names, write the index."""
+        self.flush()
+        count = len(self._shards)
+        if count == 1:
+            self._path(0).rename(self.folder / f"{self.stem}.safetensors")
+            return
+        weight_map = {}
+        for i, names in enumerate(self._shards):
+            final = f"{self.stem}-{i + 1:05d}-of-{count:05d}.safetensors"
+            self._path(i).rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+        (self.folder / f"{self.stem}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f".shard-{index + 1:05d}"
