@@ -35,6 +35,7 @@ from fastrlhf.runtime.distributed import device as local_device
 from fastrlhf.runtime.hardware import resolve_attention, resolve_dtype
 
 Source = str | PreTrainedModel  # folder, hub id, GGUF file, or a loaded model
+SIZES = {"num_hidden_layers": 10_000, "hidden_size": 10**7, "vocab_size": 10**8, "max_position_embeddings": 10**9}
 TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|sentencepiece|.*\.(model|tiktoken)$")
 
 
@@ -52,7 +53,17 @@ def _read_config(source: str, role: str) -> PreTrainedConfig | None:
     if extra:
         return None
     with reading(role, source):
-        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        _check_sizes(config.get_text_config())
+    return config
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """ValueError for sizes that no model has: building one of them would fail late, or have no end."""
+    for name, most in SIZES.items():
+        value = getattr(config, name, None)
+        if value is not None and not (isinstance(value, int) and 1 <= value <= most):
+            raise ValueError(f"config.json: {name} is {value!r}; expected a whole number from 1 to {most}")
 
 
 def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
@@ -65,6 +76,7 @@ def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenize
         raise UserError(f"tokenizer: {str(source)!r} holds no tokenizer files; pass tokenizer=FOLDER")
     with reading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
+        tokenizer("a word")  # some are broken in a way that only shows here
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {str(source)!r} has no eos_token; set one, replies could never end")
     return tokenizer
@@ -88,9 +100,16 @@ def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> 
     device = local_device()
     torch_dtype = resolve_dtype(dtype, device)
     kind = resolve_attention(attention, device, torch_dtype)
+    _read_config(source, role)
     model = load_pretrained(auto, source, role, dtype=torch_dtype, attn_implementation=kind)
-    if str(source).endswith(".gguf") or "gguf" in str(getattr(model.config, "quantization_config", "")):
+    quantized = getattr(model.config, "quantization_config", None)
+    if str(source).endswith(".gguf") or "gguf" in str(quantized or ""):
         model = _fresh_copy(model)
+    elif quantized is not None:
+        raise UserError(
+            f"{role}: the weights of {str(source)!r} are quantised; name the model that they were made from (lora with "
+            "quantize=nf4 or int8 holds that in 4 or 8 bits)"
+        )
     model.config._name_or_path = str(source)  # what an adapter of it names as its base
     return model
 
@@ -152,7 +171,7 @@ def is_scalar_model(source: Source) -> bool:
     if adapter_folder.is_adapter(source):
         return adapter_folder.is_reward_adapter(source, "model")
     names = getattr(_read_config(source, "model"), "architectures", None) or []
-    return any("SequenceClassification" in name for name in names)
+    return "SequenceClassification" in str(names)
 
 
 def load_reward_model(
