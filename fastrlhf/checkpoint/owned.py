@@ -42,6 +42,11 @@ def unlisted(folder: Path) -> Path | None:
     return next((path for path in entries if path.relative_to(folder).as_posix() not in names), None)
 
 
+def linked(run: Path) -> Path | None:
+    """The first file that a run writes and that is a link in this folder: what it points to is not a run's."""
+    return next((run / name for name in sorted(RUN_FILES) if (run / name).is_symlink()), None)
+
+
 def foreign(run: Path) -> Path | None:
     """The first file in a run folder that no run wrote, or None."""
     return next(_foreign(run), None)
@@ -86,7 +91,7 @@ def _listed(path: Path) -> set[str] | None:
     try:
         names = json.loads(path.read_text(encoding="utf-8"))["files"]
         return set(names)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -145,7 +145,8 @@ def _with_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
     folder = adapter_folder.read_adapter(source, "policy")
     if folder.head:
         raise UserError(f"policy: {str(source)!r} is the adapter of a reward model; name the one of a causal LM")
-    adapter_folder.take_generation_config(model, folder.path)
+    with reading("policy", source):
+        adapter_folder.take_generation_config(model, folder.path)
     return adapter_folder.merge_into(model, folder)
 
 
