@@ -184,7 +184,7 @@ def check_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | Non
         names = {path.name for path in folder.iterdir()} - {lock.LOCK} if folder.is_dir() else set()
     except OSError as error:
         raise UserError(_no_folder(folder, error)) from error
-    check_no_link(folder)
+    owned.check_no_link(folder)
     lock.check_free(folder)
     if resume:
         if names - {"config.yaml"} and not names & {"run.json", "checkpoints"}:  # config.yaml: killed between the two
@@ -209,13 +209,6 @@ def check_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | Non
             f"output_dir: {str(other)!r} was not written by a run, so nothing in {str(folder)!r} is removed; "
             "move it away, or name another folder"
         )
-
-
-def check_no_link(folder: Path) -> None:
-    """UserError where a file that a run writes is a link: writing would change what somebody else's link points to."""
-    link = owned.linked(folder)
-    if link is not None:
-        raise UserError(f"{str(link)!r} is a link, and a run writes files of its own only; remove it")
 
 
 def _no_folder(folder: Path, error: OSError) -> str:

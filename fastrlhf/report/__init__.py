@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.checkpoint.run_folder import check_no_link
+from fastrlhf.checkpoint.owned import check_no_link
 from fastrlhf.report.charts import figures, other_figures
 from fastrlhf.report.folder import TITLES, StageRun, load, read_json
 from fastrlhf.report.page import render
