@@ -544,7 +544,7 @@ def run_stage(trainer: type[Trainer], inputs: dict[str, Any], config: StageConfi
 def _check_state(checkpoint: Checkpoint) -> None:
     """UserError for a checkpoint made by hand: what no run leaves out is missing, or no run writes."""
     state = {"unfinished": None, **checkpoint.state} if isinstance(checkpoint.state, dict) else {}
-    for name, kinds in STATE.items():
+    for name, kinds in sorted(STATE.items()):
         if type(state.get(name, Ellipsis)) not in kinds:
             found = f"no {name!r}" if name not in state else f"a {name!r} that no run writes"
             raise UserError(f"{checkpoint.path}/state.json: has {found}; start again with another output_dir")
