@@ -23,12 +23,13 @@ from fastrlhf._version import __version__
 from fastrlhf.config.errors import UserError
 from fastrlhf.runtime import launch
 from fastrlhf.runtime.launch import RankLost
+from fastrlhf.runtime.library_output import make_safe
 
 if TYPE_CHECKING:
     from fastrlhf.data.feedback import Prompt
 
 EXIT_DONE, EXIT_BUG, EXIT_USER_ERROR, EXIT_KILLED = 0, 1, 2, 130
-MESSAGE_LINES = 4
+MESSAGE_LINES, LINE_CHARS = 4, 2000
 STAGES = {"sft": "sft", "reward": "reward_model", "ppo": "ppo"}  # verb -> module
 
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         sys.excepthook = _print_traceback  # of a bug
         threading.excepthook = _end_of_thread
+        make_safe()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a reply that the terminal cannot show is no crash
@@ -48,22 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_KILLED
-    except UserError as error:
-        if "--debug" in arguments:
-            _print_traceback()
-        if _speaks():
-            _print_error(str(error))
-        return EXIT_USER_ERROR
-    except OSError as error:  # a folder that cannot be written, a full disk, a host that is not reached
-        if "--debug" in arguments:
-            _print_traceback()
-        if _speaks():
-            _print_error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-        return EXIT_USER_ERROR
     except RankLost as error:
         if _speaks():
             _print_error(f"{error}; go on with: fastrlhf resume RUN_DIR")
         return EXIT_BUG
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        if "--debug" in arguments:
+            _print_traceback()
+        if _speaks():
+            _print_error(sentence)
+        return EXIT_USER_ERROR
 
 
 def _run(arguments: list[str]) -> int:
@@ -220,7 +219,7 @@ def _score(verb: str, arguments: list[str]) -> int:
     from fastrlhf.data.feedback import responses_of
 
     if args.prompts is None:
-        replies = args.response or []
+        replies = [inference.checked(text, "--response") for text in args.response or []]
         if not replies:
             raise UserError(f"the following arguments are required: --response; see {parser.prog} --help")
         if len(rows) != len(replies):
@@ -281,7 +280,7 @@ def _asked(parser: _Parser, args: argparse.Namespace, options: str) -> list[Prom
         fields = ("columns", "ignore_columns", "skip_bad_rows")
         config = _load("config.stages").PPOConfig(**{name: getattr(args, name) for name in fields})
         return inference.read_prompts(args.prompts, **{name: getattr(config, name) for name in fields})
-    return [inference.Prompt(text) for text in args.prompt]
+    return [inference.Prompt(inference.checked(text, "--prompt")) for text in args.prompt]
 
 
 def _write(path: str, rows: list[dict[str, Any]]) -> int:
@@ -448,6 +447,18 @@ def _check_model(argument: str, source: str) -> None:
         raise UserError(f"{argument}: {problem}")
 
 
+def _sentence(error: BaseException) -> str | None:
+    """What to tell of an error that is not our bug; None: it is."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):  # a folder that cannot be written, a full disk, a host that is not reached
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    memory = sys.modules.get("fastrlhf.runtime.memory")  # outside a step, which would go on with less
+    if isinstance(error, MemoryError) or (memory is not None and memory.ran_out(error)):
+        return f"out of memory: {str(error) or 'this machine has no more'}; use a smaller model or smaller sizes"
+    return None
+
+
 def _speaks() -> bool:
     """Whether this process prints an error that others of the run have too: the first to ask does."""
     distributed = sys.modules.get("fastrlhf.runtime.distributed")
@@ -485,7 +496,7 @@ def _end_of_thread(end: threading.ExceptHookArgs) -> None:
 def _print_error(message: str) -> None:
     from fastrlhf.runtime.console import clean, redact
 
-    lines = redact(clean(message)).splitlines() or [""]
+    lines = [line[:LINE_CHARS] for line in redact(clean(message)).splitlines()] or [""]
     if len(lines) > MESSAGE_LINES:
         rest = len(lines) - MESSAGE_LINES + 1
         lines = [*lines[: MESSAGE_LINES - 1], f"... and {rest} more"]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint.atomic import fsync
 from fastrlhf.config.errors import UserError
-from fastrlhf.data.checks import BadRow, DroppedRow, Messages
+from fastrlhf.data.checks import BadRow, DroppedRow, Messages, text_of
 from fastrlhf.data.columns import Columns
 from fastrlhf.data.dataset import Reading, load_prompts
 from fastrlhf.data.feedback import Prompt, parse_prompt
@@ -107,7 +107,10 @@ def read_prompts(source: str, **how: Unpack[Reading]) -> list[Prompt]:
     """
     if source != STDIN:
         return load_prompts(source, **how)[0]
-    lines = [(f"stdin:{n}", line.strip()) for n, line in enumerate(sys.stdin, 1) if line.strip()]
+    try:
+        lines = [(f"stdin:{n}", line.strip()) for n, line in enumerate(sys.stdin, 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not UTF-8 text ({error.reason} at byte {error.start})") from error
     are_rows = bool(lines) and lines[0][1].startswith("{")
     prompts, names = [], Columns(how.get("columns"), how.get("ignore_columns"))
     left_out = (DroppedRow, BadRow) if how.get("skip_bad_rows") else DroppedRow
@@ -127,8 +130,14 @@ def _json(where: str, line: str) -> Any:
         raise BadRow(where, "not valid JSON; the first line is, so every line must be one JSON value") from None
 
 
+def checked(text: str, option: str) -> str:
+    """A text of the command line, which may be empty. UserError where the shell's bytes are no UTF-8."""
+    return text_of(text, "command line", option, empty=True)
+
+
 def check_output(path: str, overwrite: bool) -> None:
     """UserError, before a model works for it, for a file that is there and is to stay, or that cannot be written."""
+    checked(path, "--output")
     target = Path(path).expanduser()
     if target.is_dir():
         raise UserError(f"--output: {path} is a folder; name a file")

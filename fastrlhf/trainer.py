@@ -13,13 +13,14 @@ import copy
 import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -50,6 +51,11 @@ from fastrlhf.runtime.tracking import Tracker
 from fastrlhf.runtime.updates import UpdateGuard
 
 EXIT_INTERRUPTED = 75
+_NONE = type(None)
+STATE = {  # what state.json of a checkpoint holds
+    **{"step": (int,), "last_step": (int, _NONE), "best": (int, float, _NONE), "config": (dict,), "parts": (dict,)},
+    **{"optimizers": (dict,), "tensors": (list,), "bytes": (dict,), "unfinished": (dict, _NONE), "inputs": (dict,)},
+}
 
 
 @dataclass
@@ -344,7 +350,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         try:
             if checkpoint is not None:
                 _check_state(checkpoint)
-                notes = self.run_folder.same(checkpoint.state)
+                with _as_saved(checkpoint):
+                    notes = self.run_folder.same(checkpoint.state)
             if lead and self.folder is not None:
                 resumed = checkpoint.state["bytes"] if checkpoint else {}
                 self.tracker.open(self.folder, resumed if config.resume else None)
@@ -353,7 +360,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
             if checkpoint is not None:
                 for note in notes:
                     self.tracker.note(note)
-                self._restore(checkpoint)
+                with _as_saved(checkpoint):
+                    self._restore(checkpoint)
                 if lead:
                     self.run_folder.write_recipe(self.folder)  # it may go further than it was first told to
         except UserError:
@@ -534,12 +542,31 @@ def run_stage(trainer: type[Trainer], inputs: dict[str, Any], config: StageConfi
 
 
 def _check_state(checkpoint: Checkpoint) -> None:
-    """UserError for a checkpoint made by hand: what no run leaves out is missing."""
-    state = checkpoint.state
-    known = {"step", "best", "last_step", "config", "inputs", "optimizers", "parts", "tensors", "bytes"}
-    missing = sorted(known - state.keys()) if isinstance(state, dict) else ["step"]
-    if missing:
-        raise UserError(f"{checkpoint.path}/state.json: has no {missing[0]!r}; start again with another output_dir")
+    """UserError for a checkpoint made by hand: what no run leaves out is missing, or no run writes."""
+    state = {"unfinished": None, **checkpoint.state} if isinstance(checkpoint.state, dict) else {}
+    for name, kinds in sorted(STATE.items()):
+        if type(state.get(name, Ellipsis)) not in kinds:
+            found = f"no {name!r}" if name not in state else f"a {name!r} that no run writes"
+            raise UserError(f"{checkpoint.path}/state.json: has {found}; start again with another output_dir")
+    if state["step"] != checkpoint.step:
+        raise UserError(
+            f"{checkpoint.path}/state.json: is of step {state['step']}; start again with another output_dir"
+        )
+    if not all(type(length) is int and length >= 0 for length in state["bytes"].values()):
+        raise UserError(f"{checkpoint.path}/state.json: 'bytes' holds no lengths; start again with another output_dir")
+
+
+@contextmanager
+def _as_saved(checkpoint: Checkpoint) -> Iterator[None]:
+    """UserError where what is in a checkpoint cannot be taken back: files made by hand, whose hashes fit."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, SafetensorError) as error:
+        what = f"{type(error).__name__}: {error}"
+        remedy = "start again with another output_dir"
+        raise UserError(f"{checkpoint.path}: not as a run writes it ({what}); {remedy}") from error
 
 
 def _of_other_rows(saved: Any, now: Any) -> Any:

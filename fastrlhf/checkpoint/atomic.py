@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from safetensors import SafetensorError
 
 from fastrlhf.checkpoint import owned
 from fastrlhf.config.errors import UserError
+
+HALF_WRITTEN = re.compile(r"\.tmp-(.+-\d+|remove-step-\d+)")  # with the process that wrote it
 
 
 class CheckpointError(UserError):
@@ -100,7 +103,7 @@ def recover(folder: Path) -> None:
         else:
             os.rename(old, target)
     for tmp in folder.glob(".tmp-*"):
-        if tmp.is_dir() and not tmp.is_symlink():
+        if HALF_WRITTEN.fullmatch(tmp.name) and tmp.is_dir() and not tmp.is_symlink():
             shutil.rmtree(tmp, ignore_errors=True)
 
 

@@ -20,6 +20,7 @@ except ImportError:  # not a POSIX system: no lock
     fcntl = None
 
 LOCK = ".lock"
+FLAGS = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)  # the file is written: a link would lead to another's
 _held: dict[str, int] = {}  # real path of a folder or file -> descriptor
 
 
@@ -45,7 +46,7 @@ def acquire(target: Path) -> None:
     if fcntl is None or (name in _held and _is(_held[name], path)):
         return
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, FLAGS | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -86,7 +87,7 @@ def check_free(folder: Path) -> None:
     if fcntl is None or os.path.realpath(folder) in _held:
         return
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR)
+        descriptor = os.open(folder / LOCK, FLAGS)
     except OSError:
         return
     try:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastrlhf.checkpoint.lock import LOCK
+from fastrlhf.config.errors import UserError
 
 LIST = ".fastrlhf-files.json"
 MANIFEST = "MANIFEST.json"
@@ -40,6 +41,13 @@ def unlisted(folder: Path) -> Path | None:
     if names is None:
         return folder if entries else None
     return next((path for path in entries if path.relative_to(folder).as_posix() not in names), None)
+
+
+def check_no_link(run: Path) -> None:
+    """UserError where a file that a run writes is a link: writing would change what somebody else's link points to."""
+    link = next((run / name for name in sorted(RUN_FILES) if (run / name).is_symlink()), None)
+    if link is not None:
+        raise UserError(f"{str(link)!r} is a link, and a run writes files of its own only; remove it")
 
 
 def foreign(run: Path) -> Path | None:
@@ -86,7 +94,7 @@ def _listed(path: Path) -> set[str] | None:
     try:
         names = json.loads(path.read_text(encoding="utf-8"))["files"]
         return set(names)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -184,6 +184,7 @@ def check_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | Non
         names = {path.name for path in folder.iterdir()} - {lock.LOCK} if folder.is_dir() else set()
     except OSError as error:
         raise UserError(_no_folder(folder, error)) from error
+    owned.check_no_link(folder)
     lock.check_free(folder)
     if resume:
         if names - {"config.yaml"} and not names & {"run.json", "checkpoints"}:  # config.yaml: killed between the two
@@ -286,9 +287,9 @@ def _run_json(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{str(folder)!r} is no run folder: it has no run.json")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); start again with another output_dir") from error
-    if not isinstance(run, dict) or "verb" not in run:
+    if not isinstance(run, dict) or run.get("verb") not in (*owned.STAGE_FOLDERS, "quickstart"):
         raise UserError(f"{path}: not written by a run; name the run folder itself")
     return run
 
@@ -297,7 +298,7 @@ def read_run_json(folder: str | Path) -> dict[str, Any]:
     """Read run.json of a run folder. UserError when the folder is none, or holds objects only Python can pass again."""
     run = _run_json(folder)
     if run.get("from_python"):
-        names = ", ".join(run["from_python"])
+        names = ", ".join(map(str, run["from_python"])) if isinstance(run["from_python"], list) else "its inputs"
         raise UserError(
             f"{str(folder)!r} was started from Python with objects for {names}; resume it from Python: build the same "
             "trainer with resume=True"

@@ -87,7 +87,7 @@ def _verify(folder: Path) -> dict[str, Any]:
         text = path.read_bytes().decode("utf-8")  # not read_text: it takes \r\n for \n, so damage could hide
         manifest = json.loads(text)
         intact = isinstance(manifest, dict) and text == manifest_text(manifest)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: {error}") from error
     if not intact:
         raise DamagedError(f"{path}: its content does not match its own hash")
@@ -141,7 +141,10 @@ class Checkpoint:
         self.step: int = manifest["step"]
         self.versions: dict[str, str] = manifest["versions"]
         self.files: list[str] = sorted(manifest["files"])
-        self.state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        try:
+            self.state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        except RecursionError as error:  # made by hand: its hash fits
+            raise DamagedError(f"{path}/state.json: {error}") from error
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors saved under `name`, on the CPU. Raises UserError when the checkpoint has none of that

@@ -10,12 +10,12 @@ import difflib
 import types
 from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastrlhf.config.effects import idle_options
 from fastrlhf.config.errors import ConfigError, shown, spelled
-from fastrlhf.config.inputs import EXPECTED, INPUTS, lora_options
+from fastrlhf.config.inputs import EXPECTED, INPUTS, MAX_COUNT, MAX_NUMBER, lora_options
+from fastrlhf.config.plain_yaml import parse_value
 
 Schedule = Literal["constant", "cosine", "linear", "inverse_sqrt"]
 
@@ -95,16 +95,29 @@ class StageConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain_value(cls, value: Any, info) -> Any:
-        """YAML and the command line spell None as text; a boolean is not a number."""
+        """YAML and the command line spell None as text; a boolean is not a number; no text or path holds a NUL."""
         kinds, optional = _kinds(cls, info.field_name)
         if isinstance(value, bool) and bool not in kinds and Any not in kinds:
             raise ValueError("a boolean")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("a NUL character")
         if isinstance(value, str) and optional and value.lower() in ("none", "null", spelled(None, info.field_name)):
             return None
         if isinstance(value, str) and dict in kinds:
             return _mapping(value)
         if isinstance(value, str) and (tuple in kinds or list in kinds):
             return [part.strip() for part in value.strip("[]() ").split(",")]
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _in_reach(cls, value: Any, info) -> Any:
+        """No number of a run is beyond fp32, and none that is counted to is beyond a billion."""
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and abs(number) > MAX_NUMBER:
+                raise ValueError(f"at most {MAX_NUMBER:g}")
+            if isinstance(number, int) and number > MAX_COUNT and info.field_name != "seed":
+                raise ValueError(f"at most {MAX_COUNT}")
         return value
 
     @field_validator("lora")
@@ -133,8 +146,8 @@ class StageConfig(BaseModel):
 def _mapping(text: str) -> Any:
     """A mapping as typed on the command line, with or without its braces; a text that is none stays."""
     try:
-        value = yaml.safe_load(text if text.startswith("{") else f"{{{text}}}")
-    except yaml.YAMLError:
+        value = parse_value(text if text.startswith("{") else f"{{{text}}}")
+    except ValueError:
         return text
     return value if isinstance(value, dict) else text
 
@@ -232,6 +245,8 @@ def _problems(cls: type[StageConfig], error: ValidationError, given: dict[str, A
             problems.append((name, unknown_field(cls, name)))
         elif name not in [known for known, _ in problems]:
             expected = EXPECTED if name == "lora" else accepts(cls, name)
+            limit = str(problem.get("ctx", {}).get("error", ""))  # of _in_reach
+            expected += f", {limit}" if limit.startswith("at most") else ""
             problems.append((name, f"{name} = {shown(given[name])}: expected {expected}"))
     return problems
 

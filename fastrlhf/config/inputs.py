@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.plain_yaml import parse_value
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 _TEXT_FILES = (".json", ".jsonl", ".ndjson", ".csv")
@@ -54,6 +53,9 @@ INPUTS: dict[str, dict[str, StageInput]] = {
         "value_model": StageInput(False, "model", "initial critic; none: from the reward model, else the policy"),
     },
 }
+MAX_RANK = 1 << 16
+MAX_NUMBER = 1e30  # fp32 holds a little more
+MAX_COUNT = 10**9
 
 
 class DataName(NamedTuple):
@@ -92,17 +94,17 @@ def lora_options(value: Any) -> dict[str, Any] | None:
     """
     if isinstance(value, str):
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
+            value = parse_value(value)
+        except ValueError:
             raise ValueError(EXPECTED) from None
     if value is None:
         return None
     options = {"r": value} if isinstance(value, int) else dict(value) if isinstance(value, Mapping) else {}
     rank, unknown = options.get("r"), options.keys() - {"r", "alpha", "target_modules"}
-    if unknown or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if unknown or isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
         raise ValueError(EXPECTED)
     alpha, targets = options.get("alpha", 2 * rank), options.get("target_modules")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or alpha <= 0:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= MAX_NUMBER:
         raise ValueError(EXPECTED)
     if targets is not None and not (
         isinstance(targets, (list, tuple)) and targets and all(isinstance(t, str) for t in targets)

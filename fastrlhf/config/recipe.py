@@ -17,12 +17,12 @@ import yaml
 from fastrlhf.config.base import StageConfig, config_fields
 from fastrlhf.config.errors import AUTO, ConfigError, UserError
 from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, INPUTS, data_name
+from fastrlhf.config.plain_yaml import Loader, construct, parse_value
 from fastrlhf.config.stages import CONFIGS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NO_OUTPUT = "required on the command line; write output_dir=FOLDER"
 MAX_BYTES = 1 << 20
-MAX_DEPTH = 20
 
 
 def load_recipe(stage: str, source: str | None, overrides: list[str]) -> tuple[dict[str, Any], StageConfig]:
@@ -86,32 +86,13 @@ def find_recipe(source: str) -> Path:
     raise UserError(f"{source}: {what} (tried {path.absolute()}); packaged recipes: {names}; or write field=value only")
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain data only, no aliases (a few lines of them can stand for millions of nodes), bounded depth."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        mark = self.peek_event().start_mark
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="aliases (*name) are not allowed; write the value out", problem_mark=mark
-            )
-        if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
 def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """-> (values by name, "FILE:LINE" by name) of a YAML file. UserError when it is no flat mapping of plain data."""
     text = _read_text(path)
     values: dict[str, Any] = {}
     where: dict[str, str] = {}
     try:
-        loader = _Loader(text)
+        loader = Loader(text)
         root = loader.get_single_node()
         for key, node in _pairs(root, path):
             name, line = str(key.value), f"{path}:{key.start_mark.line + 1}"
@@ -126,9 +107,9 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return values, where
 
 
-def _construct(loader: _Loader, node: yaml.Node, line: str) -> Any:
+def _construct(loader: Loader, node: yaml.Node, line: str) -> Any:
     try:
-        return loader.construct_object(node, deep=True)
+        return construct(loader, node)
     except ValueError as error:  # a date or a number that cannot be
         raise UserError(f"{line}: not a value: {error}") from None
 
@@ -176,8 +157,8 @@ def _input(value: Any) -> Any:
             return None
         if value.startswith(("[", "{")):
             try:
-                return yaml.safe_load(value)
-            except yaml.YAMLError:
+                return parse_value(value)
+            except ValueError:
                 return value
         if value.startswith("~"):
             return str(Path(value).expanduser())

@@ -9,6 +9,9 @@ from pydantic import Field, ValidationInfo, field_validator
 from fastrlhf.config.base import CONFIGS, Schedule, StageConfig
 from fastrlhf.config.effects import GROUP_ESTIMATORS
 
+MOST_ROWS = 1_000_000  # of a step, which holds them all
+MOST_PASSES = 10_000  # over them
+
 
 class SupervisedConfig(StageConfig):
     epochs: int = Field(1, ge=1)
@@ -30,7 +33,7 @@ class SFTConfig(SupervisedConfig):
     """peak learning rate; 0 trains nothing"""
     lr_schedule: Schedule = "cosine"
     """shape of the learning rate after the warmup; cosine and linear fall to 0 at the last step"""
-    mini_batch_size: int = Field(32, ge=1)
+    mini_batch_size: int = Field(32, ge=1, le=MOST_ROWS)
     """sequences of one optimizer step, over all devices"""
     packing: bool | None = False
     """join sequences in rows without padding; they do not attend to each other (auto: where flash attention runs)"""
@@ -49,7 +52,7 @@ class RewardConfig(SupervisedConfig):
     """peak learning rate; 0 trains nothing"""
     lr_schedule: Schedule = "cosine"
     """shape of the learning rate after the warmup; cosine and linear fall to 0 at the last step"""
-    mini_batch_size: int = Field(32, ge=1)
+    mini_batch_size: int = Field(32, ge=1, le=MOST_ROWS)
     """feedback records of one optimizer step, over all devices"""
     head_only: bool = False
     """train the scalar head alone on frozen features: a linear reward model"""
@@ -75,13 +78,13 @@ class PPOConfig(StageConfig):
 
     total_steps: int = Field(1000, ge=1)
     """PPO steps: one rollout and its updates each"""
-    rollout_batch_size: int = Field(128, ge=1)
+    rollout_batch_size: int = Field(128, ge=1, le=MOST_ROWS)
     """responses of one step, over all devices"""
     samples_per_prompt: int = Field(1, ge=1)
     """responses to each prompt; divides rollout_batch_size"""
-    ppo_epochs: int = Field(2, ge=1)
+    ppo_epochs: int = Field(2, ge=1, le=MOST_PASSES)
     """passes over a rollout"""
-    mini_batch_size: int = Field(32, ge=1)
+    mini_batch_size: int = Field(32, ge=1, le=MOST_ROWS)
     """responses of one optimizer step, over all devices"""
     max_prompt_tokens: int = Field(512, ge=1)
     """longer prompts are dropped and counted"""
@@ -161,7 +164,7 @@ class PPOConfig(StageConfig):
     """a response cut by max_new_tokens goes on with the critic's value of its end, instead of 0"""
     critic_warmup_steps: int = Field(0, ge=0)
     """first steps that train the value model alone"""
-    critic_pretrain_epochs: int = Field(0, ge=0)
+    critic_pretrain_epochs: int = Field(0, ge=0, le=MOST_PASSES)
     """passes of the value model over the stored rollouts of the warm-up, at its end"""
     critic_max_grad_norm: float | None = Field(None, gt=0)
     """max_grad_norm of the value model; none: the same as the policy's"""
@@ -181,7 +184,7 @@ class PPOConfig(StageConfig):
     """hold the reference and the reward model in host memory between their phases"""
     eval_temperature: float | None = Field(None, ge=0)
     """sampling temperature of the evaluation; 0: greedy; none: temperature"""
-    best_of_n: int = Field(0, ge=0)
+    best_of_n: int = Field(0, ge=0, le=MOST_PASSES)
     """before step 1, the reward of the best of 1, 2, 4 ... up to so many samples of the reference; 0: not measured"""
 
     @field_validator("loss_aggregation")

@@ -1,17 +1,22 @@
-"""Limits for what others wrote: how long a template may take, how large a row may be that unpacks from a small file."""
+"""Limits for what others wrote: the time and memory of a template, the size of a row that unpacks from a small file."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import FrameType
 from typing import IO
 
 from fastrlhf.config.errors import UserError
 
 TEMPLATE_SECONDS = 10.0  # a real one takes a millisecond a conversation
+AGAIN_SECONDS = 0.5  # jinja swallows what is raised while it folds constants
+TEMPLATE_BYTES = 512 << 20  # of memory, beside what the process has
+TEMPLATE_CHARS = 1 << 20  # that it may add to four times the content
 ROW_BYTES = 64 << 20  # of a line of a packed .jsonl file, unpacked
 FILE_BYTES = 1 << 30  # of a packed .json file, unpacked
 
@@ -32,12 +37,38 @@ def time_limit(seconds: float, sentence: str) -> Iterator[None]:
         raise UserError(sentence)
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@lru_cache(maxsize=1)
+def _sizes(_: int) -> int:
+    """The open file that tells the memory of the process with this id: to open it takes ten times as long as a read."""
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@contextmanager
+def memory_limit(size: int) -> Iterator[None]:
+    """MemoryError in the block where the process takes `size` more bytes than it has now. No limit on systems that do
+    not tell how much that is (other than Linux)."""
+    try:
+        import resource
+
+        now = int(os.pread(_sizes(os.getpid()), 64, 0).split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY or soft > now + size:
+        resource.setrlimit(resource.RLIMIT_AS, (now + size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def bounded_lines(file: IO[bytes], name: str, limit: int = ROW_BYTES) -> Iterator[bytes]:

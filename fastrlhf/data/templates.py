@@ -333,10 +333,13 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Genera
     """Ids that end a reply, sorted: EOS, all of generation_config.eos_token_id, the end-of-turn token."""
     ids = {_need_eos(tokenizer)}
     configured = generation_config.eos_token_id if generation_config is not None else None
-    ids.update([configured] if isinstance(configured, int) else configured or [])
+    ends = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    if not all(type(token) is int and token >= 0 for token in ends):
+        expected = "expected a token id or a list of them"
+        raise UserError(f"generation_config.json: eos_token_id is {configured!r}; {expected}")
+    ids.update(ends)
     stop = end_of_turn(tokenizer) if tokenizer.chat_template else None
-    if stop:
-        ids.add(_encode(tokenizer, stop)[-1])
+    ids.update(_encode(tokenizer, stop or "")[-1:])
     return sorted(ids)
 
 

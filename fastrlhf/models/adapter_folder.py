@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fastrlhf.config.errors import UserError
+from fastrlhf.config.errors import UserError, shown
+from fastrlhf.config.inputs import MAX_NUMBER
+from fastrlhf.data.limits import time_limit
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEADS = {"score", "classifier"}  # what peft lists under modules_to_save of a sequence classifier
+PATTERN_SECONDS = 1.0
 REFUSED = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None}
 
 
@@ -68,7 +71,7 @@ def adapter_config(source: str | Path, role: str) -> dict[str, Any]:
     where = f"{role}: {path}"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: damaged ({error})") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
@@ -78,12 +81,15 @@ def adapter_config(source: str | Path, role: str) -> dict[str, Any]:
     for name, harmless in REFUSED.items():
         if config.get(name) not in (harmless, None):
             raise UserError(f"{where}: {name} = {config[name]!r} cannot be read; merge the adapter with peft")
-    extra = set(config.get("modules_to_save") or ()) - HEADS
-    if extra:
-        raise UserError(f"{where}: modules_to_save = {sorted(extra)} cannot be read; merge the adapter with peft")
-    alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise UserError(f"{where}: lora_alpha is {alpha!r}, where a number belongs")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or any(str(name) not in HEADS for name in saved):
+        raise UserError(f"{where}: modules_to_save = {shown(saved)} cannot be read; merge the adapter with peft")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{where}: alpha_pattern is {shown(patterns)}, where a mapping belongs")
+    for name, alpha in {"lora_alpha": config.get("lora_alpha"), **patterns}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= MAX_NUMBER:
+            raise UserError(f"{where}: {name} is {shown(alpha)}, where a number belongs")
     return config
 
 
@@ -137,7 +143,12 @@ def read_adapter(source: str | Path, role: str) -> AdapterFolder:
 def _scale(config: dict[str, Any], name: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) of rank-stabilised LoRA (Kalajdzievski 2023)."""
     patterns = config.get("alpha_pattern") or {}
-    alpha = next((a for key, a in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)), config["lora_alpha"])
+    with time_limit(PATTERN_SECONDS, f"{CONFIG}: alpha_pattern takes more than {PATTERN_SECONDS:g} s for one layer"):
+        try:
+            given = (alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name))
+            alpha = next(given, config["lora_alpha"])
+        except re.error as error:
+            raise UserError(f"{CONFIG}: alpha_pattern holds a pattern that is none ({error})") from error
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

@@ -35,6 +35,7 @@ from fastrlhf.runtime.distributed import device as local_device
 from fastrlhf.runtime.hardware import resolve_attention, resolve_dtype
 
 Source = str | PreTrainedModel  # folder, hub id, GGUF file, or a loaded model
+SIZES = {"num_hidden_layers": 10_000, "hidden_size": 10**7, "vocab_size": 10**8, "max_position_embeddings": 10**9}
 TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|sentencepiece|.*\.(model|tiktoken)$")
 
 
@@ -53,7 +54,17 @@ def _read_config(source: str, role: str) -> PreTrainedConfig | None:
         return None
     moss.check_stock(where, role)
     with reading(role, source):
-        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        _check_sizes(config.get_text_config())
+    return config
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """ValueError for sizes that no model has: building one of them would fail late, or have no end."""
+    for name, most in SIZES.items():
+        value = getattr(config, name, None)
+        if value is not None and not (isinstance(value, int) and 1 <= value <= most):
+            raise ValueError(f"config.json: {name} is {value!r}; expected a whole number from 1 to {most}")
 
 
 def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
@@ -68,6 +79,7 @@ def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenize
         moss.check_stock(where, "tokenizer", weights=False)
     with reading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
+        tokenizer("a word")  # some are broken in a way that only shows here
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {str(source)!r} has no eos_token; set one, replies could never end")
     return tokenizer
@@ -91,9 +103,16 @@ def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> 
     device = local_device()
     torch_dtype = resolve_dtype(dtype, device)
     kind = resolve_attention(attention, device, torch_dtype)
+    _read_config(source, role)
     model = load_pretrained(auto, source, role, dtype=torch_dtype, attn_implementation=kind)
-    if str(source).endswith(".gguf") or "gguf" in str(getattr(model.config, "quantization_config", "")):
+    quantized = getattr(model.config, "quantization_config", None)
+    if str(source).endswith(".gguf") or "gguf" in str(quantized or ""):
         model = _fresh_copy(model)
+    elif quantized is not None:
+        raise UserError(
+            f"{role}: the weights of {str(source)!r} are quantised; name the model that they were made from (lora with "
+            "quantize=nf4 or int8 holds that in 4 or 8 bits)"
+        )
     else:
         moss.check_no_difference(model, str(source), role)
     model.config._name_or_path = str(source)  # what an adapter of it names as its base
@@ -131,7 +150,8 @@ def _with_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
     folder = adapter_folder.read_adapter(source, "policy")
     if folder.head:
         raise UserError(f"policy: {str(source)!r} is the adapter of a reward model; name the one of a causal LM")
-    adapter_folder.take_generation_config(model, folder.path)
+    with reading("policy", source):
+        adapter_folder.take_generation_config(model, folder.path)
     return adapter_folder.merge_into(model, folder)
 
 
@@ -157,7 +177,7 @@ def is_scalar_model(source: Source, role: str = "model") -> bool:
     if adapter_folder.is_adapter(source):
         return adapter_folder.is_reward_adapter(source, role)
     names = getattr(_read_config(source, role), "architectures", None) or []
-    return any("SequenceClassification" in name for name in names)
+    return "SequenceClassification" in str(names)
 
 
 def load_reward_model(

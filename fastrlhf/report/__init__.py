@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastrlhf.checkpoint.owned import check_no_link
 from fastrlhf.report.charts import figures, other_figures
 from fastrlhf.report.folder import TITLES, StageRun, load, read_json
 from fastrlhf.report.page import render
@@ -26,6 +27,7 @@ def build_report(run_dir: str | Path) -> Path:
     Raises UserError when the folder is missing or holds no metrics.
     """
     run_dir = Path(run_dir)
+    check_no_link(run_dir)
     stages = load(run_dir)[::-1]  # what came out first; how it came about below
     problems: list[str] = []
     verdict = read_json(run_dir / "verdict.json", problems)

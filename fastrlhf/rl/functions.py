@@ -215,8 +215,8 @@ class UserFunction:
         where = f"{self.what}, sample {index}" + ("" if token is None else f", token {token}")
         try:
             value = float(score)  # type: ignore[arg-type]
-        except (TypeError, ValueError, RuntimeError) as error:  # the last: a tensor of several numbers
-            raise UserError(f"{where}: {score!r} is not a number") from error
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: a tensor of several numbers
+            raise UserError(f"{where}: {shown(score)} is not a number") from error
         if not math.isfinite(value):
             raise UserError(f"{where}: returned {value}; return None for a response that cannot be judged")
         return value
@@ -328,7 +328,7 @@ class _Caught:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> bool:
-        if isinstance(error, (Exception, SystemExit)):
+        if isinstance(error, (Exception, SystemExit, asyncio.CancelledError)):
             self.error = error
         return self.error is error  # an interrupt passes through
 

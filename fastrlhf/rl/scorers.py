@@ -352,6 +352,10 @@ def read_reward(
     if not isinstance(reward, (list, tuple)) or not reward:
         raise _none_of(reward)
     parts = [item if isinstance(item, Part) else _part(item, reward, config) for item in reward]
+    names = [part.name for part in parts]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"reward: {twice!r} is the name of two entries; give each one of its own, for its metrics")
     return [_bound(part, columns or {}) for part in parts]
 
 

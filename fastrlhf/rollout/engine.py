@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.config.errors import UserError
 from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.models.heads import Head, agree, head_logits, hidden_states, lm_head
 from fastrlhf.rollout.attention import attending, uses_interface
@@ -64,7 +65,7 @@ class RolloutEngine:
         """Sample params.n replies to each prompt. first: number of the first prompt, where these are part of more.
 
         The tokens of sample j of prompt i depend on (weights, prompt, params, i, j) only: neither on the other
-        prompts nor on how many decode together. Raises ValueError before any forward for an empty prompt, a prompt that
+        prompts nor on how many decode together. Raises UserError before any forward for an empty prompt, a prompt that
         does not fit the model's positions with max_new_tokens, an unknown stop id, or a too small max_batch_tokens;
         RuntimeError for a model whose attention cannot be cached this way. Where memory runs out, half as many
         sequences decode together, and half of those again down to one; those that had ended are kept. The next call
@@ -203,29 +204,29 @@ class RolloutEngine:
         vocabulary = lm_head(self.model).weight.shape[0]
         for token in params.stop_token_ids:
             if not 0 <= token < vocabulary:
-                raise ValueError(f"stop_token_ids: {token} is outside the vocabulary of {vocabulary} tokens")
+                raise UserError(f"stop_token_ids: {token} is outside the vocabulary of {vocabulary} tokens")
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         positions, switch = _position_limits(config)
         for index, prompt in enumerate(prompt_ids):
             if len(prompt) == 0:
-                raise ValueError(f"prompt {index} is empty; a reply needs at least one token to start from")
+                raise UserError(f"prompt {index} is empty; a reply needs at least one token to start from")
             token = min(prompt) if min(prompt) < 0 else max(prompt)
             if not 0 <= token < embeddings:
-                raise ValueError(f"prompt {index} holds token {token}, outside the vocabulary of {embeddings} tokens")
+                raise UserError(f"prompt {index} holds token {token}, outside the vocabulary of {embeddings} tokens")
             need = len(prompt) + params.max_new_tokens
             if need > positions:
-                raise ValueError(
+                raise UserError(
                     f"prompt {index} has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}: {need} is "
                     f"more than the model's {positions} positions"
                 )
             if need > switch:
-                raise ValueError(
+                raise UserError(
                     f"prompt {index} needs {need} positions: from {switch} on {type(self.model).__name__} turns all "
                     f"positions another way (rope_type {config.rope_parameters['rope_type']!r}), which cached keys "
                     "cannot follow; use shorter prompts or a smaller max_new_tokens"
                 )
             if self.max_batch_tokens is not None and need > self.max_batch_tokens:
-                raise ValueError(
+                raise UserError(
                     f"max_batch_tokens={self.max_batch_tokens} is too small for prompt {index}: one sequence needs "
                     f"{need} tokens of cache ({need * cache_bytes_per_token(self.model)} bytes)"
                 )

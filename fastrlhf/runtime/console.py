@@ -58,12 +58,15 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 _ASSIGNED = r"['\"]?\s*[:=]\s*['\"]?"
 _IN_URLS = r"[\w-]*(?:token|key|secret|password|passwd|pwd|auth|sig|signature|credential|code|session)"
+_HEADER = r"(?:(?:proxy-)?authorization|cookie|[\w-]*(?:api-?key|-token|-secret))['\"]?\s*[:=]\s*b?['\"]?"
 _SECRETS = (
     (re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_|xox[abp]-)[A-Za-z0-9_-]{12,}"), r"\1***"),
     (re.compile(r"\bAKIA[0-9A-Z]{16}\b"), "AKIA***"),
     (re.compile(r"(://)[^/\s@]+@"), r"\1***@"),
     (re.compile(rf"(?i)([?&#;](?:{_IN_URLS})=)[^\s&#'\"]+"), r"\1***"),
-    (re.compile(rf"(?i)\b(\w*(?:_token|api_?key|password|secret))({_ASSIGNED})[^\s'\",}}]{{6,}}"), r"\1\2***"),
+    (re.compile(rf"(?i)\b({_HEADER}(?:(?:bearer|basic|token)\s+)?)[^\s'\",;}}]{{6,}}"), r"\1***"),
+    (re.compile(r"(?i)\b(bearer\s+)(?=\S*\d)[\w.~+/=-]{8,}"), r"\1***"),
+    (re.compile(rf"(?i)\b(\w*(?:_token|api_?key|password|secret))({_ASSIGNED})(?!<)[^\s'\",}}]{{6,}}"), r"\1\2***"),
 )
 
 

@@ -188,12 +188,12 @@ class Tracker:
         """Record sample texts, rows of {prompt, response, score}, and show a few.
 
         The table sets the first response recorded for the same prompt beside the one of now. Other fields are
-        recorded as they are.
+        recorded too. What is shaped like a credential is in neither.
         """
         header = ["prompt", "response before", "score before", "response now", "score now"]
         shown, again = [], False
-        for row in rows:
-            self._write(SAMPLES, {"step": step, **_plain(row)})
+        for row in (_plain(row, redact) for row in rows):
+            self._write(SAMPLES, {"step": step, **row})
             if len(shown) < TABLE_ROWS:
                 again |= row["prompt"] in self._before
                 before, score = self._before.get(row["prompt"], ("", None))
