@@ -26,7 +26,15 @@ INLINE_ITEMS = 100  # a longer list is data handed over in Python, not part of a
 # Fields a resumed run may change: they steer the run, not its numbers (a longer run goes on from where it was), or save
 # memory and change no more than rounding.
 MAY_CHANGE = {"output_dir", "resume", "overwrite", "save_every", "total_steps", "epochs"}
-MAY_CHANGE |= {"probe", "offload", "gradient_checkpointing", "micro_batch_tokens", "reward_timeout", "reward_retries"}
+MAY_CHANGE |= {
+    "probe",
+    "offload",
+    "gradient_checkpointing",
+    "micro_batch_tokens",
+    "reward_timeout",
+    "reward_retries",
+    "allow_drop",
+}
 
 
 class RunFolder:

@@ -52,6 +52,11 @@ class Record:
     feedback: Feedback
 
     @property
+    def group(self) -> str:
+        """What it answers."""
+        return json.dumps(self.feedback.prompt)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(map(len, self.rows))

@@ -1,4 +1,4 @@
-"""What stops a run that goes wrong or would: rows the model cannot read, too many skipped updates, interruption."""
+"""What stops a run that goes wrong or is asked to: too many skipped updates, signals."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastrlhf.config.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 IN_A_ROW = 3
 IN_LAST = (5, 100)
@@ -57,27 +53,6 @@ class UpdateGuard:
     def load_state(self, state: dict) -> None:
         self.skipped = state["skipped"]
         self.recent = deque(state["recent"], maxlen=IN_LAST[1])
-
-
-def check_rows(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], max_tokens: int, field: str = "max_tokens"
-) -> None:
-    """UserError for token rows that would fail in the middle of a run: ids or positions that the model has not.
-
-    field: the name of what bounds their length, for the sentence.
-    """
-    vocabulary, highest = model.get_input_embeddings().weight.shape[0], max(map(max, rows))
-    if highest >= vocabulary:
-        raise UserError(
-            f"tokenizer: it writes token {highest} and the model has {vocabulary}; use the model's own tokenizer"
-        )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, rows))
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"{field} = {max_tokens}: the longest row has {longest} tokens and the model has {positions} positions; "
-            f"set {field}={positions}"
-        )
 
 
 class StopNow(BaseException):

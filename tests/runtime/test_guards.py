@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, UserError
-from fastrlhf.runtime.guards import UpdateGuard, check_rows
+from fastrlhf.runtime.guards import UpdateGuard
 from tests import tiny
 
 COMMON = {"mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 0, "lr_schedule": "constant"}
