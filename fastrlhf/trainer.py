@@ -36,10 +36,11 @@ from fastrlhf.checkpoint.state import (
 from fastrlhf.checkpoint.store import Checkpoint, CheckpointStore
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
-from fastrlhf.config.stages import SupervisedConfig, supervised_steps
+from fastrlhf.config.stages import SupervisedConfig
 from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models.lora import Adapters
 from fastrlhf.models.saving import write_model
+from fastrlhf.preflight.outline import supervised_steps
 from fastrlhf.preflight.rows import Sentences
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import Sampler

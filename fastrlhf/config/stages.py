@@ -212,11 +212,6 @@ class PPOConfig(StageConfig):
 CONFIGS |= {c.stage: c for c in (SFTConfig, RewardConfig, PPOConfig)}
 
 
-def supervised_steps(config: SupervisedConfig, rows: int) -> int:
-    """Optimizer steps of a run on so many rows: total_steps, or epochs * rows / mini_batch_size, rounded up."""
-    return config.total_steps or -(-config.epochs * rows // config.mini_batch_size)
-
-
 def updates_per_step(config: PPOConfig) -> int:
     """Optimizer steps of each role in a PPO step: ppo_epochs * ceil(rollout_batch_size / mini_batch_size)."""
     return config.ppo_epochs * -(-config.rollout_batch_size // config.mini_batch_size)

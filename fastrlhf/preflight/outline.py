@@ -1,16 +1,28 @@
-"""What the recipe does not say of a PPO run: where its roles come from, and its sizes. Loads no weights."""
+"""What a recipe does not say of its run: how large it is, and where the roles of PPO come from. Loads no weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from fastrlhf.config.stages import PPOConfig, critic_updates, policy_updates, pretraining_updates, updates_per_step
+from fastrlhf.config.stages import (
+    PPOConfig,
+    SupervisedConfig,
+    critic_updates,
+    policy_updates,
+    pretraining_updates,
+    updates_per_step,
+)
 from fastrlhf.models.adapter_folder import is_adapter
 from fastrlhf.models.backbone import same_base
 from fastrlhf.models.loading import load_tokenizer
 from fastrlhf.rl.functions import is_function_reference
 from fastrlhf.runtime.console import number
+
+
+def supervised_steps(config: SupervisedConfig, rows: int) -> int:
+    """Optimizer steps of a run on so many rows: total_steps, or epochs * rows / mini_batch_size, rounded up."""
+    return config.total_steps or -(-config.epochs * rows // config.mini_batch_size)
 
 
 def sizes(config: PPOConfig) -> list[str]:

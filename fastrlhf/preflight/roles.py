@@ -6,7 +6,7 @@ same vocabulary. A reward model of another one reads texts, through its own chat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,20 +130,25 @@ def _check_sampled(
         )
 
 
-def check_prompts(
-    config: PPOConfig,
-    roles: Roles,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Iterable[Encoded[EncodedPrompt]],
+def readable_prompts(
+    config: PPOConfig, roles: Roles, sources: Sequence[Encoded[EncodedPrompt]]
 ) -> list[Encoded[EncodedPrompt]]:
-    """The prompts without those that a reward model's template refuses (with skip_bad_rows; else they are an error).
-
-    UserError where prompt and reply need more positions or tokens than a model has.
-    """
+    """The prompts without those that a reward model's own template refuses: with skip_bad_rows, else they are an error,
+    as is a prompt that needs more tokens or positions than such a model has."""
     sources = list(sources)
     for reward in roles.rewards:
         if reward.tokenizer is not None:
             sources = [_read_by(reward, encoded, config) for encoded in sources]
+    return sources
+
+
+def check_readers(
+    config: PPOConfig,
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Encoded[EncodedPrompt]],
+) -> None:
+    """UserError where a model that reads the policy's ids has not the tokens or positions of prompt and reply."""
     longest = max(max(encoded.lengths()) for encoded in sources)
     for reward in roles.rewards:
         if reward.model is None or reward.own_view or reward.tokenizer is not None:
@@ -154,7 +159,6 @@ def check_prompts(
     for role, model in roles.others.items():
         if model is not None:
             _check_length(config, role, positions_of(model), longest)
-    return sources
 
 
 def check_policy(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
-from fastrlhf.config.stages import PPOConfig, SupervisedConfig, supervised_steps
+from fastrlhf.config.stages import PPOConfig, SupervisedConfig
 from fastrlhf.data.dataset import split_heldout
 from fastrlhf.data.encode import Encoded, EncodedPrompt, Encoder, Example, Progress, Record, check_ptx
 from fastrlhf.data.templates import settle_template
@@ -23,8 +23,8 @@ from fastrlhf.models.fits import check_ids, check_limit
 from fastrlhf.models.loading import check_scalar_form, is_scalar_model, skeleton, tokenizer_for
 from fastrlhf.models.lora import target_layers
 from fastrlhf.preflight.disk import Trained, check_folder, check_room, trained_bytes
-from fastrlhf.preflight.outline import sizes
-from fastrlhf.preflight.roles import check_policy, check_prompts, read_roles, trained_roles
+from fastrlhf.preflight.outline import sizes, supervised_steps
+from fastrlhf.preflight.roles import check_policy, check_readers, read_roles, readable_prompts, trained_roles
 from fastrlhf.preflight.rows import Sentences, check_dropped, describe_rows
 from fastrlhf.rl.evaluation import Evaluation
 from fastrlhf.rl.scorers import read_reward
@@ -138,12 +138,13 @@ def prepare_ppo(
     if evaluation.judge is not None:
         evaluation.judge.bind(columns["eval_prompts"], "eval_prompts")
     reward = read_reward(reward, config, columns)
-    sources = check_prompts(config, roles, tokenizer, sources)
+    sources = readable_prompts(config, roles, sources)
     ptx = [] if inputs.get("ptx_data") is None else [encoder.ptx(inputs["ptx_data"])]
 
     fits = partial(check_policy, config, sources, ptx)
     if roles.policy is not None:
         fits(roles.policy)
+    check_readers(config, roles, tokenizer, sources)
     said = _sentences(config, sources, notes, f"max_prompt_tokens = {config.max_prompt_tokens}")
     more = _sentences(config, ptx, [], "")
     said = Sentences(said.notes + more.notes + sizes(config), said.warnings + more.warnings)

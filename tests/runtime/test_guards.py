@@ -151,22 +151,3 @@ def test_three_in_a_row_stop_the_run(stage):
         for step in t:
             done.append(step)
     assert len(done) == 2 and same(before, snapshot(t))
-
-
-# ---------------------------------------------------------------------------------------------------------- check_rows
-
-
-def test_rows_a_model_can_read():
-    check_rows(tiny.gpt2(), [[0, 319], [5] * 128], 1000)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ([0, 320], "tokenizer: it writes token 320 and the model has 320"),
-        ([5] * 129, "max_tokens = 1000: the longest row has 129 tokens .* 128 positions; set max_tokens=128"),
-    ],
-)
-def test_rows_a_model_cannot_read(row, message):
-    with pytest.raises(UserError, match=message):
-        check_rows(tiny.gpt2(), [[1], row], 1000)
