@@ -124,7 +124,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
         for note in said.notes:
             self.tracker.note(note)
         for warning in said.warnings:
-            self.tracker.event("data", warning)
+            self.tracker.event("dropped_rows", warning)
 
     @property
     def total_steps(self) -> int:

@@ -231,7 +231,7 @@ class Encoder:
                 self.progress(role, number, len(rows))
         if not items:
             raise NothingLeft(f"{role}: nothing left to train on ({counts.line()}){remedy and '; ' + remedy}")
-        dropped = before + (1 - before) * (1 - len(items) / len(rows))
+        dropped = round(before + (1 - before) * (1 - len(items) / len(rows)), 9)
         lines = describe(self.tokenizer, forms, role, self.template)
         return Encoded(role, items, counts, lines, dropped, sampled)
 

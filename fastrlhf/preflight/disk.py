@@ -75,18 +75,17 @@ def check_room(config: StageConfig, roles: Sequence[Trained], saves: int) -> str
         return None
     folder = Path(config.output_dir)
     checkpoints = min(saves, AT_ONCE)
+    count = f"{checkpoints} checkpoint{'s' * (checkpoints > 1)}"
     needed = checkpoints * sum(role.saved for role in roles) + (2 if config.eval_every else 1) * roles[0].exported
     there = _existing(folder)
     free = shutil.disk_usage(there).free + _size(folder)
     if needed > free:
         raise UserError(
-            f"output_dir: {str(folder)!r}: this run writes about {_spelled(needed)} ({checkpoints} checkpoints at "
-            f"once with the state of the optimizers, and its model folders), and {_spelled(free)} are free; make room, "
+            f"output_dir: {str(folder)!r}: this run writes about {_spelled(needed)} ({count} at "
+            "once, with the state of the optimizers, and its model folders), and {_spelled(free)} are free; make room, "
             "or name a folder on another disk"
         )
-    return (
-        f"output_dir: about {_spelled(needed)} for {checkpoints} checkpoints and the model, {_spelled(free)} are free"
-    )
+    return f"output_dir: about {_spelled(needed)} for {count} and the model, {_spelled(free)} are free"
 
 
 def _size(folder: Path) -> int:
