@@ -61,7 +61,10 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: boo
     """Token ids of each text; none of an empty one, unless special tokens are asked for."""
     wanted = texts if special else [text for text in texts if text]
     # verbose=False: a text above the model's maximum is counted by the stage, not warned about here.
-    ids = iter(tokenizer(wanted, add_special_tokens=special, verbose=False)["input_ids"] if wanted else [])
+    how: dict[str, bool] = {"add_special_tokens": special, "verbose": False}
+    if tokenizer.is_fast:  # what is not asked for is a third of its time
+        how |= {"return_attention_mask": False, "return_token_type_ids": False}
+    ids = iter(tokenizer(wanted, **how)["input_ids"] if wanted else [])
     return [next(ids) if special or text else [] for text in texts]
 
 

@@ -82,7 +82,7 @@ def check_room(config: StageConfig, roles: Sequence[Trained], saves: int) -> str
     if needed > free:
         raise UserError(
             f"output_dir: {str(folder)!r}: this run writes about {_spelled(needed)} ({count} at "
-            "once, with the state of the optimizers, and its model folders), and {_spelled(free)} are free; make room, "
+            f"once, with the state of the optimizers, and its model folders), and {_spelled(free)} are free; make room, "
             "or name a folder on another disk"
         )
     return f"output_dir: about {_spelled(needed)} for {count} and the model, {_spelled(free)} are free"
