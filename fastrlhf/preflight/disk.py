@@ -78,12 +78,15 @@ def check_room(config: StageConfig, roles: Sequence[Trained], saves: int) -> str
     count = f"{checkpoints} checkpoint{'s' * (checkpoints > 1)}"
     needed = checkpoints * sum(role.saved for role in roles) + (2 if config.eval_every else 1) * roles[0].exported
     there = _existing(folder)
-    free = shutil.disk_usage(there).free + _size(folder)
+    usage = shutil.disk_usage(there)
+    if not usage.total:  # a file system that tells no sizes
+        return None
+    free = usage.free + _size(folder)
     if needed > free:
         raise UserError(
-            f"output_dir: {str(folder)!r}: this run writes about {_spelled(needed)} ({count} at "
-            f"once, with the state of the optimizers, and its model folders), and {_spelled(free)} are free; make room, "
-            "or name a folder on another disk"
+            f"output_dir: {str(folder)!r}: this run writes about {_spelled(needed)} ({count} at once, "
+            f"with the state of the optimizers, and its model folders), and {_spelled(free)} are free; make room, or "
+            "name a folder on another disk"
         )
     return f"output_dir: about {_spelled(needed)} for {count} and the model, {_spelled(free)} are free"
 

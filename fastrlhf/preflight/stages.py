@@ -1,7 +1,7 @@
 """What each stage checks and reads before anything else of it exists: rows become token ids, once, for the whole run.
 
-The run's constructor starts from the result, and --dry-run prints its sentences. The order is of cost: the folder, the
-options, the models without their weights, then the rows, then what rows and models ask of each other and of the disk.
+The run's constructor starts from the result, and --dry-run prints its sentences. The order: the folder, the
+options, the rows, then the models without their weights, what they and the rows ask of each other, and the disk.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fastrlhf.preflight.outline import sizes, supervised_steps
 from fastrlhf.preflight.roles import check_policy, check_readers, read_roles, readable_prompts, trained_roles
 from fastrlhf.preflight.rows import Sentences, check_dropped, describe_rows
 from fastrlhf.rl.evaluation import Evaluation
+from fastrlhf.rl.roles import check_value_model
 from fastrlhf.rl.scorers import read_reward
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.console import RowProgress, number
@@ -128,8 +129,8 @@ def prepare_ppo(
     check_ptx(config, inputs.get("ptx_data"))
     tokenizer = tokenizer_for(inputs.get("tokenizer"), inputs["policy"])
     template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
+    check_value_model(config, inputs.get("value_model"))
     reward = read_reward(inputs["reward"], config)
-    roles = read_roles(config, inputs, reward, tokenizer)
 
     encoder = Encoder(config, tokenizer, template, sample=sample, progress=progress or _progress())
     names = [name for name in ("prompts", "eval_prompts") if inputs.get(name) is not None]
@@ -138,6 +139,7 @@ def prepare_ppo(
     if evaluation.judge is not None:
         evaluation.judge.bind(columns["eval_prompts"], "eval_prompts")
     reward = read_reward(reward, config, columns)
+    roles = read_roles(config, inputs, reward, tokenizer)
     sources = readable_prompts(config, roles, sources)
     ptx = [] if inputs.get("ptx_data") is None else [encoder.ptx(inputs["ptx_data"])]
 

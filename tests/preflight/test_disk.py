@@ -36,7 +36,7 @@ def test_the_estimate_is_what_a_checkpoint_takes(fields, tmp_path):
 
 
 def test_a_full_disk_is_told_with_both_numbers_before_anything_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000, total=1))
     with pytest.raises(
         UserError, match=r"this run writes about 1\.1 MB \(2 checkpoints at once, .* and 1\.0 MB are free"
     ):
@@ -49,7 +49,7 @@ def test_an_older_run_makes_room(tmp_path, monkeypatch):
     config = SFTConfig(output_dir=str(tmp_path), eval_every=0, save_every=0)
     roles = [trained_bytes(tiny.llama(), config)]
     needed = roles[0].saved + roles[0].exported
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1000, total=1))
     with pytest.raises(UserError, match="make room"):
         check_room(config, roles, saves=1)
     (tmp_path / "old").write_bytes(bytes(1000))
