@@ -118,8 +118,8 @@ def _stage(verb: str, arguments: list[str]) -> int:
     inputs, config = recipe.load_recipe(verb, source, overrides + args.flags + _accepted(args))
     recipe.check_paths(verb, inputs, config)
     if args.dry_run:
-        for line in _load("preflight").check_inputs(verb, inputs, config):
-            print(f"# {line}")
+        for line in _load("preflight.dry_run").check_inputs(inputs, config):
+            print("\n".join(f"# {part}" for part in line.splitlines()))
         print(recipe.resolved_yaml(verb, inputs, config), end="")
         return EXIT_DONE
     model = inputs["policy" if verb == "ppo" else "model"]

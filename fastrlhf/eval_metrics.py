@@ -25,6 +25,7 @@ from fastrlhf.data.feedback import Conversation, Feedback
 from fastrlhf.rl.functions import UserFunction, check_no_bare_file, is_function_reference, load_function, name_of
 
 NAME = "compute_metrics"
+NO_HELD_OUT = f"{NAME}: it is called with held-out rows; give eval_data, or eval_fraction above 0"
 OF_THE_STEP = {"step", "nonfinite", "loss/train", "accuracy/train", "grad_norm", "learning_rate", "update/skipped"}
 
 
@@ -96,7 +97,7 @@ def load_eval_metrics(function: object, config: SupervisedConfig, *, held_out: b
         return None
     metrics = EvalMetrics(function, config)
     if not held_out:
-        raise UserError(f"{NAME}: it is called with held-out rows; give eval_data, or eval_fraction above 0")
+        raise UserError(NO_HELD_OUT)
     return metrics
 
 

@@ -15,21 +15,20 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.stages import PPOConfig
-from fastrlhf.data.encode import EncodedPrompt, load_encoded_prompts, load_ptx
+from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.data.prompt_format import disagreement
-from fastrlhf.data.templates import settle_template, stop_token_ids
-from fastrlhf.models.loading import tokenizer_for
+from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models.token_batch import TokenRows, resolve_packing
+from fastrlhf.preflight.stages import prepare_ppo
 from fastrlhf.rl.advantages import KLController, RunningMoments
 from fastrlhf.rl.alarms import Alarms
 from fastrlhf.rl.critic_warmup import CriticPretraining
-from fastrlhf.rl.evaluation import Evaluation, eval_temperature
+from fastrlhf.rl.evaluation import eval_temperature
 from fastrlhf.rl.experience import Experience, make_experience, plan_epochs
 from fastrlhf.rl.extras import ReferenceRefresh
 from fastrlhf.rl.learner import Learner
 from fastrlhf.rl.probe import probe_wanted, run_probe
 from fastrlhf.rl.roles import load_roles
-from fastrlhf.rl.scorers import read_reward
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.result import Rollout, ScoredRollout
 from fastrlhf.rollout.sampling import SamplingParams
@@ -82,19 +81,9 @@ class PPOTrainer(Trainer):
             "judge": judge,
         }
         # What the run reads.
-        self.evaluation = Evaluation(config, judge, prompts=eval_prompts is not None)
-        tokenizer = tokenizer_for(tokenizer, policy)
-        template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
-        self.prompts, note = load_encoded_prompts(config, tokenizer, prompts, "prompts", template)
-        self.eval_prompts, eval_note = load_encoded_prompts(config, tokenizer, eval_prompts, "eval_prompts", template)
-        columns = {"prompts": _columns(self.prompts)}
-        if self.eval_prompts is not None:
-            columns["eval_prompts"] = _columns(self.eval_prompts)
-        if self.evaluation.judge is not None:
-            self.evaluation.judge.bind(columns["eval_prompts"], "eval_prompts")
-        reward = read_reward(reward, config, columns)
-        ptx_examples, ptx_note = load_ptx(config, tokenizer, ptx_data)
-        notes += [text for text in (note, eval_note, ptx_note) if text]
+        ready = prepare_ppo(config, inputs)
+        tokenizer, self.evaluation = ready.tokenizer, ready.evaluation
+        self.prompts, self.eval_prompts = ready.prompts, ready.eval_prompts
 
         # Services: run folder, tracker, memory policy, guard.
         super().__init__(
@@ -103,7 +92,7 @@ class PPOTrainer(Trainer):
             tokenizer=tokenizer,
             total_steps=config.total_steps,
             device=device_of(policy),
-            notes=notes,
+            said=ready.said,
         )
 
         # Parts.
@@ -113,7 +102,7 @@ class PPOTrainer(Trainer):
             config,
             tokenizer,
             policy=policy,
-            reward=reward,
+            reward=ready.reward,
             ref_policy=ref_policy,
             value_model=value_model,
             memory=self.memory,
@@ -121,6 +110,7 @@ class PPOTrainer(Trainer):
             report=self.tracker.note,
         )
         self.policy, self.critic, self.scorer = roles.policy, roles.critic, roles.scorer
+        ready.fits(self.policy)
         read_otherwise = disagreement(tokenizer, getattr(self.scorer, "tokenizer", tokenizer), "reward")
         if read_otherwise:
             self.tracker.note(read_otherwise)
@@ -134,7 +124,7 @@ class PPOTrainer(Trainer):
             roles,
             memory=self.memory,
             guard=self.guard,
-            ptx_examples=ptx_examples,
+            ptx_examples=ready.ptx_examples,
         )
         self.refresh = ReferenceRefresh(roles, config.ref_refresh_every) if config.ref_refresh_every else None
         self.pretraining: CriticPretraining | None = None
@@ -290,11 +280,6 @@ class PPOTrainer(Trainer):
     def tensor_parts(self) -> dict[str, TensorPart]:
         parts = {"ema": self.learner.average, "reference": self.refresh, "critic_pretraining": self.pretraining}
         return {name: part for name, part in parts.items() if part is not None}
-
-
-def _columns(prompts: Sequence[EncodedPrompt]) -> set[str]:
-    """Names of the columns that any of these rows has."""
-    return {name for prompt, _ in prompts for name in prompt.columns}
 
 
 def main(inputs: dict[str, Any], config: PPOConfig) -> int:

@@ -6,10 +6,8 @@ and logsumexp, so that badly misranked pairs keep their gradient. Scores: square
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,39 +15,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import RewardConfig
-from fastrlhf.data.dataset import Counts, encode_rows, load_feedback, reading, split_heldout
+from fastrlhf.data.encode import Record
 from fastrlhf.data.feedback import Feedback
-from fastrlhf.data.prompt_format import describe, form_of
-from fastrlhf.data.templates import encode_prompt, encode_response, settle_template
-from fastrlhf.eval_metrics import load_eval_metrics
 from fastrlhf.models.backbone import load_scalar_backbone
 from fastrlhf.models.heads import sequence_scores
-from fastrlhf.models.loading import make_trainable, tokenizer_for
+from fastrlhf.models.loading import make_trainable
 from fastrlhf.models.lora import REWARD
 from fastrlhf.models.saving import padding_tokenizer
+from fastrlhf.preflight.stages import Supervised, prepare_supervised
 from fastrlhf.rl.scorers import score_rows
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches
-from fastrlhf.runtime.guards import check_rows
 from fastrlhf.runtime.optim import TrainedRole, make_optimizer
 from fastrlhf.trainer import SupervisedTrainer, device_of, run_stage
 
 MARGIN_EDGES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One feedback record as token rows (prompt + response, one a response)."""
-
-    rows: list[list[int]]
-    feedback: Feedback
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(map(len, self.rows))
 
 
 def preference_loss(scores: Tensor, ranking: Sequence[Sequence[int]], margin: float | None = None) -> Tensor:
@@ -97,31 +78,26 @@ class RewardTrainer(SupervisedTrainer):
     ) -> None:
         inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
         inputs["compute_metrics"] = compute_metrics
-        tokenizer = tokenizer_for(tokenizer, model)
-        template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
-        records, note = load_records(config, tokenizer, data, "data", template)
-        notes.append(note)
-        self.eval_records: list[Record] = []
-        if eval_data is not None:
-            self.eval_records, note = load_records(config, tokenizer, eval_data, "eval_data", template)
-            notes.append(note)
-        elif config.eval_fraction and len(records) > 1:
-            records, self.eval_records = split_heldout(
-                records, config.eval_fraction, config.seed, key=lambda r: json.dumps(r.feedback.prompt)
-            )  # judgements of the same prompt stay together
-        self.compute_metrics = load_eval_metrics(compute_metrics, config, held_out=bool(self.eval_records))
+        ready: Supervised[Record] = prepare_supervised(config, inputs)
+        self.eval_records, self.compute_metrics = ready.held_out, ready.compute_metrics
         ordered = any(r.feedback.ordered_pairs() for r in self.eval_records)
         self.best_metric = ("accuracy/eval", True) if ordered else ("loss/eval", False)
-        device, padded = device_of(model), padding_tokenizer(tokenizer)
-        super().__init__(config, items=records, inputs=inputs, tokenizer=padded, device=device, notes=notes)
+        super().__init__(
+            config,
+            items=ready.items,
+            inputs=inputs,
+            tokenizer=padding_tokenizer(ready.tokenizer),
+            device=device_of(model),
+            said=ready.said,
+        )
 
-        self.model, self.adapters = load_scalar_backbone(model, config, tokenizer, self.tracker.note)
+        self.model, self.adapters = load_scalar_backbone(model, config, ready.tokenizer, self.tracker.note)
         frozen = config.head_only or self.adapters is not None  # head_only: a linear model on frozen features
         make_trainable(self.model, config.gradient_checkpointing, frozen=frozen)
         self.model.score.requires_grad_(True)
         if config.head_only:
             self.model.base_model.requires_grad_(False)
-        check_rows(self.model, [row for r in records + self.eval_records for row in r.rows], config.max_tokens)
+        ready.fits(self.model)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         trained = self.model if self.adapters is None else self._trained_parts()
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
@@ -202,37 +178,6 @@ class RewardTrainer(SupervisedTrainer):
             return {"model": TrainedRole(self.model, self.optimizer)}
         head = dict(self.model.score.named_parameters())
         return {"model": self.adapters.trained(REWARD, self.optimizer, self._trained_parts(), head)}
-
-
-def load_records(
-    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str, template: str
-) -> tuple[list[Record], str]:
-    """Feedback as token rows; what is too long is dropped or cut and counted, never silently."""
-    feedback, counts = load_feedback(source, score_range=config.score_range, **reading(config, role))
-    encoded = encode_rows(feedback, lambda item: _encode(item, tokenizer, config, counts), counts, config.skip_bad_rows)
-    records = [record for _, record in encoded if record is not None]
-    if not records:
-        raise UserError(f"{role}: nothing left to train on ({counts.line()}); raise max_tokens")
-    forms = [form_of(tokenizer, record.feedback.prompt) for record in records]
-    return records, "\n".join([f"{role}: {counts.line()}", *describe(tokenizer, forms, role, template)])
-
-
-def _encode(
-    feedback: Feedback, tokenizer: PreTrainedTokenizerBase, config: RewardConfig, counts: Counts
-) -> Record | None:
-    prompt, limit = encode_prompt(tokenizer, feedback.prompt), config.max_tokens
-    rows = [prompt + encode_response(tokenizer, feedback.prompt, r) for r in feedback.responses]
-    if max(map(len, rows)) > limit:
-        if config.overlong == "drop" or len(prompt) >= limit:
-            what = "longer than" if config.overlong == "drop" else "with no reply within"
-            counts.add(f"{what} max_tokens = {limit}")
-            return None
-        rows = [row[:limit] for row in rows]
-        if len(rows) > 1 and all(row == rows[0] for row in rows):
-            counts.add(f"with equal replies within max_tokens = {limit}")
-            return None
-        counts.noted[f"cut to max_tokens = {limit}"] += 1
-    return Record(rows, feedback)
 
 
 def margin_histogram(margins: Sequence[float]) -> dict[str, int]:

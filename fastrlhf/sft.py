@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
 from itertools import compress
 from typing import Any
 
@@ -17,20 +15,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import SFTConfig
-from fastrlhf.data.dataset import Counts, encode_rows, load_conversations, reading, split_heldout
-from fastrlhf.data.encode import Example, encode_example, row_form, target_count
-from fastrlhf.data.prompt_format import describe
-from fastrlhf.data.templates import settle_template
-from fastrlhf.eval_metrics import TokenPrediction, load_eval_metrics
+from fastrlhf.data.encode import Example, target_count
+from fastrlhf.eval_metrics import TokenPrediction
 from fastrlhf.models.backbone import load_backbone
-from fastrlhf.models.loading import make_trainable, tokenizer_for
+from fastrlhf.models.loading import make_trainable
 from fastrlhf.models.lora import POLICY
 from fastrlhf.models.token_batch import TokenBatch, likeliest_tokens, resolve_packing, target_log_probs, target_row
+from fastrlhf.preflight.stages import Supervised, prepare_supervised
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches, pack
-from fastrlhf.runtime.guards import check_rows
 from fastrlhf.runtime.optim import TrainedRole, make_optimizer
 from fastrlhf.trainer import SupervisedTrainer, device_of, run_stage
 
@@ -57,25 +51,19 @@ class SFTTrainer(SupervisedTrainer):
     ) -> None:
         inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
         inputs["compute_metrics"] = compute_metrics
-        tokenizer = tokenizer_for(tokenizer, model)
-        template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
-        asked = compute_metrics is not None  # for rows
-        keep = asked and eval_data is None
-        examples, note = load_examples(config, tokenizer, data, "data", template, keep_rows=keep)
-        notes.append(note)
-        self.eval_examples: list[Example] = []
-        if eval_data is not None:
-            held_out = load_examples(config, tokenizer, eval_data, "eval_data", template, keep_rows=asked)
-            self.eval_examples, note = held_out
-            notes.append(note)
-        elif config.eval_fraction:
-            examples, self.eval_examples = _split(examples, config)
-        self.compute_metrics = load_eval_metrics(compute_metrics, config, held_out=bool(self.eval_examples))
-        device = device_of(model)
-        super().__init__(config, items=examples, inputs=inputs, tokenizer=tokenizer, device=device, notes=notes)
+        ready: Supervised[Example] = prepare_supervised(config, inputs)
+        self.eval_examples, self.compute_metrics = ready.held_out, ready.compute_metrics
+        super().__init__(
+            config,
+            items=ready.items,
+            inputs=inputs,
+            tokenizer=ready.tokenizer,
+            device=device_of(model),
+            said=ready.said,
+        )
 
         self.model, self.adapters = load_backbone(model, config, [POLICY], self.tracker.note)
-        check_rows(self.model, [e.ids for e in examples + self.eval_examples], config.max_tokens)
+        ready.fits(self.model)
         self.joined = resolve_packing(config.packing, [self.model])
         make_trainable(self.model, config.gradient_checkpointing, frozen=self.adapters is not None)
         trained = self.model if self.adapters is None else self.adapters.parameters(POLICY)
@@ -167,46 +155,6 @@ class SFTTrainer(SupervisedTrainer):
         if self.adapters is None:
             return {"model": TrainedRole(self.model, self.optimizer)}
         return {"model": self.adapters.trained(POLICY, self.optimizer)}
-
-
-def load_examples(
-    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str, template: str, *, keep_rows: bool
-) -> tuple[list[Example], str]:
-    """Rows as examples; what is too long is dropped or cut and counted, never silently. keep_rows: with their rows."""
-    rows, counts = load_conversations(source, format=config.format, **reading(config, role))
-    examples, forms = [], []
-    encode = partial(encode_example, tokenizer)
-    for row, example in encode_rows(rows, encode, counts, config.skip_bad_rows):
-        if len(example.ids) > config.max_tokens:
-            example = _fitted(example, config, counts)
-            if example is None:
-                continue
-        examples.append(replace(example, row=row) if keep_rows else example)
-        forms.append(row_form(tokenizer, row))
-    if not examples:
-        raise UserError(f"{role}: nothing left to train on ({counts.line()}); raise max_tokens")
-    return examples, "\n".join([f"{role}: {counts.line()}", *describe(tokenizer, forms, role, template)])
-
-
-def _fitted(example: Example, config: SFTConfig, counts: Counts) -> Example | None:
-    """Drop or cut an over-long example, counted. A cut reply ends open: a made-up EOS would teach to stop there."""
-    if config.overlong == "drop":
-        counts.add(f"longer than max_tokens = {config.max_tokens}")
-        return None
-    cut = Example(example.ids[: config.max_tokens], example.target[: config.max_tokens], example.group)
-    if not any(cut.target):
-        counts.add(f"with no reply within max_tokens = {config.max_tokens}")
-        return None
-    counts.noted[f"cut to max_tokens = {config.max_tokens}"] += 1
-    return cut
-
-
-def _split(examples: list[Example], config: SFTConfig) -> tuple[list[Example], list[Example]]:
-    """Examples that answer the same prompt stay together: perplexity is measured on prompts not trained on."""
-    train, heldout = split_heldout(examples, config.eval_fraction, config.seed, key=lambda e: e.group)
-    if not train or not heldout:
-        raise UserError(f"eval_fraction = {config.eval_fraction}: {len(examples)} examples cannot be split so")
-    return train, heldout
 
 
 def main(inputs: dict[str, Any], config: SFTConfig) -> int:

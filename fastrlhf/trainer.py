@@ -41,6 +41,8 @@ from fastrlhf.config.stages import SupervisedConfig
 from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models.lora import Adapters
 from fastrlhf.models.saving import write_model
+from fastrlhf.preflight.outline import supervised_steps
+from fastrlhf.preflight.rows import Sentences
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import Sampler
 from fastrlhf.runtime.guards import Interrupted, StopNow, StopSignal
@@ -107,9 +109,9 @@ class Trainer(metaclass=_BegunWhenBuilt):
         tokenizer: PreTrainedTokenizerBase,
         total_steps: int,
         device: torch.device,
-        notes: Sequence[str],
+        said: Sentences,
     ) -> None:
-        """inputs: the trainer's arguments by name. notes: sentences about the inputs, for the console and log.txt."""
+        """inputs: the trainer's arguments by name. said: about the inputs, for the console and log.txt."""
         self.config, self.tokenizer, self.device = config, tokenizer, device
         self.planned_steps, self.steps_done = total_steps, 0
         self.last_step: int | None = None  # where a step finds that it is the last one
@@ -127,8 +129,10 @@ class Trainer(metaclass=_BegunWhenBuilt):
         self.tracker = Tracker(None, config.stage, total_steps, console=distributed.is_lead())
         self.memory = MemoryBackoff(config, device, self.tracker.event)
         self.guard = UpdateGuard(self.tracker.event, tokenizer.decode)
-        for note in notes:
+        for note in said.notes:
             self.tracker.note(note)
+        for warning in said.warnings:
+            self.tracker.event("dropped_rows", warning)
 
     @property
     def total_steps(self) -> int:
@@ -452,10 +456,10 @@ class SupervisedTrainer(Trainer):
         inputs: dict[str, Any],
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
-        notes: Sequence[str],
+        said: Sentences,
     ) -> None:
-        steps = config.total_steps or math.ceil(config.epochs * len(items) / config.mini_batch_size)
-        super().__init__(config, inputs=inputs, tokenizer=tokenizer, total_steps=steps, device=device, notes=notes)
+        steps = supervised_steps(config, len(items))
+        super().__init__(config, inputs=inputs, tokenizer=tokenizer, total_steps=steps, device=device, said=said)
         self.items = items
         self.sampler = Sampler(len(items), config.seed)
 

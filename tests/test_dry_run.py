@@ -9,10 +9,11 @@ import pytest
 
 from fastrlhf import PPOConfig, PPOTrainer, cli
 from fastrlhf.models import loading, saving
-from fastrlhf.preflight import outline
+from fastrlhf.preflight.outline import sizes
 from tests import tiny
 
 RULES = "def length(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
+LONG = {"max_position_embeddings": 32768}  # for the prompts and replies of every recipe
 INPUTS = {"policy": "base", "reward": "rm", "prompts": "prompts.jsonl", "output_dir": "out"}
 
 
@@ -23,8 +24,10 @@ def workplace(tmp_path_factory) -> Path:
     other = tiny.tokenizer()
     other.add_tokens(["moonlight"])
     for name, tok in (("rm", tiny.tokenizer()), ("other_rm", other)):
-        saving.write_model(root / name, loading.scalar_model(tiny.llama(vocab_size=len(tok)), tok, seed=0), tok, [1])
-    tiny.llama().save_pretrained(root / "base")
+        saving.write_model(
+            root / name, loading.scalar_model(tiny.llama(vocab_size=len(tok), **LONG), tok, seed=0), tok, [1]
+        )
+    tiny.llama(**LONG).save_pretrained(root / "base")
     tiny.tokenizer().save_pretrained(root / "base")
     weights = list(root.rglob("*.safetensors"))
     assert len(weights) == 3
@@ -48,7 +51,8 @@ def dry(workplace, monkeypatch, capsys):
         out, err = capsys.readouterr()
         assert code == 0, err
         said = [line[2:] for line in out.splitlines() if line.startswith("# ")]
-        return dict(line.split(": ", 1) for line in said if " rows read, " not in line)
+        about_rows = ("prompts: ", "ptx_data: ", "output_dir: ")
+        return dict(line.split(": ", 1) for line in said if not line.startswith(about_rows))
 
     return lines
 
@@ -59,7 +63,8 @@ def test_the_plain_run(dry):
         "critic": "a model of its own, initialised from the reward model rm",
         "reward": "model rm",
         "a step": "8 responses (8 prompts x 1) of up to 6 tokens, then 2 x 2 mini-batches of 4",
-        "in all": "1000 steps, 8000 responses, 4000 optimizer steps of the policy, 4000 of the critic",
+        "in all": "1000 steps, 8000 responses, 4000 optimizer steps of the policy, 4000 of the critic, "
+        "up to 48k new tokens",
     }
 
 
@@ -73,7 +78,7 @@ SAID = [
     ({"lora": 8}, "critic", "a new adapter on the policy's base, with a new head"),
     ({"ref_policy": "base"}, "reference", "base"),
     ({"critic": "shared_trunk"}, "critic", "a new head on the policy's trunk"),
-    ({"value_model": "other_rm"}, "critic", "a model of its own, initialised from value_model other_rm"),
+    ({"value_model": "rm"}, "critic", "a model of its own, initialised from value_model rm"),
     ({"reward": "rules.py:length"}, "critic", f"{FROM_POLICY} (the reward is no model)"),
     ({"reward": "other_rm"}, "critic", f"{FROM_POLICY} (the reward model reads other tokens)"),
     ({"reward": "rules.py:length"}, "reward", "function rules.py:length"),
@@ -81,13 +86,17 @@ SAID = [
     ({"reward": MIXED}, "reward", "0.5 * a + 2 * b"),
     (RLOO, "critic", "none (rloo does without)"),
     (RLOO, "a step", "8 responses (2 prompts x 4) of up to 6 tokens, then 2 x 2 mini-batches of 4"),
-    (RLOO, "in all", "1000 steps, 8000 responses, 4000 optimizer steps of the policy"),
+    (RLOO, "in all", "1000 steps, 8000 responses, 4000 optimizer steps of the policy, up to 48k new tokens"),
     (
         WARMUP,
         "critic warm-up",
         "10 steps with a frozen policy, then 2 passes over their 80 responses, 40 optimizer steps",
     ),
-    (WARMUP, "in all", "1000 steps, 8000 responses, 3960 optimizer steps of the policy, 4040 of the critic"),
+    (
+        WARMUP,
+        "in all",
+        "1000 steps, 8000 responses, 3960 optimizer steps of the policy, 4040 of the critic, up to 48k new tokens",
+    ),
 ]
 
 
@@ -129,7 +138,7 @@ def test_what_is_said_of_the_counts_is_what_a_run_counts():
         max_new_tokens=4,
         eval_every=0,
     )
-    said = outline({"policy": "p", "reward": "f.py:x", "prompts": "d"}, config)
+    said = "\n".join(sizes(config))
     assert "in all: 3 steps, 18 responses, 8 optimizer steps of the policy, 18 of the critic" in said
     inputs = {"policy": tiny.llama(), "tokenizer": tiny.tokenizer(), "prompts": tiny.PROMPTS}
     t = PPOTrainer(config, reward=lambda prompts, responses: [1.0] * len(prompts), **inputs)

@@ -77,7 +77,7 @@ ONE_SENTENCE = "fastrlhf.recipes.rewards:one_short_sentence"
 
 @pytest.mark.parametrize(("count", "named"), [(3, []), (3000, ["prompts"])])
 def test_a_short_list_is_part_of_the_recipe_and_a_long_one_is_data(tmp_path, base, count, named):
-    prompts, config = ["the cat"] * count, PPOConfig(total_steps=1, output_dir=str(tmp_path / "run"))
+    prompts, config = ["the cat"] * count, PPOConfig(total_steps=1, max_new_tokens=8, output_dir=str(tmp_path / "run"))
     policy = str(base / "model")
     PPOTrainer(config, policy=policy, reward=[["a", 1.0, ONE_SENTENCE]], prompts=prompts)
     run = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -64,6 +64,8 @@ class StageConfig(BaseModel):
     """columns that are no part of the prompt, whatever their names say: left out of it and counted"""
     max_samples: int | None = Field(None, ge=1)
     """read only the first so many rows of each input of rows, the held-out ones too; none: all"""
+    allow_drop: float = Field(0.5, ge=0, le=1)
+    """share of the rows of a source that may be left out before the run stops; true: all"""
     skip_bad_rows: bool = False
     """drop and count malformed data rows instead of stopping at the first one"""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -119,6 +121,13 @@ class StageConfig(BaseModel):
             if isinstance(number, int) and number > MAX_COUNT and info.field_name != "seed":
                 raise ValueError(f"at most {MAX_COUNT}")
         return value
+
+    @field_validator("allow_drop", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        """true allows everything, false asks for the default."""
+        words = {"true": 1.0, "false": cls.model_fields["allow_drop"].default}
+        return words.get(str(value).lower(), value)
 
     @field_validator("lora")
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -33,8 +33,7 @@ from fastrlhf.data.unsafe import settle
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-T, E = TypeVar("T"), TypeVar("E")
-Located = TypeVar("Located", Conversation, Feedback, Prompt)  # they know where they came from
+T = TypeVar("T")
 MALFORMED = "malformed"
 MALFORMED_KEPT = 5
 REPEATED = "repeat an earlier prompt"
@@ -156,25 +155,6 @@ def _with_columns(prompt: Prompt, row: Any) -> Prompt:
     if not isinstance(row, Mapping):
         return prompt
     return replace(prompt, columns={**{k: v for k, v in row.items() if k not in prompt.used}, **prompt.columns})
-
-
-def encode_rows(
-    items: Iterable[Located], encode: Callable[[Located], E], counts: Counts, skip_bad_rows: bool
-) -> Iterator[tuple[Located, E]]:
-    """Yield (item, encode(item)) of each item that can be used, and count the others.
-
-    encode raises DroppedRow for a row that does not fit, which is counted under its reason, and UserError for what the
-    chat template refuses: a bad row, named by its place. Raises UserError as load_feedback does.
-    """
-    for item in items:
-        try:
-            encoded = encode(item)
-        except DroppedRow as dropped:
-            counts.add(dropped.reason)
-        except UserError as error:
-            counts.add_bad(BadRow(item.where, str(error)), skip=skip_bad_rows)
-        else:
-            yield item, encoded
 
 
 def load_feedback(

@@ -1,27 +1,33 @@
-"""Rows to learn from token by token: SFT's, plain text, and PPO's mix of both (ptx); and PPO's prompts.
+"""Rows as the token ids that each stage learns from or asks for: SFT's and PPO's mix (ptx), judgements, prompts.
 
-The loss of an optimizer step is a mean over target tokens, so how rows are grouped or packed never changes it.
+Every source of a run is read and encoded here, once, before anything else is done: `Encoder` does it for the run and
+for --dry-run alike, and counts what became of every row.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
-from fastrlhf.config.stages import PPOConfig
-from fastrlhf.data.checks import DroppedRow
-from fastrlhf.data.dataset import Counts, Located, encode_rows, load_conversations, load_prompts, reading
-from fastrlhf.data.feedback import Conversation, Prompt
+from fastrlhf.config.stages import PPOConfig, RewardConfig, SFTConfig
+from fastrlhf.data.batches import Steps, encode_many
+from fastrlhf.data.checks import BadRow, DroppedRow
+from fastrlhf.data.dataset import Counts, load_conversations, load_feedback, load_prompts, reading
+from fastrlhf.data.feedback import Conversation, Feedback, Prompt
 from fastrlhf.data.prompt_format import Form, describe, form_of
-from fastrlhf.data.templates import encode_conversation, encode_prompt, encode_response, encode_text
+from fastrlhf.data.templates import conversation_steps, prompt_steps, replies_steps, text_steps
 
+Located = TypeVar("Located", Conversation, Feedback, Prompt)  # they know where they came from
 E = TypeVar("E")
+Progress = Callable[[str, int, int], None]  # role, rows encoded, rows in all
 
 
 @dataclass(frozen=True)
@@ -34,83 +40,235 @@ class Example:
     group: str
     row: Conversation | None = None
 
+    @property
+    def rows(self) -> list[list[int]]:
+        """The token rows of a forward pass, as every encoded item has them."""
+        return [self.ids]
 
-def target_count(examples: Iterable[Example]) -> int:
-    """Number of target tokens of these examples; their summed loss is divided by it."""
-    return sum(sum(example.target) for example in examples)
 
+@dataclass(frozen=True)
+class Record:
+    """One feedback record as token rows (prompt + response, one a response)."""
 
-def encode_example(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Example:
-    """Loss on assistant tokens only, all turns of them; on every token of plain text, EOS included."""
-    if row.text is not None:
-        ids = encode_text(tokenizer, row.text)
-        target, group = [True] * len(ids), row.text
-    elif row.messages is not None:
-        ids, target = encode_conversation(tokenizer, row.messages)
-        group = json.dumps(list(takewhile(lambda m: m["role"] != "assistant", row.messages)))
-    else:
-        prompt = encode_prompt(tokenizer, row.prompt)
-        response = encode_response(tokenizer, row.prompt, row.response)
-        ids, target = prompt + response, [False] * len(prompt) + [True] * len(response)
-        group = json.dumps(row.prompt)
-    return Example(ids, [False, *target[1:]], group)
+    rows: list[list[int]]
+    feedback: Feedback
+
+    @property
+    def group(self) -> str:
+        """What it answers."""
+        return json.dumps(self.feedback.prompt)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(map(len, self.rows))
 
 
 class EncodedPrompt(NamedTuple):
     prompt: Prompt
     ids: list[int]
 
+    @property
+    def rows(self) -> list[list[int]]:
+        return [self.ids]
 
-def encode_usable(
-    items: Iterable[Located],
-    encode: Callable[[Located], E],
-    counts: Counts,
-    *,
-    role: str,
-    skip_bad_rows: bool,
-    remedy: str = "",
-) -> tuple[list[E], str]:
-    """Encode every item that can be used -> the results, and a sentence on what became of all rows.
 
-    encode may raise DroppedRow, e.g. "longer than max_tokens = 32", or cut a row and note that in counts; what the chat
-    template refuses is a bad row (see encode_rows). Raises UserError, naming role and remedy, where nothing is left.
+@dataclass(frozen=True)
+class Encoded(Generic[E]):
+    """The rows of a source. role: its name; forms: a line for each form that its rows have, and how it was read.
+
+    dropped: the share of its rows that was left out. sampled: of so many usable rows a sample was encoded; None: all.
     """
-    encoded = [result for _, result in encode_rows(items, encode, counts, skip_bad_rows)]
-    if not encoded:
-        raise UserError(f"{role}: nothing left to train on ({counts.line()}){remedy and '; ' + remedy}")
-    return encoded, f"{role}: {counts.line()}"
+
+    role: str
+    items: list[E]
+    counts: Counts
+    forms: list[str]
+    dropped: float
+    sampled: int | None = None
+
+    def lengths(self) -> list[int]:
+        """Tokens of each token row."""
+        return [len(row) for item in self.items for row in item.rows]
+
+    def highest(self) -> int:
+        """The highest token id."""
+        return max(max(row, default=0) for item in self.items for row in item.rows)
 
 
-def load_encoded_prompts(
-    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, source: Any, role: str, template: str = "its chat template"
-) -> tuple[list[EncodedPrompt] | None, str]:
-    """-> prompts with their ids, and what became of the rows and their forms; (None, "") where there is no source.
+def target_count(examples: Iterable[Example]) -> int:
+    """Number of target tokens of these examples; their summed loss is divided by it."""
+    return sum(sum(example.target) for example in examples)
 
-    Raises UserError, naming `role`, for bad rows and where no prompt is short enough.
+
+def example_steps(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Steps[Example]:
+    """Loss on assistant tokens only, all turns of them; on every token of plain text, EOS included."""
+    if row.text is not None:
+        ids = yield from text_steps(tokenizer, row.text)
+        target, group = [True] * len(ids), row.text
+    elif row.messages is not None:
+        ids, target = yield from conversation_steps(tokenizer, row.messages)
+        group = json.dumps(list(takewhile(lambda m: m["role"] != "assistant", row.messages)))
+    else:
+        prompt, [response] = yield from replies_steps(tokenizer, row.prompt, [row.response])
+        ids, target = prompt + response, [False] * len(prompt) + [True] * len(response)
+        group = json.dumps(row.prompt)
+    return Example(ids, [False, *target[1:]], group)
+
+
+def row_form(tokenizer: PreTrainedTokenizerBase, row: Conversation | Feedback | Prompt) -> Form:
+    """What a row is, for the log."""
+    if isinstance(row, Conversation):
+        return "plain texts" if row.text is not None else form_of(tokenizer, row.prompt or row.messages)
+    return form_of(tokenizer, row.prompt)
+
+
+class Encoder:
+    """Reads the sources of a run into token ids with the tokenizer of the model that learns, its template settled.
+
+    template: what forms say of it. sample: encode so many rows of a source and no more (None: all), chosen by the
+    seed. progress: is told how far it is.
     """
-    if source is None:
-        return None, ""
 
-    def encode(prompt: Prompt) -> EncodedPrompt:
-        return EncodedPrompt(prompt, encode_prompt(tokenizer, prompt.prompt))
+    def __init__(
+        self,
+        config: StageConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str = "its chat template",
+        *,
+        sample: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config, self.tokenizer, self.template = config, tokenizer, template
+        self.sample, self.progress = sample, progress
 
-    prompts, counts = load_prompts(source, **reading(config, role))
-    encoded, _ = encode_usable(prompts, encode, counts, role=role, skip_bad_rows=config.skip_bad_rows)
-    # Lengths are compared once all are known: the shortest of them is what a user must allow.
-    limit = config.max_prompt_tokens
-    kept = [item for item in encoded if len(item.ids) <= limit]
-    counts.add(f"longer than max_prompt_tokens = {limit}", len(encoded) - len(kept))
-    if not kept:
-        shortest = min(len(item.ids) for item in encoded)
-        problem = f"every prompt is longer than max_prompt_tokens = {limit} (the shortest: {shortest})"
-        raise UserError(f"{role}: {problem}; raise it")
-    forms = [form_of(tokenizer, item.prompt.prompt) for item in kept]
-    return kept, "\n".join([f"{role}: {counts.line()}", *describe(tokenizer, forms, role, template)])
+    def examples(self, source: Any, role: str, *, keep_rows: bool = False) -> Encoded[Example]:
+        """SFT's rows; what is too long is dropped or cut and counted, never silently. Errors as `usable` has them.
+        keep_rows: examples keep what they were made of."""
+        config: SFTConfig = self.config
+
+        def encode(row: Conversation) -> Steps[Example]:
+            example = yield from example_steps(self.tokenizer, row)
+            if len(example.ids) > config.max_tokens:
+                example = _fitted(example, config, counts)
+            return replace(example, row=row) if keep_rows else example
+
+        rows, counts = load_conversations(source, format=config.format, **reading(config, role))
+        return self.usable(rows, encode, counts, role, remedy="raise max_tokens")
+
+    def records(self, source: Any, role: str) -> Encoded[Record]:
+        """Judgements; what is too long is dropped or cut and counted, never silently. Errors as `usable` has them."""
+        config: RewardConfig = self.config
+
+        def encode(item: Feedback) -> Steps[Record]:
+            prompt, replies = yield from replies_steps(self.tokenizer, item.prompt, item.responses)
+            rows = [prompt + reply for reply in replies]
+            fits = max(map(len, rows)) <= config.max_tokens
+            return Record(rows if fits else _cut_rows(rows, len(prompt), config, counts), item)
+
+        rows, counts = load_feedback(source, score_range=config.score_range, **reading(config, role))
+        return self.usable(rows, encode, counts, role, remedy="raise max_tokens")
+
+    def prompts(self, source: Any, role: str) -> Encoded[EncodedPrompt]:
+        """PPO's prompts. UserError, naming the shortest, where none is short enough; else as `usable` has them."""
+        limit, lengths = self.config.max_prompt_tokens, []
+
+        def encode(prompt: Prompt) -> Steps[EncodedPrompt]:
+            ids = yield from prompt_steps(self.tokenizer, prompt.prompt)
+            lengths.append(len(ids))
+            if len(ids) > limit:
+                raise DroppedRow(f"longer than max_prompt_tokens = {limit}")
+            return EncodedPrompt(prompt, ids)
+
+        rows, counts = load_prompts(source, **reading(self.config, role))
+        try:
+            return self.usable(rows, encode, counts, role)
+        except NothingLeft:
+            if not lengths:
+                raise
+            problem = f"every prompt is longer than max_prompt_tokens = {limit} (the shortest: {min(lengths)})"
+            raise UserError(f"{role}: {problem}; raise it") from None
+
+    def ptx(self, source: Any) -> Encoded[Example]:
+        """ptx_data; rows longer than a prompt and its reply together are dropped. Errors as `usable` has them."""
+        limit = ptx_limit(self.config)
+
+        def encode(row: Conversation) -> Steps[Example]:
+            example = yield from example_steps(self.tokenizer, row)
+            if len(example.ids) > limit:
+                raise DroppedRow(f"longer than max_prompt_tokens + max_new_tokens = {limit}")
+            return example
+
+        rows, counts = load_conversations(source, **reading(self.config, "ptx_data"))
+        return self.usable(rows, encode, counts, "ptx_data", remedy="raise max_prompt_tokens")
+
+    def usable(
+        self,
+        rows: Sequence[Located],
+        encode: Callable[[Located], Steps[E]],
+        counts: Counts,
+        role: str,
+        *,
+        remedy: str = "",
+    ) -> Encoded[E]:
+        """Encode every row that can be used, and count the others.
+
+        encode may raise DroppedRow, e.g. "longer than max_tokens = 32", or cut a row and note that in counts. What the
+        chat template refuses (UserError) is a bad row, named by its place. Raises UserError at the first bad row (with
+        skip_bad_rows they are counted as malformed), and NothingLeft, naming role and remedy.
+        """
+        sampled = None
+        before = 1 - counts.used / max(counts.read, 1)
+        if self.sample is not None and len(rows) > self.sample:
+            sampled = len(rows)
+            chosen = random.Random(f"sample {self.config.seed}").sample(range(sampled), self.sample)
+            rows = [rows[index] for index in sorted(chosen)]
+        items, forms = [], []
+        for number, (row, result) in enumerate(encode_many(self.tokenizer, rows, encode), 1):
+            if isinstance(result, DroppedRow):
+                counts.add(result.reason)
+            elif isinstance(result, UserError):
+                counts.add_bad(BadRow(row.where, str(result)), skip=self.config.skip_bad_rows)
+            else:
+                items.append(result)
+                forms.append(row_form(self.tokenizer, row))
+            if self.progress is not None:
+                self.progress(role, number, len(rows))
+        if not items:
+            raise NothingLeft(f"{role}: nothing left to train on ({counts.line()}){remedy and '; ' + remedy}")
+        dropped = round(before + (1 - before) * (1 - len(items) / len(rows)), 9)
+        lines = describe(self.tokenizer, forms, role, self.template)
+        return Encoded(role, items, counts, lines, dropped, sampled)
 
 
-def row_form(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Form:
-    """What an SFT row is, for the log."""
-    return "plain texts" if row.text is not None else form_of(tokenizer, row.prompt or row.messages)
+class NothingLeft(UserError):
+    """No row of a source can be used."""
+
+
+def _fitted(example: Example, config: SFTConfig, counts: Counts) -> Example:
+    """Cut an over-long example, counted, or raise DroppedRow. A cut reply ends open: a made-up EOS would teach to stop
+    there."""
+    limit = config.max_tokens
+    if config.overlong == "drop":
+        raise DroppedRow(f"longer than max_tokens = {limit}")
+    cut = Example(example.ids[:limit], example.target[:limit], example.group)
+    if not any(cut.target):
+        raise DroppedRow(f"with no reply within max_tokens = {limit}")
+    counts.noted[f"cut to max_tokens = {limit}"] += 1
+    return cut
+
+
+def _cut_rows(rows: list[list[int]], prompt: int, config: RewardConfig, counts: Counts) -> list[list[int]]:
+    """The same for the rows of a record, whose prompt has so many tokens."""
+    limit = config.max_tokens
+    if config.overlong == "drop" or prompt >= limit:
+        what = "longer than" if config.overlong == "drop" else "with no reply within"
+        raise DroppedRow(f"{what} max_tokens = {limit}")
+    rows = [row[:limit] for row in rows]
+    if len(rows) > 1 and all(row == rows[0] for row in rows):
+        raise DroppedRow(f"with equal replies within max_tokens = {limit}")
+    counts.noted[f"cut to max_tokens = {limit}"] += 1
+    return rows
 
 
 def check_ptx(config: PPOConfig, ptx_data: Any) -> None:
@@ -120,28 +278,6 @@ def check_ptx(config: PPOConfig, ptx_data: Any) -> None:
         raise UserError(f"ptx_data: ptx_coef = {config.ptx_coef:g} needs rows to learn from; {remedy}")
     if config.ptx_coef == 0 and ptx_data is not None:
         raise UserError("ptx_coef = 0: ptx_data would never be used; set ptx_coef above 0 or leave ptx_data out")
-
-
-def load_ptx(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, ptx_data: Any) -> tuple[list[Example], str]:
-    """ptx_data as examples, and what became of its rows; nothing without ptx.
-
-    Rows longer than max_prompt_tokens + max_new_tokens are dropped and counted. UserError where nothing is left.
-    """
-    check_ptx(config, ptx_data)
-    if ptx_data is None:
-        return [], ""
-    limit = ptx_limit(config)
-
-    def encode(row: Conversation) -> Example:
-        example = encode_example(tokenizer, row)
-        if len(example.ids) > limit:
-            raise DroppedRow(f"longer than max_prompt_tokens + max_new_tokens = {limit}")
-        return example
-
-    rows, counts = load_conversations(ptx_data, **reading(config, "ptx_data"))
-    return encode_usable(
-        rows, encode, counts, role="ptx_data", skip_bad_rows=config.skip_bad_rows, remedy="raise max_prompt_tokens"
-    )
 
 
 def ptx_limit(config: PPOConfig) -> int:

@@ -22,8 +22,8 @@ FILE_BYTES = 1 << 30  # of a packed .json file, unpacked
 
 
 @contextmanager
-def time_limit(seconds: float, sentence: str) -> Iterator[None]:
-    """UserError with the sentence where the block takes longer, by the wall clock.
+def time_limit(seconds: float, sentence: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """A UserError of this kind with the sentence where the block takes longer, by the wall clock.
 
     It needs the main thread and a system with SIGALRM, and yields to an alarm that somebody else has set; there is no
     limit without them.
@@ -34,7 +34,7 @@ def time_limit(seconds: float, sentence: str) -> Iterator[None]:
         return
 
     def end(_: int, __: FrameType | None) -> None:
-        raise UserError(sentence)
+        raise kind(sentence)
 
     before = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)

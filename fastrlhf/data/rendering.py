@@ -1,9 +1,10 @@
-"""The one call of a chat template: what it writes for messages, or a sentence about why it cannot."""
+"""The one place where chat templates are called: what they write for messages, or a sentence about why they cannot."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import REASONING, Messages
@@ -11,6 +12,14 @@ from fastrlhf.data.limits import TEMPLATE_BYTES, TEMPLATE_CHARS, TEMPLATE_SECOND
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+REMEDY = "repair it, or name another with chat_template"
+SLOW_ALLOWED = 3  # conversations of a batch for which the template may take too long; then it is the template's fault
+
+
+class SlowTemplate(UserError):
+    """The template took longer than its limit."""
 
 
 def render(
@@ -22,8 +31,49 @@ def render(
 ) -> str:
     """The chat template's text for the messages. Raises UserError where the template refuses them, takes longer than
     `seconds` or more memory than a text needs, or writes far more than the messages hold."""
-    from jinja2 import TemplateError, TemplateSyntaxError
+    shown = _shown(tokenizer, messages)
+    slow = f"the chat template takes more than {seconds:g} s for a conversation of {len(messages)} messages"
+    roles = ", ".join(str(m.get("role")) for m in messages)
+    return _bounded(_called(tokenizer, shown, add_generation_prompt, seconds, slow, roles), messages)
 
+
+def render_many(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Messages],
+    *,
+    add_generation_prompt: bool,
+    seconds: float = TEMPLATE_SECONDS,
+) -> list[str | UserError]:
+    """`render` of each, in one call of the template; a UserError in the place of one that it refuses.
+
+    Raises SlowTemplate where several take longer than `seconds`.
+    """
+    try:
+        shown = [_shown(tokenizer, messages) for messages in conversations]
+        texts = _called(tokenizer, shown, add_generation_prompt, seconds, "the chat template is slow", "many")
+        return [_bounded(text, messages) for text, messages in zip(texts, conversations)]
+    except UserError:  # of one of them: each by itself
+        return _one_by_one(tokenizer, conversations, add_generation_prompt, seconds)
+
+
+def _one_by_one(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], add_generation_prompt: bool, seconds: float
+) -> list[str | UserError]:
+    texts: list[str | UserError] = []
+    slow = 0
+    for messages in conversations:
+        try:
+            texts.append(render(tokenizer, messages, add_generation_prompt=add_generation_prompt, seconds=seconds))
+        except UserError as error:
+            slow += isinstance(error, SlowTemplate)
+            if slow == SLOW_ALLOWED:
+                raise
+            texts.append(error)
+    return texts
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
+    """The messages as the template gets them. UserError for what it would not write."""
     if not tokenizer.chat_template:
         raise UserError('the tokenizer has no chat template: name one, e.g. chat_template="default"')
     for number, message in enumerate(messages, 1):
@@ -31,18 +81,28 @@ def render(
         if key is not None:
             remedy = "remove it, or write it into the content"
             raise UserError(f"message {number} has {key}, which the chat template does not write; {remedy}")
-    shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    most = TEMPLATE_CHARS + 4 * sum(len(str(value)) for message in messages for value in message.values())
-    remedy, size = "repair it, or name another with chat_template", f"a conversation of {len(messages)} messages"
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+
+
+def _bounded(text: str, messages: Messages) -> str:
+    """UserError for a text that is far longer than what the messages hold."""
+    if len(text) > TEMPLATE_CHARS + 4 * sum(len(str(value)) for message in messages for value in message.values()):
+        size = f"{len(text):,} characters for a conversation of {len(messages)} messages"
+        raise UserError(f"the chat template writes {size}; {REMEDY}")
+    return text
+
+
+def _called(
+    tokenizer: PreTrainedTokenizerBase, shown: Any, add_generation_prompt: bool, seconds: float, slow: str, roles: str
+) -> Any:
+    """The text of one conversation, or those of a list of them."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
     try:
         if _has_power(str(tokenizer.chat_template)):
-            raise UserError(f"the chat template uses **, whose result may have no end; {remedy}")
-        slow = f"the chat template takes more than {seconds:g} s for {size}; {remedy}"
-        with time_limit(seconds, slow), memory_limit(TEMPLATE_BYTES):
-            text = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=add_generation_prompt)
-        if len(text) > most:
-            raise UserError(f"the chat template writes {len(text):,} characters for {size}; {remedy}")
-        return text
+            raise UserError(f"the chat template uses **, whose result may have no end; {REMEDY}")
+        with time_limit(seconds, f"{slow}; {REMEDY}", SlowTemplate), memory_limit(TEMPLATE_BYTES):
+            return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=add_generation_prompt)
     except UserError:
         raise
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError) as error:
@@ -51,7 +111,6 @@ def render(
     except TemplateSyntaxError as error:
         raise UserError(f"line {error.lineno} of the chat template is broken: {error.message}") from error
     except TemplateError as error:
-        roles = ", ".join(str(m.get("role")) for m in messages)
         raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from error
 
 

@@ -4,16 +4,22 @@ SFT, reward model and PPO all call encode_prompt and encode_response, so a promp
 ids in every stage. A reply is encoded behind its prompt; where a token would straddle the border it is
 encoded alone, because a policy generates from the prompt's ids and can never emit half a token. Nothing
 here pads: masks come from lengths, so a tokenizer without a pad token is as good as any.
+
+The rules are generators (see batches.py), so that a rollout's reply and a data set's rows go through the same ones:
+encode_prompt, encode_response, encode_text and encode_conversation run one row, prompt_steps, replies_steps,
+text_steps and conversation_steps are for many.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.data.batches import Ids, Rendered, Steps, encode_one
 from fastrlhf.data.checks import Messages
 from fastrlhf.data.foreign import is_transcript
 from fastrlhf.data.prompt_format import as_asked, decide
@@ -141,9 +147,11 @@ def _need_eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a text above the model's maximum is counted by the stage, not warned about here.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+class _End(NamedTuple):
+    """What a template writes behind a reply, as text and the id of its last token; None where it is no token."""
+
+    text: str | None
+    token: int | None
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -152,6 +160,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     None where no special token stands there: EOS is appended to a reply then. Raises UserError where the
     template cannot be rendered or does not show the assistant's content.
     """
+    return _end(tokenizer).text
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> _End:
     key = (str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
     cached_key, cached = _ends_of_turn.get(tokenizer, (None, None))
     if cached_key == key:
@@ -165,28 +177,30 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     # The earliest token, the longest of those that begin there.
     ends = sorted((tail.find(token), -len(token)) for token in tokens if token in tail)
     stop = tail[: ends[0][0] - ends[0][1]] if ends else None
-    _ends_of_turn[tokenizer] = (key, stop)
-    return stop
+    end = _End(stop, encode_one(tokenizer, _last_token(stop)) if stop else None)
+    _ends_of_turn[tokenizer] = (key, end)
+    return end
 
 
-def _bare(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
+def _last_token(text: str) -> Steps[int]:
+    return (yield Ids(text))[-1]
+
+
+def _bare(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Steps[Messages]:
     """The messages without the control tokens at their ends that the template writes too: they would stand twice."""
-    ends = [end for end in (end_of_turn(tokenizer), tokenizer.eos_token) if end]
-    bare = []
-    for message in messages:
-        content = message["content"]
-        if message["role"] == "assistant":
-            for end in ends:
-                content = content.removesuffix(end)
-        bare.append({**message, "content": content or message["content"]})
+    bare = [_without_end(tokenizer, message) for message in messages]
     bos = tokenizer.bos_token
-    if (
-        bos
-        and bare[0]["content"].startswith(bos)
-        and render(tokenizer, bare, add_generation_prompt=True).startswith(bos)
-    ):
+    if bos and bare[0]["content"].startswith(bos) and (yield Rendered(bare, True)).startswith(bos):
         bare[0]["content"] = bare[0]["content"].removeprefix(bos)
     return bare
+
+
+def _without_end(tokenizer: PreTrainedTokenizerBase, message: dict) -> dict:
+    content = message["content"]
+    if message["role"] == "assistant":
+        for end in (end_of_turn(tokenizer), tokenizer.eos_token):
+            content = content.removesuffix(end or "")
+    return {**message, "content": content or message["content"]}
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
@@ -196,22 +210,34 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) ->
     in front (BOS; not a second one) but no EOS behind; messages, and strings that are a user's, go through the chat
     template with the generation prompt, without further special tokens.
     """
+    return encode_one(tokenizer, prompt_steps(tokenizer, prompt))
+
+
+def prompt_steps(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> Steps[list[int]]:
+    """The steps of encode_prompt."""
     prompt = as_asked(tokenizer, prompt)
     if isinstance(prompt, str):
-        return _encode_plain(tokenizer, prompt)
-    return _encode(tokenizer, render(tokenizer, _bare(tokenizer, prompt), add_generation_prompt=True))
+        return (yield from _plain(tokenizer, prompt))
+    return (yield Ids((yield Rendered((yield from _bare(tokenizer, prompt)), True))))
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a whole document: the text and EOS, which is not added to a text that ends with it."""
-    ids, eos = _encode_plain(tokenizer, text), _need_eos(tokenizer)
+    return encode_one(tokenizer, text_steps(tokenizer, text))
+
+
+def text_steps(tokenizer: PreTrainedTokenizerBase, text: str) -> Steps[list[int]]:
+    """The steps of encode_text."""
+    ids, eos = (yield from _plain(tokenizer, text)), _need_eos(tokenizer)
     return ids if ids[-1:] == [eos] else [*ids, eos]
 
 
-def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids = tokenizer(text, verbose=False)["input_ids"]
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> Steps[list[int]]:
+    bare = yield Ids(text)
+    if not tokenizer.num_special_tokens_to_add():
+        return bare
+    ids = yield Ids(text, special=True)
     # Some tokenizers put EOS behind every text; a prompt that ends the document would ask for nothing.
-    bare = _encode(tokenizer, text)
     appended = ids[-1:] == [tokenizer.eos_token_id] and ids[len(ids) - len(bare) :] != bare
     ids = ids[:-1] if appended else ids
     # What a chat template wrote begins with BOS already.
@@ -228,36 +254,52 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, 
     encode_prompt(prompt) + encode_response(prompt, response) is the sequence of every stage.
     Raises UserError: no EOS, or a template that rewrites the prompt or the reply when the two stand together.
     """
-    eos = _need_eos(tokenizer)
-    if is_transcript(prompt) and not isinstance(as_asked(tokenizer, prompt), str):
-        response = response.strip() or response  # as the replies of transcripts are read
-    prompt = as_asked(tokenizer, prompt)
-    if isinstance(prompt, str):
-        whole = _encode_plain(tokenizer, prompt + response)
-        ids = _behind(tokenizer, _encode_plain(tokenizer, prompt), whole, response)
-        return ids if ids and ids[-1] in stop_token_ids(tokenizer) else [*ids, eos]
-    *prompt, reply = _bare(tokenizer, [*prompt, {"role": "assistant", "content": response}])
-    text = render(tokenizer, prompt, add_generation_prompt=True)
-    return _encode_turn(tokenizer, text, _encode(tokenizer, text), prompt, reply)
+    _, [ids] = encode_one(tokenizer, replies_steps(tokenizer, prompt, [response]))
+    return ids
 
 
-def _behind(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], whole: list[int], reply: str) -> list[int]:
+def replies_steps(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, responses: Sequence[str]
+) -> Steps[tuple[list[int], list[list[int]]]]:
+    """The steps of encode_prompt and of encode_response for each of the replies to that prompt -> ids of both."""
+    eos, asked = _need_eos(tokenizer), as_asked(tokenizer, prompt)
+    replies = []
+    if isinstance(asked, str):
+        stops = stop_token_ids(tokenizer)
+        prompt_ids = yield from _plain(tokenizer, asked)
+        for response in responses:
+            whole = yield from _plain(tokenizer, asked + response)
+            ids = yield from _behind(prompt_ids, whole, response)
+            replies.append(ids if ids and ids[-1] in stops else [*ids, eos])
+        return prompt_ids, replies
+    if is_transcript(prompt):  # as the replies of transcripts are read
+        responses = [response.strip() or response for response in responses]
+    bare = yield from _bare(tokenizer, asked)
+    text = yield Rendered(bare, True)
+    prompt_ids = yield Ids(text)
+    for response in responses:
+        reply = _without_end(tokenizer, {"role": "assistant", "content": response})
+        replies.append((yield from _turn(tokenizer, text, prompt_ids, bare, reply)))
+    return prompt_ids, replies
+
+
+def _behind(prompt_ids: list[int], whole: list[int], reply: str) -> Steps[list[int]]:
     """The reply's ids in whole; where a token straddles the border, the reply encoded alone: see the file's head."""
     n = len(prompt_ids)
-    return whole[n:] if whole[:n] == prompt_ids else _encode(tokenizer, reply)
+    return whole[n:] if whole[:n] == prompt_ids else (yield Ids(reply))
 
 
-def _encode_turn(tokenizer, text: str, prompt_ids: list[int], prompt: Messages, message: dict) -> list[int]:
-    """encode_response for messages whose rendered text and ids are known."""
-    full = render(tokenizer, [*prompt, message], add_generation_prompt=False)
-    reply = full[_span(tokenizer, full, text, prompt, message["content"])]
-    ids = _behind(tokenizer, prompt_ids, _encode(tokenizer, text + reply), reply)
+def _turn(tokenizer, text: str, prompt_ids: list[int], prompt: Messages, message: dict) -> Steps[list[int]]:
+    """A reply to messages whose rendered text and ids are known -> its ids."""
+    full = yield Rendered([*prompt, message], False)
+    reply = full[(yield from _span(tokenizer, full, text, prompt, message["content"]))]
+    ids = yield from _behind(prompt_ids, (yield Ids(text + reply)), reply)
     eos, stop = _need_eos(tokenizer), end_of_turn(tokenizer)
     complete = reply.endswith(stop) if stop else ids[-1:] == [eos]
     return ids if complete else [*ids, eos]
 
 
-def _span(tokenizer, full: str, head: str, before: Messages, content: str) -> slice:
+def _span(tokenizer, full: str, head: str, before: Messages, content: str) -> Steps[slice]:
     """The part of full that is the reply to the messages before, whose text is head.
 
     It begins where the generation prompt ends. A finished turn may not repeat that (say, an empty thinking block):
@@ -266,7 +308,7 @@ def _span(tokenizer, full: str, head: str, before: Messages, content: str) -> sl
     """
     repeated = full.startswith(head)
     if not repeated:
-        head = render(tokenizer, before, add_generation_prompt=False)
+        head = yield Rendered(before, False)
         if not full.startswith(head):
             turn = f"what stands before turn {len(before) + 1} once that turn is there"
             remedy = 'use another chat_template (e.g. "default") or single-turn data'
@@ -289,17 +331,22 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
     border between a header and an earlier reply is not trained on.
     Raises UserError naming the turn where the template is not prefix-preserving.
     """
-    *prompt, last = _bare(tokenizer, messages)
-    text = render(tokenizer, prompt, add_generation_prompt=True)
-    prompt_ids = _encode(tokenizer, text)
-    response_ids = _encode_turn(tokenizer, text, prompt_ids, prompt, last)
+    return encode_one(tokenizer, conversation_steps(tokenizer, messages))
+
+
+def conversation_steps(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Steps[tuple[list[int], list[bool]]]:
+    """The steps of encode_conversation."""
+    *prompt, last = yield from _bare(tokenizer, messages)
+    text = yield Rendered(prompt, True)
+    prompt_ids = yield Ids(text)
+    response_ids = yield from _turn(tokenizer, text, prompt_ids, prompt, last)
     mask = [False] * len(prompt_ids)
     spoken: dict[int, slice] = {}  # where the assistant's turns stand
     for turn, message in enumerate(prompt):
         if message["role"] == "assistant":
             before = prompt[:turn]
-            head = render(tokenizer, before, add_generation_prompt=True)
-            spoken[turn] = _span(tokenizer, text, head, before, message["content"])
+            head = yield Rendered(before, True)
+            spoken[turn] = yield from _span(tokenizer, text, head, before, message["content"])
     spans = [span for turn, span in spoken.items() if prompt[turn].get("weight") != 0]
     for turn, message in enumerate(prompt):
         if message["role"] == "tool" and message.get("weight") == 1:
@@ -308,10 +355,10 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
     for span in spans:
         # The text up to the span and the text up to its end, encoded alone, begin with the ids of the whole: as many
         # as they share stand before it, or before its end. A token that straddles its beginning is skipped.
-        head_ids = _encode(tokenizer, text[: span.start])
+        head_ids = yield Ids(text[: span.start])
         first = _common(prompt_ids, head_ids)
         first += first < len(head_ids)
-        past = _common(prompt_ids, _encode(tokenizer, text[: span.stop]))
+        past = _common(prompt_ids, (yield Ids(text[: span.stop])))
         mask[first:past] = [True] * max(0, past - first)
     return prompt_ids + response_ids, mask + [last.get("weight") != 0] * len(response_ids)
 
@@ -338,12 +385,13 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Genera
         expected = "expected a token id or a list of them"
         raise UserError(f"generation_config.json: eos_token_id is {configured!r}; {expected}")
     ids.update(ends)
-    stop = end_of_turn(tokenizer) if tokenizer.chat_template else None
-    ids.update(_encode(tokenizer, stop or "")[-1:])
+    end = _end(tokenizer).token if tokenizer.chat_template else None
+    if end is not None:
+        ids.add(end)
     return sorted(ids)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> str:
+def render_prompt(prompt: str | Messages) -> str:
     """The text of a prompt as people read it and as reward functions get it.
 
     A string: itself; a single user message: its content; several messages: "role: content" lines.

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -65,6 +66,34 @@ def _check_sizes(config: PreTrainedConfig) -> None:
         value = getattr(config, name, None)
         if value is not None and not (isinstance(value, int) and 1 <= value <= most):
             raise ValueError(f"config.json: {name} is {value!r}; expected a whole number from 1 to {most}")
+
+
+def skeleton(source: Source, role: str, *, scalar: bool = False) -> PreTrainedModel | None:
+    """The model without its weights (on the meta device): what can be checked before they are loaded. A loaded model as
+    it is; None for a GGUF file. scalar: a sequence classifier, else a causal LM; an adapter's is its base model's.
+
+    UserError as `check_source` has it, and for a model that has no such form.
+    """
+    if isinstance(source, PreTrainedModel):
+        return source
+    if adapter_folder.is_adapter(source):
+        base = adapter_folder.base_of(source, role)
+        return skeleton(base, role, scalar=scalar and is_scalar_model(base))
+    config = _read_config(source, role)
+    if config is None:
+        return None
+    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    with reading(role, source), torch.device("meta"), no_init_weights():
+        return auto.from_config(config, attn_implementation="eager")
+
+
+def check_scalar_form(model: PreTrainedModel) -> None:
+    """UserError where transformers has no sequence classifier with the model's trunk."""
+    if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"{type(model).__name__} has no sequence-classification form in transformers; use another base model for "
+            "the reward and value model (PPO does without one: critic=shared_trunk, or advantage=grpo or rloo)"
+        )
 
 
 def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
@@ -240,16 +269,11 @@ def scalar_model(
     config.num_labels = 1
     config.id2label, config.label2id = {0: "score"}, {"score": 0}
     config.pad_token_id = padding_token(tokenizer, stop_token_ids(tokenizer))
-    try:
-        with torch.device("meta") if share else nullcontext():
-            model = AutoModelForSequenceClassification.from_config(
-                config, dtype=trunk_of.dtype, attn_implementation=trunk_of.config._attn_implementation
-            )
-    except ValueError as error:
-        raise UserError(
-            f"{type(trunk_of).__name__} has no sequence-classification form in transformers; use another base model "
-            "for the reward and value model"
-        ) from error
+    check_scalar_form(trunk_of)
+    with torch.device("meta") if share else nullcontext():
+        model = AutoModelForSequenceClassification.from_config(
+            config, dtype=trunk_of.dtype, attn_implementation=trunk_of.config._attn_implementation
+        )
     if share:
         setattr(model, model.base_model_prefix, trunk_of.base_model)
         model.score.to_empty(device="cpu")

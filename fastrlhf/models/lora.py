@@ -68,7 +68,7 @@ class Adapters:
         self.report = report
         self.fixed: dict[str, tuple[str, ...]] = {}  # adapters that never train -> what is active with them
         model.requires_grad_(False)
-        names = _targets(model, options["target_modules"])
+        names = target_layers(model, options["target_modules"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for role in self.roles:
@@ -232,7 +232,7 @@ def _base_name(model: PreTrainedModel) -> str:
     return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
-def _targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> list[str]:
+def target_layers(model: PreTrainedModel, wanted: Sequence[str] | None) -> list[str]:
     """Full names of the trunk's linear layers, or of those that end in one of `wanted`."""
     linear = quantization.linear_layers(model)
     for name, module in linear.items():

@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 from fastrlhf.checkpoint.state import load_parts
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
-from fastrlhf.data.encode import Example, ptx_limit, target_count
+from fastrlhf.data.encode import Example, target_count
 from fastrlhf.models.lora import POLICY, REFERENCE
 from fastrlhf.models.token_batch import TokenBatch, target_log_probs, target_row
 from fastrlhf.rl.roles import Roles
 from fastrlhf.runtime.batching import Sampler, assign_rows, micro_batches
-from fastrlhf.runtime.guards import check_rows
 from fastrlhf.runtime.optim import Optimizer
 
 
@@ -30,9 +29,7 @@ class PretrainingMix:
     were not sampled.
     """
 
-    def __init__(self, config: PPOConfig, examples: list[Example], model: PreTrainedModel) -> None:
-        """UserError for rows with tokens or positions that the model has not."""
-        check_rows(model, [e.ids for e in examples], ptx_limit(config), field="max_prompt_tokens + max_new_tokens")
+    def __init__(self, config: PPOConfig, examples: list[Example]) -> None:
         self.examples, self.coef, self.rows = examples, config.ptx_coef, config.mini_batch_size
         self.sampler = Sampler(len(examples), config.seed)
 

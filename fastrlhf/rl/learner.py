@@ -89,7 +89,7 @@ class Learner:
             )
         decay = config.ema_decay
         self.average = None if decay is None else WeightAverage(self.policy_optimizer, decay)
-        self.ptx = PretrainingMix(config, ptx_examples, self.policy) if ptx_examples else None
+        self.ptx = PretrainingMix(config, ptx_examples) if ptx_examples else None
 
     def averaged(self) -> AbstractContextManager[None]:
         """Have the policy hold the weights that are evaluated and saved, inside."""

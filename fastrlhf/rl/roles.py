@@ -75,7 +75,6 @@ def load_roles(
     report is told in a sentence what an adapter's base holds and what merging into it costs.
     """
     how = (config.dtype, config.attention)
-    _check_value_model(config, value_model)
     offload = Offload(device)
     on_base = config.lora is not None and same_base(policy, reward)
     scorer = None if on_base else make_scorer(reward, tokenizer, config, memory, offload)
@@ -96,7 +95,7 @@ def load_roles(
     return Roles(trained, reference, critic, scorer, adapters, offload)
 
 
-def _check_value_model(config: PPOConfig, value_model: Source) -> None:
+def check_value_model(config: PPOConfig, value_model: Source) -> None:
     """Its weights need a trunk of their own."""
     if value_model is None:
         return

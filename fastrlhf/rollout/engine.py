@@ -160,13 +160,12 @@ class RolloutEngine:
 
         Models that use transformers' attention interface are watched in every prefill instead (`Decoder`).
         """
-        config = self.model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if kinds or config.is_encoder_decoder:
-            what = ", ".join(sorted(kinds)) or "an encoder"
-            raise RuntimeError(f"generation does not support {type(self.model).__name__}: it has {what}")
+        problem = unsupported(self.model)
+        if problem is not None:
+            raise RuntimeError(problem)
         if self._checked or uses_interface(self.model):
             return
+        config = self.model.config.get_text_config()
         head, cache = lm_head(self.model), SlotCache(config.num_hidden_layers, 2, 8)
         probes = [Row((1, 2, 3), 0), Row((3, 1, 2, 3, 2), 1)]
         params = SamplingParams(2, temperature=0.0, stop_token_ids=())
@@ -230,6 +229,16 @@ class RolloutEngine:
                     f"max_batch_tokens={self.max_batch_tokens} is too small for prompt {index}: one sequence needs "
                     f"{need} tokens of cache ({need * cache_bytes_per_token(self.model)} bytes)"
                 )
+
+
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why a model cannot generate here, as far as its configuration tells; its weights are not looked at."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if not kinds and not config.is_encoder_decoder:
+        return None
+    what = ", ".join(sorted(kinds)) or "an encoder"
+    return f"generation does not support {type(model).__name__}: it has {what}"
 
 
 def position_limits(model: PreTrainedModel) -> float:

@@ -16,7 +16,7 @@ from fastrlhf.rollout.sampling import Generation
 
 @dataclass(frozen=True)
 class Texts:
-    """What people and reward functions read, prompt-major. prompts: as rendered by the chat template; raw_prompts: as
+    """What people and reward functions read, prompt-major. prompts: as `render_prompt` has them; raw_prompts: as
     the data has them; columns: of the data set, an entry a response."""
 
     prompts: list[str]
@@ -94,7 +94,7 @@ def make_rollout(
     asked = [pair for pair in prompts for _ in range(samples_per_prompt)]
     names = sorted({name for prompt, _ in prompts for name in prompt.columns})
     texts = Texts(
-        prompts=[render_prompt(tokenizer, prompt.prompt) for prompt, _ in asked],
+        prompts=[render_prompt(prompt.prompt) for prompt, _ in asked],
         raw_prompts=[prompt.prompt for prompt, _ in asked],
         responses=reply_texts(tokenizer, generation),
         columns={name: [prompt.columns.get(name) for prompt, _ in asked] for name in names},

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
+    from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
 
@@ -44,6 +46,7 @@ HEADLINES = {
 }
 PHASES = {"ppo": ("rollout", "score", "advantages", "update", "save")}
 PLAIN_INTERVAL_S = 2.0
+BAR_INTERVAL_S = 0.25
 LIVE_INTERVAL_S = 10.0  # lines kept above the live line: rarer, since the line itself is always current
 STEPS_BEFORE_ETA = 3
 CELL_CHARS = 240
@@ -262,6 +265,52 @@ class Console:
             self._live.stop()
 
 
+class RowProgress:
+    """How far the rows of a source are encoded: a bar on a terminal, elsewhere a line every LIVE_INTERVAL_S seconds;
+    nothing where it is done before the first is due."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._last, self._role = clock, clock(), ""
+        self._bar: Progress | None = None
+
+    def __call__(self, role: str, done: int, total: int) -> None:
+        """Rows of the source `role`, those encoded and all."""
+        now = self._clock()
+        if role != self._role:
+            self._role, self._last = role, now
+        if done == total:
+            self._end()
+        elif now - self._last >= (BAR_INTERVAL_S if _wants_live() else LIVE_INTERVAL_S):
+            self._last = now
+            self._show(role, done, total)
+
+    def _show(self, role: str, done: int, total: int) -> None:
+        if not _wants_live():
+            with suppress(OSError, ValueError):  # the reader of the pipe went away
+                sys.stdout.write(f"{role}: {done} of {total} rows encoded\n")
+                sys.stdout.flush()
+            return
+        if self._bar is None:
+            rich = _rich()
+            screen = rich.console.Console(highlight=False, markup=False, emoji=False)
+            self._bar = rich.progress.Progress(
+                *rich.progress.Progress.get_default_columns(), console=screen, transient=True, auto_refresh=False
+            )
+            self._bar.start()
+            self._bar.add_task(f"{role}: rows encoded", total=total)
+        self._bar.update(self._bar.task_ids[0], completed=done, refresh=True)
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def yellow(text: str) -> str:
+    """The text as a terminal shows warnings; elsewhere as it is."""
+    return f"\x1b[33m{text}\x1b[0m" if _wants_live() else text
+
+
 def _wants_live() -> bool:
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and sys.stdout.isatty()
 
@@ -277,6 +326,7 @@ def _rich() -> ModuleType:
     import rich.box
     import rich.console
     import rich.live
+    import rich.progress
     import rich.table
     import rich.text
 

@@ -1,20 +1,14 @@
-"""What stops a run that would go wrong or is told to: rows the model cannot read, signals."""
+"""What stops a run that is asked to: signals."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any
-
-from fastrlhf.config.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+from typing import Any
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 HANGUP = getattr(signal, "SIGHUP", None)  # not on every system
@@ -22,27 +16,6 @@ HANGUP = getattr(signal, "SIGHUP", None)  # not on every system
 
 class Interrupted(Exception):  # noqa: N818
     """The run was asked to stop and has saved a checkpoint; exit code 75, `fastrlhf resume` goes on."""
-
-
-def check_rows(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], max_tokens: int, field: str = "max_tokens"
-) -> None:
-    """UserError for token rows that would fail in the middle of a run: ids or positions that the model has not.
-
-    field: the name of what bounds their length, for the sentence.
-    """
-    vocabulary, highest = model.get_input_embeddings().weight.shape[0], max(map(max, rows))
-    if highest >= vocabulary:
-        raise UserError(
-            f"tokenizer: it writes token {highest} and the model has {vocabulary}; use the model's own tokenizer"
-        )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, rows))
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"{field} = {max_tokens}: the longest row has {longest} tokens and the model has {positions} positions; "
-            f"set {field}={positions}"
-        )
 
 
 class StopNow(BaseException):

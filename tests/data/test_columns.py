@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from fastrlhf import PPOConfig, PPOTrainer, SFTConfig
 from fastrlhf.config.errors import ConfigError, UserError
+from fastrlhf.data.batches import encode_one
 from fastrlhf.data.checks import meant
 from fastrlhf.data.dataset import load_conversations, load_feedback, load_prompts
-from fastrlhf.data.encode import EncodedPrompt, encode_example
+from fastrlhf.data.encode import EncodedPrompt, example_steps
 from fastrlhf.data.feedback import Prompt, parse_conversation
 from fastrlhf.data.templates import encode_conversation, encode_prompt, encode_response
 from fastrlhf.rollout.result import make_rollout
@@ -148,10 +149,10 @@ def test_reasoning_is_learnt_where_the_template_writes_it_and_refused_elsewhere(
     tokenizer = tiny.tokenizer()
     [row], _ = load_conversations([{"messages": [*USER, {**SEINE, key: "It is long."}]}])
     with pytest.raises(UserError, match=f"message 2 has {key}"):
-        encode_example(tokenizer, row)
+        encode_one(tokenizer, example_steps(tokenizer, row))
     written = "{% if m." + key + " %}<think>{{ m." + key + " }}</think>{% endif %}{{ m.content }}"
     tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("{{ m.content }}", written)
-    example = encode_example(tokenizer, row)
+    example = encode_one(tokenizer, example_steps(tokenizer, row))
     text = tokenizer.decode([i for i, target in zip(example.ids, example.target) if target])
     assert text == "<think>It is long.</think>La Seine.<|end|>"
     with pytest.raises(UserError, match=f"{key} of a reply that is judged"):
@@ -187,14 +188,16 @@ def test_control_tokens_that_a_text_carries_are_not_added_again(prompt, reply):
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "hi", "there", "yes", "</s>"]
     column = {"prompt": prompt, "response": reply}
     [row], _ = load_conversations([column])
-    example = encode_example(tokenizer, row)
+    example = encode_one(tokenizer, example_steps(tokenizer, row))
     assert example.ids == ids and example.target == [False] * 3 + [True] * 2
 
 
 @pytest.mark.parametrize("text", ["hi there", "<s>hi there", "hi there</s>", "<s>hi there</s>"])
 def test_a_plain_text_has_one_bos_and_one_eos(text):
     [row], _ = load_conversations([{"text": text}])
-    assert word_tokenizer().convert_ids_to_tokens(encode_example(word_tokenizer(), row).ids) == [
+    tokenizer = word_tokenizer()
+    ids = encode_one(tokenizer, example_steps(tokenizer, row)).ids
+    assert tokenizer.convert_ids_to_tokens(ids) == [
         "<s>",
         "hi",
         "there",

@@ -1,73 +1,179 @@
-"""Rows as token ids: what does not fit is counted, what the template refuses is named, nothing left is an error."""
+"""Rows as token ids: the same ids in a batch as alone and as ever; what does not fit is counted, what the template
+refuses is named, nothing left is an error."""
 
 from __future__ import annotations
 
+import json
+import random
+import zlib
+from pathlib import Path
+
 import pytest
 
-from fastrlhf import PPOConfig
+from fastrlhf import PPOConfig, RewardConfig, SFTConfig
 from fastrlhf.config.errors import UserError
+from fastrlhf.data import rendering
+from fastrlhf.data.batches import encode_many, encode_one
 from fastrlhf.data.checks import DroppedRow
 from fastrlhf.data.dataset import load_prompts
-from fastrlhf.data.encode import encode_usable, load_encoded_prompts, load_ptx
+from fastrlhf.data.encode import Encoder, ptx_limit
+from fastrlhf.data.templates import encode_prompt, encode_response, prompt_steps, replies_steps, settle_template
+from tests import encoding_cases as cases
 from tests import tiny
 
 ROWS = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+GOLDEN = json.loads(Path(__file__).with_name("golden_ids.json").read_text())
 
 
-def encoder(**failures: Exception):
+def upper(**failures: Exception):
     """Upper case of a prompt, but for those that fail."""
 
     def encode(prompt):
         if prompt.prompt in failures:
             raise failures[prompt.prompt]
         return prompt.prompt.upper()
+        yield
 
     return encode
 
 
+def usable(rows, encode, *, skip: bool, **how):
+    prompts, counts = load_prompts(rows)
+    encoder = Encoder(PPOConfig(skip_bad_rows=skip), tiny.tokenizer())
+    return encoder.usable(prompts, encode, counts, "data", **how)
+
+
+# -------------------------------------------------------------------------------------------------------- the same ids
+
+
+def encoder(name: str, config: type) -> Encoder:
+    make, template, form = cases.TOKENIZERS[name]
+    tokenizer = make()
+    label, _ = settle_template(tokenizer, template, form)
+    return Encoder(config(chat_template=template, prompt_format=form), tokenizer, label)
+
+
+def digest(row: list) -> str:
+    return format(zlib.crc32(json.dumps(row).encode()), "08x")
+
+
+@pytest.mark.parametrize("name", cases.TOKENIZERS)
+def test_ids_are_those_of_version_0_1_which_encoded_text_by_text(name):
+    """golden_ids.json holds a checksum a row, written by commit 810054c: ids and, of SFT, which of them are learnt."""
+    sft = encoder(name, SFTConfig).examples(cases.CONVERSATIONS, "data").items
+    learnt = [[e.ids, [i for i, wanted in enumerate(e.target) if wanted]] for e in sft]
+    rewards = [record.rows for record in encoder(name, RewardConfig).records(cases.FEEDBACK, "data").items]
+    prompts = [prompt.ids for prompt in encoder(name, PPOConfig).prompts(cases.PROMPTS, "prompts").items]
+    for stage, rows in (("sft", learnt), ("reward", rewards), ("ppo", prompts)):
+        assert [digest(row) for row in rows] == GOLDEN[name][stage].split(), stage
+
+
+@pytest.mark.parametrize("name", ["chat", "bos and eos", "strips"])
+def test_a_row_alone_has_the_ids_that_it_has_among_others(name):
+    tokenizer = encoder(name, PPOConfig).tokenizer
+    pairs = [(prompt, reply) for prompt in cases.PROMPTS for reply in cases.REPLIES]
+    random.Random(0).shuffle(pairs)
+    many = encode_many(tokenizer, pairs, lambda pair: replies_steps(tokenizer, pair[0], [pair[1]]), size=10)
+    for (prompt, reply), (ids, [reply_ids]) in many:
+        assert ids == encode_prompt(tokenizer, prompt)
+        assert reply_ids == encode_response(tokenizer, prompt, reply)
+
+
+def test_texts_go_to_the_tokenizer_in_lists():
+    """Not one by one: of 50 pairs the prompts are one list, and so is each of the replies."""
+    calls = []
+
+    class Watched(type(tiny.tokenizer())):
+        def __call__(self, text, **how):
+            calls.append(len(text))
+            return super().__call__(text, **how)
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.__class__ = Watched
+    settle_template(tokenizer, None)
+    calls.clear()
+    pairs = [{"prompt": tiny.chat(f"the {n}"), "chosen": "yes", "rejected": "no"} for n in range(50)]
+    assert len(Encoder(RewardConfig(), tokenizer).records(pairs, "data").items) == 50
+    assert calls == [50, 50, 50]
+
+
+def test_a_slow_template_is_found_out_and_does_not_hold_up_every_row(monkeypatch):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for a in range(999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+    chats = [tiny.chat("a")] * 9
+    assert isinstance(
+        rendering.render_many(tokenizer, chats[:1], add_generation_prompt=True, seconds=0.05)[0], UserError
+    )
+    with pytest.raises(rendering.SlowTemplate, match="takes more than 0.05 s"):
+        rendering.render_many(tokenizer, chats, add_generation_prompt=True, seconds=0.05)
+
+
+def test_one_refused_conversation_does_not_touch_the_others_of_its_batch():
+    tokenizer = tiny.tokenizer()
+    refuse = "{% if messages[0].content == 'b' %}{{ raise_exception('no b') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    many = encode_many(tokenizer, map(tiny.chat, "abc"), lambda prompt: prompt_steps(tokenizer, prompt))
+    first, second, third = (result for _, result in many)
+    assert "no b" in str(second)
+    assert [first, third] == [encode_one(tokenizer, prompt_steps(tokenizer, tiny.chat(p))) for p in "ac"]
+
+
+# ------------------------------------------------------------------------------------------------------ what is counted
+
+
 def test_a_conversation_the_template_refuses_is_named_by_its_line():
-    encode = encoder(b=UserError("the chat template refuses it"))
-    prompts, counts = load_prompts(ROWS)
+    encode = upper(b=UserError("the chat template refuses it"))
     with pytest.raises(UserError, match=r"row 2.*the chat template refuses it.*skip_bad_rows=true"):
-        encode_usable(prompts, encode, counts, role="data", skip_bad_rows=False)
-    encoded, note = encode_usable(prompts, encode, counts, role="data", skip_bad_rows=True)
-    assert encoded == ["A", "C"] and counts.malformed == ["row 2: the chat template refuses it"]
-    assert note.startswith("data: 3 rows read, 2 used, dropped: 1 malformed; first malformed: row 2")
+        usable(ROWS, encode, skip=False)
+    read = usable(ROWS, encode, skip=True)
+    assert read.items == ["A", "C"] and read.counts.malformed == ["row 2: the chat template refuses it"]
+    assert read.counts.line().startswith("3 rows read, 2 used, dropped: 1 malformed; first malformed: row 2")
+    assert read.dropped == pytest.approx(1 / 3)
 
 
 def test_a_row_that_does_not_fit_is_counted_under_its_reason_and_is_not_malformed():
-    prompts, counts = load_prompts(ROWS)
-    encode = encoder(a=DroppedRow("longer than max_tokens = 3"), c=DroppedRow("longer than max_tokens = 3"))
-    encoded, note = encode_usable(prompts, encode, counts, role="data", skip_bad_rows=False)
-    assert (encoded, note) == (["B"], "data: 3 rows read, 1 used, dropped: 2 longer than max_tokens = 3")
-    assert counts.malformed == []
+    encode = upper(a=DroppedRow("longer than max_tokens = 3"), c=DroppedRow("longer than max_tokens = 3"))
+    read = usable(ROWS, encode, skip=False)
+    assert read.items == ["B"] and read.counts.malformed == []
+    assert read.counts.line() == "3 rows read, 1 used, dropped: 2 longer than max_tokens = 3"
 
 
 @pytest.mark.parametrize(("remedy", "end"), [("raise max_tokens", "; raise max_tokens"), ("", "")])
 def test_nothing_left_names_the_rows_and_the_remedy(remedy, end):
-    prompts, counts = load_prompts(ROWS[:1])
     with pytest.raises(UserError) as error:
-        encode_usable(prompts, encoder(a=DroppedRow("empty")), counts, role="x", skip_bad_rows=True, remedy=remedy)
-    assert str(error.value) == f"x: nothing left to train on (1 rows read, 0 used, dropped: 1 empty){end}"
+        usable(ROWS[:1], upper(a=DroppedRow("empty")), skip=True, remedy=remedy)
+    assert str(error.value) == f"data: nothing left to train on (1 rows read, 0 used, dropped: 1 empty){end}"
+
+
+def test_a_sample_is_encoded_and_its_losses_stand_for_all():
+    rows = [{"prompt": f"{'long ' * (n % 4)}"[:-1] or "x"} for n in range(400)]
+    counted = []
+    tokenizer = tiny.tokenizer()
+    how = {"sample": 100, "progress": lambda *at: counted.append(at)}
+    read = Encoder(PPOConfig(max_prompt_tokens=9), tokenizer, **how).prompts(rows, "prompts")
+    whole = Encoder(PPOConfig(max_prompt_tokens=9), tokenizer).prompts(rows, "prompts")
+    assert (read.sampled, whole.sampled) == (400, None) and counted[-1] == ("prompts", 100, 100)
+    assert 0 < whole.dropped < 1 and read.dropped == pytest.approx(whole.dropped, abs=0.15)
 
 
 def test_long_prompts_are_dropped_and_counted_and_the_shortest_is_named_where_all_are():
     tokenizer = tiny.tokenizer()
     sizes = [len(tokenizer(text)["input_ids"]) for text in tiny.TEXTS[:3]]
     shortest = min(sizes)
-    kept, note = load_encoded_prompts(PPOConfig(max_prompt_tokens=shortest), tokenizer, tiny.TEXTS[:3], "prompts")
-    note = note.splitlines()[0]
-    assert [item.prompt.prompt for item in kept] == [tiny.TEXTS[sizes.index(shortest)]]
-    assert len(kept[0].ids) == shortest
-    assert note == f"prompts: 3 rows read, 1 used, dropped: 2 longer than max_prompt_tokens = {shortest}"
+    read = Encoder(PPOConfig(max_prompt_tokens=shortest), tokenizer).prompts(tiny.TEXTS[:3], "prompts")
+    assert [item.prompt.prompt for item in read.items] == [tiny.TEXTS[sizes.index(shortest)]]
+    assert read.lengths() == [shortest]
+    assert read.counts.line() == f"3 rows read, 1 used, dropped: 2 longer than max_prompt_tokens = {shortest}"
     with pytest.raises(UserError, match=rf"prompts: every prompt is longer .* \(the shortest: {shortest}\); raise it"):
-        load_encoded_prompts(PPOConfig(max_prompt_tokens=shortest - 1), tokenizer, tiny.TEXTS[:3], "prompts")
+        Encoder(PPOConfig(max_prompt_tokens=shortest - 1), tokenizer).prompts(tiny.TEXTS[:3], "prompts")
 
 
 def test_ptx_rows_may_be_as_long_as_a_prompt_and_its_reply():
     tokenizer = tiny.tokenizer()
     sizes = sorted(len(tokenizer(text)["input_ids"]) + 1 for text in tiny.TEXTS)  # and EOS
     config = PPOConfig(ptx_coef=1.0, max_prompt_tokens=sizes[1] - 3, max_new_tokens=3)
-    examples, note = load_ptx(config, tokenizer, [{"text": text} for text in tiny.TEXTS])
-    assert [len(example.ids) for example in sorted(examples, key=lambda e: len(e.ids))] == sizes[:2]
-    assert note.endswith(f"2 used, dropped: 2 longer than max_prompt_tokens + max_new_tokens = {sizes[1]}")
+    read = Encoder(config, tokenizer).ptx([{"text": text} for text in tiny.TEXTS])
+    assert sorted(read.lengths()) == sizes[:2] and ptx_limit(config) == sizes[1]
+    assert read.counts.line().endswith(
+        f"2 used, dropped: 2 longer than max_prompt_tokens + max_new_tokens = {sizes[1]}"
+    )

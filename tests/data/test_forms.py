@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.data.batches import encode_one
 from fastrlhf.data.checks import Messages
 from fastrlhf.data.dataset import load_conversations, load_feedback, load_prompts
-from fastrlhf.data.encode import encode_example
+from fastrlhf.data.encode import example_steps
 from fastrlhf.data.prompt_format import decide
 from fastrlhf.data.rows import read_rows
 from fastrlhf.data.templates import encode_prompt
@@ -100,7 +101,8 @@ def check(row: Any, line: Line) -> dict[str, Any]:
         sft = items["sft"]
         prompts.append(sft.prompt if sft.messages is None else sft.messages[:-1])
         ids = encode_prompt(chat_tokenizer(), prompts[-1])
-        assert encode_example(chat_tokenizer(), sft).ids[: len(ids)] == ids
+        tokenizer = chat_tokenizer()
+        assert encode_one(tokenizer, example_steps(tokenizer, sft)).ids[: len(ids)] == ids
     assert len({json.dumps(prompt) for prompt in prompts}) <= 1
     return items
 

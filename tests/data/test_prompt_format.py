@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, inference
-from fastrlhf.data.encode import load_encoded_prompts
+from fastrlhf.data.encode import Encoder
 from fastrlhf.data.prompt_format import KEY, as_asked, decide
 from fastrlhf.data.templates import encode_prompt, encode_response, settle_template
 from tests import tiny
@@ -70,16 +70,15 @@ def test_a_string_and_its_message_have_the_same_ids_in_prompt_and_reply():
 def test_a_line_says_of_every_form_what_happened():
     tokenizer = settled(tiny.tokenizer())
     prompts = ["a", "b", "<|user|>c", HH, {"prompt": tiny.chat("d")}]
-    _, note = load_encoded_prompts(PPOConfig(), tokenizer, prompts, "prompts", "the tokenizer's chat template")
-    assert note.splitlines() == [
-        "prompts: 5 rows read, 5 used",
+    read = Encoder(PPOConfig(), tokenizer, "the tokenizer's chat template").prompts(prompts, "prompts")
+    assert read.forms == [
         "prompts: 2 string prompts: through the tokenizer's chat template",
         "prompts: 1 rendered prompts: raw text, because they hold control tokens or role marks of the template",
         "prompts: 1 transcripts: through the tokenizer's chat template, as messages",
         "prompts: 1 conversations: through the tokenizer's chat template",
     ]
-    _, note = load_encoded_prompts(PPOConfig(), settled(base_tokenizer()), ["a"], "prompts", "x")
-    assert note.splitlines()[1:] == ["prompts: 1 raw prompts: raw text, without a chat template"]
+    read = Encoder(PPOConfig(), settled(base_tokenizer()), "x").prompts(["a"], "prompts")
+    assert read.forms == ["prompts: 1 raw prompts: raw text, without a chat template"]
 
 
 def test_the_decision_is_kept_in_the_folder_and_a_run_that_differs_says_so(tmp_path):

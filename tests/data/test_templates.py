@@ -358,7 +358,6 @@ def test_end_of_turn_follows_a_changed_template():
 
 
 def test_a_prompt_is_rendered_as_people_read_it():
-    tokenizer = build()
-    assert render_prompt(tokenizer, "as it is ") == "as it is "
-    assert render_prompt(tokenizer, [USER]) == "Hi"
-    assert render_prompt(tokenizer, CHAT[:4]) == "system: ok\nuser: Hi\nassistant: ok\nuser: 你好"
+    assert render_prompt("as it is ") == "as it is "
+    assert render_prompt([USER]) == "Hi"
+    assert render_prompt(CHAT[:4]) == "system: ok\nuser: Hi\nassistant: ok\nuser: 你好"

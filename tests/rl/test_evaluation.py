@@ -14,7 +14,7 @@ import torch
 
 from fastrlhf import PPOConfig, RolloutEngine, SamplingParams, UserError
 from fastrlhf.data.templates import stop_token_ids
-from fastrlhf.preflight import check_inputs
+from fastrlhf.preflight.dry_run import check_inputs
 from fastrlhf.report import build_report
 from fastrlhf.report.folder import StageRun, best_of_n
 from fastrlhf.rl.evaluation import best_of_n_curve, expected_best, quantile, win_rate
@@ -160,11 +160,11 @@ def test_the_dry_run_finds_them_too(tmp_path):
     named = {"policy": str(tmp_path / "model"), "reward": "fastrlhf.recipes.rewards:one_short_sentence"}
     inputs = {"prompts": str(prompts), "judge": "no_such_module_x:f", **named}
     with pytest.raises(UserError, match="judge: measured on held-out prompts; give eval_prompts"):
-        check_inputs("ppo", inputs, PPOConfig())
+        check_inputs(inputs, PPOConfig())
     inputs["eval_prompts"] = str(prompts)
     with pytest.raises(UserError, match="judge: cannot import 'no_such_module_x'"):
-        check_inputs("ppo", inputs, PPOConfig())
-    assert len(check_inputs("ppo", inputs | {"judge": None}, PPOConfig(best_of_n=2))) > 2
+        check_inputs(inputs, PPOConfig())
+    assert len(check_inputs(inputs | {"judge": None}, PPOConfig(best_of_n=2, max_new_tokens=8))) > 2
 
 
 def test_a_judge_by_reference(tmp_path):

@@ -344,7 +344,7 @@ def test_a_recipe_runs_shortened(name, tmp_path):
 
 
 STEERING = """total_steps rollout_batch_size samples_per_prompt ppo_epochs mini_batch_size seed
-max_prompt_tokens max_new_tokens chat_template prompt_format columns ignore_columns skip_bad_rows save_every
+max_prompt_tokens max_new_tokens chat_template prompt_format columns ignore_columns skip_bad_rows save_every allow_drop
 eval_every output_dir overwrite resume"""
 
 

@@ -134,8 +134,8 @@ def test_lengths_stay_within_the_models_positions():
     t = trainer(max_prompt_tokens=500)  # the model has 128
     assert longest(t.config, t.engine) == (118, 10)
     run_probe(t.learner, t.engine, joined=False, note=lambda line: None)
-    t = trainer(policy=tiny.gpt2(), max_prompt_tokens=500, max_new_tokens=127)
-    assert longest(t.config, t.engine) == (1, 127)
+    t = trainer(policy=tiny.gpt2(), max_prompt_tokens=500, max_new_tokens=112)
+    assert longest(t.config, t.engine) == (16, 112)
     turning = tiny.llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0,
                                           "original_max_position_embeddings": 64})  # fmt: skip
     t = trainer(policy=turning, max_prompt_tokens=500)

@@ -1,64 +1,32 @@
-"""`--dry-run`: read every data row, find every model and reward function, say how large the run is; load no weights."""
+"""What a recipe does not say of its run: how large it is, and where the roles of PPO come from. Loads no weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from fastrlhf.config.base import StageConfig
-from fastrlhf.config.inputs import INPUTS
-from fastrlhf.config.stages import PPOConfig, critic_updates, policy_updates, pretraining_updates, updates_per_step
-from fastrlhf.data.dataset import Counts, load_conversations, load_feedback, load_prompts, reading
-from fastrlhf.data.encode import check_ptx
-from fastrlhf.eval_metrics import load_eval_metrics
+from fastrlhf.config.stages import (
+    PPOConfig,
+    SupervisedConfig,
+    critic_updates,
+    policy_updates,
+    pretraining_updates,
+    updates_per_step,
+)
 from fastrlhf.models.adapter_folder import is_adapter
 from fastrlhf.models.backbone import same_base
-from fastrlhf.models.loading import check_source, load_tokenizer
-from fastrlhf.rl.evaluation import Evaluation
+from fastrlhf.models.loading import load_tokenizer
 from fastrlhf.rl.functions import is_function_reference
-from fastrlhf.rl.scorers import read_reward
+from fastrlhf.runtime.console import number
 
 
-def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> list[str]:
-    """Rows read and dropped of each input, and of PPO the outline. UserError for the first input a run would refuse."""
-    lines, columns = [], {}
-    for name, spec in INPUTS[stage].items():
-        value = inputs.get(name)
-        if value is None:
-            continue
-        if spec.kind == "data":
-            rows, counts = _rows(name, value, config)
-            lines.append(f"{name}: {counts.line()}")
-            if name in ("prompts", "eval_prompts"):
-                columns[name] = {column for prompt in rows for column in prompt.columns}
-        elif spec.kind == "model":
-            check_source(value, name)
-    if inputs.get("compute_metrics") is not None:
-        load_eval_metrics(inputs["compute_metrics"], config, held_out="eval_data" in inputs or config.eval_fraction > 0)
-    if isinstance(config, PPOConfig):
-        check_ptx(config, inputs.get("ptx_data"))
-        judge = Evaluation(config, inputs.get("judge"), prompts="eval_prompts" in inputs).judge
-        if judge is not None:
-            judge.bind(columns["eval_prompts"], "eval_prompts")
-        reward = read_reward(inputs["reward"], config, columns)
-        inputs = {**inputs, "reward": inputs["reward"] if isinstance(inputs["reward"], str) else reward}
-        lines += outline(inputs, config)
-    return lines
+def supervised_steps(config: SupervisedConfig, rows: int) -> int:
+    """Optimizer steps of a run on so many rows: total_steps, or epochs * rows / mini_batch_size, rounded up."""
+    return config.total_steps or -(-config.epochs * rows // config.mini_batch_size)
 
 
-def _rows(name: str, source: Any, config: StageConfig) -> tuple[Sequence[Any], Counts]:
-    how = reading(config, name)
-    if name == "ptx_data":
-        return load_conversations(source, **how)
-    if config.stage == "sft":
-        return load_conversations(source, format=config.format, **how)
-    if config.stage == "reward":
-        return load_feedback(source, score_range=config.score_range, **how)
-    return load_prompts(source, **how)
-
-
-def outline(inputs: Mapping[str, Any], config: PPOConfig) -> list[str]:
-    """What the recipe does not say of a PPO run: where its roles come from, and its sizes. Loads no weights."""
+def sizes(config: PPOConfig) -> list[str]:
+    """How large a step and the run are."""
     batch, steps, updates = config.rollout_batch_size, config.total_steps, updates_per_step(config)
     prompts = f"{batch // config.samples_per_prompt} prompts x {config.samples_per_prompt}"
     cut = f"{config.ppo_epochs} x {updates // config.ppo_epochs} mini-batches of {config.mini_batch_size}"
@@ -66,17 +34,23 @@ def outline(inputs: Mapping[str, Any], config: PPOConfig) -> list[str]:
     if config.advantage == "gae":
         total += f", {critic_updates(config)} of the critic"
     lines = [
-        f"reference: {_reference(inputs, config)}",
-        f"critic: {_critic(inputs, config)}",
-        f"reward: {_reward(inputs, config)}",
         f"a step: {batch} responses ({prompts}) of up to {config.max_new_tokens} tokens, then {cut}",
-        f"in all: {total}",
+        f"in all: {total}, up to {number(steps * batch * config.max_new_tokens)} new tokens",
     ]
     if config.critic_warmup_steps:
         rows, passes = config.critic_warmup_steps * batch, config.critic_pretrain_epochs
         then = f"then {passes} passes over their {rows} responses, {pretraining_updates(config)} optimizer steps"
         lines.append(f"critic warm-up: {config.critic_warmup_steps} steps with a frozen policy, {then}")
     return lines
+
+
+def origins(inputs: Mapping[str, Any], config: PPOConfig) -> list[str]:
+    """Where reference, critic and reward come from. inputs: as a recipe names them; reward: read where it is a list."""
+    return [
+        f"reference: {_reference(inputs, config)}",
+        f"critic: {_critic(inputs, config)}",
+        f"reward: {_reward(inputs, config)}",
+    ]
 
 
 def _reference(inputs: Mapping[str, Any], config: PPOConfig) -> str:

@@ -1,0 +1,186 @@
+"""What each stage checks and reads before anything else of it exists: rows become token ids, once, for the whole run.
+
+The run's constructor starts from the result, and --dry-run prints its sentences. The order: the folder, the
+options, the rows, then the models without their weights, what they and the rows ask of each other, and the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf.config.base import StageConfig
+from fastrlhf.config.errors import UserError
+from fastrlhf.config.stages import PPOConfig, SupervisedConfig
+from fastrlhf.data.dataset import split_heldout
+from fastrlhf.data.encode import Encoded, EncodedPrompt, Encoder, Example, Progress, Record, check_ptx
+from fastrlhf.data.templates import settle_template
+from fastrlhf.eval_metrics import NO_HELD_OUT, EvalMetrics, load_eval_metrics
+from fastrlhf.models.fits import check_ids, check_limit
+from fastrlhf.models.loading import check_scalar_form, is_scalar_model, skeleton, tokenizer_for
+from fastrlhf.models.lora import target_layers
+from fastrlhf.preflight.disk import Trained, check_folder, check_room, trained_bytes
+from fastrlhf.preflight.outline import sizes, supervised_steps
+from fastrlhf.preflight.roles import check_policy, check_readers, read_roles, readable_prompts, trained_roles
+from fastrlhf.preflight.rows import Sentences, check_dropped, describe_rows
+from fastrlhf.rl.evaluation import Evaluation
+from fastrlhf.rl.roles import check_value_model
+from fastrlhf.rl.scorers import read_reward
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.console import RowProgress, number
+
+Item = TypeVar("Item", Example, Record)
+
+
+@dataclass(frozen=True)
+class Supervised(Generic[Item]):
+    """What SFT and reward training start from. fits: raises UserError for a loaded model that cannot read the rows."""
+
+    tokenizer: PreTrainedTokenizerBase
+    items: list[Item]
+    held_out: list[Item]
+    compute_metrics: EvalMetrics | None
+    fits: Callable[[PreTrainedModel], None]
+    said: Sentences
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What PPO starts from. reward: as `read_reward` has it, bound to the columns. fits: as in `Supervised`, for the
+    policy."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[EncodedPrompt]
+    eval_prompts: list[EncodedPrompt] | None
+    ptx_examples: list[Example]
+    reward: Any
+    evaluation: Evaluation
+    fits: Callable[[PreTrainedModel], None]
+    said: Sentences
+
+
+def prepare_supervised(
+    config: SupervisedConfig, inputs: Mapping[str, Any], *, sample: int | None = None, progress: Progress | None = None
+) -> Supervised:
+    """Check and read what `fastrlhf sft` or `reward` starts from. inputs: the trainer's arguments by name.
+
+    UserError for whatever would stop the run later. sample: rows of a source to encode at most (--dry-run).
+    """
+    check_folder(config, inputs)
+    tokenizer = tokenizer_for(inputs.get("tokenizer"), inputs["model"])
+    template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
+    model = _learner(config, inputs["model"])
+    given, function = inputs.get("eval_data") is not None, inputs.get("compute_metrics")
+    metrics = load_eval_metrics(function, config, held_out=given or config.eval_fraction > 0)
+
+    encoder = Encoder(config, tokenizer, template, sample=sample, progress=progress or _progress())
+    asked = metrics is not None  # for the rows of what is held out
+    sources = [_read(encoder, inputs["data"], "data", keep_rows=asked and not given)]
+    if given:
+        sources.append(_read(encoder, inputs["eval_data"], "eval_data", keep_rows=asked))
+    lengths = [max(encoded.lengths()) for encoded in sources]
+    fits = partial(_fits, config.max_tokens, max(lengths), max(encoded.highest() for encoded in sources))
+    said = _sentences(config, sources, notes, f"max_tokens = {config.max_tokens}")
+    if model is not None:
+        fits(model)
+
+    items, held_out = sources[0].items, sources[1].items if len(sources) > 1 else []
+    if len(sources) == 1 and config.eval_fraction:
+        items, held_out = _split(items, config)
+    if asked and not held_out:
+        raise UserError(f"{NO_HELD_OUT}, and eval_fraction = {config.eval_fraction} of {len(items)} rows is none")
+    steps = supervised_steps(config, len(items))
+    mean = sum(len(row) for item in items for row in item.rows) / len(items)
+    tokens = number(steps * config.mini_batch_size * mean)
+    said.notes.append(f"in all: {steps} optimizer steps of {config.mini_batch_size} rows, {tokens} tokens")
+    if model is not None:
+        _say_room(config, said, [trained_bytes(model, config)], steps)
+    return Supervised(tokenizer, items, held_out, metrics, fits, said)
+
+
+def _read(encoder: Encoder, source: Any, role: str, *, keep_rows: bool) -> Encoded:
+    if encoder.config.stage == "sft":
+        return encoder.examples(source, role, keep_rows=keep_rows)
+    return encoder.records(source, role)
+
+
+def _learner(config: SupervisedConfig, source: Any) -> PreTrainedModel | None:
+    """The model that learns, without its weights. UserError where it cannot."""
+    scalar = config.stage == "reward" and is_scalar_model(source)
+    model = skeleton(source, "model" if config.stage == "reward" else "policy", scalar=scalar)
+    if model is not None and config.stage == "reward" and not scalar:
+        check_scalar_form(model)
+    if model is not None and config.lora is not None:
+        target_layers(model, config.lora["target_modules"])
+    return model
+
+
+def _fits(max_tokens: int, longest: int, highest: int, model: PreTrainedModel) -> None:
+    check_ids(model, highest)
+    check_limit(model, longest, "max_tokens", max_tokens)
+
+
+def _split(items: list[Item], config: SupervisedConfig) -> tuple[list[Item], list[Item]]:
+    """What answers the same prompt stays together: it is measured on prompts that were not trained on."""
+    train, held_out = split_heldout(items, config.eval_fraction, config.seed, key=lambda item: item.group)
+    if config.stage == "sft" and not (train and held_out):
+        raise UserError(f"eval_fraction = {config.eval_fraction}: {len(items)} examples cannot be split so")
+    return train, held_out
+
+
+def prepare_ppo(
+    config: PPOConfig, inputs: Mapping[str, Any], *, sample: int | None = None, progress: Progress | None = None
+) -> Prepared:
+    """The same for `fastrlhf ppo`."""
+    check_folder(config, inputs)
+    evaluation = Evaluation(config, inputs.get("judge"), prompts=inputs.get("eval_prompts") is not None)
+    check_ptx(config, inputs.get("ptx_data"))
+    tokenizer = tokenizer_for(inputs.get("tokenizer"), inputs["policy"])
+    template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
+    check_value_model(config, inputs.get("value_model"))
+    reward = read_reward(inputs["reward"], config)
+
+    encoder = Encoder(config, tokenizer, template, sample=sample, progress=progress or _progress())
+    names = [name for name in ("prompts", "eval_prompts") if inputs.get(name) is not None]
+    sources = [encoder.prompts(inputs[name], name) for name in names]
+    columns = {encoded.role: {c for prompt, _ in encoded.items for c in prompt.columns} for encoded in sources}
+    if evaluation.judge is not None:
+        evaluation.judge.bind(columns["eval_prompts"], "eval_prompts")
+    reward = read_reward(reward, config, columns)
+    roles = read_roles(config, inputs, reward, tokenizer)
+    sources = readable_prompts(config, roles, sources)
+    ptx = [] if inputs.get("ptx_data") is None else [encoder.ptx(inputs["ptx_data"])]
+
+    fits = partial(check_policy, config, sources, ptx)
+    if roles.policy is not None:
+        fits(roles.policy)
+    check_readers(config, roles, tokenizer, sources)
+    said = _sentences(config, sources, notes, f"max_prompt_tokens = {config.max_prompt_tokens}")
+    more = _sentences(config, ptx, [], "")
+    said = Sentences(said.notes + more.notes + sizes(config), said.warnings + more.warnings)
+    _say_room(config, said, trained_roles(config, roles), config.total_steps)
+    held_out = sources[1].items if len(sources) > 1 else None
+    examples = ptx[0].items if ptx else []
+    return Prepared(tokenizer, sources[0].items, held_out, examples, reward, evaluation, fits, said)
+
+
+def _progress() -> Progress | None:
+    return RowProgress() if distributed.is_lead() else None
+
+
+def _sentences(config: StageConfig, sources: list[Encoded], notes: list[str], limit: str) -> Sentences:
+    """UserError where too many rows of a source were left out."""
+    warnings = [check_dropped(encoded, config) for encoded in sources]
+    lines = [line for encoded in sources for line in describe_rows(encoded, limit)]
+    return Sentences([*notes, *lines], [warning for warning in warnings if warning])
+
+
+def _say_room(config: StageConfig, said: Sentences, roles: list[Trained], steps: int) -> None:
+    saves = -(-steps // config.save_every) if config.save_every else 1
+    room = check_room(config, roles, saves)
+    if room is not None:
+        said.notes.append(room)
