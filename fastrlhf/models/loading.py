@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -27,6 +29,7 @@ from transformers.initialization import no_init_weights
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models import adapter_folder
+from fastrlhf.models.attention import attention_for, default_attention, has_attention, tell_foreign_attention
 from fastrlhf.models.heads import check_head
 from fastrlhf.models.quantization import quantize_trunk
 from fastrlhf.models.saving import padding_token
@@ -35,6 +38,10 @@ from fastrlhf.runtime.distributed import device as local_device
 from fastrlhf.runtime.hardware import resolve_attention, resolve_dtype
 
 Source = str | PreTrainedModel  # folder, hub id, GGUF file, or a loaded model
+NO_CLASSIFIER = (
+    "{} has no sequence-classification form of its own in transformers, which critic=separate and reward models need: "
+    "use critic=shared_trunk, or advantage=grpo or rloo, which have no critic; for a reward model use another base"
+)
 TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|sentencepiece|.*\.(model|tiktoken)$")
 
 
@@ -85,14 +92,30 @@ def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> 
     """The model of a folder, hub id or file, on the CPU; a loaded model as it is."""
     if isinstance(source, PreTrainedModel):
         return source
-    device = local_device()
+    device, config = local_device(), _read_config(source, role)
     torch_dtype = resolve_dtype(dtype, device)
-    kind = resolve_attention(attention, device, torch_dtype)
+    if config is None:  # transformers reads it from the GGUF file
+        kind = resolve_attention(attention, device, torch_dtype)
+    else:
+        tell_foreign_attention(config, role, source)
+        kind = attention_for(_class_of(auto, config, role, source), attention, device, torch_dtype)
     model = load_pretrained(auto, source, role, dtype=torch_dtype, attn_implementation=kind)
     if str(source).endswith(".gguf") or "gguf" in str(getattr(model.config, "quantization_config", "")):
         model = _fresh_copy(model)
     model.config._name_or_path = str(source)  # what an adapter of it names as its base
     return model
+
+
+def _class_of(auto: type, config: PreTrainedConfig, role: str, source: Source) -> type[PreTrainedModel]:
+    """The class that `auto` makes of a config. UserError where transformers has none."""
+    form, mapping = "causal LM", MODEL_FOR_CAUSAL_LM_MAPPING
+    if auto is AutoModelForSequenceClassification:
+        form, mapping = "sequence classifier", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(config) not in mapping:
+        raise UserError(
+            f"{role}: {str(source)!r} is a model of type {config.model_type!r}, and transformers has no {form} of it"
+        )
+    return mapping[type(config)]
 
 
 def _settle(model: PreTrainedModel, source: Source, quantize: str | None) -> PreTrainedModel:
@@ -212,16 +235,19 @@ def scalar_model(
     config.num_labels = 1
     config.id2label, config.label2id = {0: "score"}, {"score": 0}
     config.pad_token_id = padding_token(tokenizer, stop_token_ids(tokenizer))
-    try:
-        with torch.device("meta") if share else nullcontext():
-            model = AutoModelForSequenceClassification.from_config(
-                config, dtype=trunk_of.dtype, attn_implementation=trunk_of.config._attn_implementation
-            )
-    except ValueError as error:
-        raise UserError(
-            f"{type(trunk_of).__name__} has no sequence-classification form in transformers; use another base model "
-            "for the reward and value model"
-        ) from error
+    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if kind is None:
+        raise UserError(NO_CLASSIFIER.format(type(trunk_of).__name__))
+    attention = trunk_of.config._attn_implementation
+    with torch.device("meta") if share else nullcontext():
+        model = AutoModelForSequenceClassification.from_config(
+            config,
+            dtype=trunk_of.dtype,
+            attn_implementation=attention if has_attention(kind, attention) else default_attention(kind),
+        )
+    same_trunk = type(model.base_model) is type(trunk_of.base_model)
+    if not (same_trunk and isinstance(getattr(model, "score", None), nn.Linear)):
+        raise UserError(NO_CLASSIFIER.format(type(trunk_of).__name__))
     if share:
         setattr(model, model.base_model_prefix, trunk_of.base_model)
         model.score.to_empty(device="cpu")

@@ -16,6 +16,7 @@ from fastrlhf.rollout.engine import STATS
 from fastrlhf.rollout.kv_cache import SlotCache
 from fastrlhf.rollout.sampling import Generation, SamplingParams
 from fastrlhf.rollout.slots import Row
+from fastrlhf.rollout.trunk import CachedTrunk
 
 
 def decode(
@@ -27,7 +28,7 @@ def decode(
     cache = SlotCache(model.config.num_hidden_layers, slots + 1, positions)
     stats = dict.fromkeys(STATS, 0)
     with torch.inference_mode(), attending(model, cache):
-        Decoder(model, lm_head(model), cache, slots, params, stats, **how).run(rows)
+        Decoder(CachedTrunk(model, cache), lm_head(model), slots, params, stats, **how).run(rows)
     return Generation(
         response_ids=[row.tokens for row in rows],
         log_probs=[row.log_probs for row in rows],
