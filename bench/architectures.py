@@ -47,7 +47,7 @@ from fastrlhf.rollout.sampling import SamplingParams
 
 EXACT = 1e-4  # nats
 LEAST_EXACT = 90
-SECONDS, BYTES = 120, 6 << 30  # of a model: processor seconds, address space
+SECONDS, BYTES = 40, 6 << 30  # of a model: processor seconds, address space
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")  # of a traceback
 WINDOW = 6
 PROMPTS = ([7], [9, 40, 30, 12, 5, 77, 8, 30, 21, 6, 44, 60, 3, 18], [50, 3], [11, 4, 60, 4, 90], [30] * 9)
@@ -65,19 +65,20 @@ SIZES: dict[str, Any] = {  # by the names that configs use; a config takes those
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim", "head_dim", "state_size"), 8),
     **dict.fromkeys(("initializer_range", "init_std"), 0.2),
     **{"vocab_size": 96, "num_key_value_heads": 2, "num_experts_per_tok": 2, "qk_rope_head_dim": 8, "rotary_dim": 4},
+    **dict.fromkeys(("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_num_heads", "mamba_head_dim"), 8),
+    **dict.fromkeys(("ssm_state_size", "linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
+    **{"mamba_n_groups": 1, "n_groups": 1, "mamba_d_ssm": 64, "mamba_chunk_size": 16, "chunk_size": 16},
     **{"conv_kernel": 4, "expand": 2, "is_decoder": True, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
 }
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
 CHANGES: dict[str, dict[str, Any]] = {  # what single architectures need beside that
-    "bamba": MAMBA,
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 96},
     "gemma4_text": {"vocab_size_per_layer_input": 96},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": MAMBA,
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
-    "mamba2": {"num_heads": 8, "n_groups": 1},
+    "mamba2": {"num_heads": 8},
     "moshi": {"audio_vocab_size": 96},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 12]},
     "zamba2": {"layer_types": ["mamba", "hybrid"]},
@@ -98,6 +99,8 @@ def _fields(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, 
     for part in kind.__mro__:
         names |= {*getattr(part, "__annotations__", {}), *inspect.signature(part.__init__).parameters}
     fields = {k: v for k, v in SIZES.items() if k in names or (k in other and other[k] not in SIZES)}
+    if "kv_lora_rank" in names and "num_key_value_heads" in fields:  # latent attention has no groups
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     for key, inner in (kind.sub_configs or {}).items():
         if isinstance(inner, type) and issubclass(inner, PreTrainedConfig):
             fields[key] = _fields(inner, changes.get(key, {}))

@@ -95,11 +95,12 @@ def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> 
     device, config = local_device(), _read_config(source, role)
     torch_dtype = resolve_dtype(dtype, device)
     if config is None:  # transformers reads it from the GGUF file
-        kind = resolve_attention(attention, device, torch_dtype)
+        how = {"attn_implementation": resolve_attention(attention, device, torch_dtype)}
     else:
         tell_foreign_attention(config, role, source)
         kind = attention_for(_class_of(auto, config, role, source), attention, device, torch_dtype)
-    model = load_pretrained(auto, source, role, dtype=torch_dtype, attn_implementation=kind)
+        how = {"config": config, "attn_implementation": kind}  # read by transformers, config.json could win
+    model = load_pretrained(auto, source, role, dtype=torch_dtype, **how)
     if str(source).endswith(".gguf") or "gguf" in str(getattr(model.config, "quantization_config", "")):
         model = _fresh_copy(model)
     model.config._name_or_path = str(source)  # what an adapter of it names as its base
