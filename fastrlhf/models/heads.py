@@ -58,18 +58,22 @@ def check_head(model: PreTrainedModel) -> None:
     trained on another distribution; it looks at tokens that come later; its forward is another one altogether."""
     name, head = type(model).__name__, lm_head(model)
     try:
-        vocabulary = min(len(head.weight), len(model.get_input_embeddings().weight))
+        embeddings, vocabulary = len(model.get_input_embeddings().weight), len(head.weight)
+        if vocabulary > embeddings:  # it could say what it cannot read
+            raise UserError(
+                f"policy: {name} has {vocabulary} output tokens and {embeddings} input embeddings; use another model"
+            )
         ids = torch.arange(8, device=model.device)[None] % vocabulary
         other = ids.clone()
         other[:, -2:] = (ids[:, -2:] + 1) % vocabulary
         hidden, changed = hidden_states(model, ids), hidden_states(model, other)
         ours, theirs = head_logits(head, hidden), model(input_ids=ids, use_cache=False).logits.float()
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError) as error:
-        if ran_out(error):
+        if ran_out(error) or isinstance(error, UserError):
             raise
         lines = str(error).strip().splitlines() or [""]
         raise UserError(
-            f"policy: {name} cannot be trained as a causal LM: a plain forward of token ids fails "
+            f"policy: {name} cannot be trained as a causal LM: trying it on token ids fails "
             f"({type(error).__name__}: {lines[0]}); use another model"
         ) from error
     if not agree(changed[:, :-2], hidden[:, :-2], model.dtype):

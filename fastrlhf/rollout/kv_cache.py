@@ -127,5 +127,6 @@ def cache_bytes_per_token(model: PreTrainedModel) -> int:
     if not getattr(config, "num_attention_heads", None):
         return model.dtype.itemsize
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Read by name, a width that differs between layers is an error of transformers.
+    width = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize

@@ -184,11 +184,11 @@ def test_a_window_that_no_sequence_reaches_leaves_the_cache_in_use(caplog):
     assert not known_parity(model).cached and len(out.response_ids) == 3
 
 
-def spoilt(model: PreTrainedModel, when: Callable[[torch.Tensor], bool]) -> PreTrainedModel:
-    """A hidden state that is another one where `when` says so of the token ids."""
+def spoilt(model: PreTrainedModel, when: Callable[[dict], bool]) -> PreTrainedModel:
+    """A hidden state that is another one where `when` says so of what the trunk is given."""
 
     def spoil(module: torch.nn.Module, args: tuple, kwargs: dict, output: ModelOutput) -> None:
-        if when(kwargs["input_ids"]):
+        if when(kwargs):
             output.last_hidden_state = output.last_hidden_state.flip(-1)
 
     model.base_model.register_forward_hook(spoil, with_kwargs=True)
@@ -197,7 +197,7 @@ def spoilt(model: PreTrainedModel, when: Callable[[torch.Tensor], bool]) -> PreT
 
 def test_a_model_that_is_wrong_with_a_cache_and_without_is_refused_with_the_numbers():
     """Here: wrong wherever several rows are read together."""
-    model = spoilt(tiny.llama(), lambda ids: len(ids) > 1)
+    model = spoilt(tiny.llama(), lambda given: len(given["input_ids"]) > 1)
     with pytest.raises(UserError) as refused:
         RolloutEngine(model).generate(PROMPTS, SamplingParams(4))
     off = r"differs from its plain forward by [\d.]+ nats at position \d+ of \d+"
@@ -210,7 +210,7 @@ def test_a_model_that_is_wrong_with_a_cache_and_without_is_refused_with_the_numb
 @pytest.mark.parametrize("length", [20, 90])
 def test_the_check_goes_as_far_as_the_longest_sequence(length):
     """A fault that begins behind `length` tokens is found if the run gets there."""
-    model = spoilt(tiny.llama(), lambda ids: len(ids) == 1 and ids.shape[1] > length)
+    model = spoilt(tiny.llama(), lambda given: not given["use_cache"] and given["input_ids"].shape[1] > length)
     assert RolloutEngine(model).check(length) == ""
     with pytest.raises(UserError, match="nats at position"):
         RolloutEngine(model).check(length + 6)
