@@ -71,7 +71,7 @@ def sample(
         model = load_policy(source)
         params = replace(params, stop_token_ids=stop_token_ids(tokenizer, model.generation_config))
         engine = RolloutEngine(model, tokenizer)
-        engine.check(prompt_ids, params)
+        engine.check_prompts(prompt_ids, params)
         size = at_once or len(prompt_ids) or 1
         for first in range(0, len(prompt_ids), size):
             out = engine.generate(prompt_ids[first : first + size], params, first=first)

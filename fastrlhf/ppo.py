@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.stages import PPOConfig
@@ -29,7 +30,7 @@ from fastrlhf.rl.extras import ReferenceRefresh
 from fastrlhf.rl.learner import Learner
 from fastrlhf.rl.probe import probe_wanted, run_probe
 from fastrlhf.rl.roles import load_roles
-from fastrlhf.rollout.engine import RolloutEngine
+from fastrlhf.rollout.engine import RolloutEngine, position_limits
 from fastrlhf.rollout.result import Rollout, ScoredRollout
 from fastrlhf.rollout.sampling import SamplingParams
 from fastrlhf.runtime.batching import Sampler, derive_seed
@@ -116,6 +117,11 @@ class PPOTrainer(Trainer):
             self.tracker.note(read_otherwise)
         shared = self.critic is not None and self.critic.shares_trunk
         self.engine = RolloutEngine(self.policy, tokenizer, value_head=self.critic.head if shared else None)
+        self.longest = _longest(config, [*self.prompts, *(self.eval_prompts or [])], self.policy)
+        if not config.resume:  # a resumed run's checkpoint holds the result; it is asked for where it does not
+            note = self.engine.check(self.longest)
+            if note:
+                self.tracker.note(note)
         readers = [model for model in (self.policy, roles.ref_policy, roles.value_model) if model is not None]
         self.joined = resolve_packing(config.packing, readers)
         self.sampler = Sampler(len(self.prompts), config.seed)
@@ -169,6 +175,7 @@ class PPOTrainer(Trainer):
         with phase("update"):
             metrics |= self.learner.update(rollout.rows, experience, epochs, self.steps_done)
             metrics |= self._after_update(rollout.rows, experience)
+        self.alarms.after_learning(metrics["rollout/mismatch"], self.policy.dtype, self._cause_of_mismatch)
         metrics |= {
             "length/mean": mean([float(len(ids)) for ids in rollout.response_ids]),
             "length/finished": mean([float(finished) for finished in rollout.finished]),
@@ -215,6 +222,21 @@ class PPOTrainer(Trainer):
         if self.refresh is not None and self.refresh.after_step(done):
             self.tracker.event("ref_refresh", f"the policy after step {done} is the reference now")
         return metrics
+
+    def _cause_of_mismatch(self) -> str:
+        """Why sampling and learning differ, as far as another try with the weights of now can tell."""
+        name, difference = type(self.policy).__name__, self.engine.difference(self.longest)
+        if not difference.agrees:
+            return f"decoding of {name} differs from its plain forward by {difference}; stop the run, use another model"
+        if self.policy.dtype == torch.float32:
+            return (
+                f"decoding of {name} agrees with its plain forward ({difference}), so its weights changed between "
+                "sampling and learning; does a reward function or a hook write to them?"
+            )
+        return (
+            f"decoding of {name} agrees with its plain forward within what {self.policy.dtype} rounds ({difference}): "
+            "as log-probs grow, so does their rounding; set importance_cap, which corrects for it, or dtype=fp32"
+        )
 
     def _after_kl(self, kl: float) -> None:
         """The controller looks at the step's KL; beyond kl_budget this step is the last one."""
@@ -274,12 +296,19 @@ class PPOTrainer(Trainer):
             "ptx": self.learner.ptx,
             "evaluation": self.evaluation,
             "alarms": self.alarms,
+            "engine": self.engine,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
     def tensor_parts(self) -> dict[str, TensorPart]:
         parts = {"ema": self.learner.average, "reference": self.refresh, "critic_pretraining": self.pretraining}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def _longest(config: PPOConfig, prompts: Sequence[EncodedPrompt], policy: PreTrainedModel) -> int:
+    """Tokens of the longest sequence that this run can sample."""
+    longest = max(len(ids) for _, ids in prompts) + config.max_new_tokens
+    return int(min(longest, position_limits(policy)))
 
 
 def main(inputs: dict[str, Any], config: PPOConfig) -> int:

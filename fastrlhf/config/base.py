@@ -53,7 +53,7 @@ class StageConfig(BaseModel):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """dtype of the weights (auto: bf16 on a CUDA device that supports it, else fp32)"""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "auto"
-    """attention implementation (auto: the flash attention for the GPU that is installed, else sdpa)"""
+    """attention implementation (auto: the flash attention for the GPU that is installed, else sdpa, else eager)"""
     chat_template: str | None = None
     """default, chatml, moss, moss-rlhf-en, moss-rlhf-zh or a .jinja file; none: the tokenizer's own, else default"""
     prompt_format: Literal["auto", "chat", "raw"] = "auto"

@@ -7,6 +7,7 @@ training.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.runtime.memory import ran_out
 
 
 class Head(NamedTuple):
@@ -43,27 +45,46 @@ def lm_head(model: PreTrainedModel) -> Head:
     return Head(linear.weight, linear.bias, float(factor) / float(divisor), softcap)
 
 
-def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype, *, log_probs: bool = False) -> bool:
-    """Whether two ways through a model of this dtype compute the same; what is NaN agrees with nothing.
-
-    Hidden states and logits are compared to the largest of `theirs`, log_probs as they are, in nats.
-    """
-    exact = dtype == torch.float32
-    if log_probs:
-        limit = 1e-3 if exact else 0.3
-    else:
-        limit = (1e-3 if exact else 0.05) * theirs.abs().max()
+def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways through a model of this dtype compute the same hidden states or logits, compared to the largest
+    of `theirs`; what is NaN agrees with nothing."""
+    limit = (1e-3 if dtype == torch.float32 else 0.05) * theirs.abs().max()
     return bool((ours - theirs).abs().max() <= limit)
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """UserError for a model whose logits are not what `lm_head` says: it would be trained on another distribution."""
-    ids = torch.arange(4, device=model.device)[None]
-    ours = head_logits(lm_head(model), hidden_states(model, ids))
-    if not agree(ours, model(input_ids=ids, use_cache=False).logits.float(), model.dtype):
+    """UserError for a model that cannot be a policy: its logits are not what `lm_head` says, so that it would be
+    trained on another distribution; it looks at tokens that come later; its forward is another one altogether."""
+    name, head = type(model).__name__, lm_head(model)
+    try:
+        embeddings, vocabulary = len(model.get_input_embeddings().weight), len(head.weight)
+        if vocabulary > embeddings:  # it could say what it cannot read
+            raise UserError(
+                f"policy: {name} has {vocabulary} output tokens and {embeddings} input embeddings; use another model"
+            )
+        ids = torch.arange(8, device=model.device)[None] % vocabulary
+        other = ids.clone()
+        other[:, -2:] = (ids[:, -2:] + 1) % vocabulary
+        hidden, changed = hidden_states(model, ids), hidden_states(model, other)
+        ours, theirs = head_logits(head, hidden), model(input_ids=ids, use_cache=False).logits.float()
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError) as error:
+        if ran_out(error) or isinstance(error, UserError):
+            raise
+        lines = str(error).strip().splitlines() or [""]
         raise UserError(
-            f"policy: {type(model).__name__} computes its logits in a way that is not supported; use a causal LM whose "
+            f"policy: {name} cannot be trained as a causal LM: trying it on token ids fails "
+            f"({type(error).__name__}: {lines[0]}); use another model"
+        ) from error
+    if not agree(changed[:, :-2], hidden[:, :-2], model.dtype):
+        decoder = ', or set "is_decoder": true in its config.json' if hasattr(model.config, "is_decoder") else ""
+        raise UserError(
+            f"policy: {name} is not causal: changing a later token changes what it says of earlier ones, so its "
+            f"log-probs are those of no text it could write; use a causal LM{decoder}"
+        )
+    if ours.shape != theirs.shape or not agree(ours, theirs, model.dtype):
+        raise UserError(
+            f"policy: {name} computes its logits in a way that is not supported; use a causal LM whose "
             "logits are its last hidden state times its output embeddings"
         )
 
@@ -108,11 +129,20 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
 
     input_ids [B, L] is padded on the right: a causal model never attends from a token to the padding behind it, so no
     mask is needed and position t of every row is exactly t (pitfall: left padding shifts learned positions).
-    position_ids [B, L] that restart inside a row mark packed sequences, which then do not see each other.
+    position_ids [B, L] that restart inside a row mark packed sequences, which then do not see each other. A model whose
+    trunk takes none counts from 0 itself.
     """
-    if position_ids is None:
+    inputs = {"input_ids": input_ids, "use_cache": False}
+    if position_ids is None and takes_positions(model):
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
+    return model.base_model(**inputs).last_hidden_state
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the trunk is told the position of each token."""
+    return "position_ids" in inspect.signature(model.base_model.forward).parameters
 
 
 def scalar_outputs(head: nn.Linear, hidden: Tensor) -> Tensor:

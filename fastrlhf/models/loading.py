@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +29,7 @@ from transformers.initialization import no_init_weights
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models import adapter_folder, moss
+from fastrlhf.models.attention import attention_for, default_attention, has_attention, tell_foreign_attention
 from fastrlhf.models.heads import check_head
 from fastrlhf.models.quantization import quantize_trunk
 from fastrlhf.models.saving import padding_token
@@ -37,6 +39,10 @@ from fastrlhf.runtime.hardware import resolve_attention, resolve_dtype
 
 Source = str | PreTrainedModel  # folder, hub id, GGUF file, or a loaded model
 SIZES = {"num_hidden_layers": 10_000, "hidden_size": 10**7, "vocab_size": 10**8, "max_position_embeddings": 10**9}
+NO_CLASSIFIER = (
+    "{} has no sequence-classification form of its own in transformers, which critic=separate and reward models need: "
+    "use critic=shared_trunk, or advantage=grpo or rloo, which have no critic; for a reward model use another base"
+)
 TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|sentencepiece|.*\.(model|tiktoken)$")
 
 
@@ -89,11 +95,9 @@ def skeleton(source: Source, role: str, *, scalar: bool = False) -> PreTrainedMo
 
 def check_scalar_form(model: PreTrainedModel) -> None:
     """UserError where transformers has no sequence classifier with the model's trunk."""
-    if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise UserError(
-            f"{type(model).__name__} has no sequence-classification form in transformers; use another base model for "
-            "the reward and value model (PPO does without one: critic=shared_trunk, or advantage=grpo or rloo)"
-        )
+    as_gptj = model.config.model_type == "codegen"  # see scalar_model
+    if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not as_gptj:
+        raise UserError(NO_CLASSIFIER.format(type(model).__name__))
 
 
 def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
@@ -129,11 +133,15 @@ def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> 
     """The model of a folder, hub id or file, on the CPU; a loaded model as it is."""
     if isinstance(source, PreTrainedModel):
         return source
-    device = local_device()
+    device, config = local_device(), _read_config(source, role)
     torch_dtype = resolve_dtype(dtype, device)
-    kind = resolve_attention(attention, device, torch_dtype)
-    _read_config(source, role)
-    model = load_pretrained(auto, source, role, dtype=torch_dtype, attn_implementation=kind)
+    if config is None:  # transformers reads it from the GGUF file
+        how = {"attn_implementation": resolve_attention(attention, device, torch_dtype)}
+    else:
+        tell_foreign_attention(config, role, source)
+        kind = attention_for(_class_of(auto, config, role, source), attention, device, torch_dtype)
+        how = {"config": config, "attn_implementation": kind}  # read by transformers, config.json could win
+    model = load_pretrained(auto, source, role, dtype=torch_dtype, **how)
     quantized = getattr(model.config, "quantization_config", None)
     if str(source).endswith(".gguf") or "gguf" in str(quantized or ""):
         model = _fresh_copy(model)
@@ -146,6 +154,18 @@ def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> 
         moss.check_no_difference(model, str(source), role)
     model.config._name_or_path = str(source)  # what an adapter of it names as its base
     return model
+
+
+def _class_of(auto: type, config: PreTrainedConfig, role: str, source: Source) -> type[PreTrainedModel]:
+    """The class that `auto` makes of a config. UserError where transformers has none."""
+    form, mapping = "causal LM", MODEL_FOR_CAUSAL_LM_MAPPING
+    if auto is AutoModelForSequenceClassification:
+        form, mapping = "sequence classifier", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(config) not in mapping:
+        raise UserError(
+            f"{role}: {str(source)!r} is a model of type {config.model_type!r}, and transformers has no {form} of it"
+        )
+    return mapping[type(config)]
 
 
 def _settle(model: PreTrainedModel, source: Source, quantize: str | None) -> PreTrainedModel:
@@ -270,10 +290,16 @@ def scalar_model(
     config.id2label, config.label2id = {0: "score"}, {"score": 0}
     config.pad_token_id = padding_token(tokenizer, stop_token_ids(tokenizer))
     check_scalar_form(trunk_of)
+    kind, attention = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)], trunk_of.config._attn_implementation
     with torch.device("meta") if share else nullcontext():
         model = AutoModelForSequenceClassification.from_config(
-            config, dtype=trunk_of.dtype, attn_implementation=trunk_of.config._attn_implementation
+            config,
+            dtype=trunk_of.dtype,
+            attn_implementation=attention if has_attention(kind, attention) else default_attention(kind),
         )
+    same_trunk = type(model.base_model) is type(trunk_of.base_model)
+    if not (same_trunk and isinstance(getattr(model, "score", None), nn.Linear)):
+        raise UserError(NO_CLASSIFIER.format(type(trunk_of).__name__))
     if share:
         setattr(model, model.base_model_prefix, trunk_of.base_model)
         model.score.to_empty(device="cpu")

@@ -1,11 +1,12 @@
 """Signs that a run is worthless, told while it can still be stopped: rewards that teach nothing, held-out prompts that
-are trained on, a reward that is the length of the reply.
+are trained on, a reward that is the length of the reply, replies of another policy than the one that learns.
 
 An alarm is an event of kind "alarm", told when its condition begins and again only after it was gone in between.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ FLAT_STEPS = 3
 KNOWN_PROMPTS_SHARE = 0.05
 LENGTH_R2 = 0.5
 LENGTH_REPLIES = 64
+EXACT_MISMATCH = 1e-3  # nats, mean over the tokens of a step, in fp32
+MISMATCH_GROWTH = 3.0  # in less precise dtypes: times that of the first step
+MISMATCH_STEPS = 3
 SAME = 1e-6  # of the larger of 1 and the reward: a reward model's rounding is no variance
 
 
@@ -34,6 +38,8 @@ class Alarms:
         self.report = report
         self.on: set[str] = set()
         self.constant_steps = self.flat_group_steps = 0
+        self.mismatch_steps = 0
+        self.first_mismatch: float | None = None
         self.last_reward: float | None = None
         self.replies: list[tuple[float, float]] = []  # (tokens, reward) of the latest ones
 
@@ -65,6 +71,27 @@ class Alarms:
         if rollout.samples_per_prompt > 1:
             self._flat_groups(scores, rollout.samples_per_prompt)
         self._length([len(ids) for ids in rollout.response_ids], scores)
+
+    def after_learning(self, mismatch: float, dtype: torch.dtype, cause: Callable[[], str]) -> None:
+        """Look at `rollout/mismatch` of a step, in nats. cause: asked for a sentence where this begins an alarm."""
+        if math.isnan(mismatch):  # no token was learned from
+            return
+        if self.first_mismatch is None:
+            self.first_mismatch = max(mismatch, EXACT_MISMATCH)
+        if dtype == torch.float32:
+            on, limit = mismatch > EXACT_MISMATCH, f"{EXACT_MISMATCH:g}, more than fp32 rounds"
+        else:
+            most = MISMATCH_GROWTH * self.first_mismatch
+            self.mismatch_steps = self.mismatch_steps + 1 if mismatch > most else 0
+            on = self.mismatch_steps >= MISMATCH_STEPS
+            limit = f"{most:.2g} for {MISMATCH_STEPS} steps, {MISMATCH_GROWTH:g} times that of the first step"
+        message = ""
+        if on and "mismatch" not in self.on:
+            message = (
+                f"log-probs of sampling and of the training forward are {mismatch:.2g} nats apart (mean over tokens; "
+                f"the limit is {limit}), so the policy learns from replies of another one: {cause()}"
+            )
+        self._set("mismatch", on, message)
 
     def _constant(self, scored: list[float]) -> None:
         """A step of one response is compared with the step before it."""

@@ -17,11 +17,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fastrlhf.models.heads import Head, head_logits, scalar_outputs
 from fastrlhf.rollout.cuda_graphs import Capture, StepGraphs
-from fastrlhf.rollout.kv_cache import SlotCache
+from fastrlhf.rollout.recompute import RecomputedTrunk
 from fastrlhf.rollout.sampling import SamplingParams
 from fastrlhf.rollout.slots import Row, Slots
 from fastrlhf.rollout.trunk import CachedTrunk, Prompt
@@ -33,9 +32,8 @@ class Decoder:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        trunk: CachedTrunk | RecomputedTrunk,
         head: Head,
-        cache: SlotCache,
         slots: int,
         params: SamplingParams,
         stats: dict[str, float],
@@ -47,10 +45,10 @@ class Decoder:
         """slots: how many rows decode together; a cache with one more keeps the prompt whose samples still wait.
         params: with its stop_token_ids resolved. value_head: read beside the model's own, from the hidden state that
         predicts each token. steps: tokens between two looks of the host. capture: records a step as a CUDA graph."""
-        self.trunk, self.cache, self.head, self.value_head = CachedTrunk(model, cache), cache, head, value_head
+        self.trunk, self.cache, self.head, self.value_head = trunk, trunk.cache, head, value_head
         self.params, self.steps, self.stats = params, steps, stats
-        self.stops = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=model.device)
-        self.slots = Slots(slots, params.max_new_tokens, model.device)
+        self.stops = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=trunk.slots.device)
+        self.slots = Slots(slots, params.max_new_tokens, trunk.slots.device)
         self.rows: list[Row] = []  # row of slot i
         self.hidden: Tensor | None = None  # [rows, H], what the next tokens are drawn from
         # No slot holds more tokens. Exact where the host may read lengths for nothing; elsewhere it counts its own
@@ -58,7 +56,7 @@ class Decoder:
         self.longest = 0
         self.graphs: StepGraphs | None = None
         if capture is not None:  # good for every length, so the graphs look at all positions
-            self.graphs = StepGraphs(partial(self._step, longest=cache.positions), slots, capture)
+            self.graphs = StepGraphs(partial(self._step, longest=trunk.cache.positions), slots, capture)
         self.stash: tuple[Prompt, Tensor] | None = None  # a prompt whose samples still wait, its last hidden state
 
     def run(self, rows: Sequence[Row]) -> None:

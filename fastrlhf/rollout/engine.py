@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,22 +24,32 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.encode import EncodedPrompt
-from fastrlhf.models.heads import Head, agree, head_logits, hidden_states, lm_head
-from fastrlhf.rollout.attention import attending, uses_interface
+from fastrlhf.models.heads import Head, lm_head
 from fastrlhf.rollout.cuda_graphs import cuda_capture
 from fastrlhf.rollout.decoder import Decoder
 from fastrlhf.rollout.gather import gather_generation
 from fastrlhf.rollout.kv_cache import SlotCache, cache_bytes_per_token
+from fastrlhf.rollout.parity import (
+    Difference,
+    compare,
+    decoding,
+    find_parity,
+    keep_parity,
+    known_parity,
+    make_cache,
+    trunk_over,
+)
+from fastrlhf.rollout.recompute import TokenCache
 from fastrlhf.rollout.result import Rollout, make_rollout
 from fastrlhf.rollout.sampling import Generation, SamplingParams
 from fastrlhf.rollout.slots import Row
 from fastrlhf.runtime.batching import shard
 from fastrlhf.runtime.memory import ran_out
-from fastrlhf_kernels import token_log_probs
 
 LOG = logging.getLogger(__name__)
 STATS = ("prefill_tokens", "decode_row_steps", "decode_steps", "new_tokens", "waves")
 MOST_SLOTS = 1024  # sequences decoded together, whatever the memory
+TOKEN_BYTES = 8  # of a position without keys and values
 SYNC_STEPS = 8  # tokens between two looks of the host on a GPU; on a CPU, where looking is free, it looks at each
 
 
@@ -58,8 +69,7 @@ class RolloutEngine:
         trunk, read for each token on the way."""
         self.model, self.tokenizer, self.value_head = model, tokenizer, value_head
         self.max_batch_tokens = max_batch_tokens
-        self.cache: SlotCache | None = None
-        self._checked = False
+        self.cache: SlotCache | TokenCache | None = None
 
     def generate(self, prompt_ids: list[list[int]], params: SamplingParams, *, first: int = 0) -> Generation:
         """Sample params.n replies to each prompt. first: number of the first prompt, where these are part of more.
@@ -67,12 +77,12 @@ class RolloutEngine:
         The tokens of sample j of prompt i depend on (weights, prompt, params, i, j) only: neither on the other
         prompts nor on how many decode together. Raises UserError before any forward for an empty prompt, a prompt that
         does not fit the model's positions with max_new_tokens, an unknown stop id, or a too small max_batch_tokens;
-        RuntimeError for a model whose attention cannot be cached this way. Where memory runs out, half as many
-        sequences decode together, and half of those again down to one; those that had ended are kept. The next call
-        starts from the memory that is free then.
+        UserError as `check` does, which is called where it was not. Where memory runs out, half as many sequences
+        decode together, and half of those again down to one; those that had ended are kept. The next call starts from
+        the memory that is free then.
         """
         params = replace(params, stop_token_ids=self._stop_ids(params))
-        self.check(prompt_ids, params)
+        self.check_prompts(prompt_ids, params)
         rows = [
             Row(tuple(prompt), i * params.n + j) for i, prompt in enumerate(prompt_ids, first) for j in range(params.n)
         ]
@@ -97,6 +107,35 @@ class RolloutEngine:
         whole = gather_generation(part, values=self.value_head is not None)
         return make_rollout(self.tokenizer, prompts, params.n, whole, joined=joined)
 
+    def check(self, positions: int) -> str:
+        """Settle, once for a model, how it is generated from in sequences of up to `positions` tokens (`parity.py`) ->
+        a sentence where that is slow, else nothing. UserError for a model that would generate otherwise than it trains.
+        """
+        known = known_parity(self.model)
+        if known is not None and known.positions >= positions:
+            return ""
+        with _inference(self.model):
+            known = find_parity(self.model, positions)
+        if known.cached:
+            return ""
+        return (
+            f"generation reads every sequence anew for each token, which is slow: {type(self.model).__name__} cannot "
+            f"be cached ({known.reason})"
+        )
+
+    def difference(self, positions: int) -> Difference:
+        """Decoding against the plain forward with the weights as they are, in sequences of up to `positions` tokens."""
+        with _inference(self.model):
+            return compare(self.model, positions, known_parity(self.model).cached)
+
+    def state(self) -> list[Any] | None:
+        """What `check` found, for a checkpoint."""
+        known = known_parity(self.model)
+        return None if known is None else list(known)
+
+    def load_state(self, state: list[Any] | None) -> None:
+        keep_parity(self.model, state)
+
     def release(self) -> None:
         """Give the cache's memory back, for the update that follows; the next rollout makes it anew."""
         self.cache = None
@@ -108,12 +147,12 @@ class RolloutEngine:
             grouped.setdefault(row.prompt, []).append(row)
         rows = [row for group in grouped.values() for row in group]
         positions = max(map(len, grouped)) + params.max_new_tokens
+        self._check_longer(positions)
         slots = self._slots(len(rows), positions)
         with _inference(self.model):
             head = lm_head(self.model)
             if head.weight.dtype != torch.float32 and not head.weight.is_cuda:
                 head = head._replace(weight=head.weight.float())  # once a rollout, not once a token
-            self._check_attention()
             while True:
                 try:
                     self._run(rows, head, params, slots, positions, stats)
@@ -136,58 +175,39 @@ class RolloutEngine:
             slots -= 1
         cache, self.cache = self.cache, None  # dropped where anything below fails
         if cache is None or not cache.fits(slots + extra, positions, self.model):
-            cache = SlotCache(self.model.config.get_text_config().num_hidden_layers, slots + extra, positions)
-        with attending(self.model, cache):
+            cache = make_cache(self.model, known_parity(self.model).cached, slots + extra, positions)
+        with decoding(self.model, cache):
             self._decoder(head, cache, slots, params, stats).run(rows)
         if all(bool(row.log_probs.isfinite().all()) for row in rows):  # or NaN would outlive the weights it came from
             self.cache = cache
 
-    def _decoder(self, head: Head, cache: SlotCache, slots: int, params: SamplingParams, stats) -> Decoder:
+    def _bytes_per_token(self) -> int:
+        known = known_parity(self.model)
+        return TOKEN_BYTES if known is not None and not known.cached else cache_bytes_per_token(self.model)
+
+    def _check_longer(self, positions: int) -> None:
+        """`check` for sequences that are longer than those it knows, with room: few calls need another."""
+        known = known_parity(self.model)
+        if known is None or known.positions < positions:
+            room = int(min(position_limits(self.model), 1 << (positions - 1).bit_length()))
+            sentence = self.check(max(positions, room))
+            if sentence and known is None:
+                LOG.warning(sentence)
+
+    def _decoder(self, head: Head, cache: SlotCache | TokenCache, slots: int, params, stats) -> Decoder:
         options = {"value_head": self.value_head}
         if self.model.device.type == "cuda":
-            options |= {"steps": SYNC_STEPS, "capture": cuda_capture()}
-        return Decoder(self.model, head, cache, slots, params, stats, **options)
+            options["steps"] = SYNC_STEPS
+            if isinstance(cache, SlotCache):
+                options["capture"] = cuda_capture()
+        return Decoder(trunk_over(self.model, cache), head, slots, params, stats, **options)
 
     def _slots(self, rows: int, positions: int) -> int:
         """Sequences that decode together."""
         tokens = self.max_batch_tokens
         if tokens is None:
-            tokens = _free_bytes(self.model.device) // 2 // cache_bytes_per_token(self.model)
+            tokens = _free_bytes(self.model.device) // 2 // self._bytes_per_token()
         return max(1, min(rows, MOST_SLOTS, tokens // positions))
-
-    def _check_attention(self) -> None:
-        """RuntimeError for a model whose cached steps do not give what its plain forward gives; once an engine.
-
-        Models that use transformers' attention interface are watched in every prefill instead (`Decoder`).
-        """
-        problem = unsupported(self.model)
-        if problem is not None:
-            raise RuntimeError(problem)
-        if self._checked or uses_interface(self.model):
-            return
-        config = self.model.config.get_text_config()
-        head, cache = lm_head(self.model), SlotCache(config.num_hidden_layers, 2, 8)
-        probes = [Row((1, 2, 3), 0), Row((3, 1, 2, 3, 2), 1)]
-        params = SamplingParams(2, temperature=0.0, stop_token_ids=())
-        try:
-            self._decoder(head, cache, 2, params, dict.fromkeys(STATS, 0)).run(probes)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-            if ran_out(error):
-                raise
-            raise RuntimeError(
-                f"{type(self.model).__name__} does not use transformers' attention interface and cannot be given a mask"
-                f" by position ({type(error).__name__}: {error}); generation does not support it, use another model"
-            ) from error
-        for row in probes:
-            ids = torch.tensor([row.prompt + tuple(row.tokens)], device=self.model.device)
-            logits = head_logits(head, hidden_states(self.model, ids)[0, len(row.prompt) - 1 : -1])
-            plain = token_log_probs(logits, ids[0, len(row.prompt) :]).cpu()
-            if not agree(row.policy_log_probs, plain, self.model.dtype, log_probs=True):
-                raise RuntimeError(
-                    f"{type(self.model).__name__} does not use transformers' attention interface, and its cached steps "
-                    "differ from its plain forward: generation would be wrong; use another model"
-                )
-        self._checked = True
 
     def _stop_ids(self, params: SamplingParams) -> list[int]:
         if params.stop_token_ids is not None:
@@ -197,7 +217,7 @@ class RolloutEngine:
         ends.append(getattr(self.tokenizer, "eos_token_id", None))
         return sorted({token for token in ends if token is not None})
 
-    def check(self, prompt_ids: list[list[int]], params: SamplingParams) -> None:
+    def check_prompts(self, prompt_ids: list[list[int]], params: SamplingParams) -> None:
         """Raise what `generate` refuses before any forward. params: with its stop_token_ids."""
         config = self.model.config.get_text_config()
         vocabulary = lm_head(self.model).weight.shape[0]
@@ -227,18 +247,15 @@ class RolloutEngine:
             if self.max_batch_tokens is not None and need > self.max_batch_tokens:
                 raise UserError(
                     f"max_batch_tokens={self.max_batch_tokens} is too small for prompt {index}: one sequence needs "
-                    f"{need} tokens of cache ({need * cache_bytes_per_token(self.model)} bytes)"
+                    f"{need} tokens of cache ({need * self._bytes_per_token()} bytes)"
                 )
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
-    """Why a model cannot generate here, as far as its configuration tells; its weights are not looked at."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if not kinds and not config.is_encoder_decoder:
-        return None
-    what = ", ".join(sorted(kinds)) or "an encoder"
-    return f"generation does not support {type(model).__name__}: it has {what}"
+    """Why a model cannot generate here, as far as its configuration tells; `check` looks at its weights."""
+    if model.config.get_text_config().is_encoder_decoder:
+        return f"generation does not support {type(model).__name__}: it has an encoder"
+    return None
 
 
 def position_limits(model: PreTrainedModel) -> float:

@@ -122,8 +122,11 @@ class SlotCache(Cache):
 
 
 def cache_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of keys and values of one position in all layers."""
+    """Bytes of keys and values of one position in all layers; of a model without attention, next to nothing."""
     config = model.config.get_text_config()
+    if not getattr(config, "num_attention_heads", None):
+        return model.dtype.itemsize
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Read by name, a width that differs between layers is an error of transformers.
+    width = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize

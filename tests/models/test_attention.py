@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,15 +13,30 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    MambaForCausalLM,
     PreTrainedModel,
 )
 
-from fastrlhf import PPOTrainer
+from fastrlhf import PPOTrainer, UserError
 from fastrlhf.models import loading, saving
+from fastrlhf.models.attention import attention_for
 from tests import tiny
 from tests.runs import ppo_trainer
 
 LAYERS = 2
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")  # fmt: skip
 
 
 def trainer(policy: object, **fields: object) -> PPOTrainer:
@@ -136,3 +152,103 @@ def test_an_installed_flash_attention_is_what_a_model_is_loaded_with(tmp_path, m
     with pytest.raises(Stopped) as stopped:
         load(str(tmp_path / role), "auto", asked)
     assert stopped.value.args == (loaded, torch.bfloat16)
+
+
+def gemma2() -> PreTrainedModel:
+    """Softcaps, which SDPA has not."""
+    return Gemma2ForCausalLM(Gemma2Config(**shape(), head_dim=8))
+
+
+def shape() -> dict[str, int]:
+    config = tiny.llama().config.to_dict()
+    return {name: config[name] for name in SHAPE}
+
+
+def gpt_neo() -> PreTrainedModel:
+    config = GPTNeoConfig(vocab_size=320, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=128,
+                          attention_types=[[["global", "local"], 1]], eos_token_id=1)  # fmt: skip
+    return GPTNeoForCausalLM(config)
+
+
+def bloom() -> PreTrainedModel:
+    return BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4, eos_token_id=1))
+
+
+@pytest.mark.parametrize("build", [gemma2, gpt_neo, bloom])
+def test_auto_falls_back_to_eager_where_a_class_has_no_sdpa(tmp_path, build):
+    """The policy, the critic made of it, and the classifier when it is loaded again."""
+    model = build()
+    saving.write_model(tmp_path / "policy", model, tiny.tokenizer(), [1])
+    policy = loading.load_policy(str(tmp_path / "policy"))
+    assert policy.config._attn_implementation == "eager"
+    critic = loading.scalar_model(policy, tiny.tokenizer(), seed=0)
+    saving.write_model(tmp_path / "reward", critic, tiny.tokenizer(), [1])
+    reward = loading.load_reward_model(str(tmp_path / "reward"))
+    assert {m.config._attn_implementation for m in (critic, reward)} == {"eager"}
+    name = type(policy).__name__
+    with pytest.raises(
+        UserError, match=f"attention: transformers has no 'sdpa' for {name}; use attention=eager or auto"
+    ):
+        loading.load_policy(str(tmp_path / "policy"), "auto", "sdpa")
+
+
+def test_flash_attention_that_is_installed_is_not_forced_on_a_class_without_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    gpu = torch.device("cuda")
+    assert attention_for(LlamaForCausalLM, "auto", gpu, torch.bfloat16) == "flash_attention_2"
+    assert attention_for(MambaForCausalLM, "auto", gpu, torch.bfloat16) == "eager"
+    with pytest.raises(UserError, match="no 'flash_attention_2' for MambaForCausalLM; use attention=eager or auto"):
+        attention_for(MambaForCausalLM, "flash_attention_2", gpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize(
+    ("named", "told"), [("evil/kernel@main:run", True), ("sdpa", False), ("no_such_attention", True)]
+)
+def test_the_option_wins_over_config_json_which_can_load_no_code(tmp_path, monkeypatch, caplog, key, named, told):
+    """For every role, whatever the folder names."""
+    policy = tiny.llama()
+    saving.write_model(tmp_path / "policy", policy, tiny.tokenizer(), [1])
+    saving.write_model(tmp_path / "reward", loading.scalar_model(policy, tiny.tokenizer(), 0), tiny.tokenizer(), [1])
+    for role in ("policy", "reward"):
+        path = tmp_path / role / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: named}))
+
+    def load(*args: object, **kwargs: object) -> None:
+        raise AssertionError(f"a kernel of the hub is loaded: {args}")
+
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", load)
+    monkeypatch.setattr("transformers.integrations.hub_kernels.load_and_register_attn_kernel", load)
+    for asked, expected in (("auto", "sdpa"), ("eager", "eager")):
+        for model in (
+            loading.load_policy(str(tmp_path / "policy"), "auto", asked),
+            loading.load_reward_model(str(tmp_path / "reward"), "auto", asked),
+            loading.load_classifier(str(tmp_path / "reward"), "auto", asked),
+        ):
+            assert model.config._attn_implementation == expected
+    assert (f"asks for the attention {named!r}, which is left out" in caplog.text) is told
+
+
+@pytest.mark.parametrize("way", [{"critic": "shared_trunk"}, {"advantage": "grpo"}, {"advantage": "rloo"}])
+def test_a_model_without_a_classifier_form_is_told_what_runs_and_that_runs(way):
+    granite = GraniteForCausalLM(GraniteConfig(**shape()))
+    with pytest.raises(UserError) as refused:
+        trainer(granite)
+    for words in (
+        "GraniteForCausalLM has no sequence-classification form",
+        "critic=shared_trunk",
+        "advantage=grpo or rloo",
+    ):
+        assert words in str(refused.value)
+    samples = {"samples_per_prompt": 2} if "advantage" in way else {}
+    metrics = next(iter(trainer(granite, **way, **samples))).metrics
+    assert metrics["policy/ratio"] == 1.0 and metrics["rollout/mismatch_max"] < 1e-4
+
+
+def test_a_classifier_that_reads_another_trunk_is_none_of_the_model():
+    """BART's classifier has its encoder too."""
+    bart = BartForCausalLM(BartConfig(vocab_size=320, d_model=32, decoder_layers=2, decoder_attention_heads=4,
+                                      encoder_layers=2, decoder_ffn_dim=48, max_position_embeddings=128))  # fmt: skip
+    with pytest.raises(UserError, match="BartForCausalLM has no sequence-classification form of its own"):
+        trainer(bart)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
@@ -14,6 +15,7 @@ from fastrlhf.data.feedback import Prompt
 from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.rl.alarms import Alarms, r_squared
 from fastrlhf.rollout.result import ScoredRollout, Texts
+from tests import tiny
 from tests.runs import PROMPTS, leave_after, ppo_trainer, read
 
 
@@ -122,3 +124,61 @@ def test_a_run_writes_its_alarms_and_a_resumed_one_goes_on_counting(tmp_path):
     leave_after(run("parts"), 2)
     run("parts", resume=True).train()
     assert json.dumps(read(tmp_path / "parts" / "events.jsonl")) == json.dumps(whole)
+
+
+def mismatches(dtype: torch.dtype, *steps: float) -> list[tuple[str, str]]:
+    """What is told of steps with such a mean mismatch."""
+    run = Run()
+    for mismatch in steps:
+        run.alarms.after_learning(mismatch, dtype, lambda: "because")
+    return run.told
+
+
+def test_in_fp32_a_mean_mismatch_above_a_thousandth_of_a_nat_is_an_alarm():
+    assert mismatches(torch.float32, 9e-4, 9e-4, math.nan) == []
+    ((alarm, message),) = mismatches(torch.float32, 0.0, 1.1e-3, 2e-3)
+    assert alarm == "mismatch" and "0.0011 nats apart" in message and message.endswith("because")
+    assert len(mismatches(torch.float32, 2e-3, 1e-6, 2e-3)) == 2
+
+
+def test_in_bf16_three_steps_in_a_row_above_three_times_the_first_are():
+    assert mismatches(torch.bfloat16, 0.02, 0.05, 0.05, 0.05, 0.05) == []
+    assert mismatches(torch.bfloat16, 0.02, 0.07, 0.07, 0.05, 0.07, 0.07) == []
+    ((_, message),) = mismatches(torch.bfloat16, 0.02, 0.07, 0.08, 0.09, 0.09)
+    assert "0.09 nats apart" in message and "0.06 for 3 steps" in message
+    assert mismatches(torch.bfloat16, 0.0, 2e-3, 2e-3, 2e-3) == []  # three times nothing is no limit
+
+
+@pytest.mark.parametrize("old", ["recompute", "rollout"])
+def test_decoding_that_goes_wrong_in_a_run_is_an_alarm_that_says_so(tmp_path, old):
+    """Planted in the second step: the trunk gives another state wherever it reads keys and values of a cache."""
+    policy, wrong = tiny.llama(), []
+
+    def spoil(module, args, kwargs, output):
+        if wrong and kwargs["use_cache"]:
+            output.last_hidden_state = output.last_hidden_state * 0.9
+
+    policy.base_model.register_forward_hook(spoil, with_kwargs=True)
+    t = ppo_trainer(policy=policy, output_dir=str(tmp_path / "run"), total_steps=3, old_log_probs=old, advantage="grpo",
+                    samples_per_prompt=2)  # fmt: skip
+    for step in t:
+        assert (step.metrics["rollout/mismatch"] > 1e-3) is bool(wrong)
+        wrong.append(1)
+    (event,) = [e for e in read(tmp_path / "run" / "events.jsonl") if e["kind"] == "alarm" and e["alarm"] == "mismatch"]
+    assert "decoding of LlamaForCausalLM differs from its plain forward by" in event["message"]
+    assert "nats at position" in event["message"]
+
+
+def test_weights_that_change_between_sampling_and_learning_are_an_alarm(tmp_path):
+    """Planted in the reward function."""
+    policy = tiny.llama()
+
+    def reward(prompts, responses):
+        with torch.no_grad():
+            policy.lm_head.weight.mul_(1.01)
+        return [float(len(r)) for r in responses]
+
+    t = ppo_trainer(policy=policy, reward=reward, output_dir=str(tmp_path / "run"), total_steps=1)
+    t.train()
+    (event,) = [e for e in read(tmp_path / "run" / "events.jsonl") if e["kind"] == "alarm" and e["alarm"] == "mismatch"]
+    assert "agrees with its plain forward" in event["message"] and "does a reward function" in event["message"]

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from fastrlhf.models.heads import lm_head
 from fastrlhf.rollout.attention import attending
 from fastrlhf.rollout.decoder import Decoder
-from fastrlhf.rollout.engine import STATS
+from fastrlhf.rollout.engine import STATS, RolloutEngine, position_limits
 from fastrlhf.rollout.kv_cache import SlotCache
 from fastrlhf.rollout.sampling import Generation, SamplingParams
 from fastrlhf.rollout.slots import Row
+from fastrlhf.rollout.trunk import CachedTrunk
 
 
 def decode(
@@ -27,7 +28,7 @@ def decode(
     cache = SlotCache(model.config.num_hidden_layers, slots + 1, positions)
     stats = dict.fromkeys(STATS, 0)
     with torch.inference_mode(), attending(model, cache):
-        Decoder(model, lm_head(model), cache, slots, params, stats, **how).run(rows)
+        Decoder(CachedTrunk(model, cache), lm_head(model), slots, params, stats, **how).run(rows)
     return Generation(
         response_ids=[row.tokens for row in rows],
         log_probs=[row.log_probs for row in rows],
@@ -45,7 +46,9 @@ def replayed(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 @contextmanager
 def before_forwards(model: PreTrainedModel, look: Callable[..., None]):
-    """look(**kwargs) is called with what the trunk is given, before each of its forwards; it may raise."""
+    """look(**kwargs) is called with what the trunk is given, before each of its forwards; it may raise. The engine's
+    check of the model, which is once a model, lies before."""
+    RolloutEngine(model).check(int(min(128, position_limits(model))))
     handle = model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: look(**kwargs) and None, with_kwargs=True
     )

@@ -72,7 +72,8 @@ def teacher_forced(model: PreTrainedModel, prompt: list[int], response: list[int
 
 @contextmanager
 def forwards(model: PreTrainedModel) -> Iterator[list[int]]:
-    """The batch size of each forward of the trunk."""
+    """The batch size of each forward of the trunk, behind the engine's check of the model."""
+    RolloutEngine(model).check(128)
     sizes: list[int] = []
     handle = model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -355,6 +356,7 @@ def test_the_model_is_left_as_it_was(failing):
     model = tiny.llama().train()
     model.model.layers[1].eval()  # a mixed mode, as with a frozen part
     model.model.norm.requires_grad_(False)
+    RolloutEngine(model).check(64)  # in the state that is looked at below
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     before = state_of(model)
     if failing:
