@@ -1,4 +1,4 @@
-"""What every rank of tests/runtime/test_ranks.py runs: `torchrun ... -m tests.rank_runs OUT`. The lead writes."""
+"""What the ranks of tests/runtime/test_ranks.py run: `torchrun ... -m tests.rank_runs OUT FORM...`. The lead writes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -140,11 +141,11 @@ def check_signal(out: Path) -> None:
     assert (out / "through" / "metrics.jsonl").read_bytes() == (out / "signalled" / "metrics.jsonl").read_bytes()
 
 
-def main(out: Path) -> None:
-    if distributed.size() > 1:  # of one process tests/test_resume.py says it
+def main(out: Path, forms: Iterable[str]) -> None:
+    if distributed.size() == 2:  # of one process tests/test_resume.py says it
         check_resume(out)
         check_signal(out)
-    for form in (*FORMS, "sft", "reward"):
+    for form in forms:
         trainer = build(form)
         before = weights(trainer)
         steps = []
@@ -160,4 +161,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

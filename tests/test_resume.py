@@ -23,7 +23,7 @@ from tests import tiny
 from tests.stage_runs import differing
 
 ROOT = Path(__file__).parents[1]
-KILLS = 2
+KILLS = 1
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +37,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def experiments() -> dict[str, dict]:
-    """Two kills, one SIGTERM and one control a stage, in a process of their own: forking pytest would not be safe."""
+    """A kill, a SIGTERM and a control a stage, in a process of their own: forking pytest would not be safe."""
     command = [sys.executable, "-m", "bench.kill_resume", "--kills", str(KILLS), "--seed", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.stdout, done.stderr[-3000:]
@@ -47,6 +47,7 @@ def experiments() -> dict[str, dict]:
     return {row["stage"]: row for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_a_killed_run_ends_with_the_same_bytes(experiments: dict[str, dict], stage: str) -> None:
     row = experiments[stage]

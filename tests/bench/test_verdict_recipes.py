@@ -1,6 +1,7 @@
 """The recipes of the papers align the quickstart's model: the short form of `python -m bench.verdict`, one seed.
 
-The bars of the verdict itself need the whole budget; a run this short shows that each recipe teaches the hidden rule.
+The bars of the verdict itself need the whole budget; a run this short shows that a recipe teaches the hidden rule, here
+PPO-max; `python -m bench.verdict --short` does so for all three.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ from fastrlhf.config.recipe import find_recipe, read_recipe
 from fastrlhf.config.stages import CONFIGS
 from fastrlhf.quickstart.settings import load_settings
 
-RECIPES = list(verdict.SIZES)
+RECIPES, SHOWN = list(verdict.SIZES), "ppo-max"
 
 
 @pytest.fixture(scope="module")
 def short_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verdict")
-    code = verdict.main(["--short", "--seeds", "0", "--work", str(folder), "--json", str(folder / "figures.json")])
+    code = verdict.main(
+        ["--short", "--recipes", SHOWN, "--seeds", "0", "--work", str(folder), "--json", str(folder / "figures.json")]
+    )
     rows = json.loads((folder / "figures.json").read_text())["runs"]
     return code, {row["recipe"]: row for row in rows}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_short_run_teaches_the_rule(short_runs, recipe):
-    row = short_runs[1][recipe]
+@pytest.mark.slow
+def test_a_short_run_teaches_the_rule(short_runs):
+    row = short_runs[1][SHOWN]
     assert row["rate_before_sft"] == 0 and 0 < row["rate_sft"] < 0.65
     assert row["rate_ppo"] >= row["rate_sft"] + verdict.SHORT_RISE
     assert row["rate_ppo_shuffled"] <= 0.1  # it is about the prompt, not a reply that suits all
@@ -36,7 +39,7 @@ def test_a_short_run_teaches_the_rule(short_runs, recipe):
 
 def test_the_command_passes_when_all_bars_are_met(short_runs):
     code, rows = short_runs
-    assert list(rows) == RECIPES and code == 0
+    assert list(rows) == [SHOWN] and code == 0
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
