@@ -32,13 +32,13 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fastrlhf.checkpoint.atomic import replace_folder
+from fastrlhf.checkpoint.weight_files import SHARD_BYTES, WEIGHT_FILE, Header, ShardWriter, WeightFiles
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.templates import PRESETS, resolve_chat_template, stop_token_ids
 from fastrlhf.models import moss
 from fastrlhf.models.adapter_folder import is_adapter
 from fastrlhf.models.saving import padding_token
 from fastrlhf.models.sources import reading
-from fastrlhf.models.weight_files import SHARD_BYTES, WEIGHT_FILE, Header, ShardWriter, WeightFiles
 
 SUM_SHARD_BYTES = 512 << 20  # sums are made in memory
 SUM_AT_ONCE = 1 << 23  # elements

@@ -14,7 +14,7 @@ import pytest
 from fastrlhf import UserError
 from fastrlhf.checkpoint.store import CheckpointStore, manifest_text
 from fastrlhf.cli import main
-from fastrlhf.data import limits
+from fastrlhf.config import limits
 from fastrlhf.data.rendering import render
 from fastrlhf.data.rows import read_rows
 from fastrlhf.models.adapter_folder import base_of

@@ -20,8 +20,8 @@ from fastrlhf.checkpoint import lock
 from fastrlhf.checkpoint.atomic import recover
 from fastrlhf.checkpoint.store import CheckpointStore
 from fastrlhf.cli import main
+from fastrlhf.config.limits import memory_limit
 from fastrlhf.config.recipe import load_recipe
-from fastrlhf.data.limits import memory_limit
 from fastrlhf.data.rendering import render
 from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models.adapter_folder import adapter_config, read_adapter

@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.limits import TEMPLATE_BYTES, TEMPLATE_CHARS, TEMPLATE_SECONDS, memory_limit, time_limit
 from fastrlhf.data.checks import REASONING, Messages
-from fastrlhf.data.limits import TEMPLATE_BYTES, TEMPLATE_CHARS, TEMPLATE_SECONDS, memory_limit, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,8 +21,8 @@ from typing import IO, Any
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, PACKED, DataName, data_name
+from fastrlhf.config.limits import bounded_content, bounded_lines
 from fastrlhf.data.checks import BadRow
-from fastrlhf.data.limits import bounded_content, bounded_lines
 from fastrlhf.data.sources import files_of, is_packaged, is_saved, packaged_file
 
 # What the cells of a CSV column hold, where that is not text. A prompt may be either: text, or messages as JSON.

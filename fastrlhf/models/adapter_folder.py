@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastrlhf.config.errors import UserError, shown
 from fastrlhf.config.inputs import MAX_NUMBER
-from fastrlhf.data.limits import time_limit
+from fastrlhf.config.limits import time_limit
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import CodeGenConfig, GPTJConfig, GPTJForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from fastrlhf.checkpoint.weight_files import tensor_names, weight_files
 from fastrlhf.config.errors import UserError
-from fastrlhf.models.weight_files import tensor_names, weight_files
 
 COMMAND = "fastrlhf convert"
 MOON_FIELDS = (

@@ -15,10 +15,10 @@ import pyarrow
 import pytest
 
 from fastrlhf import PPOConfig, RewardConfig, SFTConfig
+from fastrlhf.config import limits
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import DataName, data_name
 from fastrlhf.config.recipe import path_problem
-from fastrlhf.data import limits
 from fastrlhf.data.dataset import load_conversations, load_feedback, load_prompts, reading
 from fastrlhf.data.rows import read_rows
 from fastrlhf.data.sources import files_of
