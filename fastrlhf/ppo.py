@@ -29,7 +29,7 @@ from fastrlhf.rl.extras import ReferenceRefresh
 from fastrlhf.rl.learner import Learner
 from fastrlhf.rl.probe import probe_wanted, run_probe
 from fastrlhf.rl.roles import load_roles
-from fastrlhf.rl.scorers import read_reward
+from fastrlhf.rl.scorers import held_out_records, read_reward
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.result import Rollout, ScoredRollout
 from fastrlhf.rollout.sampling import SamplingParams
@@ -39,6 +39,7 @@ from fastrlhf.runtime.optim import TrainedRole
 from fastrlhf.trainer import Stateful, Step, TensorPart, Trainer, device_of, run_stage
 
 EVAL_PROMPTS_SHOWN = 4
+NO_RECORD = "reward: {} brings no record of held-out pairs, as `fastrlhf reward` writes one; try it on some of your own"
 
 
 @dataclass
@@ -93,6 +94,8 @@ class PPOTrainer(Trainer):
         if self.evaluation.judge is not None:
             self.evaluation.judge.bind(columns["eval_prompts"], "eval_prompts")
         reward = read_reward(reward, config, columns)
+        self.reward_records = held_out_records(reward)
+        notes += [NO_RECORD.format(name) for name, record in self.reward_records.items() if record is None]
         ptx_examples, ptx_note = load_ptx(config, tokenizer, ptx_data)
         notes += [text for text in (note, eval_note, ptx_note) if text]
 
@@ -235,6 +238,7 @@ class PPOTrainer(Trainer):
     def __iter__(self) -> Iterator[PPOStep]:
         if self.steps_done == 0:
             self.alarms.compare_prompts(self.prompts, self.eval_prompts)
+            self.alarms.doubt_reward_models(self.reward_records)
         if probe_wanted(self.config, self.device) and self.steps_done < self.total_steps:
             run_probe(self.learner, self.engine, joined=self.joined, note=self.tracker.note)
         return super().__iter__()

@@ -13,9 +13,10 @@ from fastrlhf.data.encode import check_ptx
 from fastrlhf.models.adapter_folder import is_adapter
 from fastrlhf.models.backbone import same_base
 from fastrlhf.models.loading import check_source, load_tokenizer
+from fastrlhf.rl.alarms import doubt_of
 from fastrlhf.rl.evaluation import Evaluation
 from fastrlhf.rl.functions import is_function_reference
-from fastrlhf.rl.scorers import read_reward
+from fastrlhf.rl.scorers import held_out_records, read_reward
 
 
 def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> list[str]:
@@ -40,6 +41,8 @@ def check_inputs(stage: str, inputs: Mapping[str, Any], config: StageConfig) -> 
         reward = read_reward(inputs["reward"], config, columns)
         inputs = {**inputs, "reward": inputs["reward"] if isinstance(inputs["reward"], str) else reward}
         lines += outline(inputs, config)
+        doubt = doubt_of(held_out_records(reward))
+        lines += [f"alarm: {doubt}"] if doubt else []
     return lines
 
 

@@ -26,6 +26,7 @@ from fastrlhf.data.prompt_format import describe, form_of
 from fastrlhf.data.templates import encode_prompt, encode_response, settle_template
 from fastrlhf.models.backbone import load_scalar_backbone
 from fastrlhf.models.heads import sequence_scores
+from fastrlhf.models.held_out import FILE, HeldOut
 from fastrlhf.models.loading import make_trainable, tokenizer_for
 from fastrlhf.models.lora import REWARD
 from fastrlhf.models.saving import padding_tokenizer
@@ -34,7 +35,7 @@ from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches
 from fastrlhf.runtime.guards import check_rows
 from fastrlhf.runtime.optim import TrainedRole, make_optimizer
-from fastrlhf.trainer import SupervisedTrainer, device_of, run_stage
+from fastrlhf.trainer import Stateful, Step, SupervisedTrainer, device_of, run_stage
 
 MARGIN_EDGES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 
@@ -116,6 +117,7 @@ class RewardTrainer(SupervisedTrainer):
             records, self.eval_records = split_heldout(
                 records, config.eval_fraction, config.seed, key=lambda r: json.dumps(r.feedback.prompt)
             )  # judgements of the same prompt stay together
+        self.held_out = HeldOut(len(self.eval_records))
         ordered = any(ordered_pairs(r.feedback) for r in self.eval_records)
         self.best_metric = ("accuracy/eval", True) if ordered else ("loss/eval", False)
         device, padded = device_of(model), padding_tokenizer(tokenizer)
@@ -188,7 +190,27 @@ class RewardTrainer(SupervisedTrainer):
         given = [(float(v), target) for s, f in both if f.kind == "score" for v, target in zip(s, f.scores)]
         if len({target for _, target in given}) > 1:
             metrics["correlation/eval"] = float(torch.corrcoef(torch.tensor(given, dtype=torch.float64).T)[0, 1])
+        self._remember(metrics, len(margins))
         return metrics
+
+    def _remember(self, metrics: dict[str, float], pairs: int) -> None:
+        """Keep what goes into the model's folder; an alarm where the run ends with a model that ranks no better than
+        chance."""
+        correlation = metrics.get("correlation/eval")
+        if correlation is not None and not math.isfinite(correlation):  # one score for all
+            correlation = 0.0
+        accuracy = metrics.get("accuracy/eval")
+        self.held_out.load_state(
+            {"step": self.steps_done, "pairs": pairs, "accuracy": accuracy, "correlation": correlation}
+        )
+        if self.steps_done == self.total_steps:
+            self._alarm()
+
+    def _alarm(self) -> None:
+        doubt = self.held_out.doubt()
+        if doubt is not None:
+            message = f"the reward model {doubt}; PPO against it learns its mistakes"
+            self.tracker.event("alarm", message, alarm="reward_model")
 
     def _held_out_scores(self) -> Tensor:
         """Scores on the CPU of every response of the held-out records, each by the rank that it belongs to."""
@@ -199,6 +221,17 @@ class RewardTrainer(SupervisedTrainer):
         scores[mine] = self.memory.attempt(lambda: score_rows(self.model, rows_of_this_rank, self.memory.tokens))
         distributed.all_reduce_sum(scores)
         return scores
+
+    def __iter__(self) -> Iterator[Step]:
+        if self.steps_done == 0 and not (self.eval_records and self.config.eval_every):
+            self._alarm()
+        return super().__iter__()
+
+    def parts(self) -> dict[str, Stateful]:
+        return {**super().parts(), "held_out": self.held_out}
+
+    def beside_the_model(self) -> dict[str, str]:
+        return {FILE: self.held_out.text()}
 
     def trained(self) -> dict[str, TrainedRole]:
         if self.adapters is None:
