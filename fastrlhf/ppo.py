@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.encode import EncodedPrompt, load_encoded_prompts, load_ptx
 from fastrlhf.data.prompt_format import disagreement
@@ -83,6 +84,7 @@ class PPOTrainer(Trainer):
             "judge": judge,
         }
         # What the run reads.
+        check_arguments(config, PPOConfig, inputs)
         self.evaluation = Evaluation(config, judge, prompts=eval_prompts is not None)
         tokenizer = tokenizer_for(tokenizer, policy)
         template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)

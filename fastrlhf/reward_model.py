@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.data.dataset import Counts, encode_rows, load_feedback, reading, split_heldout
 from fastrlhf.data.feedback import Feedback
@@ -105,6 +106,7 @@ class RewardTrainer(SupervisedTrainer):
         eval_data: Any = None,
     ) -> None:
         inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
+        check_arguments(config, RewardConfig, inputs)
         tokenizer = tokenizer_for(tokenizer, model)
         template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
         records, note = load_records(config, tokenizer, data, "data", template)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import SFTConfig
 from fastrlhf.data.dataset import Counts, encode_rows, load_conversations, reading, split_heldout
 from fastrlhf.data.encode import Example, encode_example, row_form, target_count
@@ -51,6 +52,7 @@ class SFTTrainer(SupervisedTrainer):
         eval_data: Any = None,
     ) -> None:
         inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
+        check_arguments(config, SFTConfig, inputs)
         tokenizer = tokenizer_for(tokenizer, model)
         template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
         examples, note = load_examples(config, tokenizer, data, "data", template)

@@ -7,6 +7,7 @@ is a UserError with one line a problem: the field, its value, what is expected. 
 from __future__ import annotations
 
 import difflib
+import os
 import types
 from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -91,10 +92,12 @@ class StageConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain_value(cls, value: Any, info) -> Any:
-        """YAML and the command line spell None as text; a boolean is not a number."""
+        """YAML and the command line spell None as text; a boolean is not a number; a Path is its text."""
         kinds, optional = _kinds(cls, info.field_name)
         if isinstance(value, bool) and bool not in kinds and Any not in kinds:
             raise ValueError("a boolean")
+        if isinstance(value, os.PathLike) and str in kinds:
+            return os.fspath(value)
         if isinstance(value, str) and optional and value.lower() in ("none", "null", spelled(None, info.field_name)):
             return None
         if isinstance(value, str) and dict in kinds:

@@ -43,8 +43,12 @@ class Columns:
         return kept | values
 
     def check(self) -> None:
-        """Raise UserError where a mapping found its column in no row of the source."""
+        """Raise UserError where a mapping found its column in no row of the source, or none has an ignored one."""
         unseen = [f"{ours}: {self.mapping[ours]}" for ours in self.mapping if ours in self._unseen]
+        strange = [name for name in self.ignored if name not in self._names]
+        if strange and self._names:
+            there = f"no row has such a column; there are: {', '.join(self._names)}"
+            raise UserError(f"ignore_columns = {', '.join(strange)}: {there}")
         if unseen and self._names:
             there = f"no row has such a column; there are: {', '.join(self._names)}"
             raise UserError(f"columns = {', '.join(unseen)}: {there}")

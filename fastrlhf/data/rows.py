@@ -20,7 +20,7 @@ from typing import Any
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import BadRow
 from fastrlhf.data.limits import bounded_content, bounded_lines
-from fastrlhf.data.sources import is_packaged, packaged_file
+from fastrlhf.data.sources import is_packaged, packaged_file, python_rows
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv")
 # What the cells of a CSV column hold, where that is not text. A prompt may be either: text, or messages as JSON.
@@ -36,9 +36,9 @@ def read_rows(source: Any) -> Rows:
     """(where, row) of every row of source.
 
     source: a path (.json, .jsonl, both also .gz, .parquet, .csv), a folder (written by Dataset.save_to_disk, or
-    one of such files), package://NAME/FILE, a hub id, a datasets.Dataset, or a list of rows. A line that is no JSON
-    or no UTF-8 comes as a BadRow in the row's place, so that the caller may skip it. where is "file:line",
-    "file row N" or "row N" (all from 1). Raises UserError: unreadable or unknown source, a file that is broken as a
+    one of such files), package://NAME/FILE, a hub id, or a Python object that has rows: see sources.python_rows. A line
+    that is no JSON or no UTF-8 comes as a BadRow in the row's place, so that the caller may skip it. where is
+    "file:line", "file row N" or "row N" (all from 1). Raises UserError: unreadable or unknown source, a file that is broken as a
     whole.
     """
     if isinstance(source, (str, Path)):
@@ -50,10 +50,8 @@ def read_rows(source: Any) -> Rows:
             yield from _read_file(path)
         else:
             yield from _read_hub(str(source), path)
-    elif isinstance(source, Iterable) and type(source) not in (dict, bytes):
-        yield from _dataset(source)
     else:
-        raise UserError(f"data must be a path, a hub id, a dataset or a list of rows, not {type(source).__name__}")
+        yield from _dataset(python_rows(source))
 
 
 def _dataset(rows: Any, source: Any = None) -> Rows:

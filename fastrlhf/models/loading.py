@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from fastrlhf.models import adapter_folder
 from fastrlhf.models.heads import check_head
 from fastrlhf.models.quantization import quantize_trunk
 from fastrlhf.models.saving import padding_token
-from fastrlhf.models.sources import load_pretrained, locate, reading
+from fastrlhf.models.sources import load_pretrained, loaded, locate
 from fastrlhf.runtime.distributed import device as local_device
 from fastrlhf.runtime.hardware import resolve_attention, resolve_dtype
 
@@ -51,8 +52,7 @@ def _read_config(source: str, role: str) -> PreTrainedConfig | None:
     where, extra = locate(source, role)
     if extra:
         return None
-    with reading(role, source):
-        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+    return loaded(role, source, lambda: AutoConfig.from_pretrained(where, trust_remote_code=False))
 
 
 def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
@@ -63,8 +63,8 @@ def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenize
     files = [file.name for file in Path(where).glob("*")]
     if files and not extra and not any(TOKENIZER_FILE.match(name) for name in files):
         raise UserError(f"tokenizer: {str(source)!r} holds no tokenizer files; pass tokenizer=FOLDER")
-    with reading("tokenizer", source):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
+    load = partial(AutoTokenizer.from_pretrained, where, trust_remote_code=False, **extra)
+    tokenizer = loaded("tokenizer", source, load)
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {str(source)!r} has no eos_token; set one, replies could never end")
     return tokenizer
