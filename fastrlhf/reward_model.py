@@ -260,6 +260,9 @@ def _encode(
 ) -> Record | None:
     prompt, limit = encode_prompt(tokenizer, feedback.prompt), config.max_tokens
     rows = [prompt + encode_response(tokenizer, feedback.prompt, r) for r in feedback.responses]
+    if feedback.ranking is not None and all(row == rows[0] for row in rows):
+        counts.add("with equal replies")  # which differ by tokens that end them, or by blanks
+        return None
     if max(map(len, rows)) > limit:
         if config.overlong == "drop" or len(prompt) >= limit:
             what = "longer than" if config.overlong == "drop" else "with no reply within"

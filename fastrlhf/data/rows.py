@@ -38,8 +38,8 @@ def read_rows(source: Any) -> Rows:
     source: a path (.json, .jsonl, both also .gz, .parquet, .csv), a folder (written by Dataset.save_to_disk, or
     one of such files), package://NAME/FILE, a hub id, or a Python object that has rows: see sources.python_rows. A line
     that is no JSON or no UTF-8 comes as a BadRow in the row's place, so that the caller may skip it. where is
-    "file:line", "file row N" or "row N" (all from 1). Raises UserError: unreadable or unknown source, a file that is broken as a
-    whole.
+    "file:line", "file row N" or "row N" (all from 1). Raises UserError: unreadable or unknown source, a file that is
+    broken as a whole.
     """
     if isinstance(source, (str, Path)):
         packaged = isinstance(source, str) and is_packaged(source)

@@ -1,12 +1,12 @@
 """What an input of rows may be beside a path: `package://NAME/FILE`, a file that ships inside an installed Python
-package, such as the recipes' own data; and Python objects: lists, tables, columns."""
+package, such as the recipes' own data; and Python objects: lists and tables."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,8 @@ def packaged_file(text: str, role: str) -> Path:
 def python_rows(source: Any) -> Iterable[Any]:
     """The rows of a Python object, as plain dicts, lists and texts.
 
-    A list, tuple, iterator or `datasets` object has rows; a table (pandas, polars, pyarrow) and a mapping of columns
-    are turned into rows, a one-dimensional array into a list. UserError for whatever else: nothing is iterated that is
-    no list of rows.
+    A list, tuple, iterator or `datasets` object has rows; a table (pandas, polars, pyarrow) is turned into rows, a
+    one-dimensional array into a list. UserError for whatever else: nothing is iterated that is no list of rows.
     """
     if isinstance(source, type):
         raise _no_rows(source, f"the class {source.__name__}")
@@ -45,8 +44,8 @@ def python_rows(source: Any) -> Iterable[Any]:
         return source
     if hasattr(source, "collect") and hasattr(source, "lazy"):  # polars' LazyFrame
         source = source.collect()
-    if isinstance(source, Mapping):
-        return source if any(hasattr(part, "with_format") for part in source.values()) else _of_columns(source)
+    if isinstance(source, Mapping) and any(hasattr(part, "with_format") for part in source.values()):
+        return source  # datasets' splits
     if hasattr(source, "to_dicts"):  # polars
         return map(_plain, source.to_dicts())
     if hasattr(source, "to_pylist"):  # pyarrow
@@ -55,7 +54,7 @@ def python_rows(source: Any) -> Iterable[Any]:
         return map(_plain, source.astype(object).where(source.notna(), None).to_dict("records"))
     if hasattr(source, "ndim") and source.ndim != 1:
         raise _no_rows(source, f"an array of {source.ndim} dimensions")
-    if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, memoryview, Set, io.IOBase)):
+    if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, memoryview, Mapping, Set, io.IOBase)):
         raise _no_rows(source, type(source).__name__)
     return map(_row, source)
 
@@ -63,20 +62,8 @@ def python_rows(source: Any) -> Iterable[Any]:
 def _no_rows(source: Any, what: str) -> UserError:
     why = "; a set has no order" if isinstance(source, Set) else ""
     why = "; give the path of the file" if isinstance(source, io.IOBase) else why
+    why = "; one row goes into a list, columns into datasets.Dataset.from_dict" if isinstance(source, Mapping) else why
     return UserError(f"data must be a path, a hub id, a dataset, a table or a list of rows, not {what}{why}")
-
-
-def _of_columns(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Rows of {name: values}, as datasets.Dataset.from_dict reads them."""
-    plain = {name: _plain(values) for name, values in columns.items()}
-    lengths = {name: len(values) if isinstance(values, list) else None for name, values in plain.items()}
-    if len({*lengths.values()}) != 1 or None in lengths.values():
-        found = ", ".join(f"{name}: {'no list' if n is None else n}" for name, n in lengths.items()) or "none"
-        raise UserError(
-            f"data: a mapping must hold a list for each column, all of one length, found {found}; a single row goes "
-            "into a list"
-        )
-    return (dict(zip(plain, values)) for values in zip(*plain.values()))
 
 
 def _row(value: Any) -> Any:

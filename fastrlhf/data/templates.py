@@ -9,14 +9,15 @@ here pads: masks come from lengths, so a tokenizer without a pad token is as goo
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import Messages
-from fastrlhf.data.foreign import is_transcript
-from fastrlhf.data.prompt_format import as_asked, decide
+from fastrlhf.data.foreign import open_transcript
+from fastrlhf.data.prompt_format import as_asked, controls_of, decide
 from fastrlhf.data.rendering import render
 
 if TYPE_CHECKING:
@@ -60,7 +61,14 @@ PRESETS: dict[str, str] = {
 # The end of the assistant's turn in these presets; it must be one token, or no reply could ever stop.
 _NEEDED_TOKEN = {"chatml": "<|im_end|>", "moss": "<eom>"}
 _PROBE = "fastrlhf-probe"
+_PROBES = {  # a conversation in which a turn of the role stands
+    "system": ("system", "user"),
+    "user": ("user", "assistant"),
+    "assistant": ("user", "assistant"),
+    "tool": ("user", "assistant", "tool", "assistant"),
+}
 _ends_of_turn: WeakKeyDictionary = WeakKeyDictionary()
+_written_by: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
@@ -170,23 +178,45 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _bare(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
-    """The messages without the control tokens at their ends that the template writes too: they would stand twice."""
-    ends = [end for end in (end_of_turn(tokenizer), tokenizer.eos_token) if end]
-    bare = []
-    for message in messages:
-        content = message["content"]
-        if message["role"] == "assistant":
-            for end in ends:
-                content = content.removesuffix(end)
-        bare.append({**message, "content": content or message["content"]})
-    bos = tokenizer.bos_token
-    if (
-        bos
-        and bare[0]["content"].startswith(bos)
-        and render(tokenizer, bare, add_generation_prompt=True).startswith(bos)
-    ):
-        bare[0]["content"] = bare[0]["content"].removeprefix(bos)
-    return bare
+    """The messages without what the template writes at their ends too, control tokens and all: it would stand twice."""
+    return [{**m, "content": _without(m["content"], *_written(tokenizer, m["role"]))} for m in messages]
+
+
+def _without(content: str, heads: tuple[str, ...], tails: tuple[str, ...]) -> str:
+    """The content without any of the heads and tails at its ends; as it is where nothing else would be left."""
+    text = content
+    while (bare := text.lstrip()).startswith(heads):
+        text = bare.removeprefix(next(head for head in heads if bare.startswith(head))).lstrip("\n")
+    while (bare := text.rstrip()).endswith(tails):
+        text = bare.removesuffix(next(tail for tail in tails if bare.endswith(tail)))
+    return text if text.strip() else content
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the template writes before and behind a content of the role, from each of its control tokens on and up to
+    each of them, the longest first."""
+    key = (str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
+    cached_key, known = _written_by.get(tokenizer, (None, {}))
+    if cached_key != key:
+        known = {}
+        _written_by[tokenizer] = (key, known)
+    if role not in known:
+        known[role] = _probed(tokenizer, role)
+    return known[role]
+
+
+def _probed(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    messages = [{"role": turn, "content": _PROBE if turn == role else "a"} for turn in _PROBES[role]]
+    head = tail = ""
+    with suppress(UserError):  # a role that the template refuses; rendering a conversation with it will say so
+        head, _, tail = render(tokenizer, messages, add_generation_prompt=False).partition(_PROBE)
+    controls, bos = controls_of(tokenizer), tokenizer.bos_token
+    heads = {head[match.start() :].rstrip() for match in controls.finditer(head)}
+    heads |= {bos} if bos and bos in head else set()
+    tails = {tail[: match.end()].lstrip() for match in controls.finditer(tail)}
+    if role == "assistant":
+        tails |= {end for end in (end_of_turn(tokenizer), tokenizer.eos_token) if end}
+    return tuple(sorted(heads, key=len, reverse=True)), tuple(sorted(tails, key=len, reverse=True))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
@@ -204,8 +234,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) ->
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a whole document: the text and EOS, which is not added to a text that ends with it."""
-    ids, eos = _encode_plain(tokenizer, text), _need_eos(tokenizer)
+    eos = _need_eos(tokenizer)
+    ids = _encode_plain(tokenizer, _ended(tokenizer, text))
     return ids if ids[-1:] == [eos] else [*ids, eos]
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text without blanks behind a token that ends it."""
+    ends = tuple(filter(None, (tokenizer.eos_token, end_of_turn(tokenizer) if tokenizer.chat_template else None)))
+    bare = text.rstrip()
+    return bare if bare.endswith(ends) else text
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -229,16 +267,27 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, 
     Raises UserError: no EOS, or a template that rewrites the prompt or the reply when the two stand together.
     """
     eos = _need_eos(tokenizer)
-    if is_transcript(prompt) and not isinstance(as_asked(tokenizer, prompt), str):
+    asked = as_asked(tokenizer, prompt)
+    if isinstance(prompt, str) and not isinstance(asked, str) and open_transcript(prompt) is not None:
         response = response.strip() or response  # as the replies of transcripts are read
-    prompt = as_asked(tokenizer, prompt)
+        response = response.removeprefix("Assistant:").lstrip() or response
+    prompt = asked
     if isinstance(prompt, str):
+        response = _continued(tokenizer, prompt, _ended(tokenizer, response))
         whole = _encode_plain(tokenizer, prompt + response)
         ids = _behind(tokenizer, _encode_plain(tokenizer, prompt), whole, response)
         return ids if ids and ids[-1] in stop_token_ids(tokenizer) else [*ids, eos]
     *prompt, reply = _bare(tokenizer, [*prompt, {"role": "assistant", "content": response}])
     text = render(tokenizer, prompt, add_generation_prompt=True)
     return _encode_turn(tokenizer, text, _encode(tokenizer, text), prompt, reply)
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> str:
+    """The response without a head of its turn, control tokens and all, that the prompt ends with already."""
+    bare, reply = prompt.rstrip(), response.lstrip()
+    starts = [match.start() for match in controls_of(tokenizer).finditer(bare)]
+    head = next((bare[start:] for start in starts[-4:] if reply.startswith(bare[start:])), "")
+    return reply.removeprefix(head).removeprefix(prompt[len(bare) :]) if head else response
 
 
 def _behind(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], whole: list[int], reply: str) -> list[int]:
