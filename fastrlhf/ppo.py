@@ -126,9 +126,10 @@ class PPOTrainer(Trainer):
             report=self.tracker.note,
         )
         self.policy, self.critic, self.scorer = roles.policy, roles.critic, roles.scorer
-        read_otherwise = disagreement(tokenizer, getattr(self.scorer, "tokenizer", tokenizer), "reward")
-        if read_otherwise:
-            self.tracker.note(read_otherwise)
+        for judge in (self.scorer, *(judge for _, judge in getattr(self.scorer, "parts", ()))):
+            read_otherwise = disagreement(tokenizer, getattr(judge, "tokenizer", tokenizer), "reward")
+            if read_otherwise:
+                self.tracker.note(read_otherwise)
         shared = self.critic is not None and self.critic.shares_trunk
         self.engine = RolloutEngine(self.policy, tokenizer, value_head=self.critic.head if shared else None)
         readers = [model for model in (self.policy, roles.ref_policy, roles.value_model) if model is not None]

@@ -143,9 +143,10 @@ def test_a_reward_model_that_reads_prompts_otherwise_is_named(tmp_path, capsys):
     folder = save(RewardTrainer(config, model=tiny.llama(), tokenizer=tiny.tokenizer(), data=data), tmp_path)
     config = PPOConfig(**small, rollout_batch_size=1, max_new_tokens=2)
     capsys.readouterr()
-    PPOTrainer(config, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=folder, prompts=["the cat"])
-    printed = capsys.readouterr().out
-    assert "reward: its folder says prompt_format = raw, this run reads prompts as chat" in printed
+    for reward in ([("rm", 1.0, folder), ("none", 1.0, lambda prompts, responses: [0.0])], folder):
+        PPOTrainer(config, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=reward, prompts=["the cat"])
+        printed = capsys.readouterr().out
+        assert "reward: its folder says prompt_format = raw, this run reads prompts as chat" in printed
     assert "prompts: 1 string prompts: through the tokenizer's chat template" in printed
 
 
