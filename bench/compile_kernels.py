@@ -31,15 +31,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bench.peers import environment
 from fastrlhf_kernels.gpu import (
     attention,
-    exponential_ppo,
     gae,
     linear_log_probs,
+    linear_ppo_loss,
     log_probs,
     ppo_losses,
     sampling,
     tuning,
 )
-from fastrlhf_kernels.gpu.head import DenseHead
 from fastrlhf_kernels.gpu.launch import Launch, recorded
 from fastrlhf_kernels.operands import Head, LossOptions, Need, Rows, Shaping, Tokens
 
@@ -94,11 +93,10 @@ def shapes() -> Iterator[Callable[[], Any]]:
                     linear_log_probs.linear_forward(head, entropy=entropy)
 
             def linear_ppo(head=head, row=row):
-                options, need = LossOptions(0.2, 0.2, 3.0, 0.1, "k3"), Need(True, True, head.bias is not None, False)
+                options = LossOptions(0.2, 0.2, 3.0, 0.1, "k3")
+                need = Need(True, True, head.bias is not None, head.lora_a is not None)
                 tokens = Tokens(row, row, meta(len(row), dtype=torch.bool), None, row)
-                dense = DenseHead(head._replace(lora_a=None, lora_b=None))
-                if exponential_ppo.possible(dense, options):
-                    exponential_ppo.exponential_ppo(dense, tokens, meta(), options, need, 2048)
+                linear_ppo_loss.linear_ppo(head, tokens, meta(), options, need)
 
             def linear_backward(head=head, row=row, ge=row if softcap else None):
                 need = Need(True, True, head.lora_a is not None, head.lora_a is not None)

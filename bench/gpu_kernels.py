@@ -5,9 +5,7 @@
 Medians of CUDA events with the L2 cache cleared before each repetition. The floor of a row is what this GPU needs for
 the same work without any of ours: for logits the bytes read and written over the measured copy bandwidth, for the head
 cuBLAS's time for the matrix products (3 for the fused loss, 4 for a forward and a backward that computes the logits
-anew). `fraction` is floor / ours. The two plans of linear_ppo_loss stand below each other: the least H at which
-"softmax" wins belongs into `tuning.SOFTMAX_FROM`. `--device cpu` with small sizes tries the script itself; its figures
-mean nothing.
+anew). `fraction` is floor / ours. `--device cpu` with small sizes tries the script itself; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ import torch
 
 import fastrlhf_kernels as kernels
 from bench import peers
-from fastrlhf_kernels.gpu import tuning
 
 SHAPES = ("8192x896x151936", "8192x1536x151936", "8192x3584x151936", "8192x576x49152")  # N, H, V
 Row = tuple[str, float, Callable[[], object]]  # name, floor in ms, call
@@ -80,7 +77,6 @@ def head_rows(n: int, width: int, vocabulary: int, device: torch.device, options
     labels = torch.randint(0, vocabulary, (n,), device=device)
     advantages, old = torch.randn(n, device=device), torch.full((n,), -11.0, device=device)
     mask = torch.ones_like(labels)
-    chip = tuning.chip_of(device).name if device.type == "cuda" else "cpu"
     with torch.no_grad():
         product = median_ms(lambda: hidden @ weight.T, device, options.repetitions)
     print(f"one product by cuBLAS: {product:.2f} ms = {2e-9 * n * width * vocabulary / product:.0f} TFLOP/s")
@@ -101,14 +97,6 @@ def head_rows(n: int, width: int, vocabulary: int, device: torch.device, options
     for name, run in (("torch", naive), ("torch.compile", torch.compile(naive))):
         loss = lambda h, w, run=run: (run(h, w, labels) * advantages).sum()  # noqa: E731
         yield f"{name} forward+backward", 3 * product, backward_of(loss, hidden, weight)
-    for plan, width_from in (("softmax", 0), ("exponentials", 1 << 30)):
-
-        def planned(h, w, width_from=width_from):
-            tuning.SOFTMAX_FROM[chip] = width_from  # see tuning.ppo_plan
-            return ppo(h, w)
-
-        yield f"linear_ppo_loss, plan {plan}", 3 * product, backward_of(planned, hidden, weight)
-    tuning.SOFTMAX_FROM.pop(chip)
     for name in ("liger", "trl", "cce", "quack"):
         try:
             run = peers.arm(name)

@@ -246,7 +246,12 @@ def _scored(row: Prompt, response: str, score: float) -> dict[str, Any]:
 def _add_files(parser: _Parser, row: str) -> None:
     """Options of prompts that come from a file and of what is made of them."""
     parser.add_argument("--raw", action="store_true", help="take texts as they are, without the chat template")
-    parser.add_argument("--prompts", metavar="FILE", help=f"rows with {row}: JSON, JSONL, Parquet, CSV; - reads stdin")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help=f"rows with {row}: whatever ppo's prompts take; - reads stdin"
+    )
+    parser.add_argument("--columns", metavar="{prompt: NAME}", help="columns of --prompts under other names")
+    parser.add_argument("--ignore-columns", metavar="NAMES", help="columns of --prompts that are no part of the prompt")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out malformed rows of --prompts")
     parser.add_argument("--output", metavar="FILE.jsonl", help="write rows here instead of printing")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
 
@@ -261,7 +266,9 @@ def _asked(parser: _Parser, args: argparse.Namespace, options: str) -> list[Prom
     if args.output is not None:
         inference.check_output(args.output, args.overwrite)
     if args.prompts is not None:
-        return inference.read_prompts(args.prompts)
+        fields = ("columns", "ignore_columns", "skip_bad_rows")
+        config = _load("config.stages").PPOConfig(**{name: getattr(args, name) for name in fields})
+        return inference.read_prompts(args.prompts, **{name: getattr(config, name) for name in fields})
     return [inference.Prompt(text) for text in args.prompt]
 
 

@@ -13,15 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint.atomic import fsync
 from fastrlhf.config.errors import UserError
-from fastrlhf.data.checks import DroppedRow, Messages, missing, text_of, wrong
-from fastrlhf.data.dataset import load_prompts
+from fastrlhf.data.checks import BadRow, DroppedRow, Messages, missing, text_of, wrong
+from fastrlhf.data.columns import Columns
+from fastrlhf.data.dataset import Reading, load_prompts
 from fastrlhf.data.feedback import Prompt, parse_prompt
 from fastrlhf.data.foreign import completion_of
 from fastrlhf.data.prompt_format import decide
@@ -31,6 +32,9 @@ from fastrlhf.rl.scorers import score_texts
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.result import reply_texts
 from fastrlhf.rollout.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 STDIN = "-"
 _REPLIES = ("response", "responses", "completion")  # columns of a row that hold what is to be scored
@@ -77,20 +81,21 @@ def _decide(tokenizer: PreTrainedTokenizerBase, raw: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def read_prompts(source: str) -> list[Prompt]:
+def read_prompts(source: str, **how: Unpack[Reading]) -> list[Prompt]:
     """The prompts of a file (any form of load_prompts), or of stdin ("-"): JSON Lines, or a text a line.
 
     UserError at the first bad row, naming file and line, and where there is no prompt.
     """
     if source != STDIN:
-        return load_prompts(source)[0]
+        return load_prompts(source, **how)[0]
     lines = [(f"stdin:{n}", line.strip()) for n, line in enumerate(sys.stdin, 1) if line.strip()]
-    if lines and lines[0][1].startswith("{"):
-        lines = [(where, _json(where, line)) for where, line in lines]
-    prompts = []
-    for where, row in lines:
-        with suppress(DroppedRow):
-            prompts.append(parse_prompt(row, where))
+    are_rows = bool(lines) and lines[0][1].startswith("{")
+    prompts, names = [], Columns(how.get("columns"), how.get("ignore_columns"))
+    left_out = (DroppedRow, BadRow) if how.get("skip_bad_rows") else DroppedRow
+    for where, line in lines:
+        with suppress(left_out):
+            prompts.append(parse_prompt(names.of(_json(where, line)) if are_rows else line, where))
+    names.check()
     if not prompts:
         raise UserError("stdin: no prompts; write a text or a JSON row a line")
     return prompts
@@ -100,7 +105,7 @@ def _json(where: str, line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
-        raise UserError(f"{where}: not valid JSON; the first line is, so every line must be one JSON value") from None
+        raise BadRow(where, "not valid JSON; the first line is, so every line must be one JSON value") from None
 
 
 def responses_of(prompt: Prompt) -> list[str]:

@@ -11,6 +11,12 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")
 REQUIRE_REAL = os.environ.get("FASTRLHF_REQUIRE_REAL") == "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of several processes (`pytest -n`) none begins its longest file last."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield

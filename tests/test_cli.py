@@ -143,6 +143,27 @@ def test_score_takes_rows_with_several_responses(trained, run):
     assert [f"{row['score']:.4f}" for row in rows] == [f"{float(line):.4f}" for line in out.splitlines()]
 
 
+def test_a_split_with_columns_of_other_names_serves_runs_and_score(trained, run):
+    Path("asked/data").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        row = {"question": f"the cat {split}", "answer": "yes", "tools": "look"}
+        Path(f"asked/data/{split}-00000-of-00001.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    named = ("columns={prompt: question, response: answer}", "ignore_columns=tools")
+    data = ("data=asked:train", "eval_data=asked:test", "max_samples=2", "output_dir=new")
+    code, out, err = run("sft", "model=base", *data, *named, "--dry-run")
+    assert code == 0 and all(f"# {name}: 2 rows read (max_samples), 2 used" in out for name in ("data", "eval_data")), (
+        err
+    )
+    assert "data: asked:train" in out and "max_samples: 2" in out
+    code, _, err = run("sft", "model=base", "data=asked:dev", "output_dir=new", "--dry-run")
+    assert code == 2 and "asked: no split 'dev'; there are train, test" in err
+    options = ("--columns={prompt: question, response: answer}", "--ignore-columns", "tools")
+    code, out, err = run("score", trained / "rm/final", "--prompts", "asked:test", *options)
+    assert code == 0 and len(out.split()) == 3, err
+    code, _, err = run("score", trained / "rm/final", "--prompts", "asked:test")
+    assert code == 2 and "columns={prompt: NAME} reads it from another column" in err
+
+
 @pytest.mark.parametrize(
     ("text", "asked"), [("the cat\n\n[b] c\n", ["the cat", "[b] c"]), ('{"prompt": "x"}\n\n{"messages": []}\n', None)]
 )

@@ -27,7 +27,6 @@ SOURCES = SHIPPED + [
 BOUNDARY = "fastrlhf/config/outcome.py"  # where code of others is called, which may raise anything
 # Where an environment variable may be read, and which.
 ENVIRONMENT = {
-    "kernels/fastrlhf_kernels/gpu/autotune.py": {"FASTRLHF_AUTOTUNE", "XDG_CACHE_HOME"},
     "fastrlhf/runtime/console.py": {"NO_COLOR", "TERM"},
     "fastrlhf/runtime/launch.py": {"WORLD_SIZE", "RANK", "LOCAL_RANK"},
     "kernels/fastrlhf_kernels/backend.py": {"FASTRLHF_BACKEND", "TRITON_INTERPRET"},

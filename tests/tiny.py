@@ -17,6 +17,21 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+# Of Llama and of all configurations that use its names; the ids are those of the tokenizer below.
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+
 
 def tokenizer(*, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 320 entries with EOS <|end|>, its own chat template, and a pad that may be the EOS."""
@@ -40,21 +55,7 @@ def tokenizer(*, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
 
 def llama(*, seed: int = 0, vocab_size: int = 320, **changes: object) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    fields = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "initializer_range": 0.2,
-        **changes,
-    }
-    return LlamaForCausalLM(LlamaConfig(**fields)).eval()
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": vocab_size} | changes)).eval()
 
 
 def gpt2(*, seed: int = 0, dropout: float = 0.0) -> GPT2LMHeadModel:

@@ -63,6 +63,8 @@ class StageConfig(BaseModel):
     """columns under other names, dotted into nested ones: {prompt: question, response: answers.0.text}"""
     ignore_columns: list[str] | None = None
     """columns that are no part of the prompt, whatever their names say: left out of it and counted"""
+    max_samples: int | None = Field(None, ge=1)
+    """read only the first so many rows of each input of rows, the held-out ones too; none: all"""
     skip_bad_rows: bool = False
     """drop and count malformed data rows instead of stopping at the first one"""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -151,6 +153,7 @@ _ELSEWHERE = {  # names of other libraries, of papers and of older versions
     "max_new_tokens": ("max_completion_length", "response_length"),
     "samples_per_prompt": ("num_generations",),
     "epochs": ("num_train_epochs",),
+    "max_samples": ("max_train_samples", "train_max_samples"),
     "ppo_epochs": ("num_ppo_epochs",),
     "total_steps": ("max_steps",),
     "save_every": ("save_steps",),

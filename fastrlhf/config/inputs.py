@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from fastrlhf.config.errors import UserError, shown
+
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+_TEXT_FILES = (".json", ".jsonl", ".ndjson", ".csv")
+DATA_SUFFIXES = (*_TEXT_FILES, ".parquet", *(kind + packed for kind in _TEXT_FILES for packed in PACKED))
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class StageInput(NamedTuple):
@@ -19,7 +25,7 @@ class StageInput(NamedTuple):
     description: str
 
 
-_ROWS = "JSON, JSONL (.gz too), Parquet, CSV, a folder or a hub id"
+_ROWS = "JSON, JSONL, CSV (each also packed), Parquet, or a folder or hub id, [:CONFIG]:SPLIT behind it"
 _MODEL = "Hugging Face folder, hub id or GGUF file"
 _REWARD = "reward model, FILE.py:FUNCTION, MODULE:FUNCTION, or a list of [name, weight, one of these]"
 _TRAINED = {"model": StageInput(True, "model", f"the model to train: {_MODEL}")}
@@ -44,6 +50,32 @@ INPUTS: dict[str, dict[str, StageInput]] = {
         "value_model": StageInput(False, "model", "initial critic; none: from the reward model, else the policy"),
     },
 }
+
+
+class DataName(NamedTuple):
+    """What an input of rows names: a path or hub id, and which part of it; None: what there is without a choice."""
+
+    path: str
+    config: str | None = None
+    split: str | None = None
+
+
+def data_name(text: str) -> DataName:
+    """NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. A file or folder that has such a name is meant first.
+
+    Raises UserError for a slice, which `datasets` knows and this does not.
+    """
+    text = os.path.expanduser(text)
+    head, _, split = text.rpartition(":")
+    is_split = re.fullmatch(r"\w+([.-]\w+)*", split) and not split.lower().endswith(DATA_SUFFIXES)
+    if os.path.exists(text) or not head or not is_split:
+        if re.search(r":\w+\[[^]]*\]$", text) and not os.path.exists(text):
+            raise UserError(f"{text}: a split is read whole; max_samples=N takes its first N rows")
+        return DataName(text)
+    base, _, config = head.rpartition(":")
+    if os.path.exists(head) or not base or not re.fullmatch(r"[\w.-]+", config):
+        return DataName(head, None, split)
+    return DataName(base, config, split)
 
 
 def check_arguments(config: Any, kind: type, inputs: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,13 @@ import yaml
 
 from fastrlhf.config.base import StageConfig, config_fields
 from fastrlhf.config.errors import AUTO, ConfigError, UserError
-from fastrlhf.config.inputs import INPUTS
+from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, INPUTS, data_name
 from fastrlhf.config.stages import CONFIGS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NO_OUTPUT = "required on the command line; write output_dir=FOLDER"
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
-_DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".csv", ".txt", ".arrow")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_recipe(stage: str, source: str | None, overrides: list[str]) -> tuple[dict[str, Any], StageConfig]:
@@ -262,14 +259,19 @@ def path_problem(value: str, kind: str) -> str | None:
         value = value.rpartition(":")[0]
         if not value.endswith(".py"):
             return None
+    split = None
+    if kind == "data":
+        value, _, split = data_name(value)
     path = Path(value)
+    if split is not None and path.is_file():
+        return f"{value} is a file, which has no split {split!r}; a folder or a hub id may have"
     if path.exists():
         wrong = kind == "model" and path.is_file() and path.suffix != ".gguf"
         return f"{value} is a file, but neither a model folder nor a .gguf file" if wrong else None
-    suffixes = _DATA_SUFFIXES if kind == "data" else (".gguf", ".py", ".jinja")
+    suffixes = (*DATA_SUFFIXES, ".txt", ".arrow") if kind == "data" else (".gguf", ".py", ".jinja")
     # "out/sft" looks like a hub id, but not where a folder "out" stands.
     beside = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
-    if _HUB_ID.fullmatch(value) and not beside and not value.startswith(".") and not value.endswith(suffixes):
+    if HUB_ID.fullmatch(value) and not beside and not value.startswith(".") and not value.endswith(suffixes):
         return None
     return f"{value} does not exist{_nearest(path)}"
 

@@ -6,11 +6,9 @@ loaders count. Every check takes `where` ("file:line") and the name of the field
 
 from __future__ import annotations
 
-import difflib
-import re
+import os
 import sys
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 from fastrlhf.config.errors import UserError
@@ -69,31 +67,47 @@ def missing(where: str, field: str, row: Mapping[str, Any], expected: str) -> Ba
 
 def meant(field: str, row: Mapping[str, Any]) -> str | None:
     """The column that looks like a misspelt field and holds what the field may hold, or None."""
-    return next((column for column in row if _close(field, str(column)) and _may_hold(field, row[column])), None)
+    return next((name for name in row if _is_misspelt(field, str(name)) and _may_hold(field, row[name])), None)
 
 
-_KINDS: dict[str, type | tuple[type, ...]] = {  # of the fields that hold neither a text nor messages
+_KINDS: dict[str, type | tuple[type, ...]] = {  # of the fields that hold no messages
     **dict.fromkeys(("ranking", "scores", "responses"), list),
     **dict.fromkeys(("score", "margin"), (int, float)),
+    **dict.fromkeys(("text", "instruction"), str),
     "label": bool,
     "chat": dict,
 }
+_TURNS = ("prompt", "chosen", "rejected", "messages", "conversations")  # a list of texts is one conversation
 
 
 def _may_hold(field: str, value: Any) -> bool:
     """Whether a value is of the field's kind: a whole number is no KTO label, a list of records no conversation."""
     if field in _KINDS:
-        return isinstance(value, _KINDS[field])
+        return isinstance(value, _KINDS[field]) and (field == "label" or not isinstance(value, bool))
     first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, str) or isinstance(first, dict) and not {"role", "from"}.isdisjoint(first)
+    if isinstance(first, str):
+        return first is value or field in _TURNS
+    return isinstance(first, dict) and not {"role", "from"}.isdisjoint(first)
 
 
-@lru_cache(maxsize=4096)
-def _close(field: str, column: str) -> bool:
-    """Whether a column's name is a misspelling of a field's, not a name of its own made of it, as response_1 is."""
-    name = column.lower()
-    own = name != field and re.match(rf"{field}s?[\W_\d]", name) or re.search(rf"[\W_]{field}s?$", name)
-    return column not in FIELDS and not own and bool(difflib.get_close_matches(field, [name], cutoff=0.8))
+def _is_misspelt(field: str, column: str) -> bool:
+    """Whether a column's name is the field's with one slip of the pen, in other case, in the plural or without its end.
+
+    A name that says more than the field (response_1, promptId, labeled) is one of its own.
+    """
+    name = column.strip().lower()
+    if column in FIELDS or name in (field, field + "s"):
+        return column not in FIELDS
+    if field in name or name[:1] != field[0]:
+        return False
+    if field.startswith(name):
+        return 4 * len(name) >= 3 * len(field)
+    start = len(os.path.commonprefix([name, field]))
+    theirs, ours = name[start:], field[start:]
+    if len(theirs) == len(ours):
+        swapped = ours[1::-1] + ours[2:]
+        return theirs == swapped or len(field) > 5 and theirs[1:] == ours[1:]
+    return theirs == ours[1:] or theirs[1:] == ours
 
 
 def show(value: Any) -> str:

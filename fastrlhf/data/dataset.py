@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
@@ -28,6 +29,7 @@ Located = TypeVar("Located", Conversation, Feedback, Prompt)  # they know where 
 MALFORMED = "malformed"
 MALFORMED_KEPT = 5
 REPEATED = "repeat an earlier prompt"
+SCORES_TO_JUDGE = 20  # fewer may leave out the ends of their scale by chance
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Counts:
     dropped: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
     malformed: list[str] = field(default_factory=list)  # the first MALFORMED_KEPT messages of skipped rows
+    limit: int | None = None  # max_samples: no row behind the first so many was read
 
     @property
     def used(self) -> int:
@@ -59,7 +62,8 @@ class Counts:
 
     def line(self) -> str:
         """For people: "2400 rows read, 2391 used, dropped: 6 longer than 1024 tokens, 3 malformed"."""
-        text = f"{self.read} rows read, {self.used} used"
+        limited = " (max_samples)" if self.read == self.limit else ""
+        text = f"{self.read} rows read{limited}, {self.used} used"
         if self.dropped:
             text += ", dropped: " + ", ".join(f"{n} {reason}" for reason, n in self.dropped.most_common())
         if self.noted:
@@ -76,13 +80,15 @@ class Reading(TypedDict, total=False):
     """How the rows of a source are read: the fields of every stage's config of these names.
 
     skip_bad_rows: bad rows are counted as malformed instead of ending the run. columns, ignore_columns: see Columns.
-    every_column: a mapping whose column no row has is an error.
+    every_column: a mapping whose column no row has is an error. max_samples: rows behind the first so many are not
+    looked at.
     """
 
     skip_bad_rows: bool
     columns: Mapping[str, str] | None
     ignore_columns: Iterable[str] | None
     every_column: bool
+    max_samples: int | None
 
 
 def reading(config: StageConfig, role: str) -> Reading:
@@ -92,6 +98,7 @@ def reading(config: StageConfig, role: str) -> Reading:
         columns=config.columns,
         ignore_columns=config.ignore_columns,
         every_column=role in ("data", "prompts"),
+        max_samples=config.max_samples,
     )
 
 
@@ -104,9 +111,10 @@ def _load(
     columns: Mapping[str, str] | None = None,
     ignore_columns: Iterable[str] | None = None,
     every_column: bool = True,
+    max_samples: int | None = None,
 ) -> Loaded[T]:
-    counts, items, names = Counts(), [], Columns(columns, ignore_columns)
-    for where, row in read_rows(source):
+    counts, items, names = Counts(limit=max_samples), [], Columns(columns, ignore_columns)
+    for where, row in islice(read_rows(source), max_samples):
         counts.read += 1
         try:
             if isinstance(row, BadRow):
@@ -158,9 +166,18 @@ def load_feedback(
     """All feedback of a source (see read_rows) in its order, and what became of its rows.
 
     Raises UserError at the first bad row, naming file, line and field; with skip_bad_rows bad rows are counted
-    as malformed instead. Raises it too when no usable row is left, and for a mapping of columns that no row has.
+    as malformed instead. Raises it too when no usable row is left, and for a mapping of columns that no row has. Scores
+    that do not reach the ends of score_range, perhaps because it is another scale than theirs, are noted in Counts.
     """
-    return _load(source, lambda row, where: parse_feedback(row, where, score_range), "feedback", **how)
+    items, counts = _load(source, lambda row, where: parse_feedback(row, where, score_range), "feedback", **how)
+    scores = [score for item in items for score in item.scores or ()]
+    is_scale = len(scores) >= SCORES_TO_JUDGE and any(-1 < score < 1 for score in scores)  # others are labels
+    if is_scale and not {-1, 1} <= set(scores):
+        low, high = score_range
+        least, most = (low + (end + 1) / 2 * (high - low) for end in (min(scores), max(scores)))
+        note = f"scored from {least:.4g} to {most:.4g} on a scale of {low:g} to {high:g} (score_range)"
+        counts.noted[note] = sum(item.scores is not None for item in items)
+    return items, counts
 
 
 def load_conversations(source: Any, *, format: str = "auto", **how: Unpack[Reading]) -> Loaded[Conversation]:

@@ -30,6 +30,7 @@ from fastrlhf.data.checks import (
     text_of,
     wrong,
 )
+from fastrlhf.data.columns import as_pair
 from fastrlhf.data.foreign import (
     CONTEXT,
     asked,
@@ -143,7 +144,7 @@ def parse_feedback(row: Any, where: str, score_range: tuple[float, float] = (1.0
 
     Raises BadRow (where, field, what was expected) and DroppedRow (the row holds no preference).
     """
-    row = _record(row, where)
+    row = as_pair(_record(row, where), where)
     if "edited" in row:
         return _edit(row, where)
     if "chosen" in row or "rejected" in row:
@@ -251,23 +252,35 @@ def _label(row: dict, where: str) -> Feedback:
     """KTO: a reply that was liked (true) or not (false) has the highest or the lowest score of the range."""
     name = "label" if "label" in row else "kto_tag"
     if not isinstance(row[name], (bool, int)) or row[name] not in (0, 1):
-        raise wrong(where, name, "true or false", row[name])
+        raise wrong(where, name, "true or false (ignore_columns leaves another kind of label out)", row[name])
     prompt, reply = _prompt_and_reply(row, where)
     return Feedback("score", prompt, (reply,), scores=(1.0 if row[name] else -1.0,), where=where)
 
 
 def _reply_column(row: dict) -> str | None:
     """The column of the reply; None: it ends the conversation, or there is none."""
+    return next(iter(_reply_columns(row)), None)
+
+
+def _reply_columns(row: dict) -> list[str]:
     columns = ("response", "completion", "output") if "instruction" in row else ("response", "completion")
-    return next((name for name in columns if name in row), None)
+    return [name for name in columns if name in row]
+
+
+_ASKING = ("prompt", "instruction", "user_prompt")  # columns of a prompt; others hold a conversation, reply and all
 
 
 def _with_reply(row: dict, where: str) -> tuple[str | Messages, Messages]:
     """The prompt of a row and the assistant's message behind it, from two columns or from one conversation."""
-    name = _reply_column(row)
+    name, *others = _reply_columns(row) or [None]
+    for other in others:
+        if row[other] != row[name]:
+            remedy = "keep one of them, or leave one out with ignore_columns"
+            raise BadRow(where, f'fields "{name}" and "{other}" are two replies; {remedy}')
     if name is None:
         messages = prompt_of(row, where)
-        if messages is None or isinstance(messages, str):
+        is_open = messages is None or _is_open(messages)
+        if is_open and (prompt_format(row) is None or prompt_format(row).columns[0] in _ASKING):
             raise missing(where, "response", row, "a prompt and a response, or messages that end with a reply")
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             raise BadRow(where, f"a conversation must end with a reply, its last role is {messages[-1]['role']!r}")
@@ -301,7 +314,7 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
     is learnt, of an edit the edited one, of KTO the liked ones (the others raise DroppedRow). Rows with rankings
     or scores raise BadRow: which of their replies are good enough to imitate is not said.
     """
-    row = _record({"text": row} if isinstance(row, str) else row, where)
+    row = as_pair(_record({"text": row} if isinstance(row, str) else row, where), where)
     if format == "text" or ("text" in row and prompt_format(row) is None):
         if format != "text":
             _check_plain(row, where)
@@ -309,12 +322,13 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
         return Conversation(text=text_of(row["text"], where, "text"), where=where)
     for name in ("ranking", "score", "scores"):
         if name in row:
-            raise BadRow(where, f'field "{name}": judged replies are no SFT data; keep "prompt" and one "response"')
+            keep = f'keep "prompt" and one "response", or leave "{name}" out with ignore_columns'
+            raise BadRow(where, f'field "{name}": judged replies are no SFT data; {keep}')
     if "edited" in row or "chosen" in row or "rejected" in row:
         feedback = _edit(row, where) if "edited" in row else _pair(row, where)
         prompt, reply = feedback.prompt, {"role": "assistant", "content": feedback.responses[0]}
     else:
-        is_kto = "label" in row and isinstance(row["label"], bool) or "kto_tag" in row
+        is_kto = isinstance(row.get("label"), (bool, int, float)) or "kto_tag" in row
         if is_kto and _label(row, where).scores[0] < 0:
             raise DroppedRow("replies that were not liked")
         prompt, [reply] = _with_reply(row, where)
@@ -348,7 +362,7 @@ def parse_prompt(row: Any, where: str) -> Prompt:
     if isinstance(row, str):
         return Prompt(text_of(row, where, "prompt"), where=where)
     columns = row if isinstance(row, dict) else {}
-    row = _record(row, where)
+    row = as_pair(_record(row, where), where, ties=True)
     used = frozenset(prompt_columns(row))
     rest = {key: value for key, value in columns.items() if key not in used}
     prompt = _whole_prompt(row, where)
@@ -368,7 +382,7 @@ def _whole_prompt(row: dict, where: str) -> str | Messages | None:
     if "chosen" in row and "rejected" in row and (not prompt_columns(row) or _is_message(row["chosen"])):
         return pair_of(row, where).prompt
     name = _reply_column(row)
-    if name is None or "chosen" in row:
+    if name is None or not {"chosen", "ranking", "scores"}.isdisjoint(row):  # its replies stand elsewhere
         return prompt_of(row, where)
     if _is_message(row[name]):
         reply = completion_of(row[name], where, name)

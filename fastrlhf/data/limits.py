@@ -54,5 +54,7 @@ def bounded_content(file: IO[bytes], name: str, limit: int = FILE_BYTES) -> byte
     """The content of a packed file. UserError above `limit` bytes."""
     content = file.read(limit + 1)
     if len(content) > limit:
-        raise UserError(f"{name}: it unpacks to more than {limit >> 20} MiB; use .jsonl.gz, which is read by rows")
+        raise UserError(
+            f"{name}: it unpacks to more than {limit >> 20} MiB; use .jsonl (packed too), which is read by rows"
+        )
     return content

@@ -7,22 +7,25 @@ standard library, which leaves "NA" and "007" as they stand; Parquet, saved data
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, PACKED, DataName, data_name
 from fastrlhf.data.checks import BadRow
 from fastrlhf.data.limits import bounded_content, bounded_lines
-from fastrlhf.data.sources import is_packaged, packaged_file, python_rows
+from fastrlhf.data.python_rows import python_rows
+from fastrlhf.data.sources import files_of, is_packaged, is_saved, packaged_file
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv")
 # What the cells of a CSV column hold, where that is not text. A prompt may be either: text, or messages as JSON.
 _CSV_LISTS = ("messages", "conversations", "responses", "scores", "ranking", "history")
 _CSV_MESSAGES = ("prompt", "chosen", "rejected", "completion")
@@ -35,94 +38,112 @@ Rows = Iterator[tuple[str, Any]]  # (where, row); where is "file:line", "file ro
 def read_rows(source: Any) -> Rows:
     """(where, row) of every row of source.
 
-    source: a path (.json, .jsonl, both also .gz, .parquet, .csv), a folder (written by Dataset.save_to_disk, or
-    one of such files), package://NAME/FILE, a hub id, or a Python object that has rows: see sources.python_rows. A line
-    that is no JSON or no UTF-8 comes as a BadRow in the row's place, so that the caller may skip it. where is
-    "file:line", "file row N" or "row N" (all from 1). Raises UserError: unreadable or unknown source, a file that is
-    broken as a whole.
+    source: a path (.json, .jsonl, .ndjson, .csv, each also .gz, .bz2, .xz or .zst; .parquet), a folder (written by
+    save_to_disk, or of such files: see sources.py) or a hub id, both also with :SPLIT or :CONFIG:SPLIT behind them,
+    package://NAME/FILE, or a Python object that has rows. A line that is no JSON or no UTF-8 comes as a BadRow in
+    the row's place, so that the caller may skip it. where is "file:line", "file row N" or "row N" (all from 1). Raises
+    UserError: unreadable or unknown source, a file that is broken as a whole, a split that is not there.
     """
-    if isinstance(source, (str, Path)):
-        packaged = isinstance(source, str) and is_packaged(source)
-        path = packaged_file(source, "data") if packaged else Path(source).expanduser()
-        if path.is_dir():
-            yield from _read_folder(path)
-        elif path.is_file():
-            yield from _read_file(path)
-        else:
-            yield from _read_hub(str(source), path)
+    if isinstance(source, str) and is_packaged(source):
+        name = DataName(str(packaged_file(source, "data")))
+    elif isinstance(source, (str, Path)):
+        name = data_name(str(source))
     else:
         yield from _dataset(python_rows(source))
+        return
+    path = Path(name.path)
+    if path.is_dir():
+        yield from _read_folder(path, name.config, name.split)
+    elif path.is_file():
+        if name.split is not None:
+            raise UserError(f"{path} is a file, which has no split {name.split!r}; a folder or a hub id may have")
+        yield from _read_file(path)
+    else:
+        yield from _read_hub(name)
 
 
-def _dataset(rows: Any, source: Any = None) -> Rows:
-    """Rows of a datasets.Dataset, of the right split of a DatasetDict, or of any iterable."""
+def _dataset(rows: Any, source: Any = None, split: str | None = None) -> Rows:
+    """Rows of a datasets.Dataset, of the named or the right split of a DatasetDict, or of any iterable."""
+    name = source or "the dataset"
     if isinstance(rows, dict):
-        if "train" not in rows and len(rows) != 1:
-            name = source or "the dataset"
-            raise UserError(f"{name} has the splits {', '.join(rows)} but no train; pass the dataset of one split")
-        rows = rows["train"] if "train" in rows else next(iter(rows.values()))
+        if split is None and "train" not in rows and len(rows) != 1:
+            how = f"name one, {source}:{next(iter(rows))}" if source else "pass the dataset of one split"
+            raise UserError(f"{name} has the splits {', '.join(rows)} but no train; {how}")
+        if split is not None and split not in rows:
+            raise UserError(f"{name}: no split {split!r}; there are {', '.join(rows)}")
+        rows = rows[split or ("train" if "train" in rows else next(iter(rows)))]
+    elif split is not None and split != str(rows.split):
+        only = f"split {rows.split}" if rows.split else "dataset without splits"
+        raise UserError(f"{name}: no split {split!r}; it is one {only}")
     if hasattr(rows, "with_format"):
         rows = rows.with_format(None)  # a format set for training would give tensors and arrays
     name = f"{source} row" if source else "row"
     return ((f"{name} {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _read_hub(name: str, path: Path) -> Rows:
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.lower().endswith(SUFFIXES)
-    if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{name}: no such file or folder")
+def _read_hub(name: DataName) -> Rows:
+    path = Path(name.path)
+    looks_local = path.is_absolute() or name.path.startswith(".") or name.path.lower().endswith(DATA_SUFFIXES)
+    if looks_local or not HUB_ID.fullmatch(name.path):
+        raise UserError(f"{name.path}: no such file or folder")
     import datasets
 
+    whole = ":".join(filter(None, name))
     try:
-        rows = datasets.load_dataset(name)
+        rows = datasets.load_dataset(name.path, name.config, split=name.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).splitlines()[:2]) or type(error).__name__
         problem = "neither a file or folder here nor a dataset that can be loaded from the hub"
-        raise UserError(f"{name}: {problem} ({reason})") from error
-    yield from _dataset(rows, name)
+        raise UserError(f"{whole}: {problem} ({reason})") from error
+    yield from _dataset(rows, whole)
 
 
-def _read_folder(path: Path) -> Rows:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+def _read_folder(path: Path, config: str | None, split: str | None) -> Rows:
+    if config is not None and is_saved(path / config):
+        path, config = path / config, None
+    if is_saved(path):
+        if config is not None:
+            raise UserError(f"{path}: no config {config!r}; a saved dataset has none, only splits")
         import datasets
 
         try:
             rows = datasets.load_from_disk(str(path))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: the saved dataset cannot be read ({error})") from error
-        yield from _dataset(rows, path)
+        yield from _dataset(rows, path, split)
         return
-    files = sorted(p for p in path.iterdir() if p.is_file() and p.name.lower().endswith(SUFFIXES))
-    if not files:
-        raise UserError(f"{path}: the folder holds no data file ({', '.join(SUFFIXES)}) and no saved dataset")
-    words = {file.name: set(re.split(r"[^a-z]+", file.name.lower())) for file in files}
-    train = [name for name in words if "train" in words[name]]
-    held_out = [name for name in words if words[name] & {"valid", "validation", "val", "test", "dev", "eval"}]
-    if train and held_out:
-        remedy = "name the file, so that nothing held out is trained on"
-        raise UserError(f"{path}: the folder holds {train[0]} and {held_out[0]}; {remedy}")
-    for file in files:
+    for file in files_of(path, config, split):
         yield from _read_file(file)
 
 
 def _read_file(path: Path) -> Rows:
     name = path.name.lower()
-    if not name.endswith(SUFFIXES):
-        raise UserError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
+    if not name.endswith(DATA_SUFFIXES):
+        raise UserError(f"{path}: unknown kind of file; use one of {', '.join(DATA_SUFFIXES)}")
+    if name.endswith(".parquet"):
+        yield from _parquet(path)
+        return
+    packed = name.endswith(PACKED)
+    kind = (path.stem if packed else path.name).lower()
     try:
-        if name.endswith(".parquet"):
-            yield from _parquet(path)
-            return
-        with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as file:
-            if name.endswith((".jsonl", ".jsonl.gz")):
-                yield from _json_lines(bounded_lines(file, str(path)) if name.endswith(".gz") else file, str(path))
-            elif name.endswith(".csv"):
-                yield from _csv(file.read(), str(path))
+        with _opened(path) as file:
+            if kind.endswith((".jsonl", ".ndjson")):
+                yield from _json_lines(bounded_lines(file, str(path)) if packed else file, str(path))
             else:
-                packed = name.endswith(".gz")
-                yield from _json(bounded_content(file, str(path)) if packed else file.read(), str(path))
-    except (OSError, EOFError, zlib.error) as error:
+                content = bounded_content(file, str(path)) if packed else file.read()
+                yield from (_csv if kind.endswith(".csv") else _json)(content, str(path))
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A file, unpacked as its last suffix says."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow  # which `datasets` brings
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(path, "rb")
 
 
 def _decode(data: bytes, name: str, line: int = 1) -> str:
@@ -228,13 +249,19 @@ def _csv(data: bytes, name: str) -> Rows:
             if None in row:
                 yield where, BadRow(where, f"has more cells than the header's {len(rows.fieldnames or ())}")
             else:
-                yield where, {key: _cell(key, value) for key, value in row.items()}
+                yield where, CsvRow((key, csv_cell(key, value)) for key, value in row.items())
     except csv.Error as error:
         raise BadRow(f"{name} row {number + 1}", f"not valid CSV ({error})") from error
 
 
-def _cell(column: str, text: str | None) -> Any:
+class CsvRow(dict):
+    """A row whose values were texts before csv_cell read them by the names of their columns."""
+
+
+def csv_cell(column: str, text: Any) -> Any:
     """A CSV cell: empty is missing; lists, messages, numbers and booleans where the column asks for them."""
+    if not isinstance(text, str):
+        return text
     if not text:
         return None
     if column == "label":

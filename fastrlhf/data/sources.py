@@ -1,18 +1,32 @@
-"""What an input of rows may be beside a path: `package://NAME/FILE`, a file that ships inside an installed Python
-package, such as the recipes' own data; and Python objects: lists and tables."""
+"""What a name of rows stands for: a file of a package (`package://NAME/FILE`), or a config and split of a folder.
+
+Folders are laid out as on the hub. A file's split stands in its name (train.jsonl, train_sft-00000-of-00002.parquet) or
+in a folder's (test/0000.parquet); the other folders that it lies in, "data" apart, are its config (main/train.parquet).
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
-from collections.abc import Iterable, Mapping, Set
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.inputs import DATA_SUFFIXES
 
 PREFIX = "package://"
+DEEPEST = 3  # folders below the one that is named: data/CONFIG/SPLIT
+_KINDS = {  # words for a split -> the hub's name of it
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_NAMELESS = ("data", "default")  # folders that say nothing of what lies in them
+_NO_ROWS = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")
+_SUFFIX = re.compile(f"({'|'.join(map(re.escape, sorted(DATA_SUFFIXES, key=len, reverse=True)))})$")
 
 
 def is_packaged(text: str) -> bool:
@@ -32,60 +46,90 @@ def packaged_file(text: str, role: str) -> Path:
     return path
 
 
-def python_rows(source: Any) -> Iterable[Any]:
-    """The rows of a Python object, as plain dicts, lists and texts.
+class _File(NamedTuple):
+    """kind: the hub's name of its split; stem: its own name, which may be a split's too (train_sft)."""
 
-    A list, tuple, iterator or `datasets` object has rows; a table (pandas, polars, pyarrow) is turned into rows, a
-    one-dimensional array into a list. UserError for whatever else: nothing is iterated that is no list of rows.
+    path: Path
+    config: str
+    split: str
+    kind: str
+    stem: str
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether Dataset.save_to_disk or DatasetDict.save_to_disk wrote a folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def files_of(folder: Path, config: str | None = None, split: str | None = None) -> list[Path]:
+    """The data files of one config and split of a folder, in the order of their paths.
+
+    config None: the files in the folder itself or in its data/, else the only config. split None: the only split; a
+    file whose name tells none is of train. Raises UserError, listing what there is, where that leaves a choice.
     """
-    if isinstance(source, type):
-        raise _no_rows(source, f"the class {source.__name__}")
-    if hasattr(source, "with_format"):  # of `datasets`, which has plain rows
-        return source
-    if hasattr(source, "collect") and hasattr(source, "lazy"):  # polars' LazyFrame
-        source = source.collect()
-    if isinstance(source, Mapping) and any(hasattr(part, "with_format") for part in source.values()):
-        return source  # datasets' splits
-    if hasattr(source, "to_dicts"):  # polars
-        return map(_plain, source.to_dicts())
-    if hasattr(source, "to_pylist"):  # pyarrow
-        return map(_plain, source.to_pylist())
-    if hasattr(source, "iterrows"):  # pandas: what is missing there is NaN
-        return map(_plain, source.astype(object).where(source.notna(), None).to_dict("records"))
-    if hasattr(source, "ndim") and source.ndim != 1:
-        raise _no_rows(source, f"an array of {source.ndim} dimensions")
-    if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, memoryview, Mapping, Set, io.IOBase)):
-        raise _no_rows(source, type(source).__name__)
-    return map(_row, source)
+    files = [_described(folder, path) for path in _data_files(folder)]
+    if not files:
+        raise UserError(f"{folder}: the folder holds no data file ({', '.join(DATA_SUFFIXES)}) and no saved dataset")
+    configs = sorted({file.config for file in files})
+    if config is None:
+        if len(configs) > 1 and configs[0]:
+            raise UserError(f"{folder}: there are the configs {', '.join(configs)}; name one, {folder}:CONFIG:SPLIT")
+        config = configs[0]
+    elif config not in configs:
+        there = f"there are {', '.join(filter(None, configs))}" if any(configs) else "there is none, only splits"
+        raise UserError(f"{folder}: no config {config!r}; {there}")
+    name = f"{folder}:{config}" if config else str(folder)
+    return _of_split([file for file in files if file.config == config], folder, name, split)
 
 
-def _no_rows(source: Any, what: str) -> UserError:
-    why = "; a set has no order" if isinstance(source, Set) else ""
-    why = "; give the path of the file" if isinstance(source, io.IOBase) else why
-    why = "; one row goes into a list, columns into datasets.Dataset.from_dict" if isinstance(source, Mapping) else why
-    return UserError(f"data must be a path, a hub id, a dataset, a table or a list of rows, not {what}{why}")
+def _of_split(files: list[_File], folder: Path, name: str, split: str | None) -> list[Path]:
+    splits = sorted({file.split for file in files}, key=lambda split: (split != "train", split))
+    if split is None:
+        # Files in the folder itself are what is meant by its name; those below it are not.
+        chosen = [file for file in files if file.path.parent == folder] or files
+        of = {file.split: file.path.name for file in reversed(chosen)}
+        if len(of) > 1:
+            first, second, *_ = (of[split] for split in splits if split in of)
+            holds = f"the folder holds {first} and {second}"
+            remedy = f"name the file or a split, {name}:{splits[0]}, so that nothing held out is trained on"
+            raise UserError(f"{folder}: {holds}; {remedy} (splits: {', '.join(splits)})")
+    else:
+        asked = split.lower()
+        kind = _KINDS.get(asked, asked)
+        chosen = [file for file in files if file.split in (split, asked, kind)]
+        chosen = chosen or [file for file in files if file.stem == asked]
+        alike = [file for file in files if file.kind == kind]
+        if not chosen and len({file.split for file in alike}) == 1:
+            chosen = alike
+        if not chosen:
+            raise UserError(f"{name}: no split {split!r}; there are {', '.join(splits)}")
+    places = {file.path.parent == folder for file in chosen}
+    if len(places) > 1:
+        above, below = (next(f.path for f in chosen if (f.path.parent == folder) is top) for top in (True, False))
+        raise UserError(f"{name}: both {above.name} and {below.relative_to(folder)} hold {split}; name the file")
+    return [file.path for file in chosen]
 
 
-def _row(value: Any) -> Any:
-    """UserError for the name of a file: a list of files would be learnt as texts."""
-    is_path = isinstance(value, os.PathLike) or isinstance(value, str) and _names_a_file(value)
-    if is_path:
-        raise UserError(f"data: the list holds the name of a file, {os.fspath(value)!r}; give one file, or a folder")
-    return _plain(value)
+def _data_files(folder: Path) -> Iterable[Path]:
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    files: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=fail):
+        depth = len(Path(place).relative_to(folder).parts)
+        folders[:] = [name for name in folders if not name.startswith(".") and depth < DEEPEST]
+        kept = [name for name in names if name.lower().endswith(DATA_SUFFIXES) and not name.startswith(".")]
+        files += [Path(place, name) for name in kept if name.lower() not in _NO_ROWS]
+    return sorted(file for file in files if file.is_file())
 
 
-def _names_a_file(text: str) -> bool:
-    return len(text) < 1000 and "\n" not in text and os.path.splitext(text)[1] != "" and os.path.isfile(text)
-
-
-def _plain(value: Any) -> Any:
-    """Mappings as dicts, tuples and arrays as lists, numpy's scalars as Python's."""
-    if isinstance(value, (str, int, float, bool)) and type(value).__module__ == "builtins" or value is None:
-        return value
-    if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return str(value) if isinstance(value, str) else value
+def _described(folder: Path, path: Path) -> _File:
+    *folders, name = path.relative_to(folder).parts
+    stem = _SUFFIX.sub("", name.lower())
+    shard = _SHARD.fullmatch(stem)
+    stem = shard[1] if shard else stem
+    told = next((_KINDS[word] for word in re.split(r"[^a-z]+", stem) if word in _KINDS), None)
+    kind = told or next((_KINDS[place.lower()] for place in reversed(folders) if place.lower() in _KINDS), "train")
+    is_own = shard and stem not in _KINDS and (told or "data" in folders)  # the hub's names of shards are exact
+    rest = [place for place in folders if place not in _NAMELESS and _KINDS.get(place.lower()) != kind]
+    return _File(path, "/".join(rest), stem if is_own else kind, kind, stem)

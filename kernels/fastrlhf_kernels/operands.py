@@ -213,10 +213,13 @@ class Operator:
             results = {}
             for name, given in zip(names, ctx.gradients):
                 if name in needs and given.shape == inputs[name].shape:
-                    # A traced backward (tensor subclasses) must be functional.
-                    here = in_place and type(given) is Tensor
-                    result = given.mul_(loss_gradient) if here else given * loss_gradient
-                    results[name] = result.to(inputs[name].dtype)
+                    dtype = inputs[name].dtype
+                    if not in_place or type(given) is not Tensor:  # a traced backward must be functional
+                        results[name] = (given * loss_gradient).to(dtype)
+                    elif given.dtype == dtype:
+                        results[name] = given.mul_(loss_gradient)
+                    else:  # one pass over [V, H], not one to multiply and one to round
+                        results[name] = torch.mul(given, loss_gradient, out=torch.empty_like(given, dtype=dtype))
             if in_place:
                 ctx.gradients = None
             return results

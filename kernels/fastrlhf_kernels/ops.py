@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def linear_log_probs(head: Head, ignore_index: int, return_entropy: bool, batch_
 
 @linear_log_probs.fake
 def _(head, return_entropy, **_):
-    make = lambda n: head.hidden.new_empty(n, dtype=wide(head.hidden, head.weight))  # noqa: E731
+    make = partial(head.hidden.new_empty, dtype=wide(head.hidden, head.weight))
     n = len(head.labels)
     return make(n), make(n if return_entropy else 0), make(n), make(n)
 
@@ -147,7 +149,7 @@ def token_log_probs(rows: Rows, ignore_index: int, return_entropy: bool, triton:
 
 @token_log_probs.fake
 def _(rows, return_entropy, **_):
-    make = lambda shape: torch.empty(shape, dtype=wide(rows.logits), device=rows.logits.device)  # noqa: E731
+    make = partial(torch.empty, dtype=wide(rows.logits), device=rows.logits.device)
     shape = rows.labels.shape
     return make(shape), make(shape if return_entropy else 0), make(shape), make(shape)
 
@@ -204,7 +206,7 @@ def gae(
 
 @gae.fake
 def _(values, mask, shaping, **_):
-    make = lambda shape: values.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    make = partial(values.new_empty, dtype=torch.float32)
     return make(0 if shaping.scores is None else mask.shape), make(mask.shape), make(mask.shape)
 
 

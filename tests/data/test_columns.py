@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastrlhf import PPOConfig, PPOTrainer, SFTConfig
 from fastrlhf.config.errors import ConfigError, UserError
+from fastrlhf.data.checks import meant
 from fastrlhf.data.dataset import load_conversations, load_feedback, load_prompts
 from fastrlhf.data.encode import EncodedPrompt, encode_example
 from fastrlhf.data.feedback import Prompt, parse_conversation
@@ -223,6 +224,17 @@ def test_a_mapped_column_takes_the_place_of_one_of_that_name_and_of_its_own():
     assert prompt.prompt == "Hi"
 
 
+def test_a_mapped_cell_of_a_csv_file_is_read_as_the_field_that_it_is(tmp_path):
+    path = tmp_path / "f.csv"
+    path.write_text(
+        'question,helpfulness,turns,id\nHi,3,"[{""role"": ""user"", ""content"": ""Hi""}]",7\n', encoding="utf-8"
+    )
+    [item], _ = load_feedback(path, columns={"prompt": "question", "response": "id", "score": "helpfulness"})
+    assert (item.prompt, item.responses, item.scores) == ("Hi", ("7",), (0.0,))
+    [prompt], _ = load_prompts(path, columns={"messages": "turns"})
+    assert prompt.prompt == [{"role": "user", "content": "Hi"}] and prompt.columns["id"] == "7"
+
+
 def test_a_mapping_that_finds_nothing_says_what_there_is():
     with pytest.raises(UserError, match=r"columns = system: sytem: no row has such a column; there are: prompt, b"):
         load_prompts([{"prompt": "Hi"}, {"prompt": "Hi", "b": 1}], columns={"system": "sytem"})
@@ -234,19 +246,70 @@ def test_a_missing_field_offers_the_mapping_with_the_rows_columns(load):
         load([{"question": "1+1?", "solution": "2"}])
 
 
+UNRELATED = {  # what is missing -> columns of other meaning
+    "prompt": """prompt_id promptId promptid prompt_source prompt1 id_prompt system_prompt_hash prompts_en prompter prom
+    problem product project question query input post topic instructions""",
+    "response": """response_1 response1 responseId response_model responder respondent responsive correct_response resp
+    reply reason reward source""",
+    "chosen": "chosen_rating chosen_model chosenId choice chooser rating_chosen score_chosen chose_by preferred",
+    "rejected": "rejected_model reject_reason rejection rejector unrejected",
+    "text": "test next context texture title tent text_en textId t te ext",
+}
+NUMBERS = {
+    "score": "score_A score_ratio store core scope scored scorer helpfulness overall_score 5core",
+    "margin": "marginal margin_of_error imagine margins_left",
+}
+
+
+@pytest.mark.parametrize("field", [*UNRELATED, *NUMBERS])
+def test_no_column_is_proposed_that_cannot_be_meant(field):
+    for column in (UNRELATED | NUMBERS)[field].split():
+        assert meant(field, {column: 3.5 if field in NUMBERS else "some text"}) is None, column
+
+
+MISSPELT = {
+    "prompt": "promt propmt prommpt prompf Prompt PROMPT prompts Prompt\t promp",
+    "response": "reponse respnse resopnse responce Response respons respon",
+    "chosen": "choosen chosne choses Chosen chose",
+    "rejected": "rejcted rejeced rejectet reject rejectted",
+    "text": "txt texts tetx Text tex",
+}
+
+
+@pytest.mark.parametrize("field", MISSPELT)
+def test_a_slip_of_the_pen_is_named(field):
+    for column in MISSPELT[field].split(" "):
+        assert meant(field, {"id": "x", column: "some text"}) == column
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("prompts", value) for value in (3, True, [3], [{"text": "a"}], {"content": "a"})),
+        *(("responces", value) for value in ("a", {"role": "assistant"}, 3)),
+        *(("responce", value) for value in (3, ["a"], [{"text": "a"}], {"text": "a"})),
+        *(("scorre", value) for value in ("3", True, [3])),
+        *(("labels", value) for value in (1, 0, "good", [True])),
+        *(("texts", value) for value in (["a"], 3)),
+    ],
+)
+def test_a_column_that_cannot_hold_the_field_is_not_proposed(field, value):
+    of = {"prompts": "prompt", "responces": "responses", "responce": "response", "scorre": "score", "labels": "label"}
+    assert meant(of.get(field, "text"), {field: value}) is None
+
+
 @pytest.mark.parametrize(
     ("load", "row"),
     [
         (load_conversations, {"prompt": "a", "response_1": "b", "response_2": "c"}),
-        (load_conversations, {"prompt": "a", "response1": "b"}),
+        (load_conversations, {"prompt": "a", "responder": "b"}),
         (load_conversations, {"instruction": "a", "completions": [{"response": "b"}]}),
         (load_feedback, {"prompt": "a", "response": "b", "score_A": 3}),
         (load_feedback, {"history": "a", "labels": 1}),
-        (load_prompts, {"prompt_id": "x"}),
-        (load_prompts, {"id_prompt": "x"}),
+        (load_prompts, {"promptId": "x"}),
     ],
 )
-def test_no_column_is_proposed_that_cannot_be_meant(load, row):
+def test_an_error_proposes_no_column_that_cannot_be_meant(load, row):
     with pytest.raises(UserError) as error:
         load([row])
     assert "did you mean" not in str(error.value)

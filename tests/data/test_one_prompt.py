@@ -123,6 +123,15 @@ AGREEING = {
         {"messages": [*ONE, assistant("look(river)"), {"role": "tool", "content": "Ebro"}, assistant(GOOD)]},
         [*ONE, assistant("look(river)"), {"role": "tool", "content": "Ebro"}],
     ),
+    "a ranking beside a completion": (
+        {
+            "prompt": ONE,
+            "responses": [GOOD, BAD],
+            "ranking": [0, 1],
+            "completion": [system("Be brief."), *ONE, assistant(GOOD)],
+        },
+        ONE,
+    ),
     "an instruction beside the prompt": ({"prompt": "Hi", "instruction": "Hi", "output": GOOD}, [user("Hi")]),
 }
 
@@ -238,6 +247,10 @@ MADE = st.fixed_dictionaries(
         "label": st.booleans(),
         "responses": st.lists(TEXTS, min_size=2, max_size=2),
         "ranking": st.just([0, 1]),
+        **dict.fromkeys(("response_1", "response_2"), TEXTS),
+        "preference_strength": st.integers(-1, 1),
+        **dict.fromkeys(("conversation_a", "conversation_b"), conversations()),
+        "winner": st.sampled_from(["model_a", "model_b", "tie"]),
     },
 )
 

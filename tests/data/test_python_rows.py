@@ -122,11 +122,9 @@ def test_what_has_none_is_refused(source, said):
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_list_of_files_is_no_list_of_prompts(kind, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "the cat"}\n')
-    with pytest.raises(UserError, match="the list holds the name of a file, .*rows.jsonl'; give one file, or a folder"):
-        load_prompts([kind(file)])
-    assert load_prompts(["rows.jsonl"])[1].used == 1  # no file of that name: a text
+    with pytest.raises(UserError, match="data is a list of file names .*rows.jsonl, .*, not of rows"):
+        load_prompts((kind(tmp_path / "rows.jsonl"),))
+    assert load_prompts(["rows.jsonl", "a text"])[1].used == 2
 
 
 # ---------------------------------------------------------------------------------------------------- other arguments

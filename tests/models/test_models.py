@@ -37,19 +37,6 @@ from fastrlhf.rollout.sampling import SamplingParams
 from fastrlhf.runtime import hardware
 from tests import tiny
 
-SHAPE = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
 GPT_SHAPE = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4}
 ROWS = [[7, 9], [5, 1, 40, 300, 12, 5, 1], [250], [30, 31, 0, 33]]  # EOS 1 and PAD 0 inside
 
@@ -66,12 +53,14 @@ def codegen() -> PreTrainedModel:
 
 
 def gemma2() -> PreTrainedModel:
-    config = Gemma2Config(**SHAPE, head_dim=8, sliding_window=4, final_logit_softcapping=2.0)
+    config = Gemma2Config(**tiny.SHAPE, head_dim=8, sliding_window=4, final_logit_softcapping=2.0)
     return build(Gemma2ForCausalLM, config)
 
 
 def opt() -> PreTrainedModel:
-    return build(OPTForCausalLM, OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=16, dropout=0.5, layerdrop=0.5))
+    return build(
+        OPTForCausalLM, OPTConfig(**tiny.SHAPE, ffn_dim=64, word_embed_proj_dim=16, dropout=0.5, layerdrop=0.5)
+    )
 
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -79,8 +68,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-tied": lambda: tiny.llama(tie_word_embeddings=True),
     "gpt2": tiny.gpt2,
     "gemma2": gemma2,
-    "cohere": lambda: build(CohereForCausalLM, CohereConfig(**SHAPE, logit_scale=0.25)),
-    "granite": lambda: build(GraniteForCausalLM, GraniteConfig(**SHAPE, logits_scaling=4.0)),
+    "cohere": lambda: build(CohereForCausalLM, CohereConfig(**tiny.SHAPE, logit_scale=0.25)),
+    "granite": lambda: build(GraniteForCausalLM, GraniteConfig(**tiny.SHAPE, logits_scaling=4.0)),
     "opt": opt,
     "codegen": codegen,
 }
@@ -273,7 +262,7 @@ def test_without_dropout_training_mode_is_deterministic(name):
         "opt": opt,
         "codegen": lambda: build(CodeGenForCausalLM, CodeGenConfig(**GPT_SHAPE, **rates)),
         "falcon": lambda: build(
-            FalconForCausalLM, FalconConfig(**SHAPE, hidden_dropout=0.5, attention_dropout=0.5, multi_query=False)
+            FalconForCausalLM, FalconConfig(**tiny.SHAPE, hidden_dropout=0.5, attention_dropout=0.5, multi_query=False)
         ),
     }[name]()
     ids = torch.tensor(ROWS[1:2])
@@ -321,7 +310,7 @@ def test_trainable_with_and_without_checkpointed_activations(checkpointing):
         (lambda: tiny.llama().model, "LlamaModel has no language-model head"),
         (lambda: LlamaForSequenceClassification(tiny.llama().config), "SequenceClassification has no language-model"),
         (
-            lambda: BertLMHeadModel(BertConfig(**SHAPE, is_decoder=True)).eval(),
+            lambda: BertLMHeadModel(BertConfig(**tiny.SHAPE, is_decoder=True)).eval(),
             "BertLMHeadModel computes its logits in a way that is not supported",
         ),
     ],

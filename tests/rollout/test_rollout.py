@@ -18,32 +18,19 @@ from fastrlhf.runtime.batching import derive_seed
 from tests import tiny
 
 EOS, PAD = 1, 0
-SHAPE = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": EOS,
-    "pad_token_id": PAD,
-    "initializer_range": 0.2,
-}
 RAGGED = [[7], [9, 40, 300, 12, 5, 77, 8, 130, 21, 6, 44], [250, 3], [11, EOS, 60, EOS, 90], [30] * 7]
 
 
 def qwen2() -> PreTrainedModel:
     torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)).eval()
+    return Qwen2ForCausalLM(Qwen2Config(**tiny.SHAPE, tie_word_embeddings=True)).eval()
 
 
 def gemma2(window: int = 6) -> PreTrainedModel:
     """Softcapped logits and attention, and a window of 6 tokens on every second layer."""
     torch.manual_seed(0)
     config = Gemma2Config(
-        **SHAPE, head_dim=8, sliding_window=window, final_logit_softcapping=3.0, query_pre_attn_scalar=1,
+        **tiny.SHAPE, head_dim=8, sliding_window=window, final_logit_softcapping=3.0, query_pre_attn_scalar=1,
         tie_word_embeddings=False,
     )  # fmt: skip
     return Gemma2ForCausalLM(config).eval()

@@ -8,6 +8,8 @@ Reward shaping and whitening alone follow below, for callers that do not need `s
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -213,7 +215,7 @@ def gae_rows(
     whiten_eps: whiten the advantages (not the returns), `group_size` consecutive rows together.
     """
     batch, length = mask.shape
-    make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=values.device)  # noqa: E731
+    make = partial(torch.empty, dtype=torch.float32, device=values.device)
     advantages, returns = make(batch, length), make(batch, length)
     shaped = None if shaping.scores is None else make(batch, length)
     statistics = None if whiten_eps is None else make(batch, 3)

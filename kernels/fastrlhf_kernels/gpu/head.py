@@ -158,9 +158,13 @@ class DenseHead:
 
     @property
     def aligned(self) -> bool:
-        """Whether descriptors can be made of x and the weight: half precision, rows that start at 16 bytes."""
+        """Whether descriptors can be made of x and the weight: half precision, rows that start at 16 bytes.
+
+        Not of an expanded row: the driver refuses stride 0.
+        """
         given = (self.x, self.weight)
-        return self.half and all(t.numel() and t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in given)
+        good = lambda t: t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1]  # noqa: E731
+        return self.half and all(t.numel() and good(t) for t in given)
 
     @property
     def half(self) -> bool:
@@ -176,16 +180,24 @@ class DenseHead:
         return {"PRECISION": "half" if self.half else precision, "LORA": "ieee" if amd else "tf32x3"}
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def padded(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty [rows, columns] whose rows start at multiples of 64 numbers.
+
+    With rows of an odd vocabulary (50,257) neither cuBLAS nor Triton could move 16 bytes at once.
+    """
+    return torch.empty(rows, -(-columns // 64) * 64, dtype=dtype, device=device)[:, :columns]
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b of one dtype (or mixed: in fp32) -> fp32, summed in fp32."""
     if a.dtype == b.dtype and a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
 
 
-def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
-    """sums (fp32) += a @ b."""
+def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out (fp32) += a @ b."""
     if a.dtype == b.dtype and a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        sums.addmm_(a.float(), b.float())
+        out.addmm_(a.float(), b.float())

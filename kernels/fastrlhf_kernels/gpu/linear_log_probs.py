@@ -8,6 +8,7 @@ The products of bf16 or fp16 numbers are exact in fp32, so this is an fp32 head.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..operands import Head, Need
 from . import tuning
-from .head import DenseHead, add_product, halves, head_logits, known_labels, near, product
+from .head import DenseHead, add_product, halves, head_logits, known_labels, near, padded, product
 from .launch import launch
 from .terms import (
     FLOOR,
@@ -52,7 +53,7 @@ def _absorb(z, low, last, label, scale, top, total, weighted, target, ENTROPY: t
     return new, decay * total + tl.sum(e, 1), weighted, target
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "blocks", "splits"])
 def _linear_forward(
     x,
     w,
@@ -127,12 +128,13 @@ def load_incoming(incoming, rows, live, ROWS: tl.constexpr):
     return g, ge, entropy, base, tl.load(incoming.total + rows, mask=live, other=1.0)
 
 
-@triton.jit(do_not_specialize=["n", "first"])
+@triton.jit(do_not_specialize=["n", "blocks", "last"])
 def _linear_backward(
     x,
     w,
     head,
     out,
+    out_stride,
     gain,
     incoming,
     n,
@@ -147,30 +149,32 @@ def _linear_backward(
     DEPTH: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    first_row, first_column = (program % blocks) * ROWS, first + (program // blocks) * COLUMNS
-    rows, columns = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
-    live = rows < n
-    low = first_column.to(tl.int32)
+    first_row, shift = (program % blocks) * ROWS, (program // blocks).to(tl.int32) * COLUMNS
+    rows, column = first_row + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    live, low = rows < n, first + shift
     z, slope = head_logits(x, w, head, n, last, first_row, low, DESCRIPTORS, PRECISION, LORA, ROWS, COLUMNS, DEPTH)
     label = tl.load(head.labels + rows, mask=live, other=-1).to(tl.int64)
     inverse = inverse_temperature(head.temperature, rows, live)
     g, ge, entropy, base, total = load_incoming(incoming, rows, live, ROWS)
-    g, ge, entropy, base, total = g[:, None], ge[:, None], entropy[:, None], base[:, None], total[:, None]
-    scale = (inverse * LOG2E)[:, None]
-    dz = softmax_gradient(z, base, scale, total, g, ge, entropy, incoming.entropy is not None)
-    column = tl.arange(0, COLUMNS)
-    dz += tl.where(column[None, :] == near(label, first_column, COLUMNS)[:, None], g, 0.0)
-    dz = dz * inverse[:, None] * slope * tl.load(gain)
-    start = out + rows * (last - first) + (first_column - first)
-    live = live[:, None] & (columns < last)[None, :]
-    tl.store(start[:, None] + column[None, :], dz.to(out.dtype.element_ty), mask=live)
+    scale, factor = (inverse * LOG2E)[:, None], inverse * tl.load(gain)
+    factor = factor if head.softcap is not None else factor * head.logit_scale
+    g, ge = (g * factor)[:, None], (ge * factor)[:, None]  # what is the same in a row is multiplied once a row
+    if incoming.entropy is not None:
+        dz = softmax_gradient(z, base[:, None], scale, total[:, None], g, ge, entropy[:, None], True)
+    else:
+        dz = -tl.exp2((z - base[:, None]) * scale) * (g / total[:, None])
+    dz += tl.where(column[None, :] == near(label, low, COLUMNS)[:, None], g, 0.0)
+    dz = dz * slope if head.softcap is not None else dz
+    # Up to the stride, a multiple of 64, not to `last`: what lies between is read by nobody, and stores stay wide.
+    there = live[:, None] & (shift + column < out_stride)[None, :]
+    tl.store((out + rows * out_stride + shift)[:, None] + column[None, :], dz.to(out.dtype.element_ty), mask=there)
 
 
 def linear_forward(head: Head, *, entropy: bool, batch_invariant: bool = False) -> Results:
     """log-prob, entropy (or None), maximum and sum of exponentials, each [n] fp32."""
     head = DenseHead(head)
     n, device = len(head), head.x.device
-    make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)  # noqa: E731
+    make = partial(torch.empty, dtype=torch.float32, device=device)
     results = Results(make(n).fill_(torch.nan), make(n) if entropy else None, make(n), make(n))
     chip = tuning.chip_of(device)
     described = chip.descriptors and not batch_invariant and head.aligned  # alignment may differ from call to call
@@ -179,7 +183,7 @@ def linear_forward(head: Head, *, entropy: bool, batch_invariant: bool = False) 
     blocks = -(-n // tile.rows)
     splits, columns = tuning.product_splits(chip, blocks, len(head.weight), tile, batch_invariant=batch_invariant)
     sums = Sums(make(n, splits), make(n, splits), make(n, splits))
-    constants = {"ENTROPY": entropy, "DESCRIPTORS": described, "HALVES": tile.columns > 128 and described}
+    constants = {"ENTROPY": entropy, "DESCRIPTORS": described, "HALVES": tile.halves and described}
     constants |= head.precisions() | tile.constants()
     arguments = (*head.operands(tile, described), head.args(), results.log_probs, sums, n, blocks, splits, columns)
     launch(_linear_forward, blocks * splits, device, *arguments, **constants, warps=tile.warps, stages=tile.stages)
@@ -212,12 +216,12 @@ def linear_backward(head: Head, g: Tensor | None, ge: Tensor | None, entropy, to
     dv = torch.zeros_like(head.v) if head.v is not None and (need.hidden or need.lora) else None
     for first in range(0, vocabulary, columns_of_slice):
         last = min(vocabulary, first + columns_of_slice)
-        dz = torch.empty(n, last - first, dtype=dtype, device=device)
+        dz = padded(n, last - first, dtype, device)
         programs = blocks * -(-(last - first) // tile.columns)
-        arguments = (*operands, args, dz, gain, incoming, n, blocks, first, last)
+        arguments = (*operands, args, dz, dz.stride(0), gain, incoming, n, blocks, first, last)
         launch(_linear_backward, programs, device, *arguments, **constants, warps=tile.warps, stages=tile.stages)
         if dx is not None:
-            add_product(dx, dz, weight[first:last])
+            add_product(dz, weight[first:last], out=dx)
         if dw is not None:
             dw[first:last] = product(dz.T, head.x).div_(gain)
         if dbias is not None:

@@ -7,6 +7,7 @@ taken before they are divided by the temperature, so that a large common offset 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ def dz_block(x, column, label, base, scale, total, g, ge, entropy, inverse, ENTR
     return (dz + tl.where(column[None, :] == label[:, None], g, 0.0)) * inverse[:, None]
 
 
-@triton.jit(do_not_specialize=["n", "inner"])
+@triton.jit(do_not_specialize=["n", "inner", "splits"])
 def _forward(
     source,
     results,
@@ -127,7 +128,7 @@ def _forward(
         store_results(results, rows, live, inside, log_prob, top, total, weighted)
 
 
-@triton.jit(do_not_specialize=["n", "inner"])
+@triton.jit(do_not_specialize=["n", "inner", "splits"])
 def _backward(source, out, incoming, n, inner, ignore_index, splits, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     part = program % splits
@@ -228,7 +229,9 @@ def _row_args(rows: Rows) -> tuple[RowArgs, int]:
         logits = logits.reshape(1, -1, columns) if logits.ndim == 1 else logits[None]
     temperature = Temperature.of(rows.temperatures, rows.temperature)
     labels = rows.labels.reshape(-1).contiguous()
-    return RowArgs(logits, labels, temperature, columns, *logits.stride()), max(1, logits.shape[1])
+    outer, *strides = logits.stride()
+    outer = 0 if len(logits) == 1 else outer  # nobody's: no kernel of its own for every number of rows
+    return RowArgs(logits, labels, temperature, columns, outer, *strides), max(1, logits.shape[1])
 
 
 def _grid(n: int, columns: int, device: torch.device):
@@ -244,7 +247,7 @@ def rows_forward(rows: Rows, ignore_index: int, entropy: bool):
     """token_log_probs: (log-prob, entropy or an empty tensor, maximum, sum of exponentials), in the labels' shape."""
     shape, n, device = rows.labels.shape, rows.labels.numel(), rows.logits.device
     source, inner = _row_args(rows)
-    make = lambda *size: torch.empty(size, dtype=torch.float32, device=device)  # noqa: E731
+    make = partial(torch.empty, dtype=torch.float32, device=device)
     results = Results(make(n), make(n) if entropy else None, make(n), make(n))
     tile, programs, splits, width = _grid(n, source.columns, device)
     sums = Sums(*(make(n, splits) for _ in range(3))) if splits > 1 else None

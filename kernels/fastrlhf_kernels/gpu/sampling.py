@@ -9,6 +9,7 @@ The random words are those of `reference.philox_4x32`, and no kernel waits for t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -260,7 +261,7 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int
     columns = min(1024, tile.columns)
     blocks, per_program = -(-vocabulary // columns), max(1, tile.rows * tile.columns // columns)
     groups = -(-blocks // per_program)
-    make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)  # noqa: E731
+    make = partial(torch.empty, dtype=torch.float32, device=device)
 
     def sums(floors: Tensor | None, totals: Tensor) -> Blocks:
         out = Blocks(tops, totals)
@@ -292,7 +293,7 @@ def threshold(source: Source, tops: Tensor, floors: Tensor, top_k: int, top_p: f
     chunks = -(-vocabulary // columns)
     splits = max(1, min(64, chunks, -(-4 * tuning.chip_of(device).multiprocessors // max(1, n))))
     chunks = -(-chunks // splits)
-    make = lambda *shape, dtype=torch.float64: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
+    make = partial(torch.empty, dtype=torch.float64, device=device)
     passes = [Search(make(n, 2, dtype=torch.int64), make(n), make(n, splits, 8)) for _ in range(2)]
     constants = {"COUNT": top_k > 0, "COLUMNS": columns, "SPLITS": triton.next_power_of_2(splits)}
     constants["BLOCKS"] = triton.next_power_of_2(blocks)

@@ -224,7 +224,7 @@ def store_sums(sums, place, live, top, total, weighted):
     tl.store(sums.weighted + place, weighted, mask=live)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "splits"])
 def _combine(sums, results, labels, temperature, n, splits, ignore_index, ROWS: tl.constexpr, SPLITS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
@@ -244,7 +244,7 @@ def _combine(sums, results, labels, temperature, n, splits, ignore_index, ROWS: 
 def combine(sums: Sums, results: Results, labels: Tensor, temperature: Temperature, ignore_index: int) -> None:
     """Second stage of a sweep over a split vocabulary: the sums of the parts become results, in a fixed order."""
     n, splits = sums.top.shape
-    width = triton.next_power_of_2(splits)
+    width = max(128, triton.next_power_of_2(splits))  # no kernel of its own for every number of parts
     rows = max(1, min(16, 4096 // width))
     arguments = (sums, results, labels, temperature, n, splits, ignore_index)
     launch(_combine, -(-n // rows), labels.device, *arguments, ROWS=rows, SPLITS=width, warps=4)

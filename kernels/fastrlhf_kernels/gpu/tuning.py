@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,13 +24,17 @@ class Chip(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Rows and columns of a block of elements, warps, pipeline stages, and the depth of a step of a matrix product."""
+    """Rows and columns of a block of elements, warps, pipeline stages, the depth of a step of a matrix product, whether
+    its epilogue takes one half of the columns after the other (registers), and how many blocks a multiprocessor holds.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int = 2
     depth: int = 64
+    halves: bool = False
+    resident: int = 1
 
     def constants(self) -> dict[str, int]:
         return {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
@@ -49,7 +54,6 @@ CHIPS = {
 # (kernel, chip) -> bytes of stack that are accepted, and why; at most two (bench/compile_kernels.py)
 STACK_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ("_gae", "sm_80"): (8, "Triton 3.6 only: two registers, spilled to reach the next step of occupancy"),
-    ("_exponential_terms", "sm_100"): (8, "the same, in a pass over rows that hardly ever have to be computed again"),
 }
 INTERPRETER = Chip("interpreter", 32, 2, 1 << 30)
 _chosen: Chip | None = None
@@ -81,13 +85,19 @@ def chip_of(device: torch.device) -> Chip:
 
 def _read(index: int) -> Chip:
     about = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        name = about.gcnArchName.split(":")[0]
-        base = CHIPS.get(name, CHIPS["gfx942"])
+    name = about.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{about.major}{about.minor}"
+    return chip_named(name)._replace(multiprocessors=about.multi_processor_count)
+
+
+def chip_named(name: str) -> Chip:
+    """The chip of a name such as "sm_103" or "gfx950": one of CHIPS, or what is like it as far as is known."""
+    if name in CHIPS:
+        return CHIPS[name]
+    if name.startswith("gfx"):
+        like = "gfx942"
     else:
-        name = f"sm_{about.major}{about.minor}"
-        base = CHIPS.get(name, CHIPS["sm_100"] if about.major == 10 else CHIPS["sm_86"])  # 99 KiB fits all others
-    return Chip(name, base.warp, about.multi_processor_count, base.shared, base.descriptors)
+        like = "sm_100" if name in ("sm_101", "sm_103") else "sm_86"  # 99 KiB of shared memory fit all others
+    return CHIPS[like]._replace(name=name)
 
 
 # --- elementwise sweeps over rows of logits ---
@@ -128,9 +138,9 @@ PRODUCT_TILES = {  # half precision: (long batches, decode-sized batches). Point
     "interpreter": (Tile(64, 256, 4, 1, 64), Tile(16, 256, 4, 1, 64)),
 }
 DESCRIPTOR_TILES = {  # the same with tensor descriptors, and for the backward
-    "sm_90": (Tile(128, 256, 8, 3), Tile(128, 128, 8, 3)),
+    "sm_90": (Tile(128, 256, 8, 3, halves=True), Tile(128, 128, 8, 3, halves=True, resident=2)),
     "sm_100": (Tile(128, 64, 8, 4), Tile(128, 64, 8, 3)),
-    "interpreter": (Tile(64, 256, 4, 1, 64), Tile(64, 128, 4, 1, 64)),
+    "interpreter": (Tile(64, 256, 4, 1, 64, halves=True), Tile(64, 128, 4, 1, 64, halves=True)),
 }
 ADAPTER_TILE = Tile(128, 64, 8, 3)  # with LoRA: the fp32 operands of the adapter need registers too
 FP32_TILE = Tile(32, 64, 8, 2, 32)  # IEEE fp32 has no tensor core: larger tiles spill
@@ -150,34 +160,34 @@ def product_tile(
         return short
     if adapter and chip.name != "interpreter":
         return ADAPTER_TILE
-    return DESCRIPTOR_TILES[chip.name][backward] if described else long
+    return DESCRIPTOR_TILES.get(chip.name, DESCRIPTOR_TILES["sm_100"])[backward] if described else long
 
 
+@lru_cache(maxsize=4096)
 def product_splits(
     chip: Chip, blocks: int, vocabulary: int, tile: Tile, *, batch_invariant: bool = False
 ) -> tuple[int, int]:
-    """(parts of the vocabulary, columns of a part): four waves of programs if parts of 4,096 columns allow it.
+    """(parts of the vocabulary, columns of a part) with which `blocks` blocks of rows end soonest on this chip.
 
-    A handful of rows (one block) may be split finer: there the weight is read once, and every multiprocessor must
-    read a share of it. batch_invariant: parts of 4,096 columns, whatever the number of rows.
+    Programs run in waves of as many as the chip holds, and a wave that is hardly begun costs a whole one. Of all parts
+    of at least 512 columns, at most 128 (one block of rows: of a tile, at most 1,024, as the weight is read once and
+    every multiprocessor must read a share) those with the fewest tiles one after the other, give or take 2 %, and of
+    those the fewest.
+    batch_invariant: parts of 4,096 columns, whatever the number of rows.
     """
-    least = tile.columns if blocks == 1 else 4096
-    wanted = -(-4 * chip.multiprocessors // max(1, blocks))
-    splits = vocabulary // 4096 if batch_invariant else min(wanted, vocabulary // least)
-    splits = max(1, min(splits, 1024))
-    least = -(-vocabulary // splits)
-    columns = -(-least // tile.columns) * tile.columns
-    return -(-vocabulary // columns), columns
-
-
-# chip -> least hidden size from which the cuBLAS product and a softmax pass beat exponentials in the product's
-# epilogue (`linear_ppo_loss.py`), as `python -m bench.gpu_kernels` measures it. Empty: no chip was measured yet.
-SOFTMAX_FROM: dict[str, int] = {}
-
-
-def ppo_plan(chip: Chip, width: int) -> str:
-    """ "exponentials" or "softmax": the former where it was measured to be faster."""
-    return "exponentials" if width < SOFTMAX_FROM.get(chip.name, 0) else "softmax"
+    if batch_invariant:
+        equal = -(-vocabulary // max(1, min(vocabulary // 4096, 1024)))
+        columns = -(-equal // tile.columns) * tile.columns
+        return -(-vocabulary // columns), columns
+    slots, tiles = chip.multiprocessors * tile.resident, -(-vocabulary // tile.columns)
+    most, smallest = (1024, 1) if blocks <= 1 else (128, max(1, 512 // tile.columns))
+    waves = {
+        part: -(-max(1, blocks) * -(-tiles // part) // slots) * part
+        for part in range(min(tiles, max(smallest, -(-tiles // most))), tiles + 1)
+    }
+    enough = 1.02 * min(waves.values())
+    part = max(part for part, cost in waves.items() if cost <= enough)
+    return -(-tiles // part), part * tile.columns
 
 
 # --- decode attention ---
