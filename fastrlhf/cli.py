@@ -113,9 +113,10 @@ def _stage(verb: str, arguments: list[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="check fields, data and models, print the recipe, stop")
     _add_flags(parser, "overwrite", "skip_bad_rows")
+    _add_accept_changed(parser)
     args = _parse(parser, arguments)
     source, overrides = _recipe_and_overrides(args.overrides)
-    inputs, config = recipe.load_recipe(verb, source, overrides + args.flags)
+    inputs, config = recipe.load_recipe(verb, source, overrides + args.flags + _accepted(args))
     recipe.check_paths(verb, inputs, config)
     if args.dry_run:
         for line in _load("preflight").check_inputs(verb, inputs, config):
@@ -168,13 +169,14 @@ def _resume(verb: str, arguments: list[str]) -> int:
 
     parser = _parser(verb, "RUN_DIR")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of the run")
+    _add_accept_changed(parser)
     args = _parse(parser, arguments)
     _first_line(verb, args.run_dir)
     stage = _load("checkpoint.run_folder").read_run_json(args.run_dir)["verb"]
     as_before = ["resume=true", "overwrite=false", f"output_dir={args.run_dir}"]
     if stage == "quickstart":
-        return _load("quickstart").main(as_before)
-    inputs, config = recipe.load_recipe(stage, f"{args.run_dir}/config.yaml", as_before)
+        return _load("quickstart").main(as_before + _accepted(args))
+    inputs, config = recipe.load_recipe(stage, f"{args.run_dir}/config.yaml", as_before + _accepted(args))
     recipe.check_paths(stage, inputs, config)
     return _load(STAGES[stage]).main(inputs, config)
 
@@ -183,18 +185,12 @@ def _generate(verb: str, arguments: list[str]) -> int:
     parser = _parser(verb, "FOLDER (--prompt TEXT | --prompts FILE) [options]")
     parser.add_argument("model", metavar="FOLDER", help="model folder, hub id or GGUF file")
     parser.add_argument("--prompt", action="append", help="what to reply to; may be repeated")
-    parser.add_argument("--samples", dest="n", type=int, default=1, help="replies to each prompt (default 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (default 256)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default 1: off)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default 0: all)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
+    _add_sampling(parser, samples=1)
     _add_files(parser, "a prompt")
     args = _parse(parser, arguments)
     rows = _asked(parser, args, "--prompt")
     inference = _load("inference")
-    sampling = ("n", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "raw")
-    options = {name: getattr(args, name) for name in sampling}
+    options = {name: getattr(args, name) for name in _SAMPLING}
     replies = inference.generate(args.model, [row.prompt for row in rows], **options)
     asked = [row for row in rows for _ in range(args.n)]
     if args.output is not None:
@@ -221,6 +217,8 @@ def _score(verb: str, arguments: list[str]) -> int:
         raise UserError("--response: the rows of --prompts have their own; give --prompt with it, or neither")
     rows = _asked(parser, args, "--prompt and --response")
     inference = _load("inference")
+    from fastrlhf.data.feedback import responses_of
+
     if args.prompts is None:
         replies = args.response or []
         if not replies:
@@ -229,7 +227,7 @@ def _score(verb: str, arguments: list[str]) -> int:
             raise UserError(f"{len(rows)} --prompt but {len(replies)} --response: give one of each per score")
         pairs = list(zip(rows, replies))
     else:
-        pairs = [(row, reply) for row in rows for reply in inference.responses_of(row)]
+        pairs = [(row, reply) for row in rows for reply in responses_of(row)]
     scores = inference.score(args.model, [row.prompt for row, _ in pairs], [r for _, r in pairs], raw=args.raw)
     if args.output is not None:
         return _write(args.output, [_scored(*pair, score) for pair, score in zip(pairs, scores)])
@@ -241,6 +239,20 @@ def _score(verb: str, arguments: list[str]) -> int:
 def _scored(row: Prompt, response: str, score: float) -> dict[str, Any]:
     columns = {name: value for name, value in row.columns.items() if name not in ("responses", "completion")}
     return {**columns, "prompt": row.prompt, "response": response, "score": score}
+
+
+_SAMPLING = ("n", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "raw")  # arguments of inference.sample
+
+
+def _add_sampling(parser: _Parser, *, samples: int) -> None:
+    parser.add_argument(
+        "--samples", dest="n", type=int, default=samples, help="replies to a prompt (default %(default)s)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (default 256)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default 1: off)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default 0: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
 
 
 def _add_files(parser: _Parser, row: str) -> None:
@@ -285,6 +297,54 @@ def _report(verb: str, arguments: list[str]) -> int:
     return importlib.import_module("fastrlhf.report").main(args.run_dir)
 
 
+def _label(verb: str, arguments: list[str]) -> int:
+    parser = _parser(
+        verb, "[PROMPTS] (--policy FOLDER | --replies FILE) --output FILE.jsonl [options] | --summary FILE"
+    )
+    parser.add_argument("prompts", metavar="PROMPTS", nargs="?", help="rows with a prompt: JSON, JSONL, Parquet, CSV")
+    parser.add_argument("--policy", metavar="FOLDER", help="sample replies of this model: folder, hub id or GGUF file")
+    parser.add_argument("--replies", metavar="FILE", help="judge these replies, such as generate --output writes")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="judgements are added here; what is there goes on")
+    parser.add_argument("--summary", metavar="FILE", help="print what the judgements in a file say, and stop")
+    parser.add_argument(
+        "--annotators", default="annotator", help="names, with commas; each gets an address of their own"
+    )
+    parser.add_argument(
+        "--annotators-per-prompt", type=int, default=1, help="people who see the same prompt (default 1)"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve on (default 127.0.0.1: this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8717, help="port to serve on (default 8717; 0: any free one)")
+    parser.add_argument("--lang", choices=("zh", "en"), help="language of the page (default: that of the prompts)")
+    parser.add_argument("--open", action="store_true", help="open the first annotator's page in a browser")
+    _add_sampling(parser, samples=4)
+    parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
+    args = _parse(parser, arguments)
+    label = importlib.import_module("fastrlhf.label")
+    say = partial(print, flush=True)
+    if args.summary is not None:
+        return label.print_summary(args.summary, say)
+    if args.output is None:
+        raise UserError(f"the following arguments are required: --output; see {parser.prog} --help")
+    if (args.policy is None) == (args.replies is None):
+        raise UserError(f"give one of --policy and --replies; see {parser.prog} --help")
+    if args.policy is not None:
+        if args.prompts is None:
+            raise UserError(f"the following arguments are required: PROMPTS; see {parser.prog} --help")
+        _check_model("--policy", args.policy)
+    _first_line(verb, f"{args.policy or args.replies} -> {args.output}")
+    names = ("prompts", "output", "policy", "replies", "host", "port", *_SAMPLING)
+    return label.main(
+        **{name: getattr(args, name) for name in names},
+        annotators=args.annotators.split(","),
+        per_prompt=args.annotators_per_prompt,
+        language=args.lang,
+        open_browser=args.open,
+        say=say,
+    )
+
+
 VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "quickstart": (_quickstart, "align a small model on embedded data, offline on a CPU: SFT, reward, PPO, verdict"),
     "sft": (_stage, "fine-tune a model on conversations or text"),
@@ -294,6 +354,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "resume": (_resume, "go on with an interrupted run"),
     "generate": (_generate, "print a model's replies to prompts"),
     "score": (_score, "print a reward model's scores of responses"),
+    "label": (_label, "judge replies in the browser: score, rank, edit; the file trains a reward model"),
     "report": (_report, "write report.html of a run"),
 }
 
@@ -329,6 +390,18 @@ def _add_flags(parser: _Parser, *fields: str) -> None:
         text, option = f"{field}=true", "--" + field.replace("_", "-")
         parser.add_argument(option, action="append_const", const=text, dest="flags", help=f"the same as {text}")
     parser.set_defaults(flags=[])
+
+
+def _add_accept_changed(parser: _Parser) -> None:
+    parser.add_argument(
+        "--accept-changed",
+        metavar="NAME[,NAME]",
+        help="with resume: go on although these inputs or fields are not what the run was started with",
+    )
+
+
+def _accepted(args: argparse.Namespace) -> list[str]:
+    return [] if args.accept_changed is None else [f"accept_changed={args.accept_changed}"]
 
 
 def _fields_help(stage: str) -> str:

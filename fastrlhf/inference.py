@@ -9,22 +9,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint.atomic import fsync
 from fastrlhf.config.errors import UserError
-from fastrlhf.data.checks import BadRow, DroppedRow, Messages, missing, text_of, wrong
+from fastrlhf.data.checks import BadRow, DroppedRow, Messages
 from fastrlhf.data.columns import Columns
 from fastrlhf.data.dataset import Reading, load_prompts
 from fastrlhf.data.feedback import Prompt, parse_prompt
-from fastrlhf.data.foreign import completion_of
 from fastrlhf.data.prompt_format import decide
 from fastrlhf.data.templates import encode_prompt, stop_token_ids
 from fastrlhf.models.loading import is_scalar_model, load_policy, load_reward_model, load_tokenizer
@@ -32,12 +31,19 @@ from fastrlhf.rl.scorers import score_texts
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.result import reply_texts
 from fastrlhf.rollout.sampling import SamplingParams
+from fastrlhf.runtime.records import json_line
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 STDIN = "-"
-_REPLIES = ("response", "responses", "completion")  # columns of a row that hold what is to be scored
+
+
+class Reply(NamedTuple):
+    """A sampled reply: its text, and its token ids with the stop token that ended it."""
+
+    text: str
+    ids: list[int]
 
 
 def generate(source: str, prompts: Sequence[str | Messages], *, raw: bool = False, **sampling: float) -> list[str]:
@@ -45,6 +51,14 @@ def generate(source: str, prompts: Sequence[str | Messages], *, raw: bool = Fals
 
     UserError for a reward model, for settings that cannot be and for prompts that are empty or too long for the model.
     """
+    return [reply.text for replies in sample(source, prompts, raw=raw, **sampling) for reply in replies]
+
+
+def sample(
+    source: str, prompts: Sequence[str | Messages], *, raw: bool = False, at_once: int | None = None, **sampling: float
+) -> Iterator[list[Reply]]:
+    """Yield the replies to each prompt in turn, decoded `at_once` prompts together (None: all), which changes none of
+    them. UserError as in `generate`, before the first reply."""
     if is_scalar_model(source):
         raise UserError(
             f"FOLDER: {source!r} is a reward model, which writes no text; judge replies with fastrlhf score"
@@ -56,10 +70,15 @@ def generate(source: str, prompts: Sequence[str | Messages], *, raw: bool = Fals
         prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         model = load_policy(source)
         params = replace(params, stop_token_ids=stop_token_ids(tokenizer, model.generation_config))
-        out = RolloutEngine(model, tokenizer).generate(prompt_ids, params)
+        engine = RolloutEngine(model, tokenizer)
+        engine.check(prompt_ids, params)
+        size = at_once or len(prompt_ids) or 1
+        for first in range(0, len(prompt_ids), size):
+            out = engine.generate(prompt_ids[first : first + size], params, first=first)
+            replies = list(map(Reply, reply_texts(tokenizer, out), out.response_ids))
+            yield from (replies[i : i + params.n] for i in range(0, len(replies), params.n))
     except ValueError as error:
         raise UserError(str(error)) from error
-    return reply_texts(tokenizer, out)
 
 
 def score(
@@ -108,29 +127,6 @@ def _json(where: str, line: str) -> Any:
         raise BadRow(where, "not valid JSON; the first line is, so every line must be one JSON value") from None
 
 
-def responses_of(prompt: Prompt) -> list[str]:
-    """What a row has to be scored: its response (completion), or each of its responses. UserError without them."""
-    name = next((name for name in _REPLIES if prompt.columns.get(name) is not None), None)
-    if name is None:
-        raise missing(prompt.where, "response", prompt.columns, "the text to score, or a list of them in responses")
-    value = prompt.columns[name]
-    if name != "responses":
-        return [_response(value, prompt.where, name)]
-    if not isinstance(value, list) or not value:
-        raise wrong(prompt.where, name, "a list of texts", value)
-    return [_response(one, prompt.where, f"{name}[{i}]") for i, one in enumerate(value)]
-
-
-def _response(value: Any, where: str, name: str) -> str:
-    """A model may have said nothing at all: an empty response has a score too."""
-    if isinstance(value, str):
-        return text_of(value, where, name, empty=True)
-    reply = completion_of(value, where, name)
-    if not isinstance(reply, str):
-        raise UserError(f'{where}: field "{name}" must be one reply, found {len(reply)} messages')
-    return reply
-
-
 def check_output(path: str, overwrite: bool) -> None:
     """UserError, before a model works for it, for a file that is there and is to stay, or that cannot be written."""
     target = Path(path).expanduser()
@@ -150,9 +146,8 @@ def write_rows(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """JSON Lines under `path`, whole or not at all. UserError for what the disk refuses."""
     target = Path(path).expanduser()
     beside = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
     try:
-        beside.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        beside.write_text("".join(map(json_line, rows)), encoding="utf-8", errors="backslashreplace")
         fsync(beside)
         os.replace(beside, target)
     except OSError as error:

@@ -140,7 +140,6 @@ class PPOTrainer(Trainer):
             roles,
             memory=self.memory,
             guard=self.guard,
-            report=self.tracker.event,
             ptx_examples=ptx_examples,
         )
         self.refresh = ReferenceRefresh(roles, config.ref_refresh_every) if config.ref_refresh_every else None
@@ -165,9 +164,11 @@ class PPOTrainer(Trainer):
         with phase("rollout"):
             indices = self.sampler.take(config.rollout_batch_size // config.samples_per_prompt)
             rollout = self.rollout([self.prompts[i] for i in indices], config.samples_per_prompt, purpose="rollout")
+        self.stop_together()
         with phase("score"):
             scores = self.scorer(rollout)
             self.alarms.after_scoring(rollout.scored(scores.values), self.steps_done + 1)
+        self.stop_together()
         with phase("advantages"), self.roles.offload.here(self.ref_policy):  # moved once, not for each micro-batch
             epochs = plan_epochs(config, len(rollout.rows), self.steps_done)
             experience, metrics = make_experience(
@@ -180,13 +181,15 @@ class PPOTrainer(Trainer):
                 first_epoch=epochs[0],
                 memory=self.memory,
             )
+        self.stop_together()
         with phase("update"):
             metrics |= self.learner.update(rollout.rows, experience, epochs, self.steps_done)
             metrics |= self._after_update(rollout.rows, experience)
         metrics |= {
             "length/mean": mean([float(len(ids)) for ids in rollout.response_ids]),
             "length/finished": mean([float(finished) for finished in rollout.finished]),
-            "update/skipped": float(self.guard.skipped),
+            "update/skipped": float(self.guard.updates_skipped),
+            "update/left_out": float(self.guard.rows_left_out),
         }
         self._after_kl(metrics["kl/ref"])
         self.steps_done += 1

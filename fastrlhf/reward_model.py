@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -77,16 +76,6 @@ def record_loss(scores: Tensor, feedback: Feedback) -> Tensor:
     return preference_loss(scores, feedback.ranking, feedback.margin)
 
 
-def ordered_pairs(feedback: Feedback) -> list[tuple[int, int]]:
-    """(better, worse) index pairs that a record implies; score records compare responses with different scores."""
-    if feedback.kind == "score":
-        pairs = combinations(range(len(feedback.scores)), 2)
-        ordered = [(i, j) if feedback.scores[i] > feedback.scores[j] else (j, i) for i, j in pairs]
-        return [(i, j) for i, j in ordered if feedback.scores[i] != feedback.scores[j]]
-    groups = feedback.ranking
-    return [(i, j) for g, group in enumerate(groups) for i in group for rest in groups[g + 1 :] for j in rest]
-
-
 class RewardTrainer(SupervisedTrainer):
     """Train a scalar-head model. Fields of the config: docs/api.md.
 
@@ -120,7 +109,7 @@ class RewardTrainer(SupervisedTrainer):
                 records, config.eval_fraction, config.seed, key=lambda r: json.dumps(r.feedback.prompt)
             )  # judgements of the same prompt stay together
         self.held_out = HeldOut(len(self.eval_records))
-        ordered = any(ordered_pairs(r.feedback) for r in self.eval_records)
+        ordered = any(r.feedback.ordered_pairs() for r in self.eval_records)
         self.best_metric = ("accuracy/eval", True) if ordered else ("loss/eval", False)
         device, padded = device_of(model), padding_tokenizer(tokenizer)
         super().__init__(config, items=records, inputs=inputs, tokenizer=padded, device=device, notes=notes)
@@ -153,7 +142,7 @@ class RewardTrainer(SupervisedTrainer):
             loss.backward()
             total += loss.detach()
             for s, record in zip(parts, group, strict=True):
-                values, ordered = s.tolist(), ordered_pairs(record.feedback)
+                values, ordered = s.tolist(), record.feedback.ordered_pairs()
                 counts += torch.tensor([len(ordered), sum(values[i] > values[j] for i, j in ordered)])
         return total, counts
 
@@ -169,8 +158,8 @@ class RewardTrainer(SupervisedTrainer):
         pairs, right = sums[1].tolist()
         return {"accuracy/train": right / pairs} if pairs else {}
 
-    def token_count(self, item: Record) -> int:
-        return sum(map(len, item.rows))
+    def token_ids(self, item: Record) -> list[list[int]]:
+        return item.rows
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -181,7 +170,7 @@ class RewardTrainer(SupervisedTrainer):
         scores = self._held_out_scores()
         parts = scores.split([len(r.rows) for r in self.eval_records])
         both = list(zip(parts, (r.feedback for r in self.eval_records), strict=True))
-        margins = [float(s[i] - s[j]) for s, f in both for i, j in ordered_pairs(f)]
+        margins = [float(s[i] - s[j]) for s, f in both for i, j in f.ordered_pairs()]
         metrics = {"loss/eval": sum(float(record_loss(s, f)) for s, f in both) / len(both)}
         if margins:
             metrics["accuracy/eval"] = sum(m > 0 for m in margins) / len(margins)

@@ -97,8 +97,8 @@ class SFTTrainer(SupervisedTrainer):
     def step_metrics(self, sums: Sequence[Tensor]) -> dict[str, float]:
         return {}
 
-    def token_count(self, item: Example) -> int:
-        return len(item.ids)
+    def token_ids(self, item: Example) -> list[list[int]]:
+        return [item.ids]
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

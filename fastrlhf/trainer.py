@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint.atomic import CheckpointError, export_folder
-from fastrlhf.checkpoint.run_folder import RunFolder, check_identity, identity
+from fastrlhf.checkpoint.run_folder import RunFolder, identity
 from fastrlhf.checkpoint.state import (
     load_optimizer_tensors,
     load_parts,
@@ -42,11 +42,12 @@ from fastrlhf.models.lora import Adapters
 from fastrlhf.models.saving import write_model
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import Sampler
-from fastrlhf.runtime.guards import Interrupted, StopNow, StopSignal, UpdateGuard
+from fastrlhf.runtime.guards import Interrupted, StopNow, StopSignal
 from fastrlhf.runtime.memory import MemoryBackoff
 from fastrlhf.runtime.metrics import throughput
 from fastrlhf.runtime.optim import Optimizer, TrainedRole, lr_at
 from fastrlhf.runtime.tracking import Tracker
+from fastrlhf.runtime.updates import UpdateGuard
 
 EXIT_INTERRUPTED = 75
 
@@ -115,10 +116,11 @@ class Trainer(metaclass=_BegunWhenBuilt):
         self.run_folder = RunFolder(config, inputs)
         if distributed.is_lead():  # another rank may get here when the lead has taken the folder already
             self.run_folder.check()
+            self.run_folder.read_inputs(tokenizer.chat_template)
         self.store: CheckpointStore | None = None
         self.tracker = Tracker(None, config.stage, total_steps, console=distributed.is_lead())
         self.memory = MemoryBackoff(config, device, self.tracker.event)
-        self.guard = UpdateGuard()
+        self.guard = UpdateGuard(self.tracker.event, tokenizer.decode)
         for note in notes:
             self.tracker.note(note)
 
@@ -226,16 +228,22 @@ class Trainer(metaclass=_BegunWhenBuilt):
                 self._finish_step(self._unfinished, {})
                 self._stop_if_asked()
             while self.steps_done < self.total_steps:
-                if self._stop.requested and distributed.size() == 1:  # it came after the step or in the user's loop
-                    raise StopNow
+                self.stop_together()  # it came after the step or in the user's loop
+                self.tracker.begin(self.steps_done + 1)
                 with self._at_once():
                     result = self.step()
                 self._finish_step(result.metrics, result.timings)
                 yield result
                 self._stop_if_asked()
 
+    def stop_together(self) -> None:
+        """Stop here, before the update of a step, where a signal came to any rank; a step calls it between its parts.
+        One rank alone stops at once."""
+        if self._stop is not None and distributed.any_of(self._stop.requested):
+            raise StopNow
+
     def _at_once(self) -> AbstractContextManager[None]:
-        """Let signals stop the work inside. Ranks have to stop together, so several of them do at the end of a step."""
+        """Let signals stop the work inside. Ranks have to stop together: several of them do in `stop_together`."""
         return self._stop.at_once() if distributed.size() == 1 else nullcontext()
 
     def _finish_step(self, metrics: dict[str, float], timings: dict[str, float]) -> None:
@@ -265,6 +273,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
     def _describe_stop(self, now: bool) -> str:
         """Say what a signal leads to."""
         first = "stopping now, without the step that was begun" if now else "waiting for the end of the step"
+        if distributed.size() > 1 and self._end is not None:
+            first = "waiting for all ranks to come to the end of this part of the step"
         return first if self.store is None else f"{first}, then writing a checkpoint"
 
     def _update_begins(self, *_: object) -> None:
@@ -287,14 +297,16 @@ class Trainer(metaclass=_BegunWhenBuilt):
 
     def _on_the_way_out(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """Go back to the end of the last step and save it, where the loop is left in the middle of a step by an
-        exception that came before the update. Several ranks are left by one: they cannot save together."""
+        exception that came before the update. Several ranks save together where they stopped together; where one of
+        them failed they cannot."""
         stop, self._stop = self._stop, None
         if kind in (None, GeneratorExit, Interrupted) or issubclass(kind, CheckpointError) or stop.insisted:
             return
-        if self._end is None or distributed.size() > 1:
+        if self._end is None or (distributed.size() > 1 and kind is not StopNow):
             return
         self._go_back(self._end)
-        if self.steps_done > 0 and self._end is not self._saved_end:  # before the first step nothing is lost
+        unsaved = distributed.any_of(self._end is not self._saved_end)
+        if self.steps_done > 0 and unsaved:  # before the first step nothing is lost
             self._save()
         if kind is StopNow:
             raise self._interrupted(stop) from None
@@ -309,6 +321,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
         for name, part in self._all_parts().items():
             part.load_state(copy.deepcopy(end["parts"][name]))
         restore_rng(end["rng"])
+        self.tracker.begin(self.steps_done)
 
     def _evaluate(self) -> dict[str, float]:
         with self.tracker.phase("evaluate"), self._at_once():
@@ -339,12 +352,15 @@ class Trainer(metaclass=_BegunWhenBuilt):
         try:
             if checkpoint is not None:
                 _check_state(checkpoint)
+                notes = self.run_folder.same(checkpoint.state)
             if lead and self.folder is not None:
                 resumed = checkpoint.state["bytes"] if checkpoint else {}
                 self.tracker.open(self.folder, resumed if config.resume else None)
             for note in self.store.notes if self.store else []:
                 self.tracker.note(note)
             if checkpoint is not None:
+                for note in notes:
+                    self.tracker.note(note)
                 self._restore(checkpoint)
                 if lead:
                     self.run_folder.write_recipe(self.folder)  # it may go further than it was first told to
@@ -362,6 +378,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         random = _rng_of_every_rank()
         if not distributed.is_lead():
             return
+        for note in self.run_folder.hashed():
+            self.tracker.note(note)
         self.tracker.sync()
         trained = self.trained()
         groups = {name: part.tensors() for name, part in self.tensor_parts().items()}
@@ -375,6 +393,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
         state = {
             **{name: end[name] for name in ("step", "last_step", "best", "unfinished", "parts", "bytes")},
             "config": identity(self.config),
+            "inputs": self.run_folder.fingerprints.result(),
             "optimizers": optimizers,
             "tensors": sorted(groups),
         }
@@ -390,7 +409,6 @@ class Trainer(metaclass=_BegunWhenBuilt):
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        check_identity(state["config"], self.config)
         for name, role in self.trained().items():
             if role.parts is None:
                 checkpoint.load_model(name, role.model)
@@ -405,7 +423,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         self.steps_done, self.best = state["step"], state["best"]
         self.last_step, self._unfinished = state["last_step"], state.get("unfinished")
         for name, part in self._all_parts().items():
-            part.load_state(state["parts"][name])
+            saved = state["parts"][name]
+            part.load_state(_of_other_rows(saved, part.state()) if self.config.accept_changed else saved)
         parts = self.tensor_parts()
         for name in state["tensors"]:
             parts[name].load_tensors(checkpoint.tensors(name))
@@ -449,16 +468,16 @@ class SupervisedTrainer(Trainer):
         """Metrics of a step beside its loss, from the sums of `accumulate` over all ranks."""
 
     @abstractmethod
-    def token_count(self, item: Any) -> int:
-        """Tokens that the model reads for an item."""
+    def token_ids(self, item: Any) -> list[list[int]]:
+        """The rows of tokens that the model reads for an item."""
 
     def step(self) -> Step:
         config = self.config
         items = [self.items[i] for i in self.sampler.take(config.mini_batch_size)]
         self.model.train()  # transformers checkpoints activations in this mode only; dropout is off in both
         with self.tracker.phase("update"):
-            sums = self.memory.attempt(partial(self.accumulate, items), undo=self.optimizer.zero_grad)
-            distributed.all_reduce_sum(*sums)
+            optimizers = {self.role: self.optimizer}
+            items, sums, norms, cause = self.guard.gradients(items, self._sums, optimizers, self.token_ids)
             rate = lr_at(
                 self.steps_done,
                 base=config.learning_rate,
@@ -466,19 +485,25 @@ class SupervisedTrainer(Trainer):
                 warmup_steps=config.warmup_steps,
                 total_steps=self.total_steps,
             )
-            result = self.optimizer.step(rate)
+            result = self.optimizer.apply(rate, norms[self.role])
+            self.guard.record(self.role, result.applied, cause)
         self.steps_done += 1
-        sentence = self.guard.record(result.applied, self.role)
-        if sentence is not None:
-            self.tracker.event("non_finite_update", sentence, step=self.steps_done)
         metrics = {
             "loss/train": float(sums[0]),
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
-            "update/skipped": float(self.guard.skipped),
+            "update/skipped": float(self.guard.updates_skipped),
+            "update/left_out": float(self.guard.rows_left_out),
             **self.step_metrics(sums),
         }
-        return Step(metrics, throughput("perf/tokens", sum(map(self.token_count, items)), self.device))
+        tokens = sum(len(ids) for item in items for ids in self.token_ids(item))
+        return Step(metrics, throughput("perf/tokens", tokens, self.device))
+
+    def _sums(self, items: list[Any]) -> tuple[Tensor, ...]:
+        """`accumulate`, over all ranks."""
+        sums = self.memory.attempt(partial(self.accumulate, items), undo=self.optimizer.zero_grad)
+        distributed.all_reduce_sum(*sums)
+        return sums
 
     def parts(self) -> dict[str, Stateful]:
         return {"sampler": self.sampler}
@@ -519,10 +544,19 @@ def run_stage(trainer: type[Trainer], inputs: dict[str, Any], config: StageConfi
 def _check_state(checkpoint: Checkpoint) -> None:
     """UserError for a checkpoint made by hand: what no run leaves out is missing."""
     state = checkpoint.state
-    known = {"step", "best", "last_step", "config", "optimizers", "parts", "tensors", "bytes"}
+    known = {"step", "best", "last_step", "config", "inputs", "optimizers", "parts", "tensors", "bytes"}
     missing = sorted(known - state.keys()) if isinstance(state, dict) else ["step"]
     if missing:
         raise UserError(f"{checkpoint.path}/state.json: has no {missing[0]!r}; start again with another output_dir")
+
+
+def _of_other_rows(saved: Any, now: Any) -> Any:
+    """The state of a part for rows whose change was accepted: where there are more or fewer, a sampler begins its next
+    epoch."""
+    if not isinstance(now, dict) or now.keys() != {"n", "seed", "epoch", "cursor"}:
+        return saved
+    same = all(saved[name] == now[name] for name in ("n", "seed"))
+    return saved if same else {**now, "epoch": saved["epoch"] + 1}
 
 
 def _rng_name(rank: int) -> str:

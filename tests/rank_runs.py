@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from fastrlhf.runtime import distributed
+from fastrlhf.runtime.guards import Interrupted
 from tests import tiny
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
@@ -83,8 +86,15 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
+CALLS_LEFT: list[int] = []  # of `noisy`, until rank 1 gets a signal
+
+
 def noisy(prompts: list[str], responses: list[str]) -> list[float]:
     """Draws random numbers, as a user's function may: each rank has its own state of the generator."""
+    if CALLS_LEFT:
+        CALLS_LEFT[0] -= 1
+        if CALLS_LEFT[0] == 0 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
     return [len(r) + random.random() for r in responses]
 
 
@@ -110,9 +120,30 @@ def check_resume(out: Path) -> None:
     assert (out / "through" / "metrics.jsonl").read_bytes() == (out / "resumed" / "metrics.jsonl").read_bytes()
 
 
+def check_signal(out: Path) -> None:
+    """A signal to one rank while step 2 is scored stops all of them before its update, with a checkpoint of step 1;
+    resume makes the step again."""
+    trainer = noisy_run(out / "signalled")
+    CALLS_LEFT.append(2)
+    try:
+        trainer.train()
+    except Interrupted as stopped:
+        assert trainer.steps_done == 1, str(stopped)
+    else:
+        raise AssertionError("not stopped")
+    CALLS_LEFT.clear()
+    distributed.wait_for_all()
+    again = noisy_run(out / "signalled", resume=True)
+    assert again.steps_done == 1
+    again.train()
+    distributed.wait_for_all()
+    assert (out / "through" / "metrics.jsonl").read_bytes() == (out / "signalled" / "metrics.jsonl").read_bytes()
+
+
 def main(out: Path) -> None:
     if distributed.size() > 1:  # of one process tests/test_resume.py says it
         check_resume(out)
+        check_signal(out)
     for form in (*FORMS, "sft", "reward"):
         trainer = build(form)
         before = weights(trainer)

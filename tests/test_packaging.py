@@ -60,8 +60,8 @@ def test_every_source_file_is_in_the_wheel(files):
 def test_data_is_in_the_wheel(files):
     assert {"fastrlhf/py.typed", "fastrlhf_kernels/py.typed"} <= files
     data = [*(ROOT / "fastrlhf/recipes").glob("*.yaml"), *(ROOT / "fastrlhf/quickstart").rglob("*.[jy][sa][om]*")]
-    data += (ROOT / "fastrlhf/report/templates").iterdir()
-    assert {"recipes", "data", "templates"} <= {path.parent.name for path in data}
+    data += [*(ROOT / "fastrlhf/report/templates").iterdir(), *(ROOT / "fastrlhf/label/page").iterdir()]
+    assert {"recipes", "data", "templates", "page"} <= {path.parent.name for path in data}
     for path in data:
         assert path.relative_to(ROOT).as_posix() in files, path
 
@@ -91,7 +91,7 @@ def test_it_runs_from_the_wheel_alone(wheel, tmp_path):
 
 def test_the_wheel_says_what_it_is(wheel, metadata):
     assert f"Version: {fastrlhf.__version__}\n" in metadata and "License-Expression: Apache-2.0\n" in metadata
-    for extra in ("8bit", "flash", "lora", "gguf", "tensorboard", "track", "triton", "test"):
+    for extra in ("8bit", "flash", "lora", "gguf", "tensorboard", "track", "triton", "label", "test"):
         assert f"Provides-Extra: {extra}\n" in metadata
     with zipfile.ZipFile(wheel) as archive:
         (scripts,) = [archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt")]

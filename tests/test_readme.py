@@ -20,7 +20,8 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "kernels/README.md").read_
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "kernels/README.md", "docs/api.md", "docs/overoptimisation.md", "CHANGELOG.md"]
+    "name",
+    ["README.md", "kernels/README.md", "docs/api.md", "docs/label.md", "docs/overoptimisation.md", "CHANGELOG.md"],
 )
 def test_links_lead_to_files(name):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / name).read_text(encoding="utf-8"))
@@ -41,7 +42,7 @@ def test_example_runs(code, tmp_path):
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what a reader downloads; here a tiny one takes its place
-ELSEWHERE = ("fastrlhf quickstart", "fastrlhf ppo smollm2-cpu", "fastrlhf generate runs/quickstart")  # have their tests
+ELSEWHERE = ("fastrlhf quickstart", "fastrlhf ppo smollm2-cpu", "fastrlhf generate runs/quickstart", "fastrlhf label")
 SHORT = {
     "sft": ["total_steps=1", "max_tokens=256"],
     "reward": ["total_steps=1", "max_tokens=256"],

@@ -16,7 +16,7 @@ from transformers import (
 from fastrlhf import RewardTrainer
 from fastrlhf.models.heads import sequence_scores
 from fastrlhf.models.held_out import HeldOut, held_out_of
-from fastrlhf.reward_model import MARGIN_EDGES, margin_histogram, ordered_pairs, preference_loss, record_loss
+from fastrlhf.reward_model import MARGIN_EDGES, margin_histogram, preference_loss, record_loss
 from tests import tiny
 from tests.reward_runs import (
     CAT,
@@ -114,16 +114,16 @@ def test_an_edit_is_a_pair_of_edited_over_original():
     assert edit.rows == pair.rows
     scores = torch.tensor([0.3, 1.1])
     assert record_loss(scores, edit.feedback) == record_loss(scores, pair.feedback)
-    assert ordered_pairs(edit.feedback) == [(0, 1)]
+    assert edit.feedback.ordered_pairs() == [(0, 1)]
 
 
 def test_pairs_that_a_record_implies():
     pair, ranking, score, scores = (r.feedback for r in trainer(data=[PAIR, RANKING, SCORE, SCORES]).items)
-    assert ordered_pairs(pair) == [(0, 1)] and ordered_pairs(score) == []
-    assert sorted(ordered_pairs(ranking)) == [(0, 1), (2, 0), (2, 1), (2, 3), (3, 1)]
-    assert sorted(ordered_pairs(scores)) == [(1, 0), (1, 2), (2, 0)]
+    assert pair.ordered_pairs() == [(0, 1)] and score.ordered_pairs() == []
+    assert sorted(ranking.ordered_pairs()) == [(0, 1), (2, 0), (2, 1), (2, 3), (3, 1)]
+    assert sorted(scores.ordered_pairs()) == [(1, 0), (1, 2), (2, 0)]
     tied = trainer(data=[{**SCORES, "scores": [2, 2, 3]}]).items[0].feedback
-    assert sorted(ordered_pairs(tied)) == [(2, 0), (2, 1)]
+    assert sorted(tied.ordered_pairs()) == [(2, 0), (2, 1)]
 
 
 # ------------------------------------------------------------------------------------------------------------ one step

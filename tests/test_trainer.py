@@ -268,7 +268,7 @@ def test_other_data_is_refused(tmp_path):
     leave_after(build("sft", output_dir=str(tmp_path)), 2)
     rows = [{"prompt": "the cat", "response": " sat"}] * 3
     cfg = SFTConfig(**COMMON, output_dir=str(tmp_path), resume=True)
-    with pytest.raises(UserError, match="number of usable rows 6, now it is 3"):
+    with pytest.raises(UserError, match="^data: what was given is not .*; eval_data: this run was started with and"):
         SFTTrainer(cfg, model=tiny.llama(), tokenizer=tiny.tokenizer(), data=rows)
 
 

@@ -1,8 +1,8 @@
-"""A lock on a run folder: one process writes in it at a time, and the next one is told who that is.
+"""A lock on a run folder, or on one file: one process writes in it at a time, and the next one is told who that is.
 
-It is a lock of the system (flock) on the file `.lock`, whose text is "PID HOST". It is free when the process is gone,
-however that ended; the file alone means nothing. A process may take the folder again that it holds already (a notebook
-that builds its trainer anew). Where the file system knows no locks, the folder is used without one.
+It is a lock of the system (flock) on the file `.lock` (of a file: `.NAME.lock`), whose text is "PID HOST". It is free
+when the process is gone, however that ended; the file alone means nothing. A process may take the folder again that it
+holds already (a notebook that builds its trainer anew). Where the file system knows no locks, it is used without one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ except ImportError:  # not a POSIX system: no lock
     fcntl = None
 
 LOCK = ".lock"
-_held: dict[str, int] = {}  # real path of a folder -> descriptor
+_held: dict[str, int] = {}  # real path of a folder or file -> descriptor
 
 
 def _forget() -> None:
@@ -34,22 +34,27 @@ if fcntl is not None:
     os.register_at_fork(after_in_child=_forget)
 
 
-def acquire(folder: Path) -> None:
-    """Take the folder, which exists, for this process. Raises UserError naming the process that has it."""
-    name = os.path.realpath(folder)
-    if fcntl is None or (name in _held and _is(_held[name], folder / LOCK)):
+def _path(target: Path) -> Path:
+    """The file that is locked."""
+    return target / LOCK if target.is_dir() else target.with_name(f".{target.name}{LOCK}")
+
+
+def acquire(target: Path) -> None:
+    """Take a folder, which exists, or a file, which need not. Raises UserError naming the process that has it."""
+    name, path = os.path.realpath(target), _path(target)
+    if fcntl is None or (name in _held and _is(_held[name], path)):
         return
     while True:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             os.close(descriptor)
-            raise UserError(_in_use(folder)) from error
+            raise UserError(_in_use(target)) from error
         except OSError:  # a file system without locks
             os.close(descriptor)
             return
-        if _is(descriptor, folder / LOCK):
+        if _is(descriptor, path):
             break
         os.close(descriptor)  # its owner removed it between our two calls
     _held[name] = descriptor
@@ -65,14 +70,14 @@ def moved(before: Path, after: Path) -> None:
         _held[os.path.realpath(after)] = _held.pop(name)
 
 
-def release(folder: Path) -> None:
-    """Give the folder back; nothing where this process does not have it."""
-    descriptor = _held.pop(os.path.realpath(folder), None)
+def release(target: Path) -> None:
+    """Give a folder or file back; nothing where this process does not have it."""
+    descriptor = _held.pop(os.path.realpath(target), None)
     if descriptor is None:
         return
     with suppress(OSError):  # a file that stays is no lock
-        if _is(descriptor, folder / LOCK):
-            os.unlink(folder / LOCK)
+        if _is(descriptor, _path(target)):
+            os.unlink(_path(target))
     os.close(descriptor)
 
 
@@ -102,10 +107,11 @@ def _is(descriptor: int, path: Path) -> bool:
     return os.path.samestat(there, os.fstat(descriptor))
 
 
-def _in_use(folder: Path) -> str:
+def _in_use(target: Path) -> str:
     try:
-        pid, host = (folder / LOCK).read_text(encoding="utf-8").split()
+        pid, host = _path(target).read_text(encoding="utf-8").split()
         who = f"process {int(pid)} on {host}"
     except (OSError, ValueError):
         who = "another process"
-    return f"output_dir: {str(folder)!r} is in use by {who}; wait for it, stop it, or name another folder"
+    option, kind = ("output_dir", "folder") if target.is_dir() else ("--output", "file")
+    return f"{option}: {str(target)!r} is in use by {who}; wait for it, stop it, or name another {kind}"

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,19 @@ from transformers import PreTrainedModel
 from fastrlhf._version import __version__
 from fastrlhf.checkpoint import lock, owned
 from fastrlhf.checkpoint.atomic import settle
+from fastrlhf.checkpoint.fingerprints import Fingerprint, Fingerprints, absolute, changes
 from fastrlhf.checkpoint.store import Checkpoint, CheckpointStore
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.inputs import INPUTS
 from fastrlhf.config.recipe import resolved_yaml
 
 INLINE_ITEMS = 100  # a longer list is data handed over in Python, not part of a recipe
 # Fields a resumed run may change: they steer the run, not its numbers (a longer run goes on from where it was), or save
 # memory and change no more than rounding.
-MAY_CHANGE = {"output_dir", "resume", "overwrite", "save_every", "total_steps", "epochs"}
+MAY_CHANGE = {"output_dir", "resume", "overwrite", "accept_changed", "save_every", "total_steps", "epochs"}
 MAY_CHANGE |= {"probe", "offload", "gradient_checkpointing", "micro_batch_tokens", "reward_timeout", "reward_retries"}
+MAY_CHANGE |= {"chat_template"}  # its text is compared, among the inputs
 
 
 class RunFolder:
@@ -39,12 +42,57 @@ class RunFolder:
     def __init__(self, config: StageConfig, inputs: dict[str, Any]) -> None:
         self.config, self.inputs = config, inputs
         self.path = Path(config.output_dir) if config.output_dir else None
+        self.fingerprints: Fingerprints | None = None
+        self._told = False
 
     def check(self) -> None:
         """Refuse a folder that cannot be used (UserError), in the process that leads."""
         config = self.config
         if self.path is not None:
             check_folder(self.path, overwrite=config.overwrite, resume=config.resume, verb=config.stage)
+
+    def read_inputs(self, chat_template: Any) -> None:
+        """Begin to hash what the run reads, in the process that leads. chat_template: as it was settled."""
+        if self.path is not None:
+            kinds = {name: spec.kind for name, spec in INPUTS[self.config.stage].items()}
+            named = str(self.config.chat_template)
+            file = Path(named) if named.endswith(".jinja") else None
+            self.fingerprints = Fingerprints(self.inputs, kinds, {"chat_template": (file, chat_template)})
+
+    def hashed(self) -> list[str]:
+        """What was hashed and how long it took: to be said once."""
+        lines = [] if self._told or self.fingerprints is None else [self.fingerprints.line()]
+        self._told = True
+        return lines
+
+    def same(self, state: Mapping[str, Any]) -> list[str]:
+        """Compare config and inputs with those in a checkpoint -> notes on what moved or cannot be compared.
+
+        UserError with all that differs and is not accepted, or for an accepted name that there is not.
+        """
+        now = {} if self.fingerprints is None else self.fingerprints.result()
+        saved = state.get("inputs") or {}
+        changed, notes = changes({name: Fingerprint(*one) for name, one in saved.items()}, now) if now else ({}, [])
+        before, here = state["config"], identity(self.config)
+        fields = sorted((before.keys() | here.keys()) - MAY_CHANGE)
+        for name in fields:
+            then, value = before.get(name), here.get(name)
+            if then != value:
+                changed[name] = f"{name}: this run was started with {then!r} and would resume with {value!r}"
+        accepted = set(self.config.accept_changed or ())
+        unknown = sorted(accepted - {*fields, *saved, *now, *(name.partition(".")[0] for name in now)})
+        if unknown and now:
+            raise UserError(
+                f"accept_changed: there is no {unknown[0]!r} that could differ; inputs: {', '.join(sorted(now))}; "
+                f"fields: {', '.join(fields)}"
+            )
+        refused = [name for name in changed if not {name, name.partition(".")[0]} & accepted]
+        if refused:
+            raise UserError(
+                "; ".join(changed[name] for name in refused) + "; resume with the same, start a new output_dir, or go "
+                f"on with what differs: --accept-changed {','.join(refused)} (in a config accept_changed)"
+            )
+        return [*self.hashed(), *notes, *(f"accepted: {sentence}" for sentence in changed.values())]
 
     def open(self) -> tuple[CheckpointStore | None, Checkpoint | None]:
         """Take the folder in the process that leads -> its checkpoints, and the one to go on from."""
@@ -90,7 +138,9 @@ class RunFolder:
 
     def write_recipe(self, folder: Path) -> None:
         """Write config.yaml, as a recipe that starts the same run anew in another folder."""
-        again = self.config.replace(resume=False, overwrite=False)
+        again = self.config.replace(resume=False, overwrite=False, accept_changed=None)
+        if str(again.chat_template).endswith(".jinja"):
+            again = again.replace(chat_template=os.path.abspath(again.chat_template))
         write_whole(folder / "config.yaml", resolved_yaml(again.stage, self._named_inputs(), again))
 
     def _describe(self) -> None:
@@ -116,7 +166,9 @@ class RunFolder:
             lock.moved(fresh, self.path)
 
     def _named_inputs(self) -> dict[str, Any]:
-        return {name: described(value) for name, value in self.inputs.items() if value is not None}
+        kinds = INPUTS[self.config.stage]
+        given = {name: described(value) for name, value in self.inputs.items() if value is not None}
+        return {name: absolute(value, kinds[name].kind) for name, value in given.items()}
 
 
 def check_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | None = None) -> None:
@@ -257,18 +309,6 @@ def identity(config: StageConfig) -> dict[str, Any]:
     """The fields that determine a run's numbers, as JSON knows them."""
     fields = json.loads(config.model_dump_json())
     return {name: value for name, value in fields.items() if name not in MAY_CHANGE}
-
-
-def check_identity(saved: dict[str, Any], config: StageConfig) -> None:
-    """UserError where a checkpoint's fields, of `identity`, are not those of this run."""
-    now = identity(config)
-    changed = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
-    if changed:
-        name = changed[0]
-        raise UserError(
-            f"{name}: this run was started with {saved.get(name)!r} and would resume with {now.get(name)!r}; "
-            "resume with the same value, or start a new output_dir"
-        )
 
 
 def is_plain(value: Any) -> bool:

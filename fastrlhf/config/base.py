@@ -79,6 +79,8 @@ class StageConfig(BaseModel):
     """empty an output_dir that already holds a run"""
     resume: bool = False
     """go on from the newest checkpoint in output_dir"""
+    accept_changed: list[str] | None = None
+    """with resume: inputs and fields that need not be what the run was started with, by name"""
 
     def __init__(self, **fields: Any) -> None:
         try:

@@ -43,6 +43,7 @@ IDLE = [
     Idle("old_log_probs", ("rollout",), "compares with the sampler itself", "use recompute", "importance_cap"),
     Idle("eval_every", (0,), "evaluates nothing", "set eval_every above 0", "eval_temperature best_of_n"),
     Idle("output_dir", (None,), "writes nothing", "set output_dir", "save_every overwrite resume"),
+    Idle("resume", (False,), "goes on with no run", "use resume = true", "accept_changed"),
     Idle("total_steps", None, "replaces epochs", "leave total_steps out", "epochs"),
     Idle("head_only", (True,), "trains nothing below the head", "use false there", "gradient_checkpointing"),
 ]

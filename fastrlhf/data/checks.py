@@ -17,7 +17,7 @@ Messages = list[dict[str, Any]]  # role, content; and of some: weight 0 (not lea
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 _MORE_THAN_TEXT = ("tools", "functions", "documents", "image", "images", "video", "videos", "audio", "audios")
 
-_JUDGEMENTS = ("chosen", "rejected", "margin", "ranking", "score", "scores", "edited", "label")
+_JUDGEMENTS = ("chosen", "rejected", "margin", "ranking", "score", "scores", "edited", "label", "unsafe")
 _TEXTS = ("prompt", "response", "responses", "messages", "conversations", "completion", "text")
 FIELDS = (*_JUDGEMENTS, *_TEXTS, "instruction", "output", "chat")
 
@@ -75,6 +75,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {  # of the fields that hold no mes
     **dict.fromkeys(("score", "margin"), (int, float)),
     **dict.fromkeys(("text", "instruction"), str),
     "label": bool,
+    "unsafe": (bool, list),
     "chat": dict,
 }
 _TURNS = ("prompt", "chosen", "rejected", "messages", "conversations")  # a list of texts is one conversation
@@ -83,7 +84,7 @@ _TURNS = ("prompt", "chosen", "rejected", "messages", "conversations")  # a list
 def _may_hold(field: str, value: Any) -> bool:
     """Whether a value is of the field's kind: a whole number is no KTO label, a list of records no conversation."""
     if field in _KINDS:
-        return isinstance(value, _KINDS[field]) and (field == "label" or not isinstance(value, bool))
+        return isinstance(value, _KINDS[field]) and (field in ("label", "unsafe") or not isinstance(value, bool))
     first = value[0] if isinstance(value, list) and value else value
     if isinstance(first, str):
         return first is value or field in _TURNS
@@ -216,3 +217,21 @@ def check_order(messages: Messages, where: str, field: str) -> None:
             expected = "expected system (optional), then user and assistant in turn"
             raise BadRow(where, f'field "{field}", message {number} has role {role!r} {after}; {expected}')
         before = role
+
+
+def marks_of(row: dict[str, Any], where: str, replies: int) -> tuple[bool, ...]:
+    """Which of a row's replies are marked unsafe; none where the row says nothing.
+
+    Raises BadRow for a column that is no mark, and for one that is probably a misspelt `unsafe`.
+    """
+    if "unsafe" not in row:
+        close = meant("unsafe", row)
+        if close is not None:
+            raise missing(where, "unsafe", row, "true, false, or a list of them")
+        return (False,) * replies
+    value = row["unsafe"]
+    marks = [value] * replies if value is False or replies == 1 and value is True else value
+    if not isinstance(marks, list) or len(marks) != replies or not all(isinstance(mark, bool) for mark in marks):
+        form = "true or false" if replies == 1 else f"a list of {replies} times true or false, one a reply"
+        raise wrong(where, "unsafe", f"{form} (ignore_columns=unsafe leaves the column out)", value)
+    return tuple(marks)

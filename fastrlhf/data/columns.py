@@ -43,8 +43,8 @@ class Columns:
         check_mapping(self.mapping, row)
         taken = {root for ours in values for root in (self.mapping[ours], self.mapping[ours].partition(".")[0])}
         self._unseen -= values.keys()
-        self._names |= dict.fromkeys(map(str, row))
         others = self._beside(row, values) | {name: value for name, value in row.items() if name not in taken}
+        self._names |= dict.fromkeys(map(str, [*row, *others]))
         for name in self.ignored:
             if others.pop(name, None) is not None:
                 self.noted[f'without their column "{name}" (ignore_columns)'] += 1

@@ -18,8 +18,17 @@ from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import BadRow, DroppedRow
 from fastrlhf.data.columns import Columns
-from fastrlhf.data.feedback import Conversation, Feedback, Prompt, parse_conversation, parse_feedback, parse_prompt
+from fastrlhf.data.feedback import (
+    Conversation,
+    Feedback,
+    Prompt,
+    judgement_id,
+    parse_conversation,
+    parse_feedback,
+    parse_prompt,
+)
 from fastrlhf.data.rows import read_rows
+from fastrlhf.data.unsafe import settle
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,6 +39,7 @@ MALFORMED = "malformed"
 MALFORMED_KEPT = 5
 REPEATED = "repeat an earlier prompt"
 SCORES_TO_JUDGE = 20  # fewer may leave out the ends of their scale by chance
+REPLACED = "replaced by a later row of their judgement_id"
 
 
 @dataclass
@@ -112,15 +122,21 @@ def _load(
     ignore_columns: Iterable[str] | None = None,
     every_column: bool = True,
     max_samples: int | None = None,
+    judged: bool = True,
 ) -> Loaded[T]:
-    counts, items, names = Counts(limit=max_samples), [], Columns(columns, ignore_columns)
+    """judged: rows with the same judgement_id are one, the last."""
+    counts, names = Counts(limit=max_samples), Columns(columns, ignore_columns)
+    kept: dict[str | int, T] = {}  # by judgement, else by row
     for where, row in islice(read_rows(source), max_samples):
         counts.read += 1
         try:
             if isinstance(row, BadRow):
                 raise row
+            key = judgement_id(row) if judged else None
+            if key is not None and kept.pop(key, None) is not None:
+                counts.add(REPLACED)
             item = parse(names.of(row), where)
-            items.append(_with_columns(item, row) if isinstance(item, Prompt) else item)
+            kept[counts.read if key is None else key] = _with_columns(item, row) if isinstance(item, Prompt) else item
         except DroppedRow as dropped:
             counts.add(dropped.reason)
         except BadRow as error:
@@ -128,6 +144,7 @@ def _load(
     if every_column:
         names.check()
     counts.noted += names.noted
+    items = list(kept.values())
     if not items:
         name = source if isinstance(source, (str, Path)) else f"the {type(source).__name__} given"
         raise UserError(f"{name}: no usable row of {needs} ({counts.line()})")
@@ -163,7 +180,8 @@ def encode_rows(
 def load_feedback(
     source: Any, *, score_range: tuple[float, float] = (1.0, 5.0), **how: Unpack[Reading]
 ) -> Loaded[Feedback]:
-    """All feedback of a source (see read_rows) in its order, and what became of its rows.
+    """All feedback of a source (see read_rows) in its order, and what became of its rows. Replies that any row marks as
+    unsafe are below the safe ones of their prompt everywhere (`settle` of unsafe.py).
 
     Raises UserError at the first bad row, naming file, line and field; with skip_bad_rows bad rows are counted
     as malformed instead. Raises it too when no usable row is left, and for a mapping of columns that no row has. Scores
@@ -177,7 +195,7 @@ def load_feedback(
         least, most = (low + (end + 1) / 2 * (high - low) for end in (min(scores), max(scores)))
         note = f"scored from {least:.4g} to {most:.4g} on a scale of {low:g} to {high:g} (score_range)"
         counts.noted[note] = sum(item.scores is not None for item in items)
-    return items, counts
+    return settle(items, counts.noted), counts
 
 
 def load_conversations(source: Any, *, format: str = "auto", **how: Unpack[Reading]) -> Loaded[Conversation]:
@@ -191,7 +209,7 @@ def load_prompts(source: Any, **how: Unpack[Reading]) -> Loaded[Prompt]:
 
     Prompts that were cut and prompts that stand in the source more than once are kept and noted in Counts.
     """
-    prompts, counts = _load(source, parse_prompt, "prompts", **how)
+    prompts, counts = _load(source, parse_prompt, "prompts", judged=False, **how)
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     prompts = [replace(prompt, columns={name: prompt.columns.get(name) for name in names}) for prompt in prompts]
     seen: set[str] = set()

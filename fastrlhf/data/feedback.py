@@ -5,16 +5,20 @@ A feedback row is one of
     {"prompt", "responses": [...], "ranking": [0-based, best first; ties as lists]}
     {"prompt", "response": str, "score": number} or {"prompt", "responses": [...], "scores": [...]}
     {"prompt", "response", "edited"}
-or a row of one of the formats in foreign.py. A prompt is a string, used as it is, or messages, which go
-through the chat template. A row that cannot be used raises BadRow; one that teaches nothing (chosen equals rejected)
-raises DroppedRow, which the loaders count. Nothing is skipped without one of the two.
+or a row of one of the formats in foreign.py; a column `unsafe` marks replies that must never be chosen (unsafe.py). A
+prompt is a string, used as it is, or messages, which go through the chat template. Rows of one `judgement_id` are one
+judgement, the last of them: `fastrlhf label` only appends to its file; `skipped` or `undone` takes it back. A row that
+cannot be used raises BadRow; one that teaches nothing (chosen equals rejected) raises DroppedRow, which the loaders
+count. Nothing is skipped without one of the two.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, Literal
 
 from fastrlhf.data.checks import (
@@ -22,6 +26,7 @@ from fastrlhf.data.checks import (
     DroppedRow,
     Messages,
     check_order,
+    marks_of,
     meant,
     missing,
     number_of,
@@ -48,8 +53,10 @@ from fastrlhf.data.foreign import (
 
 Kind = Literal["pair", "ranking", "score", "edit"]
 Ranking = tuple[tuple[int, ...], ...]
+LOWEST = -1.0  # of scores
 FIRST_IS_BETTER: Ranking = ((0,), (1,))
 CUT = "prompts cut behind their last human turn"
+UNSAFE = "replies marked unsafe"
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ class Feedback:
 
     pair: responses (chosen, rejected), ranking ((0,), (1,)), margin or None. edit: responses (edited,
     original), ranking ((0,), (1,)). ranking: groups of indices into responses, best first, ties in one group.
-    score: scores in [-1, 1], one a response, mapped linearly from score_range. where is "file:line".
+    score: scores in [-1, 1], one a response, mapped linearly from score_range. where is "file:line". unsafe: replies
+    that the row marks so; seen: replies to the prompt that the row has beside those it judges.
     """
 
     kind: Kind
@@ -68,6 +76,33 @@ class Feedback:
     scores: tuple[float, ...] | None = None
     margin: float | None = None
     where: str = ""
+    unsafe: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ()
+
+    def ordered_pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) index pairs that it implies; of scores those of responses with different ones."""
+        if self.scores is not None:
+            pairs = combinations(range(len(self.scores)), 2)
+            ordered = [(i, j) if self.scores[i] > self.scores[j] else (j, i) for i, j in pairs]
+            return [(i, j) for i, j in ordered if self.scores[i] != self.scores[j]]
+        groups = self.ranking
+        return [(i, j) for g, group in enumerate(groups) for i in group for rest in groups[g + 1 :] for j in rest]
+
+    def lowered(self, unsafe: Iterable[str]) -> Feedback:
+        """The judgement with its unsafe replies last, tied; where all of them are, with the lowest score of each."""
+        bad = set(unsafe)
+        marks = [reply in bad for reply in self.responses]
+        if not any(marks):
+            return self
+        if self.kind == "score" or all(marks):
+            given = self.scores or (LOWEST,) * len(marks)
+            scores = tuple(LOWEST if mark else score for mark, score in zip(marks, given))
+            return replace(self, kind="score", ranking=None, margin=None, scores=scores)
+        safe = (tuple(i for i in group if not marks[i]) for group in self.ranking)
+        ranking = (*filter(None, safe), tuple(i for i, mark in enumerate(marks) if mark))
+        if ranking == self.ranking:
+            return self
+        return replace(self, kind="ranking", margin=None, ranking=ranking)
 
 
 @dataclass(frozen=True)
@@ -144,21 +179,59 @@ def parse_feedback(row: Any, where: str, score_range: tuple[float, float] = (1.0
 
     Raises BadRow (where, field, what was expected) and DroppedRow (the row holds no preference).
     """
-    row = as_pair(_record(row, where), where)
+    row = as_pair(_standing(_record(row, where)), where)
     if "edited" in row:
-        return _edit(row, where)
+        return _marked(_edit(row, where), row, where)
     if "chosen" in row or "rejected" in row:
-        return _pair(row, where)
+        return _marked(_pair(row, where), row, where)
     if "ranking" in row:
-        return _ranking(row, where)
+        return _marked(_ranking(row, where), row, where)
     if "score" in row or "scores" in row:
-        return _scores(row, where, score_range)
+        return _marked(_scores(row, where, score_range), row, where)
     if "label" in row or "kto_tag" in row:
-        return _label(row, where)
+        return _marked(_label(row, where), row, where)
+    if row.get("unsafe") not in (None, False) and ("response" in row or "responses" in row):
+        return _marked(_mark_alone(row, where), row, where)
     expected = "chosen and rejected, or responses and ranking, or response and score, or response and edited"
     judgements = ("chosen", "rejected", "ranking", "scores", "score", "edited", "label")
     likely = "ranking" if "responses" in row else "score" if "response" in row else "chosen"
     raise missing(where, next((name for name in judgements if meant(name, row)), likely), row, expected)
+
+
+def judgement_id(row: Any) -> str | None:
+    """What a row's judgement is known by; None: the row is a judgement of its own."""
+    name = row.get("judgement_id") if isinstance(row, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _standing(row: dict) -> dict:
+    """The row; raises DroppedRow where it says that its judgement is none."""
+    if judgement_id(row) is not None:
+        for name, reason in (("skipped", "skipped by the annotator"), ("undone", "taken back by the annotator")):
+            if row.get(name) is True:
+                raise DroppedRow(reason)
+    return row
+
+
+def _marked(feedback: Feedback, row: dict, where: str) -> Feedback:
+    """The judgement with the row's own marks of unsafe replies applied; DroppedRow where nothing is preferred then."""
+    replies = feedback.responses
+    if feedback.kind == "edit":
+        replies = _replies(row, where, "responses", 1) if "responses" in row else replies[1:]
+    unsafe = tuple(reply for reply, mark in zip(replies, marks_of(row, where, len(replies))) if mark)
+    seen = tuple(reply for reply in replies if reply not in feedback.responses)
+    feedback = replace(feedback, unsafe=unsafe, seen=seen).lowered(unsafe)
+    if feedback.ranking is not None and len(feedback.ranking) == 1:
+        raise DroppedRow("rankings that are one tie")
+    return feedback
+
+
+def _mark_alone(row: dict, where: str) -> Feedback:
+    """Replies of which some are unsafe and nothing else is said: they are tied."""
+    replies = (
+        _replies(row, where, "responses", 1) if "responses" in row else (_reply(row["response"], where, "response"),)
+    )
+    return Feedback("ranking", _prompt(row, where), replies, ranking=(tuple(range(len(replies))),), where=where)
 
 
 def _prompt(row: dict, where: str) -> str | Messages:
@@ -222,10 +295,9 @@ def _ranking(row: dict, where: str) -> Feedback:
         each = f"name each of the {len(responses)} responses once, as 0 to {len(responses) - 1}"
         raise BadRow(where, f'field "ranking" must {each}, found {show(ranking)}')
     prompt = _prompt(row, where)
-    # Well formed, but nothing is preferred to anything. The checks above come first: a bad row is never merely dropped.
-    if len(groups) == 1:
-        raise DroppedRow("rankings that are one tie")
-    if len(set(responses)) == 1:
+    # Well formed, but nothing is preferred to anything (one tie: see _marked). The checks above come first: a bad row
+    # is never merely dropped.
+    if len(groups) > 1 and len(set(responses)) == 1:
         raise DroppedRow("rankings of identical responses")
     return Feedback("ranking", prompt, responses, ranking=tuple(map(tuple, groups)), where=where)
 
@@ -314,7 +386,7 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
     is learnt, of an edit the edited one, of KTO the liked ones (the others raise DroppedRow). Rows with rankings
     or scores raise BadRow: which of their replies are good enough to imitate is not said.
     """
-    row = as_pair(_record({"text": row} if isinstance(row, str) else row, where), where)
+    row = as_pair(_standing(_record({"text": row} if isinstance(row, str) else row, where)), where)
     if format == "text" or ("text" in row and prompt_format(row) is None):
         if format != "text":
             _check_plain(row, where)
@@ -325,13 +397,17 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
             keep = f'keep "prompt" and one "response", or leave "{name}" out with ignore_columns'
             raise BadRow(where, f'field "{name}": judged replies are no SFT data; {keep}')
     if "edited" in row or "chosen" in row or "rejected" in row:
-        feedback = _edit(row, where) if "edited" in row else _pair(row, where)
+        feedback = _edit(row, where) if "edited" in row else _marked(_pair(row, where), row, where)
+        if feedback.kind not in ("edit", "pair"):
+            raise DroppedRow(UNSAFE)
         prompt, reply = feedback.prompt, {"role": "assistant", "content": feedback.responses[0]}
     else:
         is_kto = isinstance(row.get("label"), (bool, int, float)) or "kto_tag" in row
         if is_kto and _label(row, where).scores[0] < 0:
             raise DroppedRow("replies that were not liked")
         prompt, [reply] = _with_reply(row, where)
+        if any(marks_of(row, where, 1)):
+            raise DroppedRow(UNSAFE)
     if isinstance(prompt, str):
         return Conversation(prompt, reply["content"], where=where)
     messages = [*prompt, reply]
@@ -396,3 +472,29 @@ def _is_message(value: Any) -> bool:
     """Whether a reply is written as messages or as a transcript of them, not as its text alone."""
     first = value[0] if isinstance(value, list) and value else value
     return isinstance(first, dict) or is_transcript(value)
+
+
+_TO_SCORE = ("response", "responses", "completion")  # columns of a prompt's row that hold replies to it
+
+
+def responses_of(prompt: Prompt) -> list[str]:
+    """The replies beside a prompt: its response (completion), or each of its responses. UserError without them."""
+    name = next((name for name in _TO_SCORE if prompt.columns.get(name) is not None), None)
+    if name is None:
+        raise missing(prompt.where, "response", prompt.columns, "the text to score, or a list of them in responses")
+    value = prompt.columns[name]
+    if name != "responses":
+        return [_said(value, prompt.where, name)]
+    if not isinstance(value, list) or not value:
+        raise wrong(prompt.where, name, "a list of texts", value)
+    return [_said(one, prompt.where, f"{name}[{i}]") for i, one in enumerate(value)]
+
+
+def _said(value: Any, where: str, name: str) -> str:
+    """A model may have said nothing at all: an empty reply is one too."""
+    if isinstance(value, str):
+        return text_of(value, where, name, empty=True)
+    reply = completion_of(value, where, name)
+    if not isinstance(reply, str):
+        raise BadRow(where, f'field "{name}" must be one reply, found {len(reply)} messages')
+    return reply

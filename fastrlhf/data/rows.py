@@ -264,8 +264,8 @@ def csv_cell(column: str, text: Any) -> Any:
         return text
     if not text:
         return None
-    if column == "label":
-        return _CSV_BOOLEANS.get(text.strip().lower(), text)
+    if column in ("label", "unsafe"):
+        return _CSV_BOOLEANS.get(text.strip().lower(), _parsed(text, list))
     if column in _CSV_NUMBERS:
         return _parsed(text, (int, float))
     if column in _CSV_LISTS:

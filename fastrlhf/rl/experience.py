@@ -72,12 +72,13 @@ class ValueExperience:
 @dataclass(frozen=True)
 class Experience(ValueExperience):
     """What the update needs, all [B, T]. values: zeros where the estimator has no critic. weights: truncated importance
-    weights of the tokens; None: all 1."""
+    weights of the tokens; None: all 1. left_out: rows that are not finite, which count nowhere."""
 
     old_log_probs: Tensor
     ref_log_probs: Tensor
     advantages: Tensor
     weights: Tensor | None
+    left_out: Sequence[int] = ()
 
     def tokens(self, rows: Sequence[int], weights: Tensor | None) -> TokenExperience:
         """Return what the policy loss reads of these rows. weights [B, T]: of the tokens in this mini-batch."""
@@ -136,6 +137,14 @@ def make_experience(
     if values is None and rollout.values is not None:  # decoding read them on the way
         values = scatter(torch.cat(rollout.values).to(device), token_mask)
 
+    raw = torch.tensor([math.nan if score is None else score for score in scores.values], device=device)
+    left_out = _not_finite(raw.nan_to_num(0.0), decoded, *forwards, values)
+    if left_out:  # a NaN would be in every row's advantage
+        raw[left_out] = math.nan
+        for tensor in (decoded, values, *forwards):
+            if tensor is not None:
+                tensor[left_out] = 0.0
+
     # 2. The old policy, which the ratio is against: a training forward of it, or the sampler itself.
     weights, mismatch = None, {}
     old_log_probs = decoded if forwards.old_log_probs is None else forwards.old_log_probs
@@ -145,7 +154,6 @@ def make_experience(
             weights = (old_log_probs - decoded).exp().clamp(max=config.importance_cap)
 
     # 3. Scores, as the policy is optimised for them; rows without a score count nowhere.
-    raw = torch.tensor([math.nan if score is None else score for score in scores.values], device=device)
     response_mask = token_mask & raw.isfinite()[:, None]
     finished = torch.tensor(rollout.finished, device=device)
     shaped = shape_scores(raw, finished, config, moments, token_mask.sum(1).float())
@@ -174,9 +182,21 @@ def make_experience(
         ref_log_probs=forwards.ref_log_probs,
         advantages=advantages,
         weights=weights,
+        left_out=left_out,
     )
-    metrics = rollout_metrics(raw, old_log_probs, forwards.ref_log_probs, decoded, rollout.log_probs, token_mask)
+    rows = sorted({*range(len(raw))} - {*left_out})
+    seen = (tensor[rows] for tensor in (raw, old_log_probs, forwards.ref_log_probs, decoded))
+    metrics = rollout_metrics(*seen, [rollout.log_probs[row] for row in rows], token_mask[rows])
     return experience, {**metrics, "kl/coef": kl_coef, **mismatch}
+
+
+def _not_finite(*tensors: Tensor | None) -> list[int]:
+    """Rows of [B] and [B, T] with a value that is not finite, or too large for its square to be; none where all are:
+    then it is no matter of rows, and the update will say so. One look of the host."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    faulty = torch.stack([~tensor.float().square().isfinite().reshape(len(tensor), -1).all(1) for tensor in there])
+    rows = faulty.any(0).tolist()
+    return [] if all(rows) else [row for row, bad in enumerate(rows) if bad]
 
 
 class Forwards(NamedTuple):

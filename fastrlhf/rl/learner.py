@@ -8,10 +8,8 @@ memory runs out, the gradients of the mini-batch are made again from smaller mic
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +26,10 @@ from fastrlhf.rl.extras import PretrainingMix, WeightAverage
 from fastrlhf.rl.losses import normalizer_of, policy_loss, token_weights, value_loss
 from fastrlhf.rl.roles import Roles
 from fastrlhf.runtime import distributed
-from fastrlhf.runtime.guards import UpdateGuard
 from fastrlhf.runtime.memory import MemoryBackoff
 from fastrlhf.runtime.metrics import Stats, explained_variance, mismatch_metrics
-from fastrlhf.runtime.optim import Optimizer, TrainedRole, lr_at, make_optimizer
+from fastrlhf.runtime.optim import Optimizer, StepResult, TrainedRole, lr_at, make_optimizer
+from fastrlhf.runtime.updates import UpdateGuard
 
 POLICY_STATS = ("approx_kl", "clip_frac", "entropy", "ratio")
 VALUE_STATS = ("clip_frac", "sum_sq_error", "sum_return", "sum_return_sq", "count")
@@ -59,8 +57,7 @@ class Gradients:
 class Learner:
     """Policy and critic (or None) with their optimizers, gradient clips and update counts.
 
-    ptx_examples: rows of the pretraining mix that steps with the policy; none: there is no mix. report(kind, message,
-    **fields) is told of every update that was skipped.
+    ptx_examples: rows of the pretraining mix that steps with the policy; none: there is no mix.
     """
 
     def __init__(
@@ -70,11 +67,10 @@ class Learner:
         *,
         memory: MemoryBackoff,
         guard: UpdateGuard,
-        report: Callable[..., None],
         ptx_examples: list[Example],
     ) -> None:
         self.config, self.policy, self.critic, self.adapters = config, roles.policy, roles.critic, roles.adapters
-        self.memory, self.guard, self.report = memory, guard, report
+        self.memory, self.guard = memory, guard
         self.device = roles.policy.device
         self.policy_updates = self.critic_updates = 0
         make_trainable(self.policy, config.gradient_checkpointing, frozen=self.adapters is not None)
@@ -110,12 +106,15 @@ class Learner:
         joint = self.critic is not None and self.critic.shares_trunk and not warming_up
         decoded = config.old_log_probs == "rollout"  # then the first forward of the policy shows the mismatch
         first: Gradients | None = None
+        left_out = set(experience.left_out)  # rows that are not finite: of no use to either role
+        if left_out:
+            self.guard.leave_out([[rows.whole(row)] for row in experience.left_out], "the step")
         for mini_batch in (mini_batch for epoch in epochs for mini_batch in epoch):
             if self.critic is not None and not joint:
-                self._update(rows, experience, mini_batch, stats, critic=True)
+                self._update(rows, experience, mini_batch, stats, left_out, critic=True)
             if warming_up:
                 continue
-            gradients = self._update(rows, experience, mini_batch, stats, policy=True, critic=joint)
+            gradients = self._update(rows, experience, mini_batch, stats, left_out, policy=True, critic=joint)
             first = first or gradients
             if config.target_kl is not None and stats.last("kl/approx") > 1.5 * config.target_kl:
                 stats.add("update/stopped_early", 1.0)
@@ -127,9 +126,9 @@ class Learner:
         self, rows: TokenRows, experience: ValueExperience, mini_batches: list[MiniBatch]
     ) -> dict[str, float]:
         """Update the critic once for each mini-batch -> mean metrics."""
-        stats = Stats()
+        stats, left_out = Stats(), set()
         for mini_batch in mini_batches:
-            self._update(rows, experience, mini_batch, stats, critic=True)
+            self._update(rows, experience, mini_batch, stats, left_out, critic=True)
         return stats.means()
 
     def _update(
@@ -138,20 +137,45 @@ class Learner:
         experience: ValueExperience,
         mini_batch: MiniBatch,
         stats: Stats,
+        left_out: set[int],
         *,
         policy: bool = False,
         critic: bool = False,
     ) -> Gradients:
-        """One optimizer step of the policy, of the critic, or (shared trunk) of both from one forward and backward."""
-        work = partial(self.accumulate, rows, experience, mini_batch, policy=policy, critic=critic)
-        gradients = self.memory.attempt(work, undo=self.drop_gradients)
-        distributed.all_reduce_sum(*gradients.sums())
+        """One optimizer step of the policy, of the critic, or (shared trunk) of both from one forward and backward.
+
+        left_out: rows that are not finite; those that are found here join them.
+        """
+        mix = self.ptx if policy else None
+        rows_of_mix = None if mix is None else mix.state()
+
+        def work(kept: MiniBatch) -> Gradients:
+            if mix is not None:  # each try is of the same rows
+                mix.load_state(rows_of_mix)
+            gradients = self.memory.attempt(
+                lambda: self.accumulate(rows, experience, kept, policy=policy, critic=critic), undo=self.drop_gradients
+            )
+            distributed.all_reduce_sum(*gradients.sums())
+            return gradients
+
+        roles = {
+            "policy": self.policy_optimizer if policy else None,
+            "critic": self.value_optimizer if critic else None,
+        }
+        roles = {name: optimizer for name, optimizer in roles.items() if optimizer is not None}
+        wanted = [row for row in mini_batch if row not in left_out]
+        if not wanted:
+            return Gradients()
+        kept, gradients, norms, cause = self.guard.gradients(wanted, work, roles, lambda row: [rows.whole(row)])
+        left_out |= set(wanted) - set(kept)
         if policy:
-            self._step_policy(gradients.policy.tolist(), stats)
+            result = self._step_policy(gradients.policy.tolist(), norms["policy"], stats)
+            self.guard.record("policy", result.applied, cause)
         if gradients.ptx is not None:
             stats.add("ptx/loss", float(gradients.ptx))
         if critic:
-            self._step_critic(gradients.critic.tolist(), stats)
+            result = self._step_critic(gradients.critic.tolist(), norms["critic"], stats)
+            self.guard.record("critic", result.applied, cause)
         return gradients
 
     def accumulate(
@@ -212,9 +236,9 @@ class Learner:
 
     # ------------------------------------------------------------------------------------------------ optimizer steps
 
-    def _step_policy(self, sums: list[float], stats: Stats) -> None:
+    def _step_policy(self, sums: list[float], norm: float, stats: Stats) -> StepResult:
         rate = self._learning_rate(self.config.learning_rate, self.policy_updates, policy_updates(self.config))
-        result = self.policy_optimizer.step(rate)
+        result = self.policy_optimizer.apply(rate, norm)
         self.policy_updates += 1
         if self.average is not None and result.applied:
             self.average.update()
@@ -222,28 +246,23 @@ class Learner:
         for name, value in zip(names, sums, strict=True):
             stats.add(name, value)
         stats.add("policy/grad_norm", result.grad_norm)
-        self._record(result.applied, "policy")
+        return result
 
-    def _step_critic(self, sums: list[float], stats: Stats) -> None:
+    def _step_critic(self, sums: list[float], norm: float, stats: Stats) -> StepResult:
         rate = self._learning_rate(self.config.critic_learning_rate, self.critic_updates, critic_updates(self.config))
-        result = self.value_optimizer.step(rate)
+        result = self.value_optimizer.apply(rate, norm)
         self.critic_updates += 1
         loss, clip_frac, sum_sq_error, sum_return, sum_return_sq, count = sums
         stats.add("value/loss", loss)
         stats.add("value/clip_frac", clip_frac)
         stats.add("value/explained_var", explained_variance(sum_sq_error, sum_return, sum_return_sq, count))
         stats.add("value/grad_norm", result.grad_norm)
-        self._record(result.applied, "critic")
+        return result
 
     def _learning_rate(self, base: float, update: int, updates: int) -> float:
         """The rate of optimizer step `update` out of `updates`."""
         schedule, warmup = self.config.lr_schedule, self.config.warmup_steps
         return lr_at(update, base=base, schedule=schedule, warmup_steps=warmup, total_steps=updates)
-
-    def _record(self, applied: bool, role: str) -> None:
-        sentence = self.guard.record(applied, role)
-        if sentence is not None:
-            self.report("non_finite_update", sentence, update=self.policy_updates + self.critic_updates)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

@@ -140,7 +140,8 @@ class RewardModelScorer(Scorer):
     def judge(self, texts: Texts, rows: TokenRows) -> list[float | None]:
         ids = self._token_ids(texts, rows)
         with self.offload.here(self.model) as model:
-            return self.memory.attempt(lambda: score_rows(model, ids, self.memory.tokens, label=self.label)).tolist()
+            scores = self.memory.attempt(lambda: score_rows(model, ids, self.memory.tokens, label=self.label))
+        return _scorable(scores)
 
     def _token_ids(self, texts: Texts, rows: TokenRows) -> list[list[int]]:
         if not hasattr(self.model, "score") and self.label is not None:
@@ -173,7 +174,13 @@ class AdapterScorer(RewardModelScorer):
     def judge(self, texts: Texts, rows: TokenRows) -> list[float | None]:
         ids = self._token_ids(texts, rows)
         with self.adapters.using(REWARD) as model:
-            return self.memory.attempt(lambda: score_rows(model, ids, self.memory.tokens, self.head)).tolist()
+            scores = self.memory.attempt(lambda: score_rows(model, ids, self.memory.tokens, self.head))
+        return _scorable(scores)
+
+
+def _scorable(scores: Tensor) -> list[float | None]:
+    """A reward model's scores; what is not finite is none."""
+    return [score if math.isfinite(score) else None for score in scores.tolist()]
 
 
 def score_rows(

@@ -71,7 +71,7 @@ class RolloutEngine:
         starts from the memory that is free then.
         """
         params = replace(params, stop_token_ids=self._stop_ids(params))
-        self._check(prompt_ids, params)
+        self.check(prompt_ids, params)
         rows = [
             Row(tuple(prompt), i * params.n + j) for i, prompt in enumerate(prompt_ids, first) for j in range(params.n)
         ]
@@ -197,7 +197,8 @@ class RolloutEngine:
         ends.append(getattr(self.tokenizer, "eos_token_id", None))
         return sorted({token for token in ends if token is not None})
 
-    def _check(self, prompt_ids: list[list[int]], params: SamplingParams) -> None:
+    def check(self, prompt_ids: list[list[int]], params: SamplingParams) -> None:
+        """Raise what `generate` refuses before any forward. params: with its stop_token_ids."""
         config = self.model.config.get_text_config()
         vocabulary = lm_head(self.model).weight.shape[0]
         for token in params.stop_token_ids:

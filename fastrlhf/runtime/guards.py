@@ -1,11 +1,10 @@
-"""What stops a run that goes wrong or would: rows the model cannot read, too many skipped updates, interruption."""
+"""What stops a run that would go wrong or is told to: rows the model cannot read, signals."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -17,46 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-IN_A_ROW = 3
-IN_LAST = (5, 100)
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 HANGUP = getattr(signal, "SIGHUP", None)  # not on every system
 
 
 class Interrupted(Exception):  # noqa: N818
     """The run was asked to stop and has saved a checkpoint; exit code 75, `fastrlhf resume` goes on."""
-
-
-class UpdateGuard:
-    """Counts updates skipped for a non-finite loss or gradient; the weights of a skipped update are untouched.
-
-    A single one is noise (an overflow); 3 in a row or 5 among the last 100 mean that the run is broken.
-    """
-
-    def __init__(self) -> None:
-        self.skipped = 0
-        self.recent: deque[bool] = deque(maxlen=IN_LAST[1])
-
-    def record(self, applied: bool, what: str) -> str | None:
-        """-> a sentence about a skipped update, or None. UserError when there are too many."""
-        self.recent.append(not applied)
-        if applied:
-            return None
-        self.skipped += 1
-        tail = list(self.recent)[-IN_A_ROW:]
-        if (len(tail) == IN_A_ROW and all(tail)) or sum(self.recent) >= IN_LAST[0]:
-            raise UserError(
-                f"{sum(self.recent)} of the last {len(self.recent)} updates were not finite (last: {what}); "
-                "lower learning_rate, or look for infinite rewards"
-            )
-        return f"update of the {what} skipped: its loss or gradient is not finite; weights and moments are unchanged"
-
-    def state(self) -> dict:
-        return {"skipped": self.skipped, "recent": list(self.recent)}
-
-    def load_state(self, state: dict) -> None:
-        self.skipped = state["skipped"]
-        self.recent = deque(state["recent"], maxlen=IN_LAST[1])
 
 
 def check_rows(

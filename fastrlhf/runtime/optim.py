@@ -88,10 +88,16 @@ class Optimizer:
                 param._to_master = param.register_post_accumulate_grad_hook(_to_master(master))
 
     def step(self, learning_rate: float) -> StepResult:
-        """Add up the ranks' gradients, clip to max_grad_norm (0: no clipping), then update, unless the gradient norm is
-        not finite."""
+        """`gradient_norm`, then `apply`."""
+        return self.apply(learning_rate, self.gradient_norm())
+
+    def gradient_norm(self) -> float:
+        """Add up the ranks' gradients and clip them to max_grad_norm (0: no clipping) -> their norm before that."""
         distributed.all_reduce_gradients(self.masters)
-        norm = float(self._clip())
+        return float(self._clip())
+
+    def apply(self, learning_rate: float, norm: float) -> StepResult:
+        """Update, unless the gradient norm is not finite: then the gradients are dropped."""
         finite = math.isfinite(norm)
         if finite:
             for group in self.inner.param_groups:
@@ -123,6 +129,10 @@ class Optimizer:
                 master.grad = None
             elif new == 0:
                 self.inner.state.pop(master, None)
+
+    def finite(self) -> bool:
+        """Whether every weight is."""
+        return all(bool(master.isfinite().all()) for master in self.masters)
 
     def zero_grad(self) -> None:
         for param in (*self.params, *self.masters):

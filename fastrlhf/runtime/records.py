@@ -1,4 +1,4 @@
-"""One reader for the JSON Lines files that a run wrote; people's data has its own in fastrlhf/data/rows.py.
+"""JSON Lines: how a row is written, and the reader of files that a run wrote (people's data: fastrlhf/data/rows.py).
 
 A kill tears the last line and a full disk more than that, so a damaged line ends nothing. It is never dropped in
 silence either: the caller gets its file, its number and the reason, and says so where people look.
@@ -10,6 +10,13 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+_BREAKS = {mark: f"\\u{mark:04x}" for mark in (0x85, 0x2028, 0x2029)}
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row as one line, for every reader: many take more than a newline for the end of one (str.splitlines does)."""
+    return json.dumps(row, ensure_ascii=False, default=str).translate(_BREAKS) + "\n"
 
 
 def read_records(

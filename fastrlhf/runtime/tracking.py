@@ -126,6 +126,10 @@ class Tracker:
         for row in read_records(run_dir / SAMPLES, problems, {"prompt": str, "response": str}):
             self._remember(row)
 
+    def begin(self, step: int) -> None:
+        """From here on what happens belongs to this step, counted from 1; `log` ends it."""
+        self._step = step
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the seconds inside as `time/<name>`; a phase within a phase pauses the outer one.

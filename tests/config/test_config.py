@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 COMMON = """learning_rate lr_schedule warmup_steps max_grad_norm optimizer adam_betas adam_eps weight_decay
 micro_batch_tokens gradient_checkpointing lora quantize dtype
 attention chat_template prompt_format columns ignore_columns max_samples skip_bad_rows seed save_every eval_every
-output_dir overwrite resume"""
+output_dir overwrite resume accept_changed"""
 SUPERVISED = "epochs total_steps max_tokens overlong mini_batch_size eval_fraction"
 FROZEN = {
     SFTConfig: f"{COMMON} {SUPERVISED} packing format",

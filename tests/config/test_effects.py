@@ -47,11 +47,21 @@ GIVEN = {  # a value of each option of the table that asks for something
     "save_every": 5,
     "overwrite": True,
     "resume": True,
+    "accept_changed": ["data"],
     "epochs": 3,
     "gradient_checkpointing": True,
 }
-ACTING = {"kl_controller": "adaptive", "critic_warmup_steps": 1, "output_dir": "run"}  # where no default lets it act
-NEEDED = {"advantage": {"samples_per_prompt": 2}, "whiten_advantages": {"samples_per_prompt": 2}}
+ACTING = {
+    "kl_controller": "adaptive",
+    "critic_warmup_steps": 1,
+    "output_dir": "run",
+    "resume": True,
+}  # where no default lets it act
+NEEDED = {
+    "accept_changed": {"output_dir": "run"},
+    "advantage": {"samples_per_prompt": 2},
+    "whiten_advantages": {"samples_per_prompt": 2},
+}
 CASES = [
     (cls, row.choice, value, name)
     for row in IDLE

@@ -111,7 +111,7 @@ def test_a_killed_rank_ends_all_with_one_message_and_the_run_goes_on(place):
     assert len(said(done)) == 1 and "another rank of this run is gone" in said(done)[0], done.stderr[-2000:]
     assert "fastrlhf resume" in said(done)[0]
     (place / "run" / "config.yaml").write_text((place / "run" / "config.yaml").read_text().replace("killer", "kind"))
-    again = torchrun(1, "-m", "fastrlhf", "resume", "run", cwd=place)
+    again = torchrun(1, "-m", "fastrlhf", "resume", "run", "--accept-changed", "reward", cwd=place)
     assert again.returncode == 0, again.stderr[-2000:]
     rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and (place / "run" / "final" / "model.safetensors").exists()
