@@ -38,7 +38,7 @@ from fastrlhf.data.templates import PRESETS, resolve_chat_template, stop_token_i
 from fastrlhf.models import moss
 from fastrlhf.models.adapter_folder import is_adapter
 from fastrlhf.models.saving import padding_token
-from fastrlhf.models.sources import reading
+from fastrlhf.models.sources import loaded
 
 SUM_SHARD_BYTES = 512 << 20  # sums are made in memory
 SUM_AT_ONCE = 1 << 23  # elements
@@ -161,8 +161,8 @@ def _plan_moon(source: Path, config: dict[str, Any], base: str | None) -> Plan:
             f"FOLDER: {str(source)!r} is an int4 or int8 variant (wbits = {config.get('wbits')}): its weights are "
             "packed for a kernel of MOSS's own; convert the fp16 model, and load that with quantize=nf4 or int8"
         )
-    with reading(ROLE, source), torch.device("meta"):
-        model = CodeGenForCausalLM(moss.codegen_config(config))
+    with torch.device("meta"):
+        model = loaded(ROLE, source, lambda: CodeGenForCausalLM(moss.codegen_config(config)))
     _check_names(model, files.headers, _without_buffers, str(source))
     tokenizer = _moon_tokenizer(source, model.config)
     model.config.dtype = _dtype(files.headers)
@@ -185,15 +185,15 @@ def _plan_pickles(source: Path, files: WeightFiles, config: dict[str, Any], base
 
 
 def _config_of(config: Mapping[str, Any], source: str) -> PreTrainedConfig:
-    with reading(ROLE, source):
-        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    return loaded(ROLE, source, lambda: CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
 
 
 def _causal_lm(config: Mapping[str, Any], source: str = "config.json") -> PreTrainedModel | None:
     """A causal LM of this config without memory for weights; None where transformers has none of its kind."""
     try:
-        with reading(ROLE, source), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(_config_of(config, source))
+        stock = _config_of(config, source)
+        with torch.device("meta"):
+            return loaded(ROLE, source, lambda: AutoModelForCausalLM.from_config(stock))
     except UserError:
         return None
 
@@ -207,8 +207,8 @@ def _stock_model(config: Mapping[str, Any], reward: bool, source: str) -> PreTra
     stock.id2label, stock.label2id = {0: "score"}, {"score": 0}
     if stock.pad_token_id is None or stock.pad_token_id == stock.eos_token_id:
         stock.pad_token_id = 0  # <unk>, with which MOSS-RLHF pads: no reply ends with it
-    with reading(ROLE, source), torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(stock)
+    with torch.device("meta"):
+        model = loaded(ROLE, source, lambda: AutoModelForSequenceClassification.from_config(stock))
     model.config.architectures = [type(model).__name__]
     return model
 
@@ -388,8 +388,7 @@ def _write_rest(plan: Plan, folder: Path) -> None:
     elif plan.config:
         (folder / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
     if plan.config:
-        with reading(ROLE, plan.files.folder):
-            AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        loaded(ROLE, plan.files.folder, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
     if plan.tokenizer is not None:
         _generation_config(plan).save_pretrained(folder)
         plan.tokenizer.save_pretrained(folder)
@@ -413,7 +412,8 @@ def _moon_tokenizer(source: Path, config: PreTrainedConfig) -> PreTrainedTokeniz
     for name in ("vocab.json", "merges.txt"):
         if not (source / name).is_file() and not (source / "tokenizer.json").is_file():
             raise UserError(f"FOLDER: {str(source)!r} has no {name}, which its tokenizer is made of; copy it there too")
-    with reading("tokenizer", source):
+
+    def load() -> tuple[PreTrainedTokenizerBase, dict[str, int]]:
         named = [source / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
         states_eos = any(path.is_file() and "eos_token" in json.loads(path.read_text("utf-8")) for path in named)
         default = {} if states_eos else {"eos_token": moss.MOON_TOKENS[-1]}  # of MOSS's own class
@@ -422,9 +422,11 @@ def _moon_tokenizer(source: Path, config: PreTrainedConfig) -> PreTrainedTokeniz
         # Plain added tokens in the files; special ones keep the blanks around them and are left out of shown replies.
         special = [AddedToken(token, special=True, normalized=False) for token in ends]
         tokenizer.add_special_tokens({"additional_special_tokens": special})
-        added = source / "added_tokens.json"
-        stated = dict(json.loads(added.read_text(encoding="utf-8"))) if added.is_file() else {}
         tokenizer.init_kwargs.pop("auto_map", None)
+        return tokenizer, dict(json.loads(added.read_text(encoding="utf-8"))) if added.is_file() else {}
+
+    added = source / "added_tokens.json"
+    tokenizer, stated = loaded("tokenizer", source, load)
     for token, index in stated.items():
         if tokenizer.convert_tokens_to_ids(token) != index:
             got = tokenizer.convert_tokens_to_ids(token)
@@ -441,8 +443,8 @@ def _moon_tokenizer(source: Path, config: PreTrainedConfig) -> PreTrainedTokeniz
 
 def _moss_rlhf_template(source: Path) -> str | None:
     """MOSS-RLHF's preset, the Chinese one where its tags are tokens; None: the folder has a template of its own."""
-    with reading("tokenizer", source):
-        texts = {path.name: path.read_text(encoding="utf-8") for path in source.glob("*token*.json")}
+    files = list(source.glob("*token*.json"))
+    texts = loaded("tokenizer", source, lambda: {path.name: path.read_text(encoding="utf-8") for path in files})
     if (source / "chat_template.jinja").is_file() or "chat_template" in texts.get("tokenizer_config.json", ""):
         return None
     chinese = any("<|Human|>" in text for text in texts.values())

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from fastrlhf.config.errors import UserError, shown
+from fastrlhf.config.outcome import outcome
 from fastrlhf.config.stages import SupervisedConfig
 from fastrlhf.data.feedback import Conversation, Feedback
 from fastrlhf.rl.functions import UserFunction, check_no_bare_file, is_function_reference, load_function, name_of
@@ -82,12 +83,9 @@ class EvalMetrics:
         return name
 
     def _number(self, name: object, value: Any) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: a tensor of several numbers
+        number, error = outcome(lambda: float(value))
+        if number is None or not math.isfinite(number) or isinstance(value, (str, bytes)):
             raise UserError(f"{self.function.what}: {name!r} is {shown(value)}; expected a finite number") from error
-        if not math.isfinite(number) or isinstance(value, str):
-            raise UserError(f"{self.function.what}: {name!r} is {shown(value)}; expected a finite number")
         return number
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.data.prompt_format import disagreement
@@ -82,9 +83,11 @@ class PPOTrainer(Trainer):
             "judge": judge,
         }
         # What the run reads.
+        check_arguments(config, PPOConfig, inputs)
         ready = prepare_ppo(config, inputs)
         tokenizer, self.evaluation = ready.tokenizer, ready.evaluation
         self.prompts, self.eval_prompts = ready.prompts, ready.eval_prompts
+        self.reward_records = ready.reward_records
 
         # Services: run folder, tracker, memory policy, guard.
         super().__init__(
@@ -112,9 +115,10 @@ class PPOTrainer(Trainer):
         )
         self.policy, self.critic, self.scorer = roles.policy, roles.critic, roles.scorer
         ready.fits(self.policy)
-        read_otherwise = disagreement(tokenizer, getattr(self.scorer, "tokenizer", tokenizer), "reward")
-        if read_otherwise:
-            self.tracker.note(read_otherwise)
+        for judge in (self.scorer, *(judge for _, judge in getattr(self.scorer, "parts", ()))):
+            read_otherwise = disagreement(tokenizer, getattr(judge, "tokenizer", tokenizer), "reward")
+            if read_otherwise:
+                self.tracker.note(read_otherwise)
         shared = self.critic is not None and self.critic.shares_trunk
         self.engine = RolloutEngine(self.policy, tokenizer, value_head=self.critic.head if shared else None)
         self.longest = _longest(config, [*self.prompts, *(self.eval_prompts or [])], self.policy)
@@ -250,6 +254,7 @@ class PPOTrainer(Trainer):
     def __iter__(self) -> Iterator[PPOStep]:
         if self.steps_done == 0:
             self.alarms.compare_prompts(self.prompts, self.eval_prompts)
+            self.alarms.doubt_reward_models(self.reward_records)
         if probe_wanted(self.config, self.device) and self.steps_done < self.total_steps:
             run_probe(self.learner, self.engine, joined=self.joined, note=self.tracker.note)
         return super().__iter__()

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.data.encode import Record
 from fastrlhf.data.feedback import Feedback
 from fastrlhf.models.backbone import load_scalar_backbone
 from fastrlhf.models.heads import sequence_scores
+from fastrlhf.models.held_out import FILE, HeldOut
 from fastrlhf.models.loading import make_trainable
 from fastrlhf.models.lora import REWARD
 from fastrlhf.models.saving import padding_tokenizer
@@ -28,7 +30,7 @@ from fastrlhf.rl.scorers import score_rows
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches
 from fastrlhf.runtime.optim import TrainedRole, make_optimizer
-from fastrlhf.trainer import SupervisedTrainer, device_of, run_stage
+from fastrlhf.trainer import Stateful, Step, SupervisedTrainer, device_of, run_stage
 
 MARGIN_EDGES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 
@@ -78,8 +80,10 @@ class RewardTrainer(SupervisedTrainer):
     ) -> None:
         inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
         inputs["compute_metrics"] = compute_metrics
+        check_arguments(config, RewardConfig, inputs)
         ready: Supervised[Record] = prepare_supervised(config, inputs)
         self.eval_records, self.compute_metrics = ready.held_out, ready.compute_metrics
+        self.held_out = HeldOut(len(self.eval_records))
         ordered = any(r.feedback.ordered_pairs() for r in self.eval_records)
         self.best_metric = ("accuracy/eval", True) if ordered else ("loss/eval", False)
         super().__init__(
@@ -159,9 +163,29 @@ class RewardTrainer(SupervisedTrainer):
         given = [(float(v), target) for s, f in both if f.kind == "score" for v, target in zip(s, f.scores)]
         if len({target for _, target in given}) > 1:
             metrics["correlation/eval"] = float(torch.corrcoef(torch.tensor(given, dtype=torch.float64).T)[0, 1])
+        self._remember(metrics, len(margins))
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics([s.tolist() for s, _ in both], [f for _, f in both], metrics)
         return metrics
+
+    def _remember(self, metrics: dict[str, float], pairs: int) -> None:
+        """Keep what goes into the model's folder; an alarm where the run ends with a model that ranks no better than
+        chance."""
+        correlation = metrics.get("correlation/eval")
+        if correlation is not None and not math.isfinite(correlation):  # one score for all
+            correlation = 0.0
+        accuracy = metrics.get("accuracy/eval")
+        self.held_out.load_state(
+            {"step": self.steps_done, "pairs": pairs, "accuracy": accuracy, "correlation": correlation}
+        )
+        if self.steps_done == self.total_steps:
+            self._alarm()
+
+    def _alarm(self) -> None:
+        doubt = self.held_out.doubt()
+        if doubt is not None:
+            message = f"the reward model {doubt}; PPO against it learns its mistakes"
+            self.tracker.event("alarm", message, alarm="reward_model")
 
     def _held_out_scores(self) -> Tensor:
         """Scores on the CPU of every response of the held-out records, each by the rank that it belongs to."""
@@ -172,6 +196,17 @@ class RewardTrainer(SupervisedTrainer):
         scores[mine] = self.memory.attempt(lambda: score_rows(self.model, rows_of_this_rank, self.memory.tokens))
         distributed.all_reduce_sum(scores)
         return scores
+
+    def __iter__(self) -> Iterator[Step]:
+        if self.steps_done == 0 and not (self.eval_records and self.config.eval_every):
+            self._alarm()
+        return super().__iter__()
+
+    def parts(self) -> dict[str, Stateful]:
+        return {**super().parts(), "held_out": self.held_out}
+
+    def beside_the_model(self) -> dict[str, str]:
+        return {FILE: self.held_out.text()}
 
     def trained(self) -> dict[str, TrainedRole]:
         if self.adapters is None:

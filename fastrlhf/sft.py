@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import SFTConfig
 from fastrlhf.data.encode import Example, target_count
 from fastrlhf.eval_metrics import TokenPrediction
@@ -51,6 +52,7 @@ class SFTTrainer(SupervisedTrainer):
     ) -> None:
         inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
         inputs["compute_metrics"] = compute_metrics
+        check_arguments(config, SFTConfig, inputs)
         ready: Supervised[Example] = prepare_supervised(config, inputs)
         self.eval_examples, self.compute_metrics = ready.held_out, ready.compute_metrics
         super().__init__(

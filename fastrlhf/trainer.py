@@ -166,6 +166,10 @@ class Trainer(metaclass=_BegunWhenBuilt):
         """Parts with tensors of their own, beside what `trained` holds, by the name in a checkpoint."""
         return {}
 
+    def beside_the_model(self) -> dict[str, str]:
+        """Texts that `save` writes into the model's folder, by file name."""
+        return {}
+
     def averaged(self) -> AbstractContextManager[None]:
         """Have the trained model hold the weights that are evaluated and saved, inside."""
         return nullcontext()
@@ -204,9 +208,13 @@ class Trainer(metaclass=_BegunWhenBuilt):
         with self.averaged():
             weights = first.merged() if first.merged and not adapter else None
             write_adapter = first.adapter if adapter else None
-            export_folder(
-                lambda target: write_model(target, model, self.tokenizer, stops, weights, write_adapter), folder
-            )
+
+            def write(target: Path) -> None:
+                write_model(target, model, self.tokenizer, stops, weights, write_adapter)
+                for name, text in self.beside_the_model().items():
+                    (target / name).write_text(text, encoding="utf-8")
+
+            export_folder(write, folder)
 
     def save_as_trained(self, folder: Path) -> None:
         """`save`, but a quantised base is not merged unless it is asked for."""

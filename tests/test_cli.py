@@ -43,6 +43,7 @@ def workplace(tmp_path_factory) -> Path:
     (root / "exits.py").write_text("raise SystemExit(0)\n")
     (root / "typo.py").write_text("def f(:\n")
     (root / "asks.py").write_text("def f(prompts, responses, answer):\n    return [0.0] * len(responses)\n")
+    (root / "blind.py").write_text("def f(prompts, responses):\n    return [None] * len(responses)\n")
     (root / "text.txt").write_text("no model")
     (root / "none.jsonl").write_text("")
     for stage, text in RECIPES.items():
@@ -360,6 +361,15 @@ def test_a_mistake_is_exit_code_2_and_a_few_lines(run, mistake):
     assert err.startswith("error: ") and said in err
     assert len(err.splitlines()) <= 4 and "Traceback" not in err
     assert not Path("fresh").exists() or not any(Path("fresh").iterdir()), "an error before training leaves nothing"
+
+
+def test_rewards_that_are_all_none_are_exit_code_2_and_the_runs_first_sentence(run):
+    changes = ["reward=blind.py:f", "output_dir=out/blind", "eval_every=1", "eval_prompts=prompts.jsonl"]
+    code, out, err = run("ppo", "ppo.yaml", *changes)
+    assert code == 2 and err.startswith("error: reward: None for all 4 responses of step 1") and "Traceback" not in err
+    assert "alarm: the reward could not judge 4 of 4 responses (None)" in out
+    assert run("report", "out/blind")[0] == 0
+    assert 'id="verdict">Alarms: ' in Path("out/blind/report.html").read_text()
 
 
 def test_many_mistakes_are_cut_to_four_lines(run):

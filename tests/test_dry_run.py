@@ -9,6 +9,7 @@ import pytest
 
 from fastrlhf import PPOConfig, PPOTrainer, cli
 from fastrlhf.models import loading, saving
+from fastrlhf.models.held_out import HeldOut
 from fastrlhf.preflight.outline import sizes
 from tests import tiny
 
@@ -115,6 +116,13 @@ def test_adapters_on_one_base_are_said(dry, workplace):
     assert lines["reference"] == "the policy's base with the adapter it starts from"
     assert lines["reward"] == "reward_adapter, an adapter on the policy's base"
     assert lines["critic"].endswith("with a new head (or the reward model's, where layers and ranks agree)")
+
+
+def test_a_reward_model_that_ranks_by_chance_is_said(dry, workplace):
+    record = workplace / "rm" / "held_out.json"
+    record.write_text(HeldOut(9, 1, 8, accuracy=0.5).text())
+    assert dry()["alarm"].startswith("the reward model 'rm' ranks 50.0% of 8 held-out pairs")
+    record.unlink()
 
 
 def test_the_rows_read_used_and_dropped_of_each_input_are_said(workplace, monkeypatch, capsys):

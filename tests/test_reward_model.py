@@ -15,6 +15,7 @@ from transformers import (
 
 from fastrlhf import RewardTrainer
 from fastrlhf.models.heads import sequence_scores
+from fastrlhf.models.held_out import HeldOut, held_out_of
 from fastrlhf.reward_model import MARGIN_EDGES, margin_histogram, preference_loss, record_loss
 from tests import tiny
 from tests.reward_runs import (
@@ -35,6 +36,7 @@ from tests.reward_runs import (
     trainer,
     weights,
 )
+from tests.runs import leave_after, ppo_trainer
 
 # -------------------------------------------------------------------------------------------------------------- losses
 
@@ -252,6 +254,74 @@ def test_the_best_model_is_kept_for_scores_alone(tmp_path):
     cfg = config(eval_every=1, total_steps=2, output_dir=str(tmp_path / "run"))
     trainer(cfg, data=MIXED, eval_data=[SCORE]).train()
     assert (tmp_path / "run" / "best" / "config.json").exists()
+
+
+def alarms(run) -> list[tuple[int, str]]:
+    return [(e["step"], e["message"]) for e in events(run, "alarm")]
+
+
+def record_of(folder) -> dict:
+    return json.loads((folder / "held_out.json").read_text())
+
+
+def test_a_model_that_ranks_by_chance_is_an_alarm_of_its_run_and_of_ppo_against_it(tmp_path):
+    """learning_rate 0: the new head ranks at random, and for one of the two pairs it is wrong."""
+    run = tmp_path / "reward"
+    both = [PAIR, {**PAIR, "chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}]
+    t = trainer(config(learning_rate=0, eval_every=1, total_steps=2, output_dir=str(run)), data=both, eval_data=both)
+    t.train()
+    t.save(run / "final")
+    record = {"rows": 2, "step": 2, "pairs": 2, "accuracy": 0.5, "correlation": None}
+    assert record_of(run / "final") == record and record_of(run / "best") == {**record, "step": 1}
+    said = "the reward model ranks 50.0% of 2 held-out pairs as people did (50% is chance, an alarm below 60%)"
+    assert [(step, message.partition(";")[0]) for step, message in alarms(run)] == [(2, said)]
+    policies = {
+        "by folder": str(run / "final"),
+        "loaded": AutoModelForSequenceClassification.from_pretrained(run / "final"),
+    }
+    parts = [("a", 1.0, str(run / "final")), ("b", 1.0, lambda prompts, responses: [0.0] * len(responses))]
+    for name, reward in {**policies, "part of a sum": parts}.items():
+        ppo = ppo_trainer(reward=reward, total_steps=1, output_dir=str(tmp_path / name))
+        ppo.train()
+        [(step, message)] = alarms(tmp_path / name)
+        assert step == 0 and "ranks 50.0% of 2 held-out pairs as people did" in message, name
+
+
+def test_a_model_without_held_out_rows_is_an_alarm_a_good_one_none_and_one_of_elsewhere_a_line(tmp_path, capsys):
+    cfg = config(total_steps=1, output_dir=str(tmp_path / "none"))
+    t = trainer(cfg, data=MIXED)
+    t.train()
+    t.save(tmp_path / "none" / "final")
+    [(step, message)] = alarms(tmp_path / "none")
+    assert step == 0 and message.startswith("the reward model has no held-out rows, so nobody knows")
+    folder = tmp_path / "none" / "final"
+    for text, said in ((HeldOut(9, 1, 9, 0.9).text(), ""), ("{", "reward: '{}' brings no record of held-out pairs")):
+        (folder / "held_out.json").write_text(text)
+        capsys.readouterr()
+        next(iter(ppo_trainer(reward=str(folder), total_steps=1)))
+        out = capsys.readouterr().out
+        assert "alarm" not in out and said.format(folder) in out and ("no record" in out) == bool(said)
+
+
+NO_RECORDS = ["{", "[]", "7", '{"rows": "many"}', '{"rows": -1}', '{"accuracy": NaN}', '{"x": 1}', None]
+
+
+@pytest.mark.parametrize("text", NO_RECORDS)
+def test_a_record_that_no_training_wrote_is_none(tmp_path, text):
+    (tmp_path / "held_out.json").write_text(HeldOut(3, accuracy=0.5).text())
+    assert held_out_of(str(tmp_path)) == HeldOut(3, accuracy=0.5)
+    (tmp_path / "held_out.json").unlink() if text is None else (tmp_path / "held_out.json").write_text(text)
+    assert held_out_of(str(tmp_path)) is None
+
+
+def test_what_was_measured_survives_a_resume_and_goes_with_an_adapter(tmp_path):
+    cfg = config(total_steps=2, eval_every=2, save_every=1, lora=2, output_dir=str(tmp_path / "run"))
+    leave_after(trainer(cfg, data=MIXED, eval_data=[PAIR, SCORE, {**SCORE, "score": 1}]), 2)
+    again = trainer(cfg.replace(resume=True), data=MIXED, eval_data=[PAIR, SCORE, {**SCORE, "score": 1}])
+    again.save(tmp_path / "adapter", adapter=True)
+    record = record_of(tmp_path / "adapter")
+    assert (record["rows"], record["step"], record["pairs"]) == (3, 2, 1) and record["accuracy"] in (0.0, 1.0)
+    assert -1 <= record["correlation"] <= 1
 
 
 def preference(count: int, seed: int) -> list[dict]:

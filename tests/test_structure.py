@@ -24,6 +24,7 @@ SHIPPED = [*(ROOT / "fastrlhf").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")
 SOURCES = SHIPPED + [
     path for folder in ("tests", "bench") for path in (ROOT / folder).rglob("*.py") if ".venvs" not in path.parts
 ]
+BOUNDARY = "fastrlhf/config/outcome.py"  # where code of others is called, which may raise anything
 # Where an environment variable may be read, and which.
 ENVIRONMENT = {
     "fastrlhf/runtime/console.py": {"NO_COLOR", "TERM"},
@@ -93,9 +94,10 @@ def blind_handlers(module: ast.Module) -> list[int]:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=name)
 def test_no_failure_is_swallowed(path):
-    """No blind except, no `except: pass`, no assert for what a user can cause, no deferred work."""
+    """No blind except but where code of others runs, no `except: pass`, no assert for what a user can cause, no
+    deferred work."""
     module = tree(path)
-    assert blind_handlers(module) == []
+    assert len(blind_handlers(module)) == (2 if name(path) == BOUNDARY else 0)
     silent = [
         node.lineno
         for node in ast.walk(module)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -18,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.outcome import outcome
 
+T = TypeVar("T")
 STEMS = ("model", "pytorch_model", "adapter_model")  # as transformers and peft name them
 SHARD_OF = re.compile(r"(?P<stem>[\w.-]+?)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<ending>safetensors|bin)$")
 WEIGHT_FILE = re.compile(rf"({'|'.join(STEMS)})(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
@@ -54,23 +57,17 @@ def tensor_names(folder: Path) -> set[str]:
         return set()
 
 
-class _reading:  # noqa: N801 - used as `with _reading(path)`
-    """Whatever a library raises over a file of weights is one UserError that names it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is None or not issubclass(kind, Exception) or issubclass(kind, UserError):
-            return
-        if kind.__name__ == "UnpicklingError":  # torch's own text advises to switch the check off
-            problem = "it is damaged or holds more than tensors; nothing of it was run"
-        else:
-            problem = f"it is damaged ({kind.__name__}: {(str(error).splitlines() or [''])[0][:200]}); copy it again"
-        raise UserError(f"{self.path}: cannot be read as weights: {problem}") from error
+def _read(path: Path, load: Callable[[], T]) -> T:
+    """What a library makes of a file of weights: whatever it raises over it is one UserError that names it."""
+    result, error = outcome(load)
+    if error is None:
+        return result
+    kind = type(error).__name__
+    if kind == "UnpicklingError":  # torch's own text advises to switch the check off
+        problem = "it is damaged or holds more than tensors; nothing of it was run"
+    else:
+        problem = f"it is damaged ({kind}: {(str(error).splitlines() or [''])[0][:200]}); copy it again"
+    raise UserError(f"{path}: cannot be read as weights: {problem}") from error
 
 
 class _Shard:
@@ -81,18 +78,20 @@ class _Shard:
         with path.open("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise UserError(f"{path}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
-        with _reading(path):
-            self._tensors = None if path.suffix == ".safetensors" else self._unpickled()
-            self._file = safe_open(path, framework="pt") if self._tensors is None else None
+        self._tensors = None if path.suffix == ".safetensors" else self._unpickled()
+        self._file = _read(path, lambda: safe_open(path, framework="pt")) if self._tensors is None else None
 
     def _unpickled(self) -> dict[str, Tensor]:
-        try:
-            tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
+        def load() -> Any:
+            try:
+                return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
             self.mapped = False  # written by a torch before 1.6, not as a zip file: it is read whole
-            tensors = torch.load(self.path, map_location="cpu", weights_only=True)
+            return torch.load(self.path, map_location="cpu", weights_only=True)
+
+        tensors = _read(self.path, load)
         if not isinstance(tensors, Mapping):
             raise UserError(f"{self.path}: holds a {type(tensors).__name__}, not tensors by name")
         wrong = next((name for name, value in tensors.items() if not isinstance(value, Tensor)), None)
@@ -117,8 +116,11 @@ class _Shard:
         return Header(tuple(part.get_shape()), empty.dtype)
 
     def get(self, name: str) -> Tensor:
-        with _reading(self.path):
-            return self._file.get_tensor(name) if self._tensors is None else self._tensors[name]
+        return _read(self.path, lambda: self._file.get_tensor(name)) if self._tensors is None else self._tensors[name]
+
+
+def _headers(shard: _Shard) -> dict[str, Header]:
+    return {name: shard.header(name) for name in shard.names()}
 
 
 class WeightFiles:
@@ -140,8 +142,7 @@ class WeightFiles:
         self._open: _Shard | None = None
         for path in self.paths:
             shard = self._shard(path)
-            with _reading(path):
-                found = {name: shard.header(name) for name in shard.names()}
+            found = _read(path, partial(_headers, shard))
             self._path_of |= dict.fromkeys(found, path)
             self.headers |= found
         lost = sorted(set(self._weight_map()) - set(self.headers))

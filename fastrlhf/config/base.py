@@ -7,6 +7,7 @@ is a UserError with one line a problem: the field, its value, what is expected. 
 from __future__ import annotations
 
 import difflib
+import os
 import types
 from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -97,12 +98,17 @@ class StageConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain_value(cls, value: Any, info) -> Any:
-        """YAML and the command line spell None as text; a boolean is not a number; no text or path holds a NUL."""
+        """YAML and the command line spell None as text; a boolean is not a number; a Path is its text; no text
+        or path holds a NUL."""
         kinds, optional = _kinds(cls, info.field_name)
         if isinstance(value, bool) and bool not in kinds and Any not in kinds:
             raise ValueError("a boolean")
+        is_path = isinstance(value, os.PathLike) and str in kinds
+        value = os.fspath(value) if is_path else value
         if isinstance(value, str) and "\0" in value:
             raise ValueError("a NUL character")
+        if is_path:
+            return value
         if isinstance(value, str) and optional and value.lower() in ("none", "null", spelled(None, info.field_name)):
             return None
         if isinstance(value, str) and dict in kinds:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from fastrlhf.config.errors import UserError
+from fastrlhf.config.errors import UserError, shown
 from fastrlhf.config.plain_yaml import parse_value
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -84,6 +84,29 @@ def data_name(text: str) -> DataName:
     return DataName(base, config, split)
 
 
+def check_arguments(config: Any, kind: type, inputs: Mapping[str, Any]) -> None:
+    """UserError, a line for each, where a trainer's arguments are of types that the docs do not name: a config of
+    another stage, a model or tokenizer that is neither a path, a name nor a loaded one, a required one that is missing.
+
+    Rows and rewards are told apart where they are read.
+    """
+    problems = []
+    if not isinstance(config, kind):
+        problems.append(f"config: expected a {kind.__name__}, found {type(config).__name__}")
+    for name, spec in INPUTS[kind.stage].items():
+        value = inputs.get(name)
+        if value is None:
+            problems += [f"{name}: missing; {spec.description}"] if spec.required else []
+        elif isinstance(value, (str, os.PathLike)):
+            problems += [f"{name}: is empty; {spec.description}"] if not str(value).strip() else []
+        elif spec.kind == "model" and not all(hasattr(value, part) for part in _LOADED[name == "tokenizer"]):
+            loaded = "tokenizer" if name == "tokenizer" else "transformers model"
+            problems.append(f"{name}: expected a folder, a hub id or a loaded {loaded}, found {shown(value)}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+_LOADED = {True: ("get_vocab", "save_pretrained"), False: ("config", "save_pretrained")}
 EXPECTED = "a rank, or {r: rank, alpha: number (default 2 r), target_modules: [names] (default: every linear layer)}"
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from fastrlhf.config.errors import UserError
 
 Messages = list[dict[str, Any]]  # role, content; and of some: weight 0 (not learnt), a key of REASONING
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+_MORE_THAN_TEXT = ("tools", "functions", "documents", "image", "images", "video", "videos", "audio", "audios")
 
 _JUDGEMENTS = ("chosen", "rejected", "margin", "ranking", "score", "scores", "edited", "label", "unsafe")
 _TEXTS = ("prompt", "response", "responses", "messages", "conversations", "completion", "text")
@@ -165,6 +166,9 @@ def _message(message: Any, where: str, field: str, index: int) -> dict[str, str]
     for key in ("tool_calls", "function_call"):
         if message.get(key):
             raise BadRow(where, f"{name}: {key} are not supported; write the call into the content")
+    more = next((key for key in _MORE_THAN_TEXT if message.get(key)), None)
+    if more is not None:
+        raise BadRow(where, f"{name}: {more} are not supported; write what they say into the content, or remove them")
     content = _content(message.get(content_key), where, f"{field}[{index}].{content_key}")
     checked = {"role": _ROLES[role], "content": content}
     if not _is_learnt(message, where, name) and checked["role"] == "assistant":
@@ -179,7 +183,10 @@ def _is_learnt(message: dict, where: str, name: str) -> bool:
     weight = message.get("weight")
     if weight not in (None, 0, 1):
         raise BadRow(where, f"{name}: weight {weight!r} must be 0 (not learnt) or 1")
-    return weight != 0 and message.get("train") is not False and message.get("loss") is not False
+    for key in ("train", "loss"):
+        if message.get(key) not in (None, 0, 1):
+            raise BadRow(where, f"{name}: {key} {message[key]!r} must be true or false (not learnt)")
+    return 0 not in (weight, message.get("train"), message.get("loss"))
 
 
 def plain_reply(message: dict, where: str, field: str) -> str:

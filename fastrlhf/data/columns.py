@@ -43,8 +43,8 @@ class Columns:
         check_mapping(self.mapping, row)
         taken = {root for ours in values for root in (self.mapping[ours], self.mapping[ours].partition(".")[0])}
         self._unseen -= values.keys()
-        self._names |= dict.fromkeys(map(str, row))
         others = self._beside(row, values) | {name: value for name, value in row.items() if name not in taken}
+        self._names |= dict.fromkeys(map(str, [*row, *others]))
         for name in self.ignored:
             if others.pop(name, None) is not None:
                 self.noted[f'without their column "{name}" (ignore_columns)'] += 1
@@ -57,8 +57,12 @@ class Columns:
         return {name: parent[name] for parent in nested for name in CONTEXT if parent.get(name) is not None}
 
     def check(self) -> None:
-        """Raise UserError where a mapping found its column in no row of the source."""
+        """Raise UserError where a mapping found its column in no row of the source, or none has an ignored one."""
         unseen = [f"{ours}: {self.mapping[ours]}" for ours in self.mapping if ours in self._unseen]
+        strange = [name for name in self.ignored if name not in self._names]
+        if strange and self._names:
+            there = f"no row has such a column; there are: {', '.join(self._names)}"
+            raise UserError(f"ignore_columns = {', '.join(strange)}: {there}")
         if unseen and self._names:
             there = f"no row has such a column; there are: {', '.join(self._names)}"
             raise UserError(f"columns = {', '.join(unseen)}: {there}")

@@ -163,6 +163,8 @@ class Encoder:
         def encode(item: Feedback) -> Steps[Record]:
             prompt, replies = yield from replies_steps(self.tokenizer, item.prompt, item.responses)
             rows = [prompt + reply for reply in replies]
+            if item.ranking is not None and all(row == rows[0] for row in rows):
+                raise DroppedRow("with equal replies")  # which differ by tokens that end them, or by blanks
             fits = max(map(len, rows)) <= config.max_tokens
             return Record(rows if fits else _cut_rows(rows, len(prompt), config, counts), item)
 

@@ -14,6 +14,8 @@ count. Nothing is skipped without one of the two.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -40,6 +42,7 @@ from fastrlhf.data.foreign import (
     bare_prompt,
     completion_of,
     is_empty,
+    is_transcript,
     joined,
     pair_of,
     prompt_columns,
@@ -131,7 +134,22 @@ def _record(row: Any, where: str) -> dict:
         row = {"messages": row}
     if not isinstance(row, dict):
         raise BadRow(where, f"a row must be a JSON object or a list of turns, found {show(row)}")
-    return {key: value for key, value in row.items() if value is not None}
+    return {key: _unpacked(value) if key in _MESSAGES else value for key, value in row.items() if value is not None}
+
+
+# Columns that some published files hold as JSON texts: what begins as a list of messages is one.
+_MESSAGES = ("messages", "conversations", "prompt", "chosen", "rejected", "completion", "response", "edited")
+
+
+def _unpacked(value: Any) -> Any:
+    """The messages that a text is in JSON; any other value as it is."""
+    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value):
+        return value
+    try:
+        messages = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return messages if all(isinstance(m, dict) and not {"role", "from"}.isdisjoint(m) for m in messages) else value
 
 
 def _require(row: dict, where: str, names: tuple[str, ...], expected: str) -> None:
@@ -451,9 +469,9 @@ def _whole_prompt(row: dict, where: str) -> str | Messages | None:
 
 
 def _is_message(value: Any) -> bool:
-    """Whether a reply is written as messages, not as text."""
+    """Whether a reply is written as messages or as a transcript of them, not as its text alone."""
     first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, dict)
+    return isinstance(first, dict) or is_transcript(value)
 
 
 _TO_SCORE = ("response", "responses", "completion")  # columns of a prompt's row that hold replies to it

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,9 @@ _MOSS_TAGS = {
 }
 _MOSS_SPEECH = ("Human", "MOSS")  # a turn must have these; the other parts are of its tools
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+# As they are copied by hand: without the lines in front, or with one line feed where hh-rlhf has two.
+_SAID = re.compile(r"\s*(Human|User):")
+_TURNS = (re.compile(r"\n\s*\n(Human|User|Assistant):"), re.compile(r"\n(Human|User|Assistant):"))
 
 
 def turns_of(value: Any, where: str, field: str) -> Messages:
@@ -53,16 +57,32 @@ def is_transcript(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("\n\nHuman:")
 
 
-def transcript_of(value: str, where: str, field: str) -> Messages:
+def open_transcript(text: str) -> Messages | None:
+    """The messages of a prompt that is a transcript, and ends with the human's turn or the bare tag of the assistant's;
+    None for any other text. "Human:" or "User:" begins one where "Assistant:" begins a line behind it."""
+    turn = _HH_TURN if is_transcript(text) else None
+    if turn is None and _SAID.match(text):
+        text = f"\n\n{text.strip()}"
+        turn = next((turn for turn in _TURNS if "Assistant" in turn.findall(text)), None)
+    if turn is None:
+        return None
+    try:
+        messages = transcript_of(re.sub(r"\s*\nAssistant:\s*$", "", text), "", "prompt", turn)
+    except (BadRow, DroppedRow):
+        return None
+    return messages if messages[-1]["role"] == "user" else None
+
+
+def transcript_of(value: str, where: str, field: str, turn: re.Pattern[str] = _HH_TURN) -> Messages:
     """The turns of an hh-rlhf transcript, each without the blanks around it.
 
     Two turns of the same speaker in a row (the published files have some) are one turn; a transcript that
     ends with an empty turn raises DroppedRow, an empty turn elsewhere BadRow.
     """
-    _, *parts = _HH_TURN.split(value)  # the text before the first tag is empty; then tag and content in turn
+    _, *parts = turn.split(value)  # the text before the first tag is empty; then tag and content in turn
     messages: Messages = []
     for tag, content in zip(parts[::2], parts[1::2]):
-        role = "user" if tag == "Human" else "assistant"
+        role = "assistant" if tag == "Assistant" else "user"
         content = text_of(content.strip(), where, field, empty=True)
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] = f"{messages[-1]['content']}\n\n{content}".strip()
@@ -86,7 +106,9 @@ def conversation_of(value: Any, where: str, field: str) -> Messages:
 
 def completion_of(value: Any, where: str, field: str) -> str | Messages:
     """A reply: text, one message as a dict, or a list of messages (only one assistant message: its text, where it is
-    nothing more)."""
+    nothing more). A transcript is the whole conversation, and so are messages with a human's."""
+    if is_transcript(value):
+        value = transcript_of(value, where, field)
     if isinstance(value, str):
         return text_of(value, where, field)
     messages = messages_of([value] if isinstance(value, dict) else value, where, field, fragment=True)
@@ -280,11 +302,16 @@ def _is_turn_of(text: str, prompt: Messages) -> bool:
 
 
 def _without_blanks(text: str) -> str:
-    return "".join(text.split())
+    return "".join(unicodedata.normalize("NFC", text).split())
 
 
 # What a text of several turns has beside their contents: tags, brackets, the names of those who speak.
-_SPEAKERS = re.compile(r"<[^<>]*>|\[/?[A-Z]+\]|human|user|assistant|gpt|bot|system|prompter|model|\W|_", re.IGNORECASE)
+_SPEAKERS = re.compile(
+    r"Belowisaninstructionthatdescribesatask\.Writearesponsethatappropriatelycompletestherequest\."  # Alpaca's
+    r"|<[^<>]*>|\[/?[A-Z]+\]|human|user|assistant|gpt|bot|system|prompter|model|instruction|input|response|question"
+    r"|answer|round\d+|用户|助手|系统|人类|问|答|\W|_",
+    re.IGNORECASE,
+)
 
 
 def _is_rendered(text: str, prompt: Messages) -> bool:
@@ -306,13 +333,16 @@ def _is_rendered(text: str, prompt: Messages) -> bool:
 
 # -------------------------------------------------------------------------------- columns that are part of the prompt
 
-_SYSTEM = ("system", "system_prompt", "developer")
+_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "developer")
+_TOOLS = "tool descriptions are not supported; put them into a system message"
+_EARLIER = "earlier turns are read from history: [[human, reply], ...], or from messages"
+_TEXT_ONLY = "only text is supported"
 _UNREADABLE = {
-    "tools": "tool descriptions are not supported; put them into a system message",
+    **dict.fromkeys(("tools", "functions"), _TOOLS),
     "context": "it is part of an instruction's text only; put it into the prompt",
-    "images": "only text is supported",
-    "videos": "only text is supported",
-    "audios": "only text is supported",
+    "documents": "put them into the prompt",
+    **dict.fromkeys(("chat_history", "conversation_history"), _EARLIER),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ONLY),
 }
 CONTEXT = (*_SYSTEM, "history", *_UNREADABLE)
 _LEAVE_OUT = "or leave it out with ignore_columns"
@@ -336,7 +366,9 @@ def with_context(prompt: str | Messages, row: dict, where: str) -> str | Message
     systems = {name: text_of(row[name], where, name) for name in _SYSTEM if not is_empty(row.get(name))}
     if not turns and not systems:
         return prompt
-    messages = list(_as_messages(prompt))
+    if isinstance(prompt, str):
+        prompt = _message_of(prompt, where, next(iter(systems), "history"))
+    messages = list(prompt)
     if messages[0]["role"] == "system":
         systems = {f"{messages[0]['role']} message": messages.pop(0)["content"], **systems}
     first, *more = systems.items() if systems else [(None, None)]
@@ -347,6 +379,19 @@ def with_context(prompt: str | Messages, row: dict, where: str) -> str | Message
         raise BadRow(where, f'field "history" is given besides a conversation; keep one of them, {_LEAVE_OUT}')
     system = [{"role": "system", "content": first[1]}] if first[1] is not None else []
     return [*system, *turns, *messages]
+
+
+# Of the templates that are known: a text that holds one has its turns and its system message in it already.
+_TEMPLATE_MARK = re.compile(r"<\|[\w ]+\|>|<｜[^｜]+｜>|\[/?INST\]|<(start|end)_of_turn>|<</?SYS>>")
+
+
+def _message_of(prompt: str, where: str, beside: str) -> Messages:
+    """The messages of a string prompt that has a system text or earlier turns in columns of their own."""
+    if _TEMPLATE_MARK.search(prompt):
+        raise BadRow(
+            where, f'field "{beside}" is given besides a prompt that a template wrote; put it there, {_LEAVE_OUT}'
+        )
+    return open_transcript(prompt) or _as_messages(prompt)
 
 
 def _history(value: Any, where: str) -> Messages:
@@ -428,7 +473,7 @@ def _pair_of_texts(row: dict, where: str) -> Pair:
     chosen, rejected = (text_of(row[key], where, key) for key in ("chosen", "rejected"))
     common = os.path.commonprefix([chosen, rejected])
     # What stands behind the last blank may be half a word, so the replies begin with it and the blanks before it.
-    prompt = common[: len(common) - len(re.split(r"\s", common)[-1])].rstrip()
+    prompt = common[: len(common) - len(re.split(r"\s|(?<=\|>)|(?<=INST\])", common)[-1])].rstrip()
     others = [key for key, value in row.items() if isinstance(value, (str, list)) and key not in ("chosen", "rejected")]
     if others or not prompt and chosen != rejected:
         raise missing(where, "prompt", row, "a prompt, or two texts alone that begin with the same one")

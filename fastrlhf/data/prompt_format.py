@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
 from fastrlhf.config.errors import UserError
-from fastrlhf.data.checks import DroppedRow, Messages
-from fastrlhf.data.foreign import is_transcript, transcript_of
+from fastrlhf.data.checks import Messages
+from fastrlhf.data.foreign import is_transcript, open_transcript
 from fastrlhf.data.rendering import render
 
 if TYPE_CHECKING:
@@ -72,23 +72,12 @@ def as_asked(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> str 
     decision = decision_of(tokenizer)
     if decision in (None, "raw") or not tokenizer.chat_template:
         return prompt
-    turns = _turns(prompt)
+    if decision.startswith("auto") and not is_transcript(prompt) and is_rendered(tokenizer, prompt):
+        return prompt
+    turns = open_transcript(prompt)
     if turns is not None:
         return turns
-    if decision == "chat" or decision == "auto: chat" and not is_rendered(tokenizer, prompt):
-        return [{"role": "user", "content": prompt}]
-    return prompt
-
-
-def _turns(prompt: str) -> Messages | None:
-    """The messages of a transcript that ends with the human's turn or the bare tag of the assistant's; else None."""
-    if not is_transcript(prompt):
-        return None
-    try:
-        messages = transcript_of(prompt.rstrip().removesuffix("\n\nAssistant:"), "", "prompt")
-    except (UserError, DroppedRow):
-        return None
-    return messages if messages[-1]["role"] == "user" else None
+    return [{"role": "user", "content": prompt}] if decision in ("chat", "auto: chat") else prompt
 
 
 def is_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
@@ -132,8 +121,13 @@ def form_of(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> Form:
         return "conversations"
     asked = as_asked(tokenizer, prompt)
     if isinstance(asked, list):
-        return "transcripts" if is_transcript(prompt) else "string prompts"
+        return "string prompts" if open_transcript(prompt) is None else "transcripts"
     return "rendered prompts" if decision_of(tokenizer) == "auto: chat" else "raw prompts"
+
+
+def controls_of(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds the control tokens in a text: special tokens, and added ones that look like a tag."""
+    return _marks(tokenizer)[0]
 
 
 def describe(tokenizer: PreTrainedTokenizerBase, forms: Iterable[Form], role: str, template: str) -> list[str]:

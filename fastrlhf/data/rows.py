@@ -23,6 +23,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, PACKED, DataName, data_name
 from fastrlhf.config.limits import bounded_content, bounded_lines
 from fastrlhf.data.checks import BadRow
+from fastrlhf.data.python_rows import python_rows
 from fastrlhf.data.sources import files_of, is_packaged, is_saved, packaged_file
 
 # What the cells of a CSV column hold, where that is not text. A prompt may be either: text, or messages as JSON.
@@ -39,7 +40,7 @@ def read_rows(source: Any) -> Rows:
 
     source: a path (.json, .jsonl, .ndjson, .csv, each also .gz, .bz2, .xz or .zst; .parquet), a folder (written by
     save_to_disk, or of such files: see sources.py) or a hub id, both also with :SPLIT or :CONFIG:SPLIT behind them,
-    package://NAME/FILE, a datasets.Dataset, or a list of rows. A line that is no JSON or no UTF-8 comes as a BadRow in
+    package://NAME/FILE, or a Python object that has rows. A line that is no JSON or no UTF-8 comes as a BadRow in
     the row's place, so that the caller may skip it. where is "file:line", "file row N" or "row N" (all from 1). Raises
     UserError: unreadable or unknown source, a file that is broken as a whole, a split that is not there.
     """
@@ -47,11 +48,9 @@ def read_rows(source: Any) -> Rows:
         name = DataName(str(packaged_file(source, "data")))
     elif isinstance(source, (str, Path)):
         name = data_name(str(source))
-    elif isinstance(source, Iterable) and type(source) not in (dict, bytes):
-        yield from _dataset(source)
-        return
     else:
-        raise UserError(f"data must be a path, a hub id, a dataset or a list of rows, not {type(source).__name__}")
+        yield from _dataset(python_rows(source))
+        return
     path = Path(name.path)
     if path.is_dir():
         yield from _read_folder(path, name.config, name.split)
@@ -76,17 +75,10 @@ def _dataset(rows: Any, source: Any = None, split: str | None = None) -> Rows:
     elif split is not None and split != str(rows.split):
         only = f"split {rows.split}" if rows.split else "dataset without splits"
         raise UserError(f"{name}: no split {split!r}; it is one {only}")
-    if isinstance(rows, (list, tuple)) and rows and all(map(_is_file_name, rows)):
-        remedy = "name one of them or a folder that holds them all, or join them"
-        raise UserError(f"data is a list of file names ({rows[0]}, ...), not of rows; {remedy}")
     if hasattr(rows, "with_format"):
         rows = rows.with_format(None)  # a format set for training would give tensors and arrays
     name = f"{source} row" if source else "row"
     return ((f"{name} {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _is_file_name(row: Any) -> bool:
-    return isinstance(row, Path) or isinstance(row, str) and row.lower().endswith(DATA_SUFFIXES)
 
 
 def _read_hub(name: DataName) -> Rows:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,8 +22,8 @@ from weakref import WeakKeyDictionary
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.batches import Ids, Rendered, Steps, encode_one
 from fastrlhf.data.checks import Messages
-from fastrlhf.data.foreign import is_transcript
-from fastrlhf.data.prompt_format import as_asked, decide
+from fastrlhf.data.foreign import open_transcript
+from fastrlhf.data.prompt_format import as_asked, controls_of, decide
 from fastrlhf.data.rendering import render
 
 if TYPE_CHECKING:
@@ -66,7 +67,14 @@ PRESETS: dict[str, str] = {
 # The end of the assistant's turn in these presets; it must be one token, or no reply could ever stop.
 _NEEDED_TOKEN = {"chatml": "<|im_end|>", "moss": "<eom>"}
 _PROBE = "fastrlhf-probe"
+_PROBES = {  # a conversation in which a turn of the role stands
+    "system": ("system", "user"),
+    "user": ("user", "assistant"),
+    "assistant": ("user", "assistant"),
+    "tool": ("user", "assistant", "tool", "assistant"),
+}
 _ends_of_turn: WeakKeyDictionary = WeakKeyDictionary()
+_written_by: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
@@ -186,21 +194,46 @@ def _last_token(text: str) -> Steps[int]:
     return (yield Ids(text))[-1]
 
 
-def _bare(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Steps[Messages]:
-    """The messages without the control tokens at their ends that the template writes too: they would stand twice."""
-    bare = [_without_end(tokenizer, message) for message in messages]
-    bos = tokenizer.bos_token
-    if bos and bare[0]["content"].startswith(bos) and (yield Rendered(bare, True)).startswith(bos):
-        bare[0]["content"] = bare[0]["content"].removeprefix(bos)
-    return bare
+def _bare(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
+    """The messages without what the template writes at their ends too, control tokens and all: it would stand twice."""
+    return [{**m, "content": _without(m["content"], *_written(tokenizer, m["role"]))} for m in messages]
 
 
-def _without_end(tokenizer: PreTrainedTokenizerBase, message: dict) -> dict:
-    content = message["content"]
-    if message["role"] == "assistant":
-        for end in (end_of_turn(tokenizer), tokenizer.eos_token):
-            content = content.removesuffix(end or "")
-    return {**message, "content": content or message["content"]}
+def _without(content: str, heads: tuple[str, ...], tails: tuple[str, ...]) -> str:
+    """The content without any of the heads and tails at its ends; as it is where nothing else would be left."""
+    text = content
+    while (bare := text.lstrip()).startswith(heads):
+        text = bare.removeprefix(next(head for head in heads if bare.startswith(head))).lstrip("\n")
+    while (bare := text.rstrip()).endswith(tails):
+        text = bare.removesuffix(next(tail for tail in tails if bare.endswith(tail)))
+    return text if text.strip() else content
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the template writes before and behind a content of the role, from each of its control tokens on and up to
+    each of them, the longest first."""
+    key = (str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
+    cached_key, known = _written_by.get(tokenizer, (None, {}))
+    if cached_key != key:
+        known = {}
+        _written_by[tokenizer] = (key, known)
+    if role not in known:
+        known[role] = _probed(tokenizer, role)
+    return known[role]
+
+
+def _probed(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    messages = [{"role": turn, "content": _PROBE if turn == role else "a"} for turn in _PROBES[role]]
+    head = tail = ""
+    with suppress(UserError):  # a role that the template refuses; rendering a conversation with it will say so
+        head, _, tail = render(tokenizer, messages, add_generation_prompt=False).partition(_PROBE)
+    controls, bos = controls_of(tokenizer), tokenizer.bos_token
+    heads = {head[match.start() :].rstrip() for match in controls.finditer(head)}
+    heads |= {bos} if bos and bos in head else set()
+    tails = {tail[: match.end()].lstrip() for match in controls.finditer(tail)}
+    if role == "assistant":
+        tails |= {end for end in (end_of_turn(tokenizer), tokenizer.eos_token) if end}
+    return tuple(sorted(heads, key=len, reverse=True)), tuple(sorted(tails, key=len, reverse=True))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
@@ -218,7 +251,7 @@ def prompt_steps(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> 
     prompt = as_asked(tokenizer, prompt)
     if isinstance(prompt, str):
         return (yield from _plain(tokenizer, prompt))
-    return (yield Ids((yield Rendered((yield from _bare(tokenizer, prompt)), True))))
+    return (yield Ids((yield Rendered(_bare(tokenizer, prompt), True))))
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -228,8 +261,16 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def text_steps(tokenizer: PreTrainedTokenizerBase, text: str) -> Steps[list[int]]:
     """The steps of encode_text."""
-    ids, eos = (yield from _plain(tokenizer, text)), _need_eos(tokenizer)
+    eos = _need_eos(tokenizer)
+    ids = yield from _plain(tokenizer, _ended(tokenizer, text))
     return ids if ids[-1:] == [eos] else [*ids, eos]
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text without blanks behind a token that ends it."""
+    ends = tuple(filter(None, (tokenizer.eos_token, end_of_turn(tokenizer) if tokenizer.chat_template else None)))
+    bare = text.rstrip()
+    return bare if bare.endswith(ends) else text
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> Steps[list[int]]:
@@ -268,19 +309,29 @@ def replies_steps(
         stops = stop_token_ids(tokenizer)
         prompt_ids = yield from _plain(tokenizer, asked)
         for response in responses:
+            response = _continued(tokenizer, asked, _ended(tokenizer, response))
             whole = yield from _plain(tokenizer, asked + response)
             ids = yield from _behind(prompt_ids, whole, response)
             replies.append(ids if ids and ids[-1] in stops else [*ids, eos])
         return prompt_ids, replies
-    if is_transcript(prompt):  # as the replies of transcripts are read
+    if isinstance(prompt, str) and open_transcript(prompt) is not None:  # as the replies of transcripts are read
         responses = [response.strip() or response for response in responses]
-    bare = yield from _bare(tokenizer, asked)
+        responses = [response.removeprefix("Assistant:").lstrip() or response for response in responses]
+    bare = _bare(tokenizer, asked)
     text = yield Rendered(bare, True)
     prompt_ids = yield Ids(text)
     for response in responses:
-        reply = _without_end(tokenizer, {"role": "assistant", "content": response})
+        [reply] = _bare(tokenizer, [{"role": "assistant", "content": response}])
         replies.append((yield from _turn(tokenizer, text, prompt_ids, bare, reply)))
     return prompt_ids, replies
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> str:
+    """The response without a head of its turn, control tokens and all, that the prompt ends with already."""
+    bare, reply = prompt.rstrip(), response.lstrip()
+    starts = [match.start() for match in controls_of(tokenizer).finditer(bare)]
+    head = next((bare[start:] for start in starts[-4:] if reply.startswith(bare[start:])), "")
+    return reply.removeprefix(head).removeprefix(prompt[len(bare) :]) if head else response
 
 
 def _behind(prompt_ids: list[int], whole: list[int], reply: str) -> Steps[list[int]]:
@@ -336,7 +387,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
 
 def conversation_steps(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Steps[tuple[list[int], list[bool]]]:
     """The steps of encode_conversation."""
-    *prompt, last = yield from _bare(tokenizer, messages)
+    *prompt, last = _bare(tokenizer, messages)
     text = yield Rendered(prompt, True)
     prompt_ids = yield Ids(text)
     response_ids = yield from _turn(tokenizer, text, prompt_ids, prompt, last)

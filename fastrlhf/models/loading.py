@@ -33,7 +33,7 @@ from fastrlhf.models.attention import attention_for, default_attention, has_atte
 from fastrlhf.models.heads import check_head
 from fastrlhf.models.quantization import quantize_trunk
 from fastrlhf.models.saving import padding_token
-from fastrlhf.models.sources import load_pretrained, locate, reading
+from fastrlhf.models.sources import load_pretrained, loaded, locate
 from fastrlhf.runtime.distributed import device as local_device
 from fastrlhf.runtime.hardware import resolve_attention, resolve_dtype
 
@@ -60,18 +60,17 @@ def _read_config(source: str, role: str) -> PreTrainedConfig | None:
     if extra:
         return None
     moss.check_stock(where, role)
-    with reading(role, source):
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-        _check_sizes(config.get_text_config())
+    config = loaded(role, source, lambda: AutoConfig.from_pretrained(where, trust_remote_code=False))
+    _check_sizes(loaded(role, source, config.get_text_config), f"{role}: cannot load {str(source)!r}: config.json")
     return config
 
 
-def _check_sizes(config: PreTrainedConfig) -> None:
-    """ValueError for sizes that no model has: building one of them would fail late, or have no end."""
+def _check_sizes(config: PreTrainedConfig, where: str) -> None:
+    """UserError for sizes that no model has: building one of them would fail late, or have no end."""
     for name, most in SIZES.items():
         value = getattr(config, name, None)
         if value is not None and not (isinstance(value, int) and 1 <= value <= most):
-            raise ValueError(f"config.json: {name} is {value!r}; expected a whole number from 1 to {most}")
+            raise UserError(f"{where}: {name} is {value!r}; expected a whole number from 1 to {most}")
 
 
 def skeleton(source: Source, role: str, *, scalar: bool = False) -> PreTrainedModel | None:
@@ -89,8 +88,8 @@ def skeleton(source: Source, role: str, *, scalar: bool = False) -> PreTrainedMo
     if config is None:
         return None
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-    with reading(role, source), torch.device("meta"), no_init_weights():
-        return auto.from_config(config, attn_implementation="eager")
+    with torch.device("meta"), no_init_weights():
+        return loaded(role, source, lambda: auto.from_config(config, attn_implementation="eager"))
 
 
 def check_scalar_form(model: PreTrainedModel) -> None:
@@ -110,9 +109,13 @@ def load_tokenizer(source: str, *, needs_eos: bool = True) -> PreTrainedTokenize
         raise UserError(f"tokenizer: {str(source)!r} holds no tokenizer files; pass tokenizer=FOLDER")
     if not extra:
         moss.check_stock(where, "tokenizer", weights=False)
-    with reading("tokenizer", source):
+
+    def load() -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
         tokenizer("a word")  # some are broken in a way that only shows here
+        return tokenizer
+
+    tokenizer = loaded("tokenizer", source, load)
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {str(source)!r} has no eos_token; set one, replies could never end")
     return tokenizer
@@ -199,8 +202,7 @@ def _with_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
     folder = adapter_folder.read_adapter(source, "policy")
     if folder.head:
         raise UserError(f"policy: {str(source)!r} is the adapter of a reward model; name the one of a causal LM")
-    with reading("policy", source):
-        adapter_folder.take_generation_config(model, folder.path)
+    loaded("policy", source, lambda: adapter_folder.take_generation_config(model, folder.path))
     return adapter_folder.merge_into(model, folder)
 
 

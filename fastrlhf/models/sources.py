@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from fastrlhf.checkpoint.quiet import quiet_loading
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.outcome import outcome
 from fastrlhf.data.sources import is_packaged, packaged_file
 from fastrlhf.models import adapter_folder, moss
 from fastrlhf.runtime.hardware import installed
+
+T = TypeVar("T")
 
 
 def locate(source: str, role: str) -> tuple[str, dict]:
@@ -49,8 +54,8 @@ def load_pretrained(auto: type, source: str, role: str, **kwargs: object) -> Pre
         moss.check_stock(where, role)
     # Reading a GGUF file draws a bar of its own, which into a file is a line a tensor.
     silent = redirect_stderr(io.StringIO()) if extra and not sys.stderr.isatty() else nullcontext()
-    with reading(role, source), silent, quiet_loading():
-        model, info = auto.from_pretrained(where, trust_remote_code=False, **options)
+    with silent, quiet_loading():
+        model, info = loaded(role, source, lambda: auto.from_pretrained(where, trust_remote_code=False, **options))
     if moss.REWARD_HEAD in info["unexpected_keys"]:  # of a hub id, whose files were not looked into
         moss.refuse_reward_head(str(source), role)
     if info["missing_keys"]:  # transformers would fill them with random numbers
@@ -59,19 +64,14 @@ def load_pretrained(auto: type, source: str, role: str, **kwargs: object) -> Pre
     return model
 
 
-class reading:  # noqa: N801 - used as `with reading(...)`
-    """Around a library that reads files of others: whatever it raises over them is one UserError."""
-
-    def __init__(self, role: str, source: object) -> None:
-        self.role, self.source = role, str(source)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is not None and issubclass(kind, Exception) and not issubclass(kind, UserError):
-            remedy = moss.remedy_for(self.source, str(error))
-            raise UserError(f"{self.role}: cannot load {self.source!r}: {remedy or reason(error)}") from error
+def loaded(role: str, source: object, load: Callable[[], T]) -> T:
+    """What a library makes of files of others: whatever it raises over them is one UserError. `load` calls the library
+    and nothing of ours."""
+    result, error = outcome(load)
+    if error is not None:
+        remedy = moss.remedy_for(str(source), str(error))
+        raise UserError(f"{role}: cannot load {str(source)!r}: {remedy or reason(error)}") from error
+    return result
 
 
 def reason(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from fastrlhf.config.base import StageConfig
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.preflight.outline import origins
 from fastrlhf.preflight.stages import prepare_ppo, prepare_supervised
+from fastrlhf.rl.alarms import doubt_of
 from fastrlhf.runtime.console import yellow
 
 SAMPLE = 200_000  # rows of a source that are encoded; a run encodes all
@@ -23,4 +24,6 @@ def check_inputs(inputs: Mapping[str, Any], config: StageConfig, sample: int = S
     ready = prepare_ppo(config, inputs, sample=sample)
     reward = inputs["reward"] if isinstance(inputs["reward"], str) else ready.reward
     lines = origins({**inputs, "reward": reward}, config)
+    doubt = doubt_of(ready.reward_records)
+    lines += [yellow(f"alarm: {doubt}")] if doubt else []
     return [*ready.said.notes, *map(yellow, ready.said.warnings), *lines]

@@ -21,6 +21,7 @@ from fastrlhf.data.encode import Encoded, EncodedPrompt, Encoder, Example, Progr
 from fastrlhf.data.templates import settle_template
 from fastrlhf.eval_metrics import NO_HELD_OUT, EvalMetrics, load_eval_metrics
 from fastrlhf.models.fits import check_ids, check_limit
+from fastrlhf.models.held_out import HeldOut
 from fastrlhf.models.loading import check_scalar_form, is_scalar_model, skeleton, tokenizer_for
 from fastrlhf.models.lora import target_layers
 from fastrlhf.preflight.disk import Trained, check_folder, check_room, trained_bytes
@@ -29,10 +30,11 @@ from fastrlhf.preflight.roles import check_policy, check_readers, read_roles, re
 from fastrlhf.preflight.rows import Sentences, check_dropped, describe_rows
 from fastrlhf.rl.evaluation import Evaluation
 from fastrlhf.rl.roles import check_value_model
-from fastrlhf.rl.scorers import read_reward
+from fastrlhf.rl.scorers import held_out_records, read_reward
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.console import RowProgress, number
 
+NO_RECORD = "reward: {} brings no record of held-out pairs, as `fastrlhf reward` writes one; try it on some of your own"
 Item = TypeVar("Item", Example, Record)
 
 
@@ -50,14 +52,15 @@ class Supervised(Generic[Item]):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What PPO starts from. reward: as `read_reward` has it, bound to the columns. fits: as in `Supervised`, for the
-    policy."""
+    """What PPO starts from. reward: as `read_reward` has it, bound to the columns; reward_records: what is known of its
+    models. fits: as in `Supervised`, for the policy."""
 
     tokenizer: PreTrainedTokenizerBase
     prompts: list[EncodedPrompt]
     eval_prompts: list[EncodedPrompt] | None
     ptx_examples: list[Example]
     reward: Any
+    reward_records: dict[str, HeldOut | None]
     evaluation: Evaluation
     fits: Callable[[PreTrainedModel], None]
     said: Sentences
@@ -159,13 +162,15 @@ def prepare_ppo(
     if roles.policy is not None:
         fits(roles.policy)
     check_readers(config, roles, tokenizer, sources)
+    records = held_out_records(reward)
+    unknown = [NO_RECORD.format(name) for name, record in records.items() if record is None]
     said = _sentences(config, sources, notes, f"max_prompt_tokens = {config.max_prompt_tokens}")
     more = _sentences(config, ptx, [], "")
-    said = Sentences(said.notes + more.notes + sizes(config), said.warnings + more.warnings)
+    said = Sentences(said.notes + more.notes + unknown + sizes(config), said.warnings + more.warnings)
     _say_room(config, said, trained_roles(config, roles), config.total_steps)
     held_out = sources[1].items if len(sources) > 1 else None
     examples = ptx[0].items if ptx else []
-    return Prepared(tokenizer, sources[0].items, held_out, examples, reward, evaluation, fits, said)
+    return Prepared(tokenizer, sources[0].items, held_out, examples, reward, records, evaluation, fits, said)
 
 
 def _progress() -> Progress | None:

@@ -30,7 +30,7 @@ def head(run_dir: Path, stages: list[StageRun], verdict: dict[str, Any]) -> dict
     return {
         "facts": "  ·  ".join(filter(None, facts)),
         "states": [_state(stage, f"{stage.name}: " if len(stages) > 1 else "") for stage in reversed(stages)],
-        "sentence": _quickstart_sentence(verdict) if verdict else _sentence(last),
+        "sentence": _alarms(stages) + (_quickstart_sentence(verdict) if verdict else _sentence(last)),
         "tiles": _quickstart_tiles(verdict) if verdict else _tiles(last),
         "is_quickstart": bool(verdict),
         "links": {f"stage-{stage.name}": TITLES[stage.name] for stage in stages},
@@ -44,6 +44,18 @@ def _state(stage: StageRun, prefix: str) -> tuple[str, str]:
     if stage.finished:
         return f"{prefix}finished", "good"
     return f"{prefix}incomplete, step {stage.last_step} of {stage.total_steps}", "warn"
+
+
+def _alarms(stages: list[StageRun]) -> str:
+    """The alarms of a run, each as it was last told: they come before anything that a run may claim; "" without any."""
+    told: dict[tuple[str, str], str] = {}
+    for stage in reversed(stages):
+        prefix = f"{stage.name}, " if len(stages) > 1 else ""
+        for event in stage.events:
+            if event.get("kind") == "alarm":
+                where = f"{prefix}step {event.get('step', '?')}"
+                told[stage.name, str(event.get("alarm"))] = f"{event.get('message')} ({where})"
+    return f"Alarm{'s' if len(told) > 1 else ''}: {'; '.join(told.values())}. " if told else ""
 
 
 def _sentence(stage: StageRun) -> str:

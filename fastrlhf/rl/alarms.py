@@ -1,5 +1,6 @@
-"""Signs that a run is worthless, told while it can still be stopped: rewards that teach nothing, held-out prompts that
-are trained on, a reward that is the length of the reply, replies of another policy than the one that learns.
+"""Signs that a run is worthless, told while it can still be stopped: rewards that teach nothing, a reward model that
+ranks no better than chance, held-out prompts that are trained on, a reward that is the length of the reply, replies of
+another policy than the one that learns.
 
 An alarm is an event of kind "alarm", told when its condition begins and again only after it was gone in between.
 """
@@ -7,13 +8,14 @@ An alarm is an event of kind "alarm", told when its condition begins and again o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.encode import EncodedPrompt
+from fastrlhf.models.held_out import HeldOut
 from fastrlhf.rollout.result import ScoredRollout
 
 UNSCORABLE_SHARE = 0.5
@@ -41,6 +43,7 @@ class Alarms:
         self.mismatch_steps = 0
         self.first_mismatch: float | None = None
         self.last_reward: float | None = None
+        self.step = 0  # that the next alarm is of
         self.replies: list[tuple[float, float]] = []  # (tokens, reward) of the latest ones
 
     def compare_prompts(self, prompts: Sequence[EncodedPrompt], heldout: Sequence[EncodedPrompt] | None) -> None:
@@ -55,18 +58,23 @@ class Alarms:
             )
             self._set("known_prompts", share > KNOWN_PROMPTS_SHARE, message)
 
+    def doubt_reward_models(self, records: Mapping[str, HeldOut | None]) -> None:
+        """Alarm where the record of a reward model, by its name, says that it knows nothing."""
+        message = doubt_of(records)
+        self._set("reward_model", bool(message), message)
+
     def after_scoring(self, rollout: ScoredRollout, step: int) -> None:
         """Look at the scores of a step, the step-th one, before it is learned from. UserError where there are none."""
-        scores, count = rollout.scores, len(rollout.scores)
+        scores, count, self.step = rollout.scores, len(rollout.scores), step
         scored = [score for score in scores if score is not None]
+        missing = count - len(scored)
+        message = f"the reward could not judge {missing} of {count} responses (None); they are learned from in no way"
+        self._set("unscorable", missing > UNSCORABLE_SHARE * count, message)
         if not scored:
             raise UserError(
                 f"reward: None for all {count} responses of step {step}, so there is nothing to learn from; mend the "
                 f"reward, or the prompts it cannot judge (the first: {rollout.prompts[0][:60]!r})"
             )
-        missing = count - len(scored)
-        message = f"the reward could not judge {missing} of {count} responses (None); they are learned from in no way"
-        self._set("unscorable", missing > UNSCORABLE_SHARE * count, message)
         self._constant(scored)
         if rollout.samples_per_prompt > 1:
             self._flat_groups(scores, rollout.samples_per_prompt)
@@ -132,7 +140,7 @@ class Alarms:
 
     def _set(self, alarm: str, on: bool, message: str) -> None:
         if on and alarm not in self.on:
-            self.report("alarm", message, alarm=alarm)
+            self.report("alarm", message, alarm=alarm, step=self.step)
         (self.on.add if on else self.on.discard)(alarm)
 
     def state(self) -> dict[str, Any]:
@@ -141,6 +149,12 @@ class Alarms:
 
     def load_state(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"on": set(state["on"]), "replies": [tuple(pair) for pair in state["replies"]]})
+
+
+def doubt_of(records: Mapping[str, HeldOut | None]) -> str:
+    """A sentence about the reward models that know nothing, by their names; "" where there is none that is known."""
+    doubts = [f"the reward model {name} {r.doubt()}" for name, r in records.items() if r is not None and r.doubt()]
+    return f"{', and '.join(doubts)}; the policy learns its mistakes: train a better one first" if doubts else ""
 
 
 def _flat(values: Sequence[float]) -> bool:

@@ -8,17 +8,12 @@ written for this package, or for TRL (completions, **kwargs), verl (compute_scor
 from __future__ import annotations
 
 import ast
-import asyncio
-import concurrent.futures
-import errno
-import functools
 import importlib.util
 import inspect
 import logging
 import math
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +23,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fastrlhf.config.calls import NoEnd, Outcome, is_network_error, run, said
 from fastrlhf.config.errors import UserError, shown
+from fastrlhf.config.outcome import outcome
 
 LOG = logging.getLogger(__name__)
 # By name a reward function may ask for these, beside its prompts and the columns of the data set.
@@ -39,26 +36,6 @@ REWARD_LISTS = ("prompts", "responses")
 # an empty mapping for each.
 MESSAGES, QUERIES, EMPTY = "@messages", "@queries", "@empty"
 LABELS = ("labels", "label", "answer", "answers", "ground_truth", "solution", "reference", "target")
-# By the names of the classes and their bases: none of these packages is imported for it.
-NETWORK = {
-    "APIConnectionError",
-    "ClientConnectionError",
-    "ClientPayloadError",
-    "ConnectionError",
-    "HTTPError",
-    "HTTPException",
-    "InternalServerError",
-    "RateLimitError",
-    "RequestException",
-    "SSLError",
-    "TimeoutError",
-    "TransportError",
-    "URLError",
-    "gaierror",
-    "herror",
-    "timeout",
-}
-UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 LONGEST_PAUSE = 60.0  # seconds
 
 
@@ -182,9 +159,9 @@ class UserFunction:
         call without an end, and for a wrong count.
         """
         count = len(lists[self.lists[0]])
-        call = self.bind(name for name in lists if name[0] != "@" and name not in (*REPLIES, *self.lists))
-        result, error, tries = self._attempts(call, lists, range(count))
-        if isinstance(error, _NoEnd):
+        call = self.bind(name for name in lists if not name.startswith("@") and name not in (*REPLIES, *self.lists))
+        result, (entries, error), tries = self._attempts(call, lists, range(count))
+        if isinstance(error, NoEnd):
             raise UserError(
                 f"{self.what}, a batch of {count} samples: no result within reward_timeout = {self.timeout:g} seconds; "
                 "raise reward_timeout, or give the calls it waits for a time limit of their own"
@@ -193,8 +170,7 @@ class UserFunction:
             sample = None if is_network_error(error) else self._blame(call, lists, count)
             where = f"sample {sample}" if sample is not None else f"a batch of {count} samples"
             again = f" ({tries} tries)" if tries > 1 else ""
-            raise UserError(f"{self.what}, {where}: {_said(error)}{again}") from error
-        entries = _entries(result, count)
+            raise UserError(f"{self.what}, {where}: {said(error)}{again}") from error
         if entries is None:
             raise UserError(f"{self.what}: returned {shown(result)}; return a list with a number (or None) a response")
         if len(entries) != count:
@@ -205,37 +181,35 @@ class UserFunction:
 
     def once(self, *arguments: object) -> Any:
         """Call it with these very arguments -> whatever it returns. UserError for an exception of the function."""
-        result, error = _bounded(lambda: self.function(*arguments), self.timeout)
+        result, (_, error) = run(lambda: self.function(*arguments), lambda result: result, self.timeout)
         if error is not None:
-            raise UserError(f"{self.what}: {_said(error)}") from error
+            raise UserError(f"{self.what}: {said(error)}") from error
         return result
 
     def number(self, index: int, score: object, token: int | None = None) -> float:
         """`score` as a finite float. index, token: whose it is, for the UserError."""
         where = f"{self.what}, sample {index}" + ("" if token is None else f", token {token}")
-        try:
-            value = float(score)  # type: ignore[arg-type]
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: a tensor of several numbers
+        value, error = (None, None) if isinstance(score, (str, bytes)) else outcome(lambda: float(score))
+        if value is None:
             raise UserError(f"{where}: {shown(score)} is not a number") from error
         if not math.isfinite(value):
             raise UserError(f"{where}: returned {value}; return None for a response that cannot be judged")
         return value
 
-    def _attempts(
-        self, call: Call, lists: Mapping[str, list], samples: Sequence[int]
-    ) -> tuple[Any, BaseException | None, int]:
-        """-> (result, error, tries): of the last try. Errors of the network are tried again."""
+    def _attempts(self, call: Call, lists: Mapping[str, list], samples: Sequence[int]) -> tuple[Any, Outcome, int]:
+        """-> what the last try returned, its entries or error, and the number of tries. Errors of the network are tried
+        again."""
         for attempt in range(self.retries + 1):
-            result, error = self._once(call, lists, samples)
+            result, (entries, error) = self._once(call, lists, samples)
             if error is None or attempt == self.retries or not is_network_error(error):
-                return result, error, attempt + 1
+                return result, (entries, error), attempt + 1
             pause = min(self.pause * 2**attempt, LONGEST_PAUSE)
-            LOG.warning("%s: %s; again in %g s", self.what, _said(error), pause)
+            LOG.warning("%s: %s; again in %g s", self.what, said(error), pause)
             time.sleep(pause)
         raise AssertionError("unreachable: the last attempt returns")
 
-    def _once(self, call: Call, lists: Mapping[str, list], samples: Sequence[int]) -> tuple[Any, BaseException | None]:
-        """Call it for these samples, with copies -> (result, error): an exception of the user's is a value here."""
+    def _once(self, call: Call, lists: Mapping[str, list], samples: Sequence[int]) -> tuple[Any, Outcome]:
+        """Call it for these samples, with copies: see calls.run. The entries are None where it returned no list."""
 
         def column(source: str) -> list:
             name, _, leaf = source.partition(".") if source not in lists else (source, "", "")
@@ -253,16 +227,11 @@ class UserFunction:
             rows = [{name: entries[i] for name, entries in named.items()} for i in range(len(samples))]
             return [self.function(**row) for row in rows]
 
-        deadline = None if self.timeout is None else time.monotonic() + self.timeout
-        result, error = _bounded(work, self.timeout)
-        if error is None and _waits(result):
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            result, error = _await(result, left)
-        return result, error
+        return run(work, lambda result: _entries(result, len(samples)), self.timeout)
 
     def _blame(self, call: Call, lists: Mapping[str, list], count: int) -> int | None:
         """The first sample the function also fails on alone."""
-        return next((i for i in range(count) if self._once(call, lists, [i])[1] is not None), None)
+        return next((i for i in range(count) if self._once(call, lists, [i])[1][1] is not None), None)
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -312,105 +281,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# ------------------------------------------------------------------------------------------- exceptions, time, the loop
-
-
-class _NoEnd(Exception):
-    """A call that took longer than it may."""
-
-
-class _Caught:
-    """Keeps what a user's code raises (whatever it is), so that the error can be reported under its name."""
-
-    error: BaseException | None = None
-
-    def __enter__(self) -> _Caught:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> bool:
-        if isinstance(error, (Exception, SystemExit, asyncio.CancelledError)):
-            self.error = error
-        return self.error is error  # an interrupt passes through
-
-
-def _said(error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        return f"called sys.exit({'' if error.code is None else repr(error.code)})"
-    return f"raised {type(error).__name__}: {error}"
-
-
-def is_network_error(error: BaseException) -> bool:
-    """Whether an exception is of the kind that may not come again: connections, time limits, a busy server. An answer
-    of a server that will stay the same (404) is not."""
-    if isinstance(error, (ValueError, SystemExit)):
-        return False
-    answer = getattr(error, "response", None)
-    status = getattr(error, "code", None) or getattr(error, "status_code", None) or getattr(answer, "status_code", None)
-    if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
-        return False
-    unreachable = isinstance(error, OSError) and error.errno in UNREACHABLE
-    return unreachable or any(kind.__name__ in NETWORK for kind in type(error).__mro__)
-
-
-def _bounded(work: Callable[[], Any], seconds: float | None) -> tuple[Any, BaseException | None]:
-    """-> (result, error) of work, _NoEnd after so many seconds. Only a thread can be left behind: one without an end
-    does not keep the process from ending."""
-    results: list[Any] = []
-    caught = _Caught()
-
-    def run() -> None:
-        with caught:
-            results.append(work())
-
-    if seconds is None:
-        run()
-    else:
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(seconds)
-        if thread.is_alive():
-            return None, _NoEnd()
-    return (None, caught.error) if caught.error is not None else (results[0], None)
-
-
-def _waits(result: Any) -> bool:
-    return inspect.isawaitable(result) or (isinstance(result, list) and any(map(inspect.isawaitable, result)))
-
-
-def _await(result: Any, seconds: float | None) -> tuple[Any, BaseException | None]:
-    """Await a result, or all entries of one at once -> (result, error)."""
-    entries = result if isinstance(result, list) else [result]
-
-    async def gather() -> list[tuple[Any, BaseException | None]]:
-        return await asyncio.gather(*map(_entry, entries))
-
-    future = asyncio.run_coroutine_threadsafe(gather(), _loop())
-    try:
-        awaited = future.result(seconds)
-    except concurrent.futures.TimeoutError:  # before Python 3.11 one of its own
-        future.cancel()
-        return None, _NoEnd()
-    error = next((error for _, error in awaited if error is not None), None)
-    values = [value for value, _ in awaited]
-    return values if isinstance(result, list) else values[0], error
-
-
-async def _entry(value: Any) -> tuple[Any, BaseException | None]:
-    """An entry, awaited where it must be; what it raises is a value, or SystemExit would end the loop."""
-    with _Caught() as caught:
-        return (await value if inspect.isawaitable(value) else value), None
-    return None, caught.error
-
-
-@functools.cache
-def _loop() -> asyncio.AbstractEventLoop:
-    """One event loop for the process, in a thread: a user's client keeps connections that belong to their loop, and a
-    notebook runs a loop of its own."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    return loop
-
-
 # ------------------------------------------------------------------------------------------------------------ by name
 
 
@@ -442,22 +312,19 @@ def load_function(reference: str, role: str = "reward") -> Callable[..., Any]:
     """`package.module:function` or `path/to/file.py:function`. UserError names the role and what is missing or wrong in
     the file, in a line."""
     where, _, attribute = reference.rpartition(":")
-    with _Caught() as caught:
-        module = _load_file(reference, where, role) if where.endswith(".py") else _import(where)
-    if isinstance(caught.error, UserError):
-        raise caught.error
-    if caught.error is not None:
-        raise UserError(_not_imported(caught.error, where, reference, role)) from caught.error
+    if where.endswith(".py") and not Path(where).is_file():
+        raise UserError(f"{role}: the file {where!r} of {reference!r} does not exist")
+    module, error = outcome(lambda: _load_file(where) if where.endswith(".py") else _import(where))
+    if error is not None:
+        raise UserError(_not_imported(error, where, reference, role)) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"{role}: {where!r} has no function {attribute!r}")
     return function
 
 
-def _load_file(reference: str, where: str, role: str) -> ModuleType:
+def _load_file(where: str) -> ModuleType:
     path = Path(where)
-    if not path.is_file():
-        raise UserError(f"{role}: the file {where!r} of {reference!r} does not exist")
     name = f"fastrlhf_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -487,5 +354,4 @@ def _not_imported(error: BaseException, where: str, reference: str, role: str) -
         return f"{role}: cannot load {file}:{error.lineno}: {type(error).__name__}: {error.msg}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if os.path.abspath(f.filename) == here]
     line = f":{frames[-1].lineno}" if frames else ""
-    said = _said(error).removeprefix("raised ")
-    return f"{role}: cannot load {where}{line}: {said.splitlines()[0] if said else type(error).__name__}"
+    return f"{role}: cannot load {where}{line}: {said(error).removeprefix('raised ')}"

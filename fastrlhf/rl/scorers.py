@@ -26,6 +26,7 @@ from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.templates import encode_prompt, encode_response, settle_template
 from fastrlhf.models.adapter_folder import AdapterFolder
 from fastrlhf.models.heads import last_hidden, right_padded, sequence_scores
+from fastrlhf.models.held_out import HeldOut, held_out_of
 from fastrlhf.models.loading import (
     check_source,
     is_scalar_model,
@@ -357,6 +358,14 @@ def read_reward(
     if twice is not None:
         raise UserError(f"reward: {twice!r} is the name of two entries; give each one of its own, for its metrics")
     return [_bound(part, columns or {}) for part in parts]
+
+
+def held_out_records(reward: str | PreTrainedModel | list[Part]) -> dict[str, HeldOut | None]:
+    """What reward training measured of each reward model, read or loaded, by its name; None: it has no record. Labels
+    of classifiers are not trained on pairs."""
+    parts = reward if isinstance(reward, list) else [Part("", 1.0, reward)]
+    models = [part.source for part in parts if not isinstance(part.source, UserFunction) and part.label is None]
+    return {_named(model): held_out_of(model) for model in models}
 
 
 def _bound(part: Part, columns: Mapping[str, Iterable[str]]) -> Part:

@@ -362,3 +362,10 @@ def test_a_rollout_takes_the_names_of_its_columns_from_all_of_its_prompts():
     sampled = Generation([[7], [8]], log_probs=rewards, policy_log_probs=rewards, finished=[True, True])
     rollout = make_rollout(tiny.tokenizer(), prompts, 1, sampled, joined=False)
     assert rollout.texts.columns == {"answer": [None, "4"]}
+
+
+def test_a_name_to_ignore_that_no_row_has_is_an_error():
+    rows = [{"prompt": "a", "context": "b"}, {"prompt": "c", "tools": []}]
+    assert len(load_prompts(rows, ignore_columns=["context", "tools"])[0]) == 2
+    with pytest.raises(UserError, match="ignore_columns = nope: no row has such a column; there are: prompt, context"):
+        load_prompts(rows, ignore_columns=["context", "nope"])

@@ -67,6 +67,50 @@ AGREEING = {
     "a transcript": (pair("\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Name a river.\n\nAssistant:", TURNS), TURNS),
     "rendered": (pair("<|im_start|>user\nName a river.<|im_end|>\n<|im_start|>assistant\n", ONE), ONE),
     "messages": (pair(TURNS, TURNS), TURNS),
+    "messages as JSON": (pair(json.dumps(TURNS), TURNS), TURNS),
+    "all of it as JSON": ({k: json.dumps(v) for k, v in pair(TURNS, TURNS).items()}, TURNS),
+    "rendered by Alpaca": (
+        pair(
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            "\n\n### Instruction:\nName a river.\n\n### Response:",
+            ONE,
+        ),
+        ONE,
+    ),
+    "rendered in Chinese": (pair("[Round 1]\n\n问：Name a river.\n\n答：", ONE), ONE),
+    "rendered for Llama, with blanks": (pair("<s>[INST]  Name a\triver. [/INST] ", ONE), ONE),
+    "letters composed": (pair("Cafe\u0301?", [user("Caf\u00e9?")]), [user("Caf\u00e9?")]),
+    "replies as transcripts": (
+        {"prompt": "Hi", **{k: f"\n\nHuman: Hi\n\nAssistant: {r}" for k, r in (("chosen", GOOD), ("rejected", BAD))}},
+        [user("Hi")],
+    ),
+    "replies as transcripts of all turns": (
+        {
+            "prompt": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Name a river.\n\nAssistant:",
+            **{
+                name: f"\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Name a river.\n\nAssistant: {reply}"
+                for name, reply in (("chosen", GOOD), ("rejected", BAD))
+            },
+        },
+        TURNS,
+    ),
+    "two texts that a template wrote": (
+        {k: f"<|user|>Hi<|end|><|assistant|>{r}<|end|>" for k, r in (("chosen", "yes"), ("rejected", "no"))},
+        "<|user|>Hi<|end|><|assistant|>",
+    ),
+    "a transcript beside a history": (
+        {
+            "prompt": "\n\nHuman: Name a river.\n\nAssistant:",
+            "history": [["Hi", "Hello."]],
+            "response": GOOD,
+            "label": True,
+        },
+        TURNS,
+    ),
+    "a system message under another name": (
+        {"prompt": "Hi", "system_message": "Be brief.", "chosen": GOOD, "rejected": BAD},
+        [system("Be brief."), user("Hi")],
+    ),
     "a system message in the replies only": (pair(ONE, [system("Be brief."), *ONE]), [system("Be brief."), *ONE]),
     "UltraChat": ({"prompt": "Hi", "messages": [*TURNS, assistant(GOOD)]}, TURNS),
     "messages without a reply": ({"prompt": "Hi", "messages": TURNS, "response": GOOD}, TURNS),
@@ -106,6 +150,10 @@ CONTRADICTING = {
     "messages": (pair([user("Name a lake.")], ONE), "Name a lake."),
     "another system message": (pair([system("Be long."), *ONE], [system("Be brief."), *ONE]), "Be long."),
     "SFT": ({"prompt": "Name a lake.", "messages": [*ONE, assistant(GOOD)]}, "Name a lake."),
+    "replies as transcripts": (
+        {"prompt": "Name a lake.", "chosen": "\n\nHuman: Name a river.\n\nAssistant: a", "rejected": "b"},
+        "Name a lake.",
+    ),
     "a completion": ({"prompt": "Name a lake.", "completion": [*ONE, assistant(GOOD)]}, "Name a lake."),
     "a prompt that holds the answer": (
         {"prompt": "### Instruction: Hi ### Response: Hello", "instruction": "Hi", "output": "Hello"},
@@ -122,6 +170,44 @@ def test_a_prompt_that_contradicts_its_conversation_is_refused_in_every_stage_an
             parse(row, "file:1")
         assert shown in str(error.value) and "ignore_columns" in str(error.value)
         assert ("Hi" if name == "several turns" else "river" if "instruction" not in row else "Hi") in str(error.value)
+
+
+UNUSED = {
+    **dict.fromkeys(("functions", "tools"), [{"name": "look"}]),
+    **dict.fromkeys(("chat_history", "conversation_history"), [["Hi", "Hello."]]),
+    **dict.fromkeys(("image", "images", "audio", "video", "documents"), ["a"]),
+}
+
+
+@pytest.mark.parametrize("column", UNUSED)
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_belongs_to_a_prompt_and_cannot_be_used_is_refused(column, inside):
+    if inside and "history" in column:
+        pytest.skip("a message has no history")
+    said = {"messages": [{**user("Hi"), column: UNUSED[column]}, assistant(GOOD)]}
+    row = said if inside else {"prompt": "Hi", "chosen": GOOD, "rejected": BAD, column: UNUSED[column]}
+    for parse in (parse_conversation, parse_prompt, *([] if inside else [parse_feedback])):
+        with pytest.raises(UserError, match=f"{column}.*(ignore_columns|remove them)"):
+            parse(row, "file:1")
+    empty = {**row, column: []} if not inside else {"messages": [{**user("Hi"), column: None}, assistant(GOOD)]}
+    assert prompts_of(empty)
+
+
+def test_a_system_text_beside_a_prompt_that_a_template_wrote_is_refused():
+    for prompt in (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "[INST] Hi [/INST]",
+        "<start_of_turn>user\nHi",
+    ):
+        row = {"prompt": prompt, "system": "Be brief.", "chosen": GOOD, "rejected": BAD}
+        for parse in (parse_conversation, parse_prompt, parse_feedback):
+            with pytest.raises(UserError, match='field "system" is given besides a prompt that a template wrote'):
+                parse(row, "file:1")
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}]', '[{"role": "user"', "[{}]", '["a"]', "[{"])
+def test_other_json_is_a_text(text):
+    assert parse_prompt({"prompt": text}, "file:1").prompt == text
 
 
 @pytest.mark.skipif(not ROWS.is_dir(), reason="../shared is not there")

@@ -50,6 +50,19 @@ def settled(tokenizer, prompt_format: str = "auto", name: str | None = None):
         (base_tokenizer, "auto", None, HH, HH_TURNS),
         (tiny.tokenizer, "raw", None, HH, HH),
         (base_tokenizer, "auto", None, HH + " Sure", HH + " Sure"),
+        (tiny.tokenizer, "auto", None, HH.strip(), HH_TURNS),
+        (tiny.tokenizer, "auto", None, HH.strip().replace("\n\n", "\n"), HH_TURNS),
+        (tiny.tokenizer, "auto", None, HH.replace("Human", "User") + " \n", HH_TURNS),
+        (tiny.tokenizer, "auto", None, "Human: rights are old", tiny.chat("Human: rights are old")),
+        (
+            tiny.tokenizer,
+            "auto",
+            None,
+            "User: a\nAssistant: b\nShorten it.",
+            tiny.chat("User: a\nAssistant: b\nShorten it."),
+        ),
+        (tiny.tokenizer, "chat", None, "User: the cat\nAssistant:", tiny.chat("the cat")),
+        (base_tokenizer, "auto", "default", "User:\nthe cat\n\nAssistant:", "User:\nthe cat\n\nAssistant:"),
         (tiny.tokenizer, "raw", None, HH_TURNS, HH_TURNS),
     ],
 )
@@ -62,7 +75,9 @@ def test_a_string_and_its_message_have_the_same_ids_in_prompt_and_reply():
     tokenizer = settled(tiny.tokenizer())
     assert encode_prompt(tokenizer, "the cat") == encode_prompt(tokenizer, tiny.chat("the cat"))
     assert encode_response(tokenizer, "the cat", "yes") == encode_response(tokenizer, tiny.chat("the cat"), "yes")
-    assert encode_response(tokenizer, HH, " yes") == encode_response(tokenizer, HH_TURNS, "yes")
+    for reply in (" yes", "\n\nAssistant: yes"):
+        assert encode_response(tokenizer, HH, reply) == encode_response(tokenizer, HH_TURNS, "yes")
+    assert encode_response(tokenizer, "the cat", "Assistant: yes") != encode_response(tokenizer, "the cat", "yes")
     ready = "<|user|>the cat<|end|><|assistant|>"
     assert encode_prompt(tokenizer, ready) == encode_prompt(tokenizer, "the cat")
 
@@ -127,9 +142,10 @@ def test_a_reward_model_that_reads_prompts_otherwise_is_named(tmp_path, capsys):
     folder = save(RewardTrainer(config, model=tiny.llama(), tokenizer=tiny.tokenizer(), data=data), tmp_path)
     config = PPOConfig(**small, rollout_batch_size=1, max_new_tokens=2)
     capsys.readouterr()
-    PPOTrainer(config, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=folder, prompts=["the cat"])
-    printed = capsys.readouterr().out
-    assert "reward: its folder says prompt_format = raw, this run reads prompts as chat" in printed
+    for reward in ([("rm", 1.0, folder), ("none", 1.0, lambda prompts, responses: [0.0])], folder):
+        PPOTrainer(config, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=reward, prompts=["the cat"])
+        printed = capsys.readouterr().out
+        assert "reward: its folder says prompt_format = raw, this run reads prompts as chat" in printed
     assert "prompts: 1 string prompts: through the tokenizer's chat template" in printed
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ import torch
 from fastrlhf import UserError
 from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.data.feedback import Prompt
+from fastrlhf.models.held_out import HeldOut
 from fastrlhf.models.token_batch import TokenRows
+from fastrlhf.report import build_report
 from fastrlhf.rl.alarms import Alarms, r_squared
 from fastrlhf.rollout.result import ScoredRollout, Texts
+from fastrlhf.runtime.tracking import Tracker
 from tests import tiny
 from tests.runs import PROMPTS, leave_after, ppo_trainer, read
 
@@ -24,7 +29,7 @@ class Run:
 
     def __init__(self) -> None:
         self.told: list[tuple[str, str]] = []
-        self.alarms = Alarms(lambda kind, message, alarm: self.told.append((alarm, message)))
+        self.alarms = Alarms(lambda kind, message, alarm, step: self.told.append((alarm, message)))
         self.step = 0
 
     def see(self, *scores: float | None, group: int = 1, lengths: list[int] | None = None) -> list[str]:
@@ -53,6 +58,7 @@ def test_nothing_scorable_is_an_error():
     run.see(1.0, 2.0)
     with pytest.raises(UserError, match="None for all 2 responses of step 2"):
         run.see(None, None)
+    assert [alarm for alarm, _ in run.told] == ["unscorable"]
 
 
 def test_rewards_constant_for_three_steps():
@@ -105,6 +111,72 @@ def test_held_out_prompts_that_are_trained_on():
     assert run.told == []
     run.alarms.compare_prompts(prompts, heldout)
     assert [alarm for alarm, _ in run.told] == ["known_prompts"] and "5 of 20 eval_prompts (25%)" in run.told[0][1]
+
+
+def flat_groups(run: Run) -> None:
+    for _ in range(3):
+        run.see(1.0, 1.0, 0.0, 0.0, group=2)
+
+
+def known_prompts(run: Run) -> None:
+    prompts = [EncodedPrompt(Prompt("p"), [1])]
+    run.alarms.compare_prompts(prompts, prompts)
+
+
+def of_length(run: Run) -> None:
+    run.see(*map(float, range(64)), lengths=list(range(1, 65)))
+
+
+ALARMS = {
+    "unscorable": (lambda run: run.see(1.0, None, None), "could not judge 2 of 3 responses"),
+    "constant_rewards": (lambda run: [run.see(2.0, 2.0) for _ in range(3)], "constant for 3 steps (now 2 for all"),
+    "flat_groups": (flat_groups, "2 of 2 prompts have the same reward"),
+    "known_prompts": (known_prompts, "1 of 1 eval_prompts (100%) are among the training prompts"),
+    "length": (of_length, "explains 100% of the variance of its reward"),
+    "reward_model": (
+        lambda run: run.alarms.doubt_reward_models({"'rm'": HeldOut(40, 9, 38, accuracy=0.5)}),
+        "the reward model 'rm' ranks 50.0% of 38 held-out pairs as people did",
+    ),
+}
+
+
+@pytest.mark.parametrize("alarm", ALARMS)
+def test_every_alarm_is_a_line_an_event_of_its_step_and_the_first_sentence_of_the_report(alarm, tmp_path, capsys):
+    run, (cause, sentence) = Run(), ALARMS[alarm]
+    with Tracker(tmp_path, "ppo", 5) as tracker:
+        run.alarms = Alarms(tracker.event)
+        tracker.log(1, {"reward/mean": 0.5})
+        cause(run)
+    [event] = read(tmp_path / "events.jsonl")
+    assert (event["kind"], event["alarm"], event["step"]) == ("alarm", alarm, run.step)
+    assert f"\nalarm: {event['message']}\n" in capsys.readouterr().out and sentence in event["message"]
+    first = html.unescape(re.search(r'id="verdict">(.*?)</h1>', build_report(tmp_path).read_text(), re.S)[1])
+    assert first.startswith(f"Alarm: {event['message']} (step {run.step}). Reward stayed")
+
+
+def test_several_alarms_stand_before_what_a_run_claims(tmp_path):
+    with Tracker(tmp_path, "ppo", 1, console=False) as tracker:
+        tracker.log(1, {"reward/mean": 0.5})
+        for alarm, message, step in (("a", "first", 1), ("b", "second", 2), ("a", "again", 3)):
+            tracker.event("alarm", message, alarm=alarm, step=step)
+    assert 'id="verdict">Alarms: again (step 3); second (step 2). Reward ' in build_report(tmp_path).read_text()
+
+
+def test_a_reward_model_is_doubted_for_what_its_training_measured():
+    run = Run()
+    good = HeldOut(40, 9, 38, accuracy=0.6, correlation=0.0)
+    run.alarms.doubt_reward_models({"a": None, "b": good, "c": HeldOut(9, 1, correlation=0.4)})
+    assert run.told == []
+    for record, said in (
+        (HeldOut(0), "has no held-out rows"),
+        (HeldOut(9), "is not measured on its 9 held-out rows"),
+        (HeldOut(9, 1, 9, accuracy=0.59, correlation=0.9), "ranks 59.0% of 9 held-out pairs"),
+        (HeldOut(9, 1, correlation=0.3), "gives held-out replies scores that correlate 0.30 with"),
+    ):
+        run = Run()
+        run.alarms.doubt_reward_models({"a": good, "b": record})
+        [(alarm, message)] = run.told
+        assert alarm == "reward_model" and message.startswith(f"the reward model b {said}")
 
 
 def test_a_run_writes_its_alarms_and_a_resumed_one_goes_on_counting(tmp_path):

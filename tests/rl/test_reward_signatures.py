@@ -99,6 +99,13 @@ def test_an_argument_that_would_get_nothing_or_the_wrong_thing_lists_the_columns
     assert "columns: answer, id" in str(caught.value)
 
 
+def test_columns_of_any_name_reach_kwargs():
+    seen = {}
+    columns = {"": [1, 2, 3], "a b": [1, 2, 3], "self": [4, 5, 6], "class": [7, 8, 9]}
+    judged(lambda prompts, responses, **rest: seen.update(rest) or [0.0] * 3, **columns)
+    assert seen == columns
+
+
 def test_a_column_that_these_rows_lack_is_none():
     def reward(prompts, responses, rare):
         return [r is None for r in rare]
@@ -214,6 +221,51 @@ def test_what_is_no_list_is_shown(result):
         judged(lambda p, r: result)
 
 
+@pytest.mark.parametrize("result", ["1", b"1", numpy.str_("1"), {"score": "1"}, 1j, 10**400, [1], torch.ones(2), ...])
+def test_what_is_no_number_is_refused_even_where_float_would_read_it(result):
+    with pytest.raises(UserError, match="reward function mine, sample 0: .* is not a number"):
+        judged(lambda p, r: [result] * 3)
+
+
+class Fails:
+    """An object of a user's that fails wherever it is read."""
+
+    def __iter__(self):
+        raise LookupError("no entries")
+
+    def __float__(self):
+        raise SystemExit(0)
+
+
+def test_a_result_that_fails_as_it_is_read_is_the_functions_failure():
+    def ends(prompts, responses):
+        yield 1.0
+        raise SystemExit(0)
+
+    async def later(prompts, responses):
+        return ends(prompts, responses)
+
+    for function, said in (
+        (ends, r"sample 0: called sys.exit\(0\)"),
+        (later, r"sample 0: called sys.exit\(0\)"),
+        (lambda p, r: Fails(), "sample 0: raised LookupError: no entries"),
+        (lambda p, r: torch.ones(3, device="meta"), "sample 0: raised NotImplementedError"),
+        (lambda p, r: [Fails()] * 3, "sample 0: .*Fails object.* is not a number"),
+    ):
+        with pytest.raises(UserError, match=f"reward function mine, {said}"):
+            judged(function)
+    assert judged(lambda p, r: (float(len(x)) for x in r)) == [1.0, 2.0, 3.0]
+
+
+def test_a_generator_is_read_within_the_time():
+    def slow(prompts, responses):
+        time.sleep(20)
+        yield from [1, 2, 3]
+
+    with pytest.raises(UserError, match="no result within reward_timeout = 0.1 seconds"):
+        make(slow, reward_timeout=0.1).judge(TEXTS, ROWS)
+
+
 def test_async_functions_are_awaited_all_on_one_loop():
     loops = set()
 
@@ -249,6 +301,16 @@ def test_an_async_function_that_fails_exits_or_hangs_is_named():
     with pytest.raises(UserError, match="sample 0: raised KeyError"):
         judged(fails)
 
+    async def is_cancelled(prompts, responses):
+        raise asyncio.CancelledError
+
+    async def makes_tasks(prompts, responses):
+        return await asyncio.gather(*(asyncio.create_task(fails([], r)) for r in responses))
+
+    for function, said in ((is_cancelled, "raised CancelledError"), (makes_tasks, r"called sys.exit\(0\)")):
+        with pytest.raises(UserError, match=f"reward function mine, sample 0: {said}"):
+            judged(function)
+
     async def hangs(prompts, responses):
         await asyncio.sleep(60)
 
@@ -278,6 +340,12 @@ def test_functions_get_copies():
 def test_sys_exit_is_an_error():
     with pytest.raises(UserError, match=r"reward function mine, sample 0: called sys.exit\(0\)"):
         judged(lambda p, r: exit_with(0))
+
+
+def test_a_long_message_of_many_lines_is_one_line():
+    with pytest.raises(UserError) as caught:
+        judged(lambda p, r: int("x\ny" * 1000))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def exit_with(code: int) -> None:

@@ -411,6 +411,7 @@ with Tracker(None, "ppo", 3) as t:
         with t.phase("rollout"):
             t.note("[bold]kept[/bold]")
         t.log(step, {"reward/mean": 0.5}, {"perf/tokens_per_s": 99.0})
+    t.event("alarm", "look")
 """
 
 
@@ -438,6 +439,7 @@ def test_terminal_gets_a_live_line_and_its_cursor_back():
     out = in_terminal(TERM="xterm-256color")
     assert "\x1b[2K" in out and "ppo 3/3" in out and "[bold]kept[/bold]" in out
     assert out.count("\x1b[?25l") == out.count("\x1b[?25h") == 1
+    assert "\x1b[33malarm: look\x1b[0m" in out
 
 
 @pytest.mark.parametrize("env", [{"NO_COLOR": "1", "TERM": "xterm-256color"}, {"TERM": "dumb"}])
