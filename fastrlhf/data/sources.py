@@ -1,4 +1,4 @@
-"""What a name of rows stands for: a file of a package (`package://NAME/FILE`), or a config and split of a folder.
+"""What stands for rows: a file of a package (`package://NAME/FILE`), a config and split of a folder, a Python object.
 
 Folders are laid out as on the hub. A file's split stands in its name (train.jsonl, train_sft-00000-of-00002.parquet) or
 in a folder's (test/0000.parquet); the other folders that it lies in, "data" apart, are its config (main/train.parquet).
@@ -7,11 +7,12 @@ in a folder's (test/0000.parquet); the other folders that it lies in, "data" apa
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import DATA_SUFFIXES
@@ -133,3 +134,57 @@ def _described(folder: Path, path: Path) -> _File:
     is_own = shard and stem not in _KINDS and (told or "data" in folders)  # the hub's names of shards are exact
     rest = [place for place in folders if place not in _NAMELESS and _KINDS.get(place.lower()) != kind]
     return _File(path, "/".join(rest), stem if is_own else kind, kind, stem)
+
+
+def python_rows(source: Any) -> Iterable[Any]:
+    """The rows of a Python object, as plain dicts, lists and texts.
+
+    A list, tuple, iterator or `datasets` object has rows; a table (pandas, polars, pyarrow) is turned into rows, a
+    one-dimensional array into a list. UserError for whatever else: nothing is iterated that is no list of rows.
+    """
+    if isinstance(source, type):
+        raise _no_rows(source, f"the class {source.__name__}")
+    if hasattr(source, "with_format"):  # of `datasets`, which has plain rows
+        return source
+    if hasattr(source, "collect") and hasattr(source, "lazy"):  # polars' LazyFrame
+        source = source.collect()
+    if isinstance(source, Mapping) and any(hasattr(part, "with_format") for part in source.values()):
+        return source  # datasets' splits
+    if hasattr(source, "to_dicts"):  # polars
+        return map(_plain, source.to_dicts())
+    if hasattr(source, "to_pylist"):  # pyarrow
+        return map(_plain, source.to_pylist())
+    if hasattr(source, "iterrows"):  # pandas: what is missing there is NaN
+        return map(_plain, source.astype(object).where(source.notna(), None).to_dict("records"))
+    if hasattr(source, "ndim") and source.ndim != 1:
+        raise _no_rows(source, f"an array of {source.ndim} dimensions")
+    if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, memoryview, Mapping, Set, io.IOBase)):
+        raise _no_rows(source, type(source).__name__)
+    if isinstance(source, Sequence) and source and all(map(_is_file_name, source)):
+        remedy = "name one of them or a folder that holds them all, or join them"
+        raise UserError(f"data is a list of file names ({source[0]}, ...), not of rows; {remedy}")
+    return map(_plain, source)
+
+
+def _no_rows(source: Any, what: str) -> UserError:
+    why = "; a set has no order" if isinstance(source, Set) else ""
+    why = "; give the path of the file" if isinstance(source, io.IOBase) else why
+    why = "; one row goes into a list, columns into datasets.Dataset.from_dict" if isinstance(source, Mapping) else why
+    return UserError(f"data must be a path, a hub id, a dataset, a table or a list of rows, not {what}{why}")
+
+
+def _is_file_name(row: Any) -> bool:
+    return isinstance(row, os.PathLike) or isinstance(row, str) and row.lower().endswith(DATA_SUFFIXES)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings as dicts, tuples and arrays as lists, numpy's scalars as Python's."""
+    if isinstance(value, (str, int, float, bool)) and type(value).__module__ == "builtins" or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return str(value) if isinstance(value, str) else value

@@ -18,10 +18,10 @@ from fastrlhf.data.batches import encode_many
 from fastrlhf.data.checks import BadRow
 from fastrlhf.data.encode import Encoded, EncodedPrompt, Example, ptx_limit
 from fastrlhf.data.templates import replies_steps
-from fastrlhf.models.fits import check_ids, check_limit, positions_of, vocabulary_of
 from fastrlhf.models.loading import check_scalar_form, load_tokenizer, skeleton
 from fastrlhf.models.lora import target_layers
 from fastrlhf.preflight.disk import Trained, trained_bytes
+from fastrlhf.preflight.fits import check_ids, check_limit, positions_of, vocabulary_of
 from fastrlhf.rl.functions import UserFunction
 from fastrlhf.rl.scorers import Part, reward_tokenizer
 from fastrlhf.rollout.engine import position_limits, unsupported
