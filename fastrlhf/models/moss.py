@@ -84,7 +84,10 @@ def check_stock(source: str, role: str, *, weights: bool = True) -> None:
     folder = Path(source)
     if not (folder / "config.json").is_file():
         return
-    config = read_config(folder)
+    try:
+        config = read_config(folder)
+    except UserError as error:
+        raise UserError(f"{role}: cannot load {source!r}: {error}") from error
     if config.get("model_type") == "moss":
         why = "is in MOSS's own layout, which needs code of its own (auto_map)"
         raise UserError(f"{role}: {source!r} {why}; {_remedy(source)}")

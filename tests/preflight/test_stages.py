@@ -127,10 +127,9 @@ def test_a_reward_models_own_template_is_tried_with_every_prompt(refused, folder
 
 def test_generation_that_is_not_supported_is_refused_before_training():
     model = tiny.llama()
-    model.config.layer_types = ["full_attention", "conv"]
-    with pytest.raises(
-        UserError, match="policy: generation does not support LlamaForCausalLM: it has conv; use another"
-    ):
+    model.config.is_encoder_decoder = True
+    sentence = "policy: generation does not support LlamaForCausalLM: it has an encoder; use another"
+    with pytest.raises(UserError, match=sentence):
         runs.ppo_trainer(policy=model)
 
 

@@ -126,10 +126,15 @@ def test_what_is_a_function_reference(tmp_path):
     assert not is_function_reference(len)
 
 
-@pytest.mark.parametrize("reward", [3, [], [("only", "two")], {"a": 1}])
+@pytest.mark.parametrize("reward", [3, [], [("only", "two")]])
 def test_anything_else_is_refused_with_what_is_accepted(reward):
     with pytest.raises(UserError, match="none of: a reward-model folder"):
         make(reward)
+
+
+def test_a_mapping_with_an_unknown_field_names_those_there_are():
+    with pytest.raises(UserError, match="no such field: a; an entry has name, weight, model or function, label"):
+        make({"a": 1})
 
 
 def test_scores_do_not_depend_on_the_micro_batches():
