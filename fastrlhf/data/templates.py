@@ -71,7 +71,6 @@ _PROBES = {  # a conversation in which a turn of the role stands
     "system": ("system", "user"),
     "user": ("user", "assistant"),
     "assistant": ("user", "assistant"),
-    "tool": ("user", "assistant", "tool", "assistant"),
 }
 _ends_of_turn: WeakKeyDictionary = WeakKeyDictionary()
 _written_by: WeakKeyDictionary = WeakKeyDictionary()
@@ -195,8 +194,18 @@ def _last_token(text: str) -> Steps[int]:
 
 
 def _bare(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
-    """The messages without what the template writes at their ends too, control tokens and all: it would stand twice."""
-    return [{**m, "content": _without(m["content"], *_written(tokenizer, m["role"]))} for m in messages]
+    """The messages without what the template writes at their ends too, control tokens and all: it would stand twice.
+    What a tool says stays to the letter."""
+    bare, bos = [], tokenizer.bos_token
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role in _PROBES:
+            written = _written(tokenizer, role)
+            if not bare and bos and written.begins_with_bos:
+                content = content.removeprefix(bos) or content
+            content = _without(content, written.heads, written.tails)
+        bare.append({**message, "content": content})
+    return bare
 
 
 def _without(content: str, heads: tuple[str, ...], tails: tuple[str, ...]) -> str:
@@ -209,9 +218,17 @@ def _without(content: str, heads: tuple[str, ...], tails: tuple[str, ...]) -> st
     return text if text.strip() else content
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What the template writes before and behind a content of the role, from each of its control tokens on and up to
-    each of them, the longest first."""
+class _Written(NamedTuple):
+    """What the template writes around a content, from each of its control tokens on and up to each of them, the longest
+    first; and whether its text begins with BOS."""
+
+    heads: tuple[str, ...]
+    tails: tuple[str, ...]
+    begins_with_bos: bool
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, role: str) -> _Written:
+    """The same for a role, rendered once for a template."""
     key = (str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
     cached_key, known = _written_by.get(tokenizer, (None, {}))
     if cached_key != key:
@@ -222,18 +239,18 @@ def _written(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[tuple[str, 
     return known[role]
 
 
-def _probed(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _probed(tokenizer: PreTrainedTokenizerBase, role: str) -> _Written:
     messages = [{"role": turn, "content": _PROBE if turn == role else "a"} for turn in _PROBES[role]]
     head = tail = ""
     with suppress(UserError):  # a role that the template refuses; rendering a conversation with it will say so
         head, _, tail = render(tokenizer, messages, add_generation_prompt=False).partition(_PROBE)
     controls, bos = controls_of(tokenizer), tokenizer.bos_token
-    heads = {head[match.start() :].rstrip() for match in controls.finditer(head)}
-    heads |= {bos} if bos and bos in head else set()
+    heads = {head[match.start() :].rstrip() for match in controls.finditer(head)} - {bos}
     tails = {tail[: match.end()].lstrip() for match in controls.finditer(tail)}
     if role == "assistant":
         tails |= {end for end in (end_of_turn(tokenizer), tokenizer.eos_token) if end}
-    return tuple(sorted(heads, key=len, reverse=True)), tuple(sorted(tails, key=len, reverse=True))
+    longest_first = (tuple(sorted(texts, key=len, reverse=True)) for texts in (heads, tails))
+    return _Written(*longest_first, bool(bos) and head.startswith(bos))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
@@ -331,7 +348,7 @@ def _continued(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -
     bare, reply = prompt.rstrip(), response.lstrip()
     starts = [match.start() for match in controls_of(tokenizer).finditer(bare)]
     head = next((bare[start:] for start in starts[-4:] if reply.startswith(bare[start:])), "")
-    return reply.removeprefix(head).removeprefix(prompt[len(bare) :]) if head else response
+    return (head and reply.removeprefix(head).removeprefix(prompt[len(bare) :])) or response
 
 
 def _behind(prompt_ids: list[int], whole: list[int], reply: str) -> Steps[list[int]]:

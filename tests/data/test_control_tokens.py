@@ -78,6 +78,16 @@ def test_a_reply_behind_a_prompt_that_a_template_wrote(template):
         assert encode_response(tokenizer, prompt, reply) == want, reply
 
 
+def test_what_a_text_says_itself_stays():
+    """BOS that stands in a later message, an answer that is the prompt's last token, and what a tool says."""
+    tokenizer = settled(LLAMA_3)
+    prompt = [turn("system", "be brief"), turn("user", "<|bos|>a")]
+    assert tokenizer.decode(encode_prompt(tokenizer, prompt)).count("<|bos|>") == 2
+    assert tokenizer.decode(encode_response(tokenizer, "the cat<|pad|>", "<|pad|>")) == "<|pad|><|end|>"
+    tool = [turn("user", "a"), turn("assistant", "b"), turn("tool", HEADS[LLAMA_3].format("tool") + "4<|end|>")]
+    assert tokenizer.decode(encode_prompt(tokenizer, tool)).count("<|start|>tool<|stop|>") == 2
+
+
 @pytest.mark.parametrize("end", ["<|end|>", "<|end|>\n", "<|end|> \n\n"])
 def test_a_text_that_ends_itself(end):
     tokenizer = settled()

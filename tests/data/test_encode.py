@@ -60,8 +60,7 @@ def digest(row: list) -> str:
 @pytest.mark.parametrize("name", cases.TOKENIZERS)
 def test_ids_are_those_of_version_0_1_which_encoded_text_by_text(name):
     """golden_ids.json holds a checksum a row, written by commit 810054c: ids and, of SFT, which of them are learnt. New
-    since then: rows with the template's marks at the ends of their texts, as the last commit wrote them that encoded
-    text by text (75ebae9)."""
+    since then: moss-rlhf and "the cat</s>", a message whose end the template wrote once more."""
     sft = encoder(name, SFTConfig).examples(cases.CONVERSATIONS, "data").items
     learnt = [[e.ids, [i for i, wanted in enumerate(e.target) if wanted]] for e in sft]
     rewards = [record.rows for record in encoder(name, RewardConfig).records(cases.FEEDBACK, "data").items]
