@@ -121,6 +121,13 @@ def test_rows_that_have_no_place_to_start_from(device, dtype):
     assert torch.allclose(ours, theirs, atol=2e-5, rtol=1e-5, equal_nan=True)
 
 
+def test_at_step_zero_the_ratio_is_one_but_for_the_rounding_of_a_sum(device):
+    leaves, labels, (_, advantages, mask), _ = problem(device, torch.bfloat16)
+    old = kernels.linear_log_probs(*leaves, labels, backend="triton")
+    _, stats = triton_ppo_loss(*leaves, labels, old, advantages, mask)
+    assert abs(float(stats["ratio"]) - 1) <= 1e-6 and float(stats["approx_kl"]) <= 1e-12 and stats["clip_frac"] == 0
+
+
 @pytest.mark.parametrize("options", ["plain", "kl_and_entropy"])
 def test_a_chunk_takes_one_sweep(device, options):
     """Without the entropy bonus: one read of the logits, and a look at every row whether it must be computed again."""
