@@ -79,7 +79,7 @@ def test_two_reward_steps_on_real_feedback_then_score(folder, name, tmp_path, ca
         pytest.skip("../shared/data is not here")
     out, recipe = tmp_path / "run", tmp_path / "reward.yaml"
     fields = {"model": folder, "data": str(REAL / name), "total_steps": 2, "mini_batch_size": 2, "max_tokens": 96}
-    recipe.write_text(json.dumps(fields | {"overlong": "truncate"}))  # JSON is YAML
+    recipe.write_text(json.dumps(fields | {"overlong": "truncate", "allow_drop": 1}))  # JSON is YAML
     never = ["eval_fraction=0", "eval_every=0", "save_every=0"]
     assert main(["reward", str(recipe), f"output_dir={out}", *never]) == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
