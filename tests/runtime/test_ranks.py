@@ -105,8 +105,8 @@ def said(done: subprocess.CompletedProcess) -> list[str]:
 
 
 def test_a_killed_rank_ends_all_with_one_message_and_the_run_goes_on(place):
-    """SIGKILL in the middle of step 2 of the command line's own run; then one process resumes it (2 ranks -> 1)."""
-    done = torchrun(2, "-m", "fastrlhf", "ppo", "r.yaml", "reward=mine.py:killer", cwd=place, timeout=120)
+    """SIGKILL in the middle of step 2 of the command line's own run; then one process resumes it (3 ranks -> 1)."""
+    done = torchrun(3, "-m", "fastrlhf", "ppo", "r.yaml", "reward=mine.py:killer", cwd=place, timeout=120)
     assert time.time() - float((place / "died").read_text()) < 60
     assert done.returncode != 0
     assert len(said(done)) == 1 and "another rank of this run is gone" in said(done)[0], done.stderr[-2000:]

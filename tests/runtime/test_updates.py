@@ -200,6 +200,7 @@ def test_one_nan_costs_its_row_and_nothing_else(stage, backward, tmp_path):
     assert losses[0] == losses[1] and differing(t, whole) == []
     assert t.guard.rows_left_out == 2 and t.guard.updates_skipped == 0
     events = read(run / "events.jsonl")
+    events = [e for e in events if e["kind"] != "alarm"]  # nothing is held out, which reward training says at the start
     assert [(e["kind"], e["step"]) for e in events] == [("non_finite_row", 1), ("non_finite_row", 2)]
     assert all("<|system|>be brief" in text for text in events[0]["rows"][0]["texts"])
     assert f"left out of the update of the {t.role}: NaN" in events[0]["message"]
@@ -349,6 +350,7 @@ def test_a_non_finite_update_changes_nothing_and_is_written_down(stage, micro_ba
     assert not same(before, snapshot(t))
     assert last.metrics["update/skipped"] == 1 and math.isfinite(last.metrics["grad_norm"])
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    events = [e for e in events if e["kind"] != "alarm"]
     assert [(e["kind"], e["step"]) for e in events] == [("non_finite_update", 2)]
     assert "weights and moments are unchanged" in events[0]["message"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
