@@ -72,10 +72,10 @@ def timed(work: Callable[[], Any]) -> dict[str, float]:
 def prepared(stage: str, rows: list[dict[str, Any]], tok: PreTrainedTokenizerFast, model: LlamaForCausalLM) -> None:
     if stage == "ppo":
         inputs = {"policy": model, "tokenizer": tok, "prompts": rows, "reward": lambda prompts, responses: responses}
-        prepare_ppo(PPOConfig(), inputs)
+        prepare_ppo(PPOConfig(), **inputs)
         return
     config = SFTConfig() if stage == "sft" else RewardConfig()
-    prepare_supervised(config, {"model": model, "tokenizer": tok, "data": rows})
+    prepare_supervised(config, model=model, tokenizer=tok, data=rows)
 
 
 def text_by_text(rows: list[dict[str, Any]], tok: PreTrainedTokenizerFast) -> None:

@@ -84,7 +84,7 @@ class PPOTrainer(Trainer):
         }
         # What the run reads.
         check_arguments(config, PPOConfig, inputs)
-        ready = prepare_ppo(config, inputs)
+        ready = prepare_ppo(config, **inputs)
         tokenizer, self.evaluation = ready.tokenizer, ready.evaluation
         self.prompts, self.eval_prompts = ready.prompts, ready.eval_prompts
         self.reward_records = ready.reward_records

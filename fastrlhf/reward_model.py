@@ -81,7 +81,7 @@ class RewardTrainer(SupervisedTrainer):
         inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
         inputs["compute_metrics"] = compute_metrics
         check_arguments(config, RewardConfig, inputs)
-        ready: Supervised[Record] = prepare_supervised(config, inputs)
+        ready: Supervised[Record] = prepare_supervised(config, **inputs)
         self.eval_records, self.compute_metrics = ready.held_out, ready.compute_metrics
         self.held_out = HeldOut(len(self.eval_records))
         ordered = any(r.feedback.ordered_pairs() for r in self.eval_records)

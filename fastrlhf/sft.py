@@ -53,7 +53,7 @@ class SFTTrainer(SupervisedTrainer):
         inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
         inputs["compute_metrics"] = compute_metrics
         check_arguments(config, SFTConfig, inputs)
-        ready: Supervised[Example] = prepare_supervised(config, inputs)
+        ready: Supervised[Example] = prepare_supervised(config, **inputs)
         self.eval_examples, self.compute_metrics = ready.held_out, ready.compute_metrics
         super().__init__(
             config,

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint.atomic import CheckpointError, export_folder
-from fastrlhf.checkpoint.run_folder import RunFolder, identity
+from fastrlhf.checkpoint.run_folder import RunFolder, check_output_dir, identity
 from fastrlhf.checkpoint.state import (
     load_optimizer_tensors,
     load_parts,
@@ -123,7 +123,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
         self._stopping = False
         self.run_folder = RunFolder(config, inputs)
         if distributed.is_lead():  # another rank may get here when the lead has taken the folder already
-            self.run_folder.check()
+            check_output_dir(config)
             self.run_folder.read_inputs(tokenizer.chat_template)
         self.store: CheckpointStore | None = None
         self.tracker = Tracker(None, config.stage, total_steps, console=distributed.is_lead())

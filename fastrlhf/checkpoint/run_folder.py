@@ -34,8 +34,8 @@ MAY_CHANGE |= {"chat_template"}  # its text is compared, among the inputs
 
 
 class RunFolder:
-    """The folder of a run. It is checked first, by `check`, and taken last, by `open`: nothing is written or removed
-    before everything else of the run is ready. path None: there is no folder, and nothing is written.
+    """The folder of a run. It is checked first, by `check_output_dir`, and taken last, by `open`: nothing is written or
+    removed before everything else of the run is ready. path None: there is no folder, and nothing is written.
 
     inputs: the trainer's arguments beside the config, by name.
     """
@@ -45,12 +45,6 @@ class RunFolder:
         self.path = Path(config.output_dir) if config.output_dir else None
         self.fingerprints: Fingerprints | None = None
         self._told = False
-
-    def check(self) -> None:
-        """Refuse a folder that cannot be used (UserError), in the process that leads."""
-        config = self.config
-        if self.path is not None:
-            check_folder(self.path, overwrite=config.overwrite, resume=config.resume, verb=config.stage)
 
     def read_inputs(self, chat_template: Any) -> None:
         """Begin to hash what the run reads, in the process that leads. chat_template: as it was settled."""
@@ -170,6 +164,13 @@ class RunFolder:
         kinds = INPUTS[self.config.stage]
         given = {name: described(value) for name, value in self.inputs.items() if value is not None}
         return {name: absolute(value, kinds[name].kind) for name, value in given.items()}
+
+
+def check_output_dir(config: StageConfig) -> None:
+    """Refuse a run's folder that cannot be used (UserError), in the process that leads."""
+    if config.output_dir:
+        folder = Path(config.output_dir)
+        check_folder(folder, overwrite=config.overwrite, resume=config.resume, verb=config.stage)
 
 
 def check_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | None = None) -> None:

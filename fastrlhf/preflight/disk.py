@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from fastrlhf.checkpoint.run_folder import RunFolder
+from fastrlhf.checkpoint.run_folder import check_output_dir
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.models.lora import target_layers
@@ -22,11 +22,11 @@ AT_ONCE = 3  # checkpoints: two are kept, the next is written before one of them
 MOMENTS = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}  # bytes of the optimizer's state for a parameter
 
 
-def check_folder(config: StageConfig, inputs: Mapping[str, Any]) -> None:
+def check_folder(config: StageConfig) -> None:
     """UserError for a run folder that cannot be used or written; removes nothing."""
     if config.output_dir is None or not distributed.is_lead():  # the lead may have taken it already
         return
-    RunFolder(config, dict(inputs)).check()
+    check_output_dir(config)
     there = _existing(Path(config.output_dir))
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(

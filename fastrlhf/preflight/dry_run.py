@@ -19,9 +19,9 @@ def check_inputs(inputs: Mapping[str, Any], config: StageConfig, sample: int = S
     """The run's own sentences about its rows and sizes, and of PPO where its roles come from. UserError for the first
     thing that a run would refuse."""
     if not isinstance(config, PPOConfig):
-        said = prepare_supervised(config, inputs, sample=sample).said
+        said = prepare_supervised(config, **inputs, sample=sample).said
         return [*said.notes, *map(yellow, said.warnings)]
-    ready = prepare_ppo(config, inputs, sample=sample)
+    ready = prepare_ppo(config, **inputs, sample=sample)
     reward = inputs["reward"] if isinstance(inputs["reward"], str) else ready.reward
     lines = origins({**inputs, "reward": reward}, config)
     doubt = doubt_of(ready.reward_records)

@@ -6,7 +6,7 @@ same vocabulary. A reward model of another one reads texts, through its own chat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,25 +49,32 @@ class Roles:
     others: dict[str, PreTrainedModel | None]  # ref_policy and value_model, where given
 
 
-def read_roles(config: PPOConfig, inputs: Mapping[str, Any], reward: Any, tokenizer: PreTrainedTokenizerBase) -> Roles:
+def read_roles(
+    config: PPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    policy: Any,
+    reward: Any,
+    ref_policy: Any = None,
+    value_model: Any = None,
+) -> Roles:
     """Find every model of a run. reward: as `read_reward` has it. UserError for a model that is missing, cannot take
     its role, or does not share the policy's vocabulary."""
-    policy = skeleton(inputs["policy"], "policy")
-    if policy is not None:
-        _check_supported(policy)
+    writer = skeleton(policy, "policy")
+    if writer is not None:
+        _check_supported(writer)
         if config.lora is not None:
-            target_layers(policy, config.lora["target_modules"])
+            target_layers(writer, config.lora["target_modules"])
     parts = reward if isinstance(reward, list) else [Part("", 1.0, reward)]
     rewards = [_reward_model(p, tokenizer) for p in parts if not isinstance(p.source, UserFunction)]
     others: dict[str, PreTrainedModel | None] = {}
-    for role, scalar in (("ref_policy", False), ("value_model", True)):
-        source = inputs.get(role)
+    for role, source in (("ref_policy", ref_policy), ("value_model", value_model)):
         if source is not None:
-            others[role] = skeleton(source, role, scalar=scalar)
-            _check_shared(role, source, others[role], policy, tokenizer)
-    if policy is not None and _makes_critic(config, inputs, reward, rewards):
-        check_scalar_form(policy)
-    return Roles(policy, rewards, others)
+            others[role] = skeleton(source, role, scalar=role == "value_model")
+            _check_shared(role, source, others[role], writer, tokenizer)
+    if writer is not None and value_model is None and _makes_critic(config, reward, rewards):
+        check_scalar_form(writer)
+    return Roles(writer, rewards, others)
 
 
 def _check_supported(policy: PreTrainedModel) -> None:
@@ -88,12 +95,11 @@ def _reward_model(part: Part, tokenizer: PreTrainedTokenizerBase) -> RewardModel
     return RewardModel(name, model, None if same else own, own_view=False)
 
 
-def _makes_critic(config: PPOConfig, inputs: Mapping[str, Any], reward: Any, rewards: list[RewardModel]) -> bool:
-    """Whether the critic is a classifier made of the policy's trunk."""
+def _makes_critic(config: PPOConfig, reward: Any, rewards: list[RewardModel]) -> bool:
+    """Whether the critic, where no value_model is given, is a classifier made of the policy's trunk."""
     if config.advantage != "gae" or config.critic == "shared_trunk" or config.lora is not None:
         return False
-    copied = not isinstance(reward, list) and rewards[0].tokenizer is None
-    return inputs.get("value_model") is None and not copied
+    return isinstance(reward, list) or rewards[0].tokenizer is not None
 
 
 def _check_shared(

@@ -6,7 +6,7 @@ options, the rows, then the models without their weights, what they and the rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -67,29 +67,37 @@ class Prepared:
 
 
 def prepare_supervised(
-    config: SupervisedConfig, inputs: Mapping[str, Any], *, sample: int | None = None, progress: Progress | None = None
+    config: SupervisedConfig,
+    *,
+    model: Any,
+    tokenizer: Any = None,
+    data: Any,
+    eval_data: Any = None,
+    compute_metrics: Any = None,
+    sample: int | None = None,
+    progress: Progress | None = None,
 ) -> Supervised:
-    """Check and read what `fastrlhf sft` or `reward` starts from. inputs: the trainer's arguments by name.
+    """Check and read what `fastrlhf sft` or `reward` starts from; model to compute_metrics are the trainer's arguments.
 
     UserError for whatever would stop the run later. sample: rows of a source to encode at most (--dry-run).
     """
-    check_folder(config, inputs)
-    tokenizer = tokenizer_for(inputs.get("tokenizer"), inputs["model"])
+    check_folder(config)
+    tokenizer = tokenizer_for(tokenizer, model)
     template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
-    model = _learner(config, inputs["model"])
-    given, function = inputs.get("eval_data") is not None, inputs.get("compute_metrics")
-    metrics = load_eval_metrics(function, config, held_out=given or config.eval_fraction > 0)
+    learner = _learner(config, model)
+    given = eval_data is not None
+    metrics = load_eval_metrics(compute_metrics, config, held_out=given or config.eval_fraction > 0)
 
     encoder = Encoder(config, tokenizer, template, sample=sample, progress=progress or _progress())
     asked = metrics is not None  # for the rows of what is held out
-    sources = [_read(encoder, inputs["data"], "data", keep_rows=asked and not given)]
+    sources = [_read(encoder, data, "data", keep_rows=asked and not given)]
     if given:
-        sources.append(_read(encoder, inputs["eval_data"], "eval_data", keep_rows=asked))
+        sources.append(_read(encoder, eval_data, "eval_data", keep_rows=asked))
     lengths = [max(encoded.lengths()) for encoded in sources]
     fits = partial(_fits, config.max_tokens, max(lengths), max(encoded.highest() for encoded in sources))
     said = _sentences(config, sources, notes, f"max_tokens = {config.max_tokens}")
-    if model is not None:
-        fits(model)
+    if learner is not None:
+        fits(learner)
 
     items, held_out = sources[0].items, sources[1].items if len(sources) > 1 else []
     if len(sources) == 1 and config.eval_fraction:
@@ -100,8 +108,8 @@ def prepare_supervised(
     mean = sum(len(row) for item in items for row in item.rows) / len(items)
     tokens = number(steps * config.mini_batch_size * mean)
     said.notes.append(f"in all: {steps} optimizer steps of {config.mini_batch_size} rows, {tokens} tokens")
-    if model is not None:
-        _say_room(config, said, [trained_bytes(model, config)], steps)
+    if learner is not None:
+        _say_room(config, said, [trained_bytes(learner, config)], steps)
     return Supervised(tokenizer, items, held_out, metrics, fits, said)
 
 
@@ -136,27 +144,40 @@ def _split(items: list[Item], config: SupervisedConfig) -> tuple[list[Item], lis
 
 
 def prepare_ppo(
-    config: PPOConfig, inputs: Mapping[str, Any], *, sample: int | None = None, progress: Progress | None = None
+    config: PPOConfig,
+    *,
+    policy: Any,
+    tokenizer: Any = None,
+    reward: Any,
+    prompts: Any,
+    ref_policy: Any = None,
+    value_model: Any = None,
+    eval_prompts: Any = None,
+    ptx_data: Any = None,
+    judge: Any = None,
+    sample: int | None = None,
+    progress: Progress | None = None,
 ) -> Prepared:
     """The same for `fastrlhf ppo`."""
-    check_folder(config, inputs)
-    evaluation = Evaluation(config, inputs.get("judge"), prompts=inputs.get("eval_prompts") is not None)
-    check_ptx(config, inputs.get("ptx_data"))
-    tokenizer = tokenizer_for(inputs.get("tokenizer"), inputs["policy"])
+    check_folder(config)
+    evaluation = Evaluation(config, judge, prompts=eval_prompts is not None)
+    check_ptx(config, ptx_data)
+    tokenizer = tokenizer_for(tokenizer, policy)
     template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
-    check_value_model(config, inputs.get("value_model"))
-    reward = read_reward(inputs["reward"], config)
+    check_value_model(config, value_model)
+    reward = read_reward(reward, config)
 
     encoder = Encoder(config, tokenizer, template, sample=sample, progress=progress or _progress())
-    names = [name for name in ("prompts", "eval_prompts") if inputs.get(name) is not None]
-    sources = [encoder.prompts(inputs[name], name) for name in names]
+    sources = [encoder.prompts(prompts, "prompts")]
+    if eval_prompts is not None:
+        sources.append(encoder.prompts(eval_prompts, "eval_prompts"))
     columns = {encoded.role: {c for prompt, _ in encoded.items for c in prompt.columns} for encoded in sources}
     if evaluation.judge is not None:
         evaluation.judge.bind(columns["eval_prompts"], "eval_prompts")
     reward = read_reward(reward, config, columns)
-    roles = read_roles(config, inputs, reward, tokenizer)
+    roles = read_roles(config, tokenizer, policy=policy, reward=reward, ref_policy=ref_policy, value_model=value_model)
     sources = readable_prompts(config, roles, sources)
-    ptx = [] if inputs.get("ptx_data") is None else [encoder.ptx(inputs["ptx_data"])]
+    ptx = [] if ptx_data is None else [encoder.ptx(ptx_data)]
 
     fits = partial(check_policy, config, sources, ptx)
     if roles.policy is not None:
