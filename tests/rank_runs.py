@@ -1,12 +1,18 @@
-"""What the ranks of tests/runtime/test_ranks.py run: `torchrun ... -m tests.rank_runs OUT FORM...`. The lead writes."""
+"""What the ranks of tests/runtime/test_ranks.py run: `python -m tests.rank_runs FOLDER RANKS:FORM,FORM...`.
+
+The ranks are forked from one process that has imported torch and transformers, which takes longer than their runs. The
+environment is torchrun's; torchrun itself starts the ranks of the tests that kill one. The lead writes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -160,5 +166,37 @@ def main(out: Path, forms: Iterable[str]) -> None:
             save_file({n: after[n] - before[n] for n in after}, out / f"{form}.safetensors")
 
 
+def fork(ranks: int, out: Path, forms: Iterable[str]) -> None:
+    """Run the forms in so many ranks. Ends the process where one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=as_rank, args=(rank, ranks, port, out, forms)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit(f"{ranks} ranks ended with {[process.exitcode for process in processes]}")
+
+
+def as_rank(rank: int, ranks: int, port: int, out: Path, forms: Iterable[str]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    main(out, forms)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    torch.set_num_threads(1)
+    for group in sys.argv[2:]:
+        count, _, named = group.partition(":")
+        folder = Path(sys.argv[1]) / count
+        folder.mkdir()
+        fork(int(count), folder, named.split(","))

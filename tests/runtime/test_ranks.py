@@ -22,24 +22,25 @@ FORMS = [*rank_runs.FORMS, "sft", "reward"]
 SHOWN = {1: FORMS, 2: FORMS, 3: ["separate", "extras", "reward"]}  # a number that divides nothing
 
 
-def torchrun(ranks: int, *command: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess:
+def started(*command: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    whole = [*launcher, *command] if ranks > 1 else [sys.executable, *command]
-    return subprocess.run(whole, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def torchrun(ranks: int, *command: str, cwd: Path) -> subprocess.CompletedProcess:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return started(sys.executable, "-m", *launcher, *command, cwd=cwd, timeout=120)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[int, Path]:
-    folders = {}
-    for ranks in (1, 2, 3):
-        folders[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
-        if ranks == 1:
-            rank_runs.main(folders[1], SHOWN[1])
-            continue
-        done = torchrun(ranks, "-m", "tests.rank_runs", str(folders[ranks]), *SHOWN[ranks])
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folders
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "1").mkdir()
+    rank_runs.main(folder / "1", SHOWN[1])
+    groups = (f"{ranks}:{','.join(SHOWN[ranks])}" for ranks in (2, 3))
+    done = started(sys.executable, "-m", "tests.rank_runs", str(folder), *groups)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {ranks: folder / str(ranks) for ranks in (1, 2, 3)}
 
 
 @pytest.mark.slow
@@ -106,20 +107,20 @@ def said(done: subprocess.CompletedProcess) -> list[str]:
 
 def test_a_killed_rank_ends_all_with_one_message_and_the_run_goes_on(place):
     """SIGKILL in the middle of step 2 of the command line's own run; then one process resumes it (3 ranks -> 1)."""
-    done = torchrun(3, "-m", "fastrlhf", "ppo", "r.yaml", "reward=mine.py:killer", cwd=place, timeout=120)
+    done = torchrun(3, "-m", "fastrlhf", "ppo", "r.yaml", "reward=mine.py:killer", cwd=place)
     assert time.time() - float((place / "died").read_text()) < 60
     assert done.returncode != 0
     assert len(said(done)) == 1 and "another rank of this run is gone" in said(done)[0], done.stderr[-2000:]
     assert "fastrlhf resume" in said(done)[0]
     (place / "run" / "config.yaml").write_text((place / "run" / "config.yaml").read_text().replace("killer", "kind"))
-    again = torchrun(1, "-m", "fastrlhf", "resume", "run", "--accept-changed", "reward", cwd=place)
+    again = started(sys.executable, "-m", "fastrlhf", "resume", "run", "--accept-changed", "reward", cwd=place)
     assert again.returncode == 0, again.stderr[-2000:]
     rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and (place / "run" / "final" / "model.safetensors").exists()
 
 
 def test_a_mistake_of_the_user_is_said_once(place):
-    done = torchrun(2, "-m", "fastrlhf", "ppo", "r.yaml", "reward=mine.py:broken", cwd=place, timeout=120)
+    done = torchrun(2, "-m", "fastrlhf", "ppo", "r.yaml", "reward=mine.py:broken", cwd=place)
     assert done.returncode != 0
     assert len(said(done)) == 1 and "reward function broken, sample 0: raised KeyError" in said(done)[0]
 
