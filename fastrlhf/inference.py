@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint.atomic import fsync
+from fastrlhf.config import encodings
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import BadRow, DroppedRow, Messages, text_of
 from fastrlhf.data.columns import Columns
@@ -107,10 +108,7 @@ def read_prompts(source: str, **how: Unpack[Reading]) -> list[Prompt]:
     """
     if source != STDIN:
         return load_prompts(source, **how)[0]
-    try:
-        lines = [(f"stdin:{n}", line.strip()) for n, line in enumerate(sys.stdin, 1) if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"stdin: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    lines = [(f"stdin:{n}", line.strip()) for n, line in enumerate(_stdin_lines(), 1) if line.strip()]
     are_rows = bool(lines) and lines[0][1].startswith("{")
     prompts, names = [], Columns(how.get("columns"), how.get("ignore_columns"))
     left_out = (DroppedRow, BadRow) if how.get("skip_bad_rows") else DroppedRow
@@ -121,6 +119,16 @@ def read_prompts(source: str, **how: Unpack[Reading]) -> list[Prompt]:
     if not prompts:
         raise UserError("stdin: no prompts; write a text or a JSON row a line")
     return prompts
+
+
+def _stdin_lines() -> list[str]:
+    """The lines of stdin. Its bytes are read: what its text layer makes of them depends on the locale."""
+    data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    try:
+        return encodings.decode(data).split("\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"stdin:{line}: not UTF-8 text; {encodings.remedy(error)}") from error
 
 
 def _json(where: str, line: str) -> Any:

@@ -319,7 +319,7 @@ def test_texts_that_are_no_unicode_are_refused(
     assert main(["generate", str(model), "--prompts", "-"]) == 2
     said = capsys.readouterr().err
     assert '"--prompt" is not valid Unicode' in said and '"--output" contains a NUL' in said
-    assert "stdin: not UTF-8 text" in said
+    assert "stdin:1: not UTF-8 text; save the file as UTF-8" in said
 
 
 @pytest.mark.parametrize(

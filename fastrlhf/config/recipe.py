@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from fastrlhf.config import encodings
 from fastrlhf.config.base import StageConfig, config_fields
 from fastrlhf.config.errors import AUTO, ConfigError, UserError
 from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, INPUTS, data_name
@@ -123,9 +124,11 @@ def _read_text(path: Path) -> str:
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: larger than {MAX_BYTES} bytes, so it is no recipe; data belongs in a file of its own")
     try:
-        return data.decode("utf-8-sig")
+        return encodings.decode(data)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}), so it is no recipe") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        problem = f"not UTF-8 text (byte {error.start}), so it is no recipe"
+        raise UserError(f"{path}:{line}: {problem}; {encodings.remedy(error)}") from None
 
 
 def _pairs(root: yaml.Node | None, path: Path) -> list[tuple[yaml.Node, yaml.Node]]:

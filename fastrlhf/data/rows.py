@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from fastrlhf.config import encodings
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, PACKED, DataName, data_name
 from fastrlhf.config.limits import bounded_content, bounded_lines
@@ -148,11 +149,11 @@ def _opened(path: Path) -> IO[bytes]:
 def _decode(data: bytes, name: str, line: int = 1) -> str:
     """data, which begins at that line of the file, as text. Raises BadRow naming the line that is no UTF-8."""
     try:
-        return data.decode("utf-8-sig")
+        return encodings.decode(data)
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         column = error.start - data.rfind(b"\n", 0, error.start)
-        problem = f"byte {column} of the line is not valid UTF-8; save the file as UTF-8"
+        problem = f"byte {column} of the line is not valid UTF-8; {encodings.remedy(error)}"
         raise BadRow(f"{name}:{line}", problem) from error
 
 
@@ -199,7 +200,7 @@ def _is_json_lines(data: bytes) -> bool:
     if not rest:
         return False
     try:
-        json.loads(first.decode("utf-8-sig"))
+        json.loads(encodings.decode(first))
     except (ValueError, RecursionError):
         return False
     return True

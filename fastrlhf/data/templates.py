@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
+from fastrlhf.config import encodings
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.batches import Ids, Rendered, Steps, encode_one
 from fastrlhf.data.checks import Messages
@@ -141,9 +142,10 @@ def _read_template(name: str) -> str:
         hint = f"did you mean {close[0]!r}?" if close else "presets: " + ", ".join(PRESETS)
         raise UserError(f"chat_template {name!r} is neither a preset nor a file ({hint})")
     try:
-        return path.read_text(encoding="utf-8")
+        return encodings.decode(path.read_bytes()).replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: a chat template must be UTF-8 text, byte {error.start} is not") from error
+        problem = f"a chat template must be UTF-8 text, byte {error.start} is not"
+        raise UserError(f"{path}: {problem}; {encodings.remedy(error)}") from error
 
 
 def _need_eos(tokenizer: PreTrainedTokenizerBase) -> int:

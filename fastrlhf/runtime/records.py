@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastrlhf.config import encodings
+
 _BREAKS = {mark: f"\\u{mark:04x}" for mark in (0x85, 0x2028, 0x2029)}
 
 
@@ -45,9 +47,10 @@ def read_records(
 def parse(data: bytes) -> dict[str, Any] | str:
     """The JSON object in `data`, or what is wrong with it."""
     try:
-        value = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        return "is not UTF-8"
+        value = json.loads(encodings.decode(data))
+    except UnicodeDecodeError as error:
+        known = encodings.guess_encoding(bytes(error.object)) is not None  # else it is damage, not another encoding
+        return f"is not UTF-8; {encodings.remedy(error)}" if known else "is not UTF-8"
     except json.JSONDecodeError as error:
         return f"is not JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1})"
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists in lists in lists

@@ -272,7 +272,7 @@ def test_rewards_and_rows_may_be_lists(recipe):
         ("[1]: 2\n", [], "r.yaml:1: a field name must be a word"),
         ("seed: 2024-99-99\n", [], "r.yaml:1: not a value"),
         ("seed: \x00\n", [], "r.yaml: not valid YAML"),
-        (b"seed: \xff\xfe\n", [], "r.yaml: not UTF-8 text (byte 6)"),
+        (b"seed: \xff\xfe\n", [], "r.yaml:1: not UTF-8 text (byte 6)"),
     ],
 )
 def test_a_wrong_recipe_names_file_line_and_field(recipe, text, overrides, said):
