@@ -27,6 +27,7 @@ SOURCES = SHIPPED + [
 BOUNDARY = "fastrlhf/config/outcome.py"  # where code of others is called, which may raise anything
 # Where an environment variable may be read, and which.
 ENVIRONMENT = {
+    "fastrlhf/config/inputs.py": {"FASTRLHF_USE_MODELSCOPE"},
     "fastrlhf/runtime/console.py": {"NO_COLOR", "TERM"},
     "fastrlhf/runtime/launch.py": {"WORLD_SIZE", "RANK", "LOCAL_RANK"},
     "kernels/fastrlhf_kernels/backend.py": {"FASTRLHF_BACKEND", "TRITON_INTERPRET"},

@@ -27,7 +27,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint.atomic import sha256
-from fastrlhf.data.sources import is_packaged, packaged_file
+from fastrlhf.config.inputs import MODELSCOPE, DataName, data_name
+from fastrlhf.data.modelscope_hub import modelscope_folder
+from fastrlhf.data.sources import PREFIX, is_packaged, packaged_file
 
 MODEL_SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model")
 CHUNK = 1 << 22  # elements of a tensor that are widened at a time
@@ -161,6 +163,11 @@ def path_of(text: str, kind: str, role: str) -> tuple[Path | None, str]:
     beside that (a function, a split). kind: of the input, which errors call `role`."""
     if is_packaged(text):
         return packaged_file(text, role), ""
+    if kind != "function":
+        name = data_name(text) if kind == "data" else DataName(text)
+        downloaded = modelscope_folder(name.path, role, data=kind == "data")
+        if downloaded is not None:
+            return downloaded, ":".join(filter(None, name[1:]))
     path = Path(text).expanduser()
     if os.path.exists(path):
         return path, ""
@@ -183,7 +190,7 @@ def absolute(value: Any, kind: str) -> Any:
     """The value of an input with the paths in it absolute, so that it means the same in every current directory."""
     if kind == "reward" and isinstance(value, (list, tuple)):
         return [_replace_source(entry, kind) for entry in value]
-    if not isinstance(value, (str, Path)) or is_packaged(str(value)):
+    if not isinstance(value, (str, Path)) or str(value).startswith((PREFIX, MODELSCOPE)):
         return value
     text = str(value)
     for end in [len(text), *(i for i in reversed(range(len(text))) if text[i] == ":")]:

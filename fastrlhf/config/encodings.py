@@ -42,9 +42,9 @@ def guess_encoding(data: bytes) -> str | None:
     """The encoding that data which are no UTF-8 probably have, as iconv calls it: UTF-16, UTF-16LE, UTF-16BE, UTF-32,
     GB18030 or BIG5. None: it cannot be told.
 
-    UTF-16 without a mark shows in zero bytes at every other place. GBK and Big5 are valid for nearly the same bytes; but
-    both standards put the characters in use into their first plane, so the encoding is the one in which more of the text
-    is made of those.
+    UTF-16 without a mark shows in zero bytes at every other place. GBK and Big5 are valid for nearly the same bytes;
+    but both standards put the characters in use into their first plane, so the encoding is the one in which more of
+    the text is made of those.
     """
     data = data[:SAMPLE_BYTES]
     for mark, name in _BOMS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +15,37 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 _TEXT_FILES = (".json", ".jsonl", ".ndjson", ".csv")
 DATA_SUFFIXES = (*_TEXT_FILES, ".parquet", *(kind + packed for kind in _TEXT_FILES for packed in PACKED))
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+MODELSCOPE = "modelscope:"
+USE_MODELSCOPE = "FASTRLHF_USE_MODELSCOPE"
+_MODELSCOPE_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def modelscope_id(text: str) -> str | None:
+    """The ORG/NAME of a model or data set of ModelScope; None: the text names none.
+
+    `modelscope:ORG/NAME` always does; a plain ORG/NAME that is no folder here does where the environment says
+    FASTRLHF_USE_MODELSCOPE=1. Raises UserError for a prefix with another thing behind it, for another value of the
+    variable, and where `modelscope` is not installed.
+    """
+    name = text.removeprefix(MODELSCOPE)
+    if name == text and not (_use_modelscope() and _MODELSCOPE_ID.fullmatch(text) and not os.path.exists(text)):
+        return None
+    if not _MODELSCOPE_ID.fullmatch(name):
+        raise UserError(f"{text}: an id of ModelScope is written {MODELSCOPE}ORG/NAME")
+    if importlib.util.find_spec("modelscope") is None:
+        why = "" if name != text else f" ({USE_MODELSCOPE}=1)"
+        raise UserError(f"{text} is an id of ModelScope{why}, which needs its package: pip install modelscope")
+    return name
+
+
+def _use_modelscope() -> bool:
+    value = os.environ.get("FASTRLHF_USE_MODELSCOPE", "")
+    value = value.strip().lower()
+    if value not in ("", "0", "1", "false", "true"):
+        raise UserError(f"{USE_MODELSCOPE} = {value!r}: expected 1 or 0")
+    return value in ("1", "true")
 
 
 class StageInput(NamedTuple):

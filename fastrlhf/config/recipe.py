@@ -17,7 +17,7 @@ import yaml
 from fastrlhf.config import encodings
 from fastrlhf.config.base import StageConfig, config_fields
 from fastrlhf.config.errors import AUTO, ConfigError, UserError
-from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, INPUTS, data_name
+from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, INPUTS, data_name, modelscope_id
 from fastrlhf.config.plain_yaml import Loader, construct, parse_value
 from fastrlhf.config.stages import CONFIGS
 
@@ -239,6 +239,11 @@ def path_problem(value: str, kind: str) -> str | None:
         return f"{value} was handed over in Python and has no name; go on from Python"
     if "://" in value:
         return None
+    try:
+        if kind != "function" and modelscope_id(data_name(value).path if kind == "data" else value) is not None:
+            return None
+    except UserError as error:
+        return str(error)
     if kind in ("reward", "function") and ":" in value and not Path(value).exists():
         value = value.rpartition(":")[0]
         if not value.endswith(".py"):

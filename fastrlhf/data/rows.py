@@ -21,9 +21,10 @@ from typing import IO, Any
 
 from fastrlhf.config import encodings
 from fastrlhf.config.errors import UserError
-from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, PACKED, DataName, data_name
+from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, PACKED, DataName, data_name, modelscope_id
 from fastrlhf.config.limits import bounded_content, bounded_lines
 from fastrlhf.data.checks import BadRow
+from fastrlhf.data.modelscope_hub import modelscope_folder
 from fastrlhf.data.sources import files_of, is_packaged, is_saved, packaged_file, python_rows
 
 # What the cells of a CSV column hold, where that is not text. A prompt may be either: text, or messages as JSON.
@@ -84,13 +85,14 @@ def _dataset(rows: Any, source: Any = None, split: str | None = None) -> Rows:
 def _read_hub(name: DataName) -> Rows:
     path = Path(name.path)
     looks_local = path.is_absolute() or name.path.startswith(".") or name.path.lower().endswith(DATA_SUFFIXES)
-    if looks_local or not HUB_ID.fullmatch(name.path):
+    if looks_local or not (HUB_ID.fullmatch(name.path) or modelscope_id(name.path)):
         raise UserError(f"{name.path}: no such file or folder")
     import datasets
 
     whole = ":".join(filter(None, name))
+    downloaded = modelscope_folder(name.path, "data", data=True)  # whose files `datasets` reads as those of its hub
     try:
-        rows = datasets.load_dataset(name.path, name.config, split=name.split)
+        rows = datasets.load_dataset(str(downloaded or name.path), name.config, split=name.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).splitlines()[:2]) or type(error).__name__
         problem = "neither a file or folder here nor a dataset that can be loaded from the hub"

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
+from fastrlhf.data.modelscope_hub import modelscope_folder
 from fastrlhf.models import adapter_folder, loading
 from fastrlhf.models.adapter_folder import AdapterFolder, is_adapter
 from fastrlhf.models.loading import Source
@@ -78,6 +79,7 @@ def same_base(policy: Source, reward: object) -> bool:
         return False
     ours = adapter_folder.base_of(policy, "policy") if is_adapter(policy) else policy
     theirs = adapter_folder.base_of(reward, "reward")
+    ours, theirs = (modelscope_folder(name, "policy") or name for name in (ours, theirs))
     if Path(ours).exists() and Path(theirs).exists():
         return Path(ours).resolve() == Path(theirs).resolve()
     return ours == theirs

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from fastrlhf.data.modelscope_hub import modelscope_folder
+
 FILE = "held_out.json"
 LEAST_ACCURACY = 0.6  # of ordered pairs; 0.5 is chance
 LEAST_CORRELATION = 0.31  # where rows have scores only: of two normal variables so correlated, 0.6 of all pairs agree
@@ -52,7 +54,8 @@ class HeldOut:
 
 def held_out_of(source: str | PreTrainedModel) -> HeldOut | None:
     """What lies in a reward model's folder (of a loaded model: the one it came from); None: no record that we know."""
-    folder = source.config._name_or_path if isinstance(source, PreTrainedModel) else source
+    name = source.config._name_or_path if isinstance(source, PreTrainedModel) else source
+    folder = modelscope_folder(str(name), "reward") or name
     try:
         return _read(json.loads((Path(folder) / FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.data.modelscope_hub import modelscope_folder
 from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models import adapter_folder, moss
 from fastrlhf.models.attention import attention_for, default_attention, has_attention, tell_foreign_attention
@@ -155,7 +156,8 @@ def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> 
         )
     else:
         moss.check_no_difference(model, str(source), role)
-    model.config._name_or_path = str(source)  # what an adapter of it names as its base
+    # What an adapter of it names as its base.
+    model.config._name_or_path = str(modelscope_folder(str(source), role) or source)
     return model
 
 

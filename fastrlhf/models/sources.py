@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fastrlhf.checkpoint.quiet import quiet_loading
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.outcome import outcome
+from fastrlhf.data.modelscope_hub import modelscope_folder
 from fastrlhf.data.sources import is_packaged, packaged_file
 from fastrlhf.models import adapter_folder, moss
 from fastrlhf.runtime.hardware import installed
@@ -24,10 +25,16 @@ T = TypeVar("T")
 
 
 def locate(source: str, role: str) -> tuple[str, dict]:
-    """-> (what from_pretrained takes, extra arguments). Folders, hub ids, GGUF files, `package://NAME/FILE`."""
+    """-> (what from_pretrained takes, extra arguments). Folders, hub ids, GGUF files, `package://NAME/FILE`, ids of
+    ModelScope, which are downloaded: then their folder."""
     text = str(source)
     if is_packaged(text):
         text = str(packaged_file(text, role))
+    downloaded = modelscope_folder(text, role)
+    if downloaded is not None:
+        text = str(downloaded)
+        if adapter_folder.is_adapter(text):
+            raise UserError(f"{role}: {source} is an adapter; name its folder, {text}, to load it with its base")
     path = Path(text)
     if text.endswith(".gguf"):
         if not path.is_file():

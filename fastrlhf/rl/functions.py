@@ -25,6 +25,7 @@ from typing import Any
 
 from fastrlhf.config.calls import NoEnd, Outcome, is_network_error, run, said
 from fastrlhf.config.errors import UserError, shown
+from fastrlhf.config.inputs import MODELSCOPE
 from fastrlhf.config.outcome import outcome
 
 LOG = logging.getLogger(__name__)
@@ -289,8 +290,10 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def is_function_reference(source: object) -> bool:
-    """True for `module:function` and `file.py:function`, not for a folder, a hub id or `package://...`."""
-    return isinstance(source, str) and "://" not in source and ":" in source and not Path(source).exists()
+    """True for `module:function` and `file.py:function`, not for a folder, an id of a hub or `package://...`."""
+    if not isinstance(source, str) or "://" in source or source.startswith(MODELSCOPE):
+        return False
+    return ":" in source and not Path(source).exists()
 
 
 def check_no_bare_file(source: object, role: str = "reward") -> None:
