@@ -254,6 +254,12 @@ def _add_sampling(parser: _Parser, *, samples: int) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
 
 
+def _add_language(parser: _Parser, of: str) -> None:
+    from fastrlhf.config.language import LANGUAGES
+
+    parser.add_argument("--lang", choices=LANGUAGES, help=f"language of {of}")
+
+
 def _add_files(parser: _Parser, row: str) -> None:
     """Options of prompts that come from a file and of what is made of them."""
     parser.add_argument("--raw", action="store_true", help="take texts as they are, without the chat template")
@@ -290,10 +296,11 @@ def _write(path: str, rows: list[dict[str, Any]]) -> int:
 
 
 def _report(verb: str, arguments: list[str]) -> int:
-    parser = _parser(verb, "RUN_DIR")
+    parser = _parser(verb, "RUN_DIR [--lang zh|en]")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of a run, finished or not")
+    _add_language(parser, "the page (default: that of the prompts in the folder)")
     args = _parse(parser, arguments)
-    return importlib.import_module("fastrlhf.report").main(args.run_dir)
+    return importlib.import_module("fastrlhf.report").main(args.run_dir, args.lang)
 
 
 def _label(verb: str, arguments: list[str]) -> int:
@@ -315,7 +322,7 @@ def _label(verb: str, arguments: list[str]) -> int:
         "--host", default="127.0.0.1", help="address to serve on (default 127.0.0.1: this machine only)"
     )
     parser.add_argument("--port", type=int, default=8717, help="port to serve on (default 8717; 0: any free one)")
-    parser.add_argument("--lang", choices=("zh", "en"), help="language of the page (default: that of the prompts)")
+    _add_language(parser, "the page and of --summary (default: that of the prompts)")
     parser.add_argument("--open", action="store_true", help="open the first annotator's page in a browser")
     _add_sampling(parser, samples=4)
     parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
@@ -323,7 +330,7 @@ def _label(verb: str, arguments: list[str]) -> int:
     label = importlib.import_module("fastrlhf.label")
     say = partial(print, flush=True)
     if args.summary is not None:
-        return label.print_summary(args.summary, say)
+        return label.print_summary(args.summary, args.lang, say)
     if args.output is None:
         raise UserError(f"the following arguments are required: --output; see {parser.prog} --help")
     if (args.policy is None) == (args.replies is None):

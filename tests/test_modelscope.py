@@ -13,7 +13,7 @@ from fastrlhf.checkpoint.fingerprints import absolute, path_of
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import modelscope_id
 from fastrlhf.config.recipe import load_recipe
-from fastrlhf.data import modelscope_hub
+from fastrlhf.data import sources
 from fastrlhf.data.dataset import load_conversations, load_prompts
 from fastrlhf.models.adapter_folder import adapter_config
 from fastrlhf.models.backbone import same_base
@@ -65,10 +65,10 @@ def hub(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.delitem(sys.modules, "modelscope", raising=False)
-    modelscope_hub._downloaded.cache_clear()
+    sources._downloaded.cache_clear()
     yield package / "hub"
     sys.modules.pop("modelscope", None)
-    modelscope_hub._downloaded.cache_clear()
+    sources._downloaded.cache_clear()
 
 
 def replies(source: str) -> list[str]:

@@ -28,8 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint.atomic import sha256
 from fastrlhf.config.inputs import MODELSCOPE, DataName, data_name
-from fastrlhf.data.modelscope_hub import modelscope_folder
-from fastrlhf.data.sources import PREFIX, is_packaged, packaged_file
+from fastrlhf.data.sources import PREFIX, is_packaged, modelscope_folder, packaged_file
 
 MODEL_SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model")
 CHUNK = 1 << 22  # elements of a tensor that are widened at a time

@@ -24,8 +24,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import DATA_SUFFIXES, HUB_ID, PACKED, DataName, data_name, modelscope_id
 from fastrlhf.config.limits import bounded_content, bounded_lines
 from fastrlhf.data.checks import BadRow
-from fastrlhf.data.modelscope_hub import modelscope_folder
-from fastrlhf.data.sources import files_of, is_packaged, is_saved, packaged_file, python_rows
+from fastrlhf.data.sources import files_of, is_packaged, is_saved, modelscope_folder, packaged_file, python_rows
 
 # What the cells of a CSV column hold, where that is not text. A prompt may be either: text, or messages as JSON.
 _CSV_LISTS = ("messages", "conversations", "responses", "scores", "ranking", "history")

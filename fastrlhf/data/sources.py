@@ -1,4 +1,5 @@
-"""What stands for rows: a file of a package (`package://NAME/FILE`), a config and split of a folder, a Python object.
+"""What stands for rows: a file of a package (`package://NAME/FILE`), a config and split of a folder, a Python object;
+and what ModelScope has under an id: its own package downloads it into its cache, and it is read as a folder.
 
 Folders are laid out as on the hub. A file's split stands in its name (train.jsonl, train_sft-00000-of-00002.parquet) or
 in a folder's (test/0000.parquet); the other folders that it lies in, "data" apart, are its config (main/train.parquet).
@@ -11,13 +12,25 @@ import io
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrlhf.config.errors import UserError
-from fastrlhf.config.inputs import DATA_SUFFIXES
+from fastrlhf.config.inputs import DATA_SUFFIXES, modelscope_id
+from fastrlhf.config.outcome import outcome
 
 PREFIX = "package://"
+_UNUSED = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.gguf",
+]  # of ModelScope: weights that are not read
 DEEPEST = 3  # folders below the one that is named: data/CONFIG/SPLIT
 _KINDS = {  # words for a split -> the hub's name of it
     **dict.fromkeys(("train", "training"), "train"),
@@ -45,6 +58,32 @@ def packaged_file(text: str, role: str) -> Path:
     if not path.exists():
         raise UserError(f"{role}: the package {package!r} has no file {name!r}")
     return path
+
+
+def modelscope_folder(text: str, role: str, *, data: bool = False) -> Path | None:
+    """The folder of a model, or with `data` of a data set, that `text` names on ModelScope; None: it names none there.
+
+    Downloaded once a process; what lies in modelscope's cache is not fetched again. Raises UserError as `modelscope_id`
+    does, and where it cannot be downloaded.
+    """
+    name = modelscope_id(text)
+    if name is None:
+        return None
+    folder, error = outcome(lambda: _downloaded(name, data))
+    if error is not None or folder is None:
+        kind = "data set" if data else "model"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{role}: the {kind} {name!r} cannot be had from ModelScope ({reason})") from error
+    return folder
+
+
+@cache
+def _downloaded(name: str, data: bool) -> Path:
+    import modelscope  # of the user's choice; nothing of it is needed elsewhere
+
+    if data:
+        return Path(modelscope.dataset_snapshot_download(name))
+    return Path(modelscope.snapshot_download(name, ignore_patterns=_UNUSED))
 
 
 class _File(NamedTuple):

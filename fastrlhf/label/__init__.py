@@ -17,6 +17,7 @@ from typing import Any
 
 from fastrlhf.checkpoint import lock
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.language import Words, language_of
 from fastrlhf.runtime.console import clean
 
 EXTRA = ("starlette", "uvicorn", "krippendorff")
@@ -40,7 +41,7 @@ def main(
     """Serve the page until Ctrl-C -> exit code. say: prints a line. sampling: options of `inference.sample`, of the
     policy only. UserError for what cannot be, before any sampling where it can be known."""
     _check_installed()
-    from fastrlhf.label.items import language_of, read_items
+    from fastrlhf.label.items import read_items, user_text
     from fastrlhf.label.security import is_loopback
     from fastrlhf.label.server import addresses, bind, serve
     from fastrlhf.label.workbench import Workbench, check_annotators
@@ -60,7 +61,7 @@ def main(
 
             items = sampled_items(prompts, policy, target, tell, **sampling)
         workbench = Workbench(items, annotators, target, tell, per_prompt=per_prompt)
-        language = language or language_of(items)
+        language = language or language_of(user_text(item.prompt) for item in items)
         address_of = addresses(workbench, listener, host)
         tell(f"{len(items)} prompts, {sum(len(item.replies) for item in items)} replies -> {output}; Ctrl-C ends")
         if not is_loopback(host):
@@ -77,12 +78,15 @@ def main(
     return 0
 
 
-def print_summary(path: str, say: Callable[[str], None]) -> int:
-    """Print what the judgements in a file say together -> exit code."""
+def print_summary(path: str, language: str | None, say: Callable[[str], None]) -> int:
+    """Print what the judgements in a file say together -> exit code. language: zh or en; None: that of the prompts."""
     _check_installed()
-    from fastrlhf.label.summary import lines, read_judgements, summarize
+    from fastrlhf.label.items import user_text
+    from fastrlhf.label.summary import CHINESE, lines, read_judgements, summarize
 
-    for line in lines(summarize(read_judgements(path))):
+    rows = read_judgements(path)
+    language = language or language_of(user_text(row["prompt"]) for row in rows)
+    for line in lines(summarize(rows), Words(language, CHINESE)):
         say(clean(line))
     return 0
 

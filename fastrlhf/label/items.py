@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from fastrlhf.data.dataset import load_prompts
 from fastrlhf.data.feedback import Prompt, responses_of
 
 Say = Callable[[str], None]  # prints one line for people
-_HAN, _LATIN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]"), re.compile(r"[A-Za-z]")
 _BLANK, _UNREADABLE, _REPEATED = "empty", "with characters that no feedback file may hold", "that repeat another one"
 
 
@@ -97,12 +95,9 @@ def candidates_of(row: Prompt) -> list[Candidate]:
     return [Candidate(text, one, model, model_hash) for text, one in zip(texts, ids)]
 
 
-def language_of(items: Sequence[Item]) -> str:
-    """zh where the prompts are mostly Chinese, else en."""
-    said = [m["content"] for item in items if not isinstance(item.prompt, str) for m in item.prompt]
-    text = "".join([*said, *(item.prompt for item in items if isinstance(item.prompt, str))])
-    han, latin = len(_HAN.findall(text)), len(_LATIN.findall(text))
-    return "zh" if han and 3 * han >= latin else "en"  # a Chinese word is two characters, an English one five letters
+def user_text(prompt: str | Messages) -> str:
+    """What a person said in a prompt, whose system message may be in another language."""
+    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt if m["role"] == "user")
 
 
 def _text(prompt: str | Messages) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import krippendorff
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.language import Words
 from fastrlhf.data.checks import BadRow
 from fastrlhf.data.rows import read_rows
 from fastrlhf.runtime.console import one_line
@@ -198,27 +199,61 @@ def _short(prompt: Any) -> str:
     return one_line(prompt if isinstance(prompt, str) else prompt[-1]["content"], PROMPT_CHARS)
 
 
-def lines(summary: dict[str, Any]) -> list[str]:
+COUNTS = (
+    "{judgements} judgements ({kinds}) of {prompts} prompts; {skipped} skipped, {taken_back} taken back, {unsafe} "
+    "replies marked unsafe"
+)
+# What `lines` says, in Chinese by the English of it.
+CHINESE = {
+    COUNTS: (
+        "{judgements} 次标注（{kinds}），共 {prompts} 个提示；跳过 {skipped}，撤销 {taken_back}，"
+        "标为不安全的回复 {unsafe} 条"
+    ),
+    "score": "打分",
+    "rank": "排序",
+    "edit": "修改",
+    "none": "无",
+    "seconds a judgement, median: {seconds}": "每次标注用时中位数（秒）：{seconds}",
+    "  {name}: {judgements} judgements, {seconds} s": "  {name}：{judgements} 次标注，{seconds} 秒",
+    "Krippendorff's alpha of scores: {alpha}": "打分的 Krippendorff α：{alpha}",
+    "Krippendorff's alpha of preferences between two replies: {alpha}": "两两偏好的 Krippendorff α：{alpha}",
+    "  place {place}: best {best} times, {chance} by chance": "  位置 {place}：最好 {best} 次，随机期望 {chance} 次",
+    "the longer of two replies was preferred in {preferred} of {pairs} pairs": (
+        "两条回复中较长者更受偏好：{pairs} 对中的 {preferred} 对"
+    ),
+    "prompts on which people prefer opposite replies: {n}": "偏好相反的提示：{n} 个",
+    "  {opposite} of {pairs}: {prompt}": "  {opposite} / {pairs}：{prompt}",
+    "n/a (needs two people and two values)": "无（需要两人标注，且有两种取值）",
+}
+
+
+def lines(summary: dict[str, Any], words: Words) -> list[str]:
     """The summary for a terminal."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in summary["kinds"].items())
-    longer = summary["longer"]
-    text = [
-        f"{summary['judgements']} judgements ({kinds or 'none'}) of {summary['prompts']} prompts; {summary['skipped']} "
-        f"skipped, {summary['taken_back']} taken back, {summary['unsafe']} replies marked unsafe",
-        f"seconds a judgement, median: {_number(summary['seconds'])}",
-        *(
-            f"  {one_line(str(one['name']))}: {one['judgements']} judgements, {_number(one['seconds'])} s"
-            for one in summary["annotators"]
-        ),
-        f"Krippendorff's alpha of scores: {_number(summary['alpha_scores'])}",
-        f"Krippendorff's alpha of preferences between two replies: {_number(summary['alpha_preferences'])}",
-        *(f"  place {p['place']}: best {p['best']:g} times, {p['by_chance']:g} by chance" for p in summary["places"]),
-        f"the longer of two replies was preferred in {longer['preferred']} of {longer['pairs']} pairs",
-        f"prompts on which people prefer opposite replies: {len(summary['disagreements'])}",
-        *(f"  {d['opposite']} of {d['pairs']}: {d['prompt']}" for d in summary["disagreements"]),
+    separator = "、" if words.language == "zh" else ", "
+    kinds = separator.join(f"{count} {words(kind)}" for kind, count in summary["kinds"].items()) or words("none")
+    counts = {name: summary[name] for name in ("judgements", "prompts", "skipped", "taken_back", "unsafe")}
+
+    def number(value: float | None) -> str:
+        return words("n/a (needs two people and two values)") if value is None else f"{value:g}"
+
+    people = [
+        one | {"name": one_line(str(one["name"])), "seconds": number(one["seconds"])} for one in summary["annotators"]
     ]
-    return text
-
-
-def _number(value: float | None) -> str:
-    return "n/a (needs two people and two values)" if value is None else f"{value:g}"
+    places = [(p["place"], f"{p['best']:g}", f"{p['by_chance']:g}") for p in summary["places"]]
+    return [
+        words(COUNTS, kinds=kinds, **counts),
+        words("seconds a judgement, median: {seconds}", seconds=number(summary["seconds"])),
+        *(words("  {name}: {judgements} judgements, {seconds} s", **one) for one in people),
+        words("Krippendorff's alpha of scores: {alpha}", alpha=number(summary["alpha_scores"])),
+        words(
+            "Krippendorff's alpha of preferences between two replies: {alpha}",
+            alpha=number(summary["alpha_preferences"]),
+        ),
+        *(
+            words("  place {place}: best {best} times, {chance} by chance", place=place, best=best, chance=chance)
+            for place, best, chance in places
+        ),
+        words("the longer of two replies was preferred in {preferred} of {pairs} pairs", **summary["longer"]),
+        words("prompts on which people prefer opposite replies: {n}", n=len(summary["disagreements"])),
+        *(words("  {opposite} of {pairs}: {prompt}", **one) for one in summary["disagreements"]),
+    ]

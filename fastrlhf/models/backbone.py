@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
-from fastrlhf.data.modelscope_hub import modelscope_folder
+from fastrlhf.data.sources import modelscope_folder
 from fastrlhf.models import adapter_folder, loading
 from fastrlhf.models.adapter_folder import AdapterFolder, is_adapter
 from fastrlhf.models.loading import Source

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fastrlhf.data.modelscope_hub import modelscope_folder
+from fastrlhf.data.sources import modelscope_folder
 
 FILE = "held_out.json"
 LEAST_ACCURACY = 0.6  # of ordered pairs; 0.5 is chance

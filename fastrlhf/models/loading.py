@@ -27,7 +27,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from fastrlhf.config.errors import UserError
-from fastrlhf.data.modelscope_hub import modelscope_folder
+from fastrlhf.data.sources import modelscope_folder
 from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models import adapter_folder, moss
 from fastrlhf.models.attention import attention_for, default_attention, has_attention, tell_foreign_attention

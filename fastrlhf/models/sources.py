@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from fastrlhf.checkpoint.quiet import quiet_loading
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.outcome import outcome
-from fastrlhf.data.modelscope_hub import modelscope_folder
-from fastrlhf.data.sources import is_packaged, packaged_file
+from fastrlhf.data.sources import is_packaged, modelscope_folder, packaged_file
 from fastrlhf.models import adapter_folder, moss
 from fastrlhf.runtime.hardware import installed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from fastrlhf.config.language import Words
 from fastrlhf.report.figures import Panel, Series, bars, curves, path_plot
 from fastrlhf.report.folder import StageRun, best_of_n, is_histogram
 
@@ -74,58 +75,70 @@ HINTS = {
 }
 
 
-def figures(stage: StageRun) -> list[dict[str, Any]]:
+def figures(stage: StageRun, words: Words) -> list[dict[str, Any]]:
     """The stage's figures in order, each as report.html shows it: a plot, or why there is none."""
     charts = [c for c in CHARTS[stage.name] if not c.only_with or any(stage.points(name) for name in c.only_with)]
     special = {"fig-reward-kl": _reward_against_kl, "fig-rm-margins": _margins}
-    drawn = [special.get(chart.id, _curves)(stage, chart) for chart in charts]
+    drawn = [special.get(chart.id, _curves)(stage, chart, words) for chart in charts]
     return [figure for figure in drawn if figure]
 
 
-def other_figures(stage: StageRun) -> tuple[list[dict[str, Any]], int]:
+def other_figures(stage: StageRun, words: Words) -> tuple[list[dict[str, Any]], int]:
     """Small figures of the metrics that `figures` did not use, and how many more there are."""
     names = [name for name in stage.metric_names() if name not in stage.used and stage.points(name)]
     shown = enumerate(names[:OTHERS_SHOWN])
     charts = [Chart(f"fig-{stage.name}-other-{i}", name, (("", name, ""),)) for i, name in shown]
-    return [_curves(stage, chart) for chart in charts], len(names) - len(charts)
+    return [_curves(stage, chart, words) for chart in charts], len(names) - len(charts)
 
 
-def _figure(chart: Chart, **shown: Any) -> dict[str, Any]:
+def _figure(chart: Chart, words: Words, **shown: Any) -> dict[str, Any]:
     """The values of a figure. shown: plot and legend (label -> whether held out), or missing (why there is no plot)."""
-    values = {"id": chart.id, "title": chart.title, "hint": HINTS.get(chart.id, ""), "missing": "", "legend": {}}
+    hint = words(HINTS[chart.id]) if chart.id in HINTS else ""
+    values = {"id": chart.id, "title": words.known(chart.title), "hint": hint, "missing": "", "legend": {}}
     return values | shown
 
 
-def _curves(stage: StageRun, chart: Chart) -> dict[str, Any]:
+def _curves(stage: StageRun, chart: Chart, words: Words) -> dict[str, Any]:
     """Curves against steps; panels that no step recorded are left out."""
     panels = []
     for unit, train, held_out in chart.panels:
-        named = (("training", train, False), ("held out", held_out, True))
+        named = ((words("training"), train, False), (words("held out"), held_out, True))
         series = [Series(label, points, held) for label, name, held in named if (points := stage.points(name))]
-        panels += [Panel(unit, series)] if series else []
+        panels += [Panel(words(unit) if unit else "", series)] if series else []
     if not panels:
-        names = " or ".join(name for _, *both in chart.panels for name in both if name)
-        return _figure(chart, missing=f"no step recorded {names}.")
-    plot = curves(chart.id, chart.title, panels, "PPO step" if stage.name == "ppo" else "training step")
+        names = words(" or ").join(name for _, *both in chart.panels for name in both if name)
+        return _figure(chart, words, missing=words("no step recorded {names}.", names=names))
+    steps = words("PPO step") if stage.name == "ppo" else words("training step")
+    plot = curves(chart.id, words.known(chart.title), panels, steps)
     legend = {series.label: series.held_out for panel in panels for series in panel.series}
-    return _figure(chart, plot=plot, legend=legend)
+    return _figure(chart, words, plot=plot, legend=legend)
 
 
-def _reward_against_kl(stage: StageRun, chart: Chart) -> dict[str, Any]:
+def _reward_against_kl(stage: StageRun, chart: Chart, words: Words) -> dict[str, Any]:
     reward, kl = dict(stage.points("reward/mean")), dict(stage.points("kl/ref"))
     both = [(kl[step], reward[step]) for step in sorted(kl.keys() & reward.keys())]
     if not both:
-        return _figure(chart, missing="no step recorded both reward/mean and kl/ref.")
+        return _figure(chart, words, missing=words("no step recorded both reward/mean and kl/ref."))
     best = best_of_n(stage)
-    plot = path_plot(chart.id, chart.title, both, "KL to the reference (nats per response)", "mean score", best)
-    legend = {"PPO": False, "best of 1, 2, 4, ... samples of the reference, held-out prompts": True}
-    return _figure(chart, plot=plot, legend=legend if best else {})
+    axes = words("KL to the reference (nats per response)"), words("mean score")
+    plot = path_plot(chart.id, words(chart.title), both, *axes, best, (words("start"), words("end")))
+    legend = {"PPO": False, words("best of 1, 2, 4, ... samples of the reference, held-out prompts"): True}
+    return _figure(chart, words, plot=plot, legend=legend if best else {})
 
 
-def _margins(stage: StageRun, chart: Chart) -> dict[str, Any] | None:
+def _margins(stage: StageRun, chart: Chart, words: Words) -> dict[str, Any] | None:
     """The newest histogram of margins; None when there is none."""
     histogram = next((e["histogram"] for e in reversed(stage.events) if is_histogram(e.get("histogram"))), None)
     if not histogram:
         return None
-    plot = bars(chart.id, chart.title, list(histogram.items()), "score of the better minus the worse", "pairs")
-    return _figure(chart, plot=plot)
+    counts = [(_bin(name, words), name.startswith("-"), count) for name, count in histogram.items()]
+    plot = bars(chart.id, words(chart.title), counts, words("score of the better minus the worse"), words("pairs"))
+    return _figure(chart, words, plot=plot)
+
+
+def _bin(name: str, words: Words) -> str:
+    """ "-inf..-1" as "< −1", "0..1" as "0 to 1"."""
+    low, _, high = name.replace("-inf", "").replace("-", "\u2212").partition("..")
+    if not low:
+        return f"< {high}"
+    return f"≥ {low}" if high in ("inf", "") else words("{low} to {high}", low=low, high=high)

@@ -99,7 +99,13 @@ def curve_panel(panel: Panel, key: int, x: Scale, top: float, bottom: float, x_l
 
 
 def path_plot(
-    figure_id: str, title: str, points: Points, x_label: str, unit: str, beside: Points = ()
+    figure_id: str,
+    title: str,
+    points: Points,
+    x_label: str,
+    unit: str,
+    beside: Points = (),
+    names: tuple[str, str] = ("start", "end"),
 ) -> dict[str, Any]:
     """y against x in the order of the steps: pale at the start, full at the end, both ends named; `beside`: a dashed
     curve to compare with."""
@@ -114,22 +120,24 @@ def path_plot(
     if beside:
         others = [(x.at(a), y.at(b)) for a, b in beside]
         lines.append(_line("beside", SECOND, others, style="dashed", marks=_marks(others, 1.8)))
-    ends = {"start": places[0], "end": places[-1]} if len(places) > 1 else {"end": places[-1]}
-    texts = [(a, round(b - 9, 1), name, "halo") for name, (a, b) in ends.items()]
+    ends = [*zip(names, (places[0], places[-1]))][-2 if len(places) > 1 else -1 :]
+    texts = [(a, round(b - 9, 1), name, "halo") for name, (a, b) in ends]
     panel = _axes(0, unit, x, y, x_label, x.ticks(6)) | {"lines": lines, "texts": texts}
     return _figure(figure_id, title, [panel])
 
 
-def bars(figure_id: str, title: str, counts: Sequence[tuple[str, int]], x_label: str, unit: str) -> dict[str, Any]:
-    """Counts by bin; bins whose name begins with a minus are drawn in the second colour."""
+def bars(
+    figure_id: str, title: str, counts: Sequence[tuple[str, bool, int]], x_label: str, unit: str
+) -> dict[str, Any]:
+    """Counts: (name of a bin, whether it is drawn in the second colour, how many)."""
     bottom = BOTTOM - 26  # the slanted names of the bins need room
-    x, y = Scale(-0.6, len(counts) - 0.4, LEFT, RIGHT), Scale(0, 1.12 * max(1, *(n for _, n in counts)), bottom, TOP)
+    x, y = Scale(-0.6, len(counts) - 0.4, LEFT, RIGHT), Scale(0, 1.12 * max(1, *(n for *_, n in counts)), bottom, TOP)
     lines, texts, width = [], [], round(x.at(0.9) - x.at(0), 1)
-    for i, (name, count) in enumerate(counts):
+    for i, (name, is_second, count) in enumerate(counts):
         box = (x.at(i - 0.45), y.at(count), width, round(bottom - y.at(count), 1))
-        lines.append(_line(name, SECOND if name.startswith("-") else FIRST, [], bars=[box]))
+        lines.append(_line(name, SECOND if is_second else FIRST, [], bars=[box]))
         texts += [(x.at(i), round(y.at(count) - 3, 1), count, "small ink")] if count else []
-    names = [(x.at(i), _bin(name)) for i, (name, _) in enumerate(counts)]
+    names = [(x.at(i), name) for i, (name, *_) in enumerate(counts)]
     below = {"x_ticks": names, "slanted": True, "foot": FOOT}
     return _figure(figure_id, title, [_axes(0, unit, x, y, x_label, []) | below | {"lines": lines, "texts": texts}])
 
@@ -189,14 +197,6 @@ def _marks(places: Points, radius: float) -> list[tuple[float, float, float, flo
 
 def _joined(places: Points) -> str:
     return " ".join(f"{a:g},{b:g}" for a, b in places)
-
-
-def _bin(name: str) -> str:
-    """ "-inf..-1" as "< −1", "0..1" as "0 to 1"."""
-    low, _, high = name.replace("-inf", "").replace("-", "\u2212").partition("..")
-    if not low:
-        return f"< {high}"
-    return f"≥ {low}" if high in ("inf", "") else f"{low} to {high}"
 
 
 def _tick_labels(values: Sequence[float]) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastrlhf.runtime.records import parse, read_records
 
 TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 STAGES = ("sft", "reward", "ppo")  # in the order of the pipeline
+ROWS_READ = 50  # of the data, for their language
 Points = list[tuple[float, float]]
 _OWN_METRICS = (("ppo", "kl/ref"), ("ppo", "reward/mean"), ("reward", "accuracy/train"), ("reward", "accuracy/eval"))
 
@@ -98,6 +100,28 @@ def load(run_dir: Path) -> list[StageRun]:
             "in sft/, reward/ or ppo/ below it"
         )
     return stages
+
+
+def prompts(stages: Sequence[StageRun]) -> list[str]:
+    """The texts by which the page's language is chosen: prompts that the run recorded, else the first rows of its data,
+    where those are lines of JSON that still lie where they lay."""
+    recorded = [str(row["prompt"]) for stage in stages for row in stage.samples if "prompt" in row]
+    return recorded or [text for stage in stages for text in _data_texts(stage.config.get("data"))]
+
+
+def _data_texts(data: Any) -> list[str]:
+    if not isinstance(data, str) or not data.endswith(".jsonl"):
+        return []
+    return [" ".join(_texts(row)) for row in islice(read_records(Path(data), []), ROWS_READ)]
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in a row, without the names of roles."""
+    if isinstance(value, Mapping):
+        return [text for name, part in value.items() if name not in ("role", "from") for text in _texts(part)]
+    if isinstance(value, list):
+        return [text for part in value for text in _texts(part)]
+    return [value] if isinstance(value, str) else []
 
 
 def _load_stage(folder: Path) -> StageRun:

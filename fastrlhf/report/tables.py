@@ -9,6 +9,7 @@ from statistics import median_high
 from typing import Any, NamedTuple
 
 from fastrlhf.config.inputs import INPUTS
+from fastrlhf.config.language import Words
 from fastrlhf.config.stages import CONFIGS
 from fastrlhf.report.folder import StageRun, is_histogram, is_number, phase_seconds
 from fastrlhf.report.page import figure_of
@@ -20,6 +21,7 @@ EVENTS_SHOWN = 100
 PROBLEMS_SHOWN = 20
 CONFIG_BYTES = 100_000
 VALUE_CHARS = 300
+FROM_PYTHON = "# {stage} was started from Python with objects for {names}: build the same trainer there"
 MACHINE = {
     "mem/peak_gib": "GPU memory, peak (GiB)",
     "mem/host_peak_gib": "Process memory, peak (GiB)",
@@ -36,7 +38,7 @@ def heldout(run_dir: Path, problems: list[str]) -> tuple[list[tuple[str, str, st
     return [(row["prompt"], row.get("response_sft", ""), row["response_ppo"]) for row in shown], len(rows)
 
 
-def samples(stage: StageRun) -> list[dict[str, Any]]:
+def samples(stage: StageRun, words: Words) -> list[dict[str, Any]]:
     """The first and the last recorded response to each prompt, prompts answered at least twice first."""
     seen: dict[str, list[dict[str, Any]]] = {}
     for row in stage.samples:
@@ -45,34 +47,34 @@ def samples(stage: StageRun) -> list[dict[str, Any]]:
     in_order = sorted(seen.items(), key=lambda item: item[1][0] is item[1][1])
     rows = []
     for prompt, (first, last) in in_order[:SAMPLES_SHOWN]:
-        after = None if last is first else _sample(last, first)
-        rows.append({"prompt": prompt, "before": _sample(first), "after": after})
+        after = None if last is first else _sample(last, words, first)
+        rows.append({"prompt": prompt, "before": _sample(first, words), "after": after})
     return rows
 
 
-def _sample(row: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:
+def _sample(row: dict[str, Any], words: Words, before: dict[str, Any] | None = None) -> dict[str, Any]:
     """A response with its step and score; against `before`, good or bad."""
     score, was = row.get("score"), before.get("score") if before else None
     kind = ""
     if is_number(score) and is_number(was) and score != was:
         kind = "good" if score > was else "bad"
-    shown = f"score {figure_of(score)}" if is_number(score) else "no score"
+    shown = words("score {score}", score=figure_of(score)) if is_number(score) else words("no score")
     return {"step": row.get("step", "?"), "response": row["response"], "score": shown, "kind": kind}
 
 
-def time(stage: StageRun) -> dict[str, Any]:
+def time(stage: StageRun, words: Words) -> dict[str, Any]:
     """Seconds by phase, the longest first, and figures of the machine."""
     spent = phase_seconds(stage)
     steps = max(1, len({row.get("step") for row in stage.timings} - {0, None}))
-    phases = sorted(spent.items(), key=lambda item: -item[1])
-    return {"phases": phases, "total": sum(spent.values()), "steps": steps, "machine": _machine(stage)}
+    phases = [(words.known(name), spent[name]) for name in sorted(spent, key=lambda name: -spent[name])]
+    return {"phases": phases, "total": sum(spent.values()), "steps": steps, "machine": _machine(stage, words)}
 
 
-def _machine(stage: StageRun) -> list[tuple[str, str]]:
+def _machine(stage: StageRun, words: Words) -> list[tuple[str, str]]:
     values = {name: measured for name, measured in sorted(stage.timed.items()) if not name.startswith("time/")}
     figures = {name: max(v) if name.startswith("mem/") else median_high(v) for name, v in values.items()}
-    rows = [(MACHINE.get(name, name), figure_of(value)) for name, value in figures.items()]
-    return rows or [("nothing was recorded", "")]
+    rows = [(words.known(MACHINE.get(name, name)), figure_of(value)) for name, value in figures.items()]
+    return rows or [(words("nothing was recorded"), "")]
 
 
 def config(stage: StageRun) -> dict[str, Any]:
@@ -107,27 +109,29 @@ class Note(NamedTuple):
     colour: str = "warn"
 
 
-def events(stage: StageRun, *, named: bool) -> list[Note]:
+def events(stage: StageRun, words: Words, *, named: bool) -> list[Note]:
     """All that a person should have been told: alarms, skipped updates, values that were not finite, damaged files."""
     notes, prefix = [], f"{stage.name}, " if named else ""
     for name, steps in stage.nonfinite().items():
         shown = ", ".join(map(str, steps[:10])) + (", …" if len(steps) > 10 else "")
-        notes.append(Note(f"{prefix}metrics", "not finite", f"{name} at step {shown}", "bad"))
-    notes += damage(stage.problems, prefix)
+        message = words("{name} at step {steps}", name=name, steps=shown)
+        notes.append(Note(prefix + words("metrics"), words("not finite"), message, "bad"))
+    notes += damage(stage.problems, words, prefix)
     said = [event for event in stage.events if not is_histogram(event.get("histogram"))]
     for event in said[:EVENTS_SHOWN]:
-        where, kind = f"{prefix}step {event.get('step', '?')}", str(event.get("kind", "event"))
-        notes.append(Note(where, kind[:40], str(event.get("message", ""))))
+        where = prefix + words("step {step}", step=event.get("step", "?"))
+        notes.append(Note(where, str(event.get("kind", "event"))[:40], str(event.get("message", ""))))
     if len(said) > EVENTS_SHOWN:
-        notes.append(Note(prefix, "", f"{len(said) - EVENTS_SHOWN} more in events.jsonl"))
+        notes.append(Note(prefix, "", words("{n} more in events.jsonl", n=len(said) - EVENTS_SHOWN)))
     return notes
 
 
-def damage(problems: list[str], prefix: str = "") -> list[Note]:
+def damage(problems: list[str], words: Words, prefix: str = "") -> list[Note]:
     """What could not be read and was left out, as a kill or a full disk leaves it behind."""
-    notes = [Note(f"{prefix}files", "damaged", problem) for problem in problems[:PROBLEMS_SHOWN]]
+    where, kind = prefix + words("files"), words("damaged")
+    notes = [Note(where, kind, problem) for problem in problems[:PROBLEMS_SHOWN]]
     rest = len(problems) - len(notes)
-    return [*notes, Note(f"{prefix}files", "damaged", f"{rest} more lines or files")] if rest else notes
+    return [*notes, Note(where, kind, words("{n} more lines or files", n=rest))] if rest else notes
 
 
 def facts(run: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -138,7 +142,7 @@ def facts(run: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if name != "inputs"]
 
 
-def commands(run_dir: Path, stages: list[StageRun], run: dict[str, Any]) -> str:
+def commands(run_dir: Path, stages: list[StageRun], run: dict[str, Any], words: Words) -> str:
     """The command that resumes what has not ended, and the commands that do it all again."""
     if run.get("verb") == "quickstart":
         again = f"fastrlhf quickstart seed={run.get('seed', 0)} output_dir=NEW_FOLDER"
@@ -149,8 +153,7 @@ def commands(run_dir: Path, stages: list[StageRun], run: dict[str, Any]) -> str:
         objects = stage.run.get("from_python")
         if objects:
             names = ", ".join(map(str, objects)) if isinstance(objects, list) else str(objects)
-            started = f"# {stage.name} was started from Python with objects for {names}"
-            lines.append(f"{started}: build the same trainer there")
+            lines.append(words(FROM_PYTHON, stage=stage.name, names=names))
             continue
         if not stage.finished and (stage.dir / "checkpoints").is_dir():
             lines.append(f"fastrlhf resume {shlex.quote(str(stage.dir))}")

@@ -11,8 +11,9 @@ import pytest
 
 from fastrlhf.cli import main
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.language import language_of
 from fastrlhf.inference import generate
-from fastrlhf.label.items import language_of, read_items
+from fastrlhf.label.items import read_items, user_text
 from fastrlhf.label.sampling import replies_path, sampled_items
 from tests import tiny
 from tests.label_runs import ROWS, write_replies
@@ -72,11 +73,19 @@ def test_replies_to_other_prompts_are_refused_by_line(tmp_path):
         (["12 + 30 ="], "en"),
         ([[{"role": "user", "content": "你好"}]], "zh"),
         ([[{"role": "user", "content": "Hello"}]], "en"),
+        (
+            [[{"role": "system", "content": "You are a helpful assistant. " * 9}, {"role": "user", "content": "你好"}]],
+            "zh",
+        ),
+        (["你好", "谢谢", "Explain the history of the Roman empire at length, please, with all its wars."], "zh"),
+        (["你好", "Hello"], "en"),
+        (["これはペンですか。漢字も少しあります。"], "en"),
     ],
 )
 def test_the_language_is_that_of_the_prompts(tmp_path, prompts, language):
     rows = [{"prompt": prompt, "response": "ok"} for prompt in prompts]
-    assert language_of(read_items(write(tmp_path / "r.jsonl", rows), None, print)) == language
+    items = read_items(write(tmp_path / "r.jsonl", rows), None, print)
+    assert language_of(user_text(item.prompt) for item in items) == language
 
 
 @pytest.fixture(scope="module")

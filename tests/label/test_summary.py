@@ -9,7 +9,8 @@ from itertools import permutations
 import pytest
 
 from fastrlhf.config.errors import UserError
-from fastrlhf.label.summary import lines, read_judgements, summarize
+from fastrlhf.config.language import Words
+from fastrlhf.label.summary import CHINESE, lines, read_judgements, summarize
 
 TEXTS = ["short", "a longer one", "the longest of the three"]
 
@@ -118,7 +119,7 @@ def test_the_lines_cannot_steer_a_terminal(tmp_path):
     nasty = "\x1b]0;x\x07\u202eevil\nsecond line"
     rows = [row("ann", nasty, ranking=[0, 1, 2]), row("bo", nasty, ranking=[1, 0, 2])]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    text = lines(summarize(read_judgements(str(path))))
+    text = lines(summarize(read_judgements(str(path))), Words("en", CHINESE))
     assert text[0] == "2 judgements (2 rank) of 1 prompts; 0 skipped, 0 taken back, 0 replies marked unsafe"
     assert text[-1] == "  1 of 3: evil ⏎ second line"
 

@@ -408,7 +408,9 @@ def test_the_path_of_reward_against_kl_names_its_ends_and_dashes_what_is_beside_
 
 
 def test_bars_are_as_high_as_their_counts():
-    (panel,) = bars("fig-x", "t", [("-inf..-1", 0), ("-1..0", 10), ("0..inf", 20)], "margin", "pairs")["panels"]
+    (panel,) = bars("fig-x", "t", [("< −1", True, 0), ("−1 to 0", True, 10), ("≥ 0", False, 20)], "margin", "pairs")[
+        "panels"
+    ]
     heights = [box[3] for line in panel["lines"] for box in line["bars"]]
     assert heights[0] == 0 and heights[2] == pytest.approx(2 * heights[1], abs=0.2)
     assert [label for _, label in panel["x_ticks"]] == ["< −1", "−1 to 0", "≥ 0"]
@@ -426,7 +428,7 @@ def test_what_a_template_shows_is_escaped_and_cleaned_wherever_it_stands():
         "marks": [],
         "bars": [],
     }
-    (panel,) = bars("fig-x", "t", [("0..1", 1)], "x", "u")["panels"]
+    (panel,) = bars("fig-x", "t", [("0 to 1", False, 1)], "x", "u")["panels"]
     panel |= {"lines": [line], "unit": hostile, "x_label": hostile, "texts": [(0, 0, hostile, hostile)], "legend": True}
     svg = render("standalone.svg", figure={"id": hostile, "title": hostile, "width": 1, "height": 1, "panels": [panel]})
     assert Page(svg).tags.count("b") == 0 and "<b>" not in svg and "aB3" not in svg
