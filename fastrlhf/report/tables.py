@@ -21,6 +21,7 @@ EVENTS_SHOWN = 100
 PROBLEMS_SHOWN = 20
 CONFIG_BYTES = 100_000
 VALUE_CHARS = 300
+PHASES = {"score": "scoring"}  # of a step, where the name of the metric says too little
 FROM_PYTHON = "# {stage} was started from Python with objects for {names}: build the same trainer there"
 MACHINE = {
     "mem/peak_gib": "GPU memory, peak (GiB)",
@@ -66,7 +67,9 @@ def time(stage: StageRun, words: Words) -> dict[str, Any]:
     """Seconds by phase, the longest first, and figures of the machine."""
     spent = phase_seconds(stage)
     steps = max(1, len({row.get("step") for row in stage.timings} - {0, None}))
-    phases = [(words.known(name), spent[name]) for name in sorted(spent, key=lambda name: -spent[name])]
+    phases = [
+        (words.known(PHASES.get(name, name)), spent[name]) for name in sorted(spent, key=lambda name: -spent[name])
+    ]
     return {"phases": phases, "total": sum(spent.values()), "steps": steps, "machine": _machine(stage, words)}
 
 

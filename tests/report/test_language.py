@@ -19,7 +19,15 @@ from tests.report.test_report import read
 from tests.run_folders import HOSTILE, PPO_FIGURES, write_killed, write_quickstart, write_stage
 
 ROOT = Path(__file__).parents[2] / "fastrlhf"
-PHASES = {"rollout", "score", "advantages", "update", "evaluate", "save", "other"}  # shown by the names of the metrics
+PHASES = {
+    "rollout",
+    "scoring",
+    "advantages",
+    "update",
+    "evaluate",
+    "save",
+    "other",
+}  # shown by the names of the metrics
 CJK = re.compile(r"[\u3400-\u9fff]")
 
 
