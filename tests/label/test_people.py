@@ -35,6 +35,7 @@ class Person(threading.Thread):
 
     def run(self) -> None:
         screen = self.ask("next")
+        self.language = screen["language"]
         while screen["item"] is not None:
             item, count = screen["item"]["id"], len(screen["item"]["replies"])
             self.seen.append(item)
@@ -47,7 +48,8 @@ class Person(threading.Thread):
 
 
 def test_nothing_is_lost_or_doubled(tmp_path):
-    write_replies(tmp_path / "replies.jsonl", many(PROMPTS))
+    chinese = [(prompt.replace("Question", "问题"), replies) for prompt, replies in many(PROMPTS)]
+    write_replies(tmp_path / "replies.jsonl", chinese)
     output = tmp_path / "feedback.jsonl"
     arguments = ("--replies", "replies.jsonl", "--output", output.name, "--annotators", ",".join(PEOPLE))
     arguments += ("--annotators-per-prompt", str(PER_PROMPT))
@@ -66,6 +68,7 @@ def test_nothing_is_lost_or_doubled(tmp_path):
         person.join(timeout=300)
     said = server.stop()
 
+    assert {person.language for person in people} == {"zh"}, "the page speaks the language of the prompts"
     assert all(not person.is_alive() and not person.refused for person in people), [p.refused for p in people]
     last = {row["judgement_id"]: row for row in read_rows(output)}
     assert len(last) == PROMPTS * PER_PROMPT == sum(len(person.kept) for person in people) == 200

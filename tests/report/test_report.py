@@ -343,7 +343,7 @@ def test_changed_fields_stand_beside_their_defaults(finished):
 def test_time_is_shared_out_by_phase(finished):
     section = finished.read_text().split('<section id="time">')[1].split("</section>")[0]
     shares = [int(share) for share in re.findall(r">(\d+)%<", section)]
-    assert section.index("update") < section.index("rollout") < section.index("score")
+    assert section.index("update") < section.index("rollout") < section.index("scoring")
     assert 97 <= sum(shares) <= 103
 
 
