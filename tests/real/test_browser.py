@@ -89,15 +89,16 @@ def finished(tmp_path_factory):
 def test_every_figure_is_drawn_and_nothing_overflows(finished, tmp_path):
     picture = tmp_path / "shot.png"
     others = [build_report(write(tmp_path / "run" / write.__name__)) for write in (write_quickstart, write_killed)]
+    others += [build_report(write_quickstart(tmp_path / "zh"), "zh")]
     reports = [finished, *(report.read_text(encoding="utf-8") for report in others)]
     found, console = probe(reports, tmp_path, f"--screenshot={picture}")
     assert console == []
-    assert [view["width"] for view in found] == [1280, 420] * 3
+    assert [view["width"] for view in found] == [1280, 420] * 4
     for view in found:
         assert view["bad"] == [] and view["loads"] == []
         assert set(PPO_FIGURES) <= set(view["figures"])
-        assert view["title"].endswith("fastrlhf report")
-    assert set(SFT_FIGURES + RM_FIGURES) <= set(found[2]["figures"]) & set(found[3]["figures"])
+        assert view["title"].endswith("fastrlhf report") or view["title"] == "zh：fastrlhf 报告"
+    assert set(SFT_FIGURES + RM_FIGURES) <= set.intersection(*(set(found[i]["figures"]) for i in (2, 3, 6, 7)))
     assert picture.stat().st_size > 100_000  # a blank page is a tenth of it
 
 
