@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,12 @@ SHORT = {"total_steps": 8, "rollout_batch_size": 32, "mini_batch_size": 16}
 SHORT_RISE = 0.1  # of the rule rate, in 288 replies: about 3 standard errors of a difference
 
 
-def make_models(folder: Path, seed: int, *, short: bool = False) -> Settings:
+def make_models(folder: Path, seed: int, *, short: bool = False, stages: Sequence[str] = ("sft", "reward")) -> Settings:
     """The quickstart's SFT and reward model of a seed in folder (what is there is kept) -> its settings."""
     resume = ["resume=true"] if (folder / "run.json").exists() else []
     fresh = [] if resume else [f"seed={seed}", *(SHORT_MODELS if short else [])]
     settings = load_settings([f"output_dir={folder}", *fresh, *resume])
-    if make(settings, ("sft", "reward")):
+    if make(settings, stages):
         raise SystemExit("interrupted")
     return settings
 

@@ -101,6 +101,11 @@ ANNOTATORS = (
 )
 
 
+def as_score(opinion: float) -> int:
+    """An opinion of `Annotator.judge` on the scale of 1 to 5."""
+    return min(5, max(1, round(opinion + 0.9)))
+
+
 def _fill(template: str, language: str, **parts: str) -> str:
     """The template with its parts, "a" or "an" as English wants it, first letter upper case."""
     text = template.format(**parts)
@@ -199,8 +204,7 @@ def _feedback_row(prompt: str, cell: Cell, random: Random) -> dict:
         return row | {"responses": [r.text for r in replies], "ranking": _order(replies, annotator, random)}
     if kind == "score":
         reply = good if random.random() < 0.5 else _faulty(good, cell, random)
-        score = min(5, max(1, round(annotator.judge(reply, random) + 0.9)))
-        return row | {"response": reply.text, "score": score}
+        return row | {"response": reply.text, "score": as_score(annotator.judge(reply, random))}
     return row | _edit(cell, random)
 
 
