@@ -18,8 +18,9 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -69,8 +70,6 @@ def label(models: Settings, crowd: str, count: int) -> Path:
     folder, config = models.output_dir / f"label-{crowd}", models.stages["ppo"]
     folder.mkdir(exist_ok=True)
     prompts, output = folder / "prompts.jsonl", folder / "feedback.jsonl"
-    for old in folder.glob("*feedback.*"):
-        old.unlink()
     asked = load_prompts(DATA_DIR / "feedback.jsonl")[0][:count]
     prompts.write_text("".join(json_line({"prompt": row.prompt}) for row in asked), encoding="utf-8")
     how = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": 1.0, "top_k": 0}
@@ -109,27 +108,45 @@ def figures_of(replies: verdict.Replies) -> dict[str, float]:
 
 
 def study(models: Settings, counts: list[int]) -> Iterator[dict[str, Any]]:
-    """A row for the SFT model as it is, and one for each number of judgements and for the control."""
+    """A row for the SFT model as it is, and one for each number of judgements and for the control. What a folder holds
+    already is read, not made again."""
     config, rows, pairs = models.stages["ppo"], shipped("heldout_prompts"), shipped("heldout_pairs")
-    sft = models.output_dir / "sft/final"
-    before = verdict.reply(sft, rows, config, "SFT model")
-    yield {"seed": models.seed, "who": "nobody", "judgements": 0, "kl": 0.0} | figures_of(before)
-    for crowd, some in (("people", counts), ("blind", [BLIND])):
-        feedback = label(models, crowd, max(some))
+    out, sft = models.output_dir, models.output_dir / "sft/final"
+
+    def before() -> dict[str, Any]:
+        replies = verdict.reply(sft, rows, config, "SFT model")
+        return {"seed": models.seed, "who": "nobody", "judgements": 0, "kl": 0.0} | figures_of(replies)
+
+    def after(crowd: str, count: int) -> dict[str, Any]:
+        feedback = out / f"label-{crowd}" / "feedback.jsonl"
+        if not feedback.exists():
+            label(models, crowd, max(arms[crowd]))
+        began, given = time.monotonic(), load_feedback(feedback, max_samples=count)[0]
+        folder = align(models, feedback, count, f"{crowd}-{count}")
+        replies = verdict.reply(folder / "ppo/final", rows, config, "PPO model")
+        return {
+            "seed": models.seed,
+            "who": crowd,
+            "judgements": count,
+            "kinds": dict(Counter(one.kind for one in given)),
+            "agreement": agreement(given),
+            "kl": verdict.sequence_kl(replies, sft, config),
+            "pairs_right": verdict.pair_accuracy(folder / "reward/final", pairs)["all"],
+            "seconds": round(time.monotonic() - began, 1),
+        } | figures_of(replies)
+
+    arms = {"people": counts, "blind": [BLIND]}
+    yield _kept(out / "nobody.json", before)
+    for crowd, some in arms.items():
         for count in some:
-            began, given = time.monotonic(), load_feedback(feedback, max_samples=count)[0]
-            folder = align(models, feedback, count, f"{crowd}-{count}")
-            after = verdict.reply(folder / "ppo/final", rows, config, "PPO model")
-            yield {
-                "seed": models.seed,
-                "who": crowd,
-                "judgements": count,
-                "kinds": dict(Counter(one.kind for one in given)),
-                "agreement": agreement(given),
-                "kl": verdict.sequence_kl(after, sft, config),
-                "pairs_right": verdict.pair_accuracy(folder / "reward/final", pairs)["all"],
-                "seconds": round(time.monotonic() - began, 1),
-            } | figures_of(after)
+            yield _kept(out / f"{crowd}-{count}.json", partial(after, crowd, count))
+
+
+def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row from its file, or made and written there."""
+    if not path.exists():
+        path.write_text(json.dumps(make(), indent=1) + "\n")
+    return json.loads(path.read_text())
 
 
 def agreement(given: list[Feedback]) -> float:
