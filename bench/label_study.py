@@ -32,6 +32,7 @@ from bench.gpu_kernels import about
 from bench.ppo_step import machine
 from bench.quickstart_data.people import PEOPLE, judge_all
 from bench.verdict import make_models
+from fastrlhf.checkpoint.atomic import replace_folder
 from fastrlhf.data.dataset import load_feedback, load_prompts
 from fastrlhf.data.feedback import Feedback
 from fastrlhf.label.sampling import sampled_items
@@ -65,10 +66,9 @@ COLUMNS = {
 }
 
 
-def label(models: Settings, crowd: str, count: int) -> Path:
-    """Let a crowd judge replies of the SFT model -> the file of feedback, as `fastrlhf label` leaves it."""
-    folder, config = models.output_dir / f"label-{crowd}", models.stages["ppo"]
-    folder.mkdir(exist_ok=True)
+def label(models: Settings, crowd: str, count: int, folder: Path) -> None:
+    """Let a crowd judge replies of the SFT model, into folder/feedback.jsonl as `fastrlhf label` leaves it."""
+    config = models.stages["ppo"]
     prompts, output = folder / "prompts.jsonl", folder / "feedback.jsonl"
     asked = load_prompts(DATA_DIR / "feedback.jsonl")[0][:count]
     prompts.write_text("".join(json_line({"prompt": row.prompt}) for row in asked), encoding="utf-8")
@@ -80,7 +80,6 @@ def label(models: Settings, crowd: str, count: int) -> Path:
     bench = Workbench(items, list(CROWDS[crowd]), output, _say)
     judge_all(bench, CROWDS[crowd], Random(seed), count)
     bench.close()
-    return output
 
 
 def align(models: Settings, feedback: Path, count: int, name: str) -> Path:
@@ -120,7 +119,7 @@ def study(models: Settings, counts: list[int]) -> Iterator[dict[str, Any]]:
     def after(crowd: str, count: int) -> dict[str, Any]:
         feedback = out / f"label-{crowd}" / "feedback.jsonl"
         if not feedback.exists():
-            label(models, crowd, max(arms[crowd]))
+            replace_folder(partial(label, models, crowd, max(arms[crowd])), feedback.parent)
         began, given = time.monotonic(), load_feedback(feedback, max_samples=count)[0]
         folder = align(models, feedback, count, f"{crowd}-{count}")
         replies = verdict.reply(folder / "ppo/final", rows, config, "PPO model")
