@@ -262,15 +262,31 @@ def _add_language(parser: _Parser, of: str) -> None:
 
 def _add_files(parser: _Parser, row: str) -> None:
     """Options of prompts that come from a file and of what is made of them."""
-    parser.add_argument("--raw", action="store_true", help="take texts as they are, without the chat template")
     parser.add_argument(
         "--prompts", metavar="FILE", help=f"rows with {row}: whatever ppo's prompts take; - reads stdin"
     )
-    parser.add_argument("--columns", metavar="{prompt: NAME}", help="columns of --prompts under other names")
-    parser.add_argument("--ignore-columns", metavar="NAMES", help="columns of --prompts that are no part of the prompt")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out malformed rows of --prompts")
+    _add_reading(parser, "--prompts")
     parser.add_argument("--output", metavar="FILE.jsonl", help="write rows here instead of printing")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
+
+
+_READING = ("columns", "ignore_columns", "skip_bad_rows")  # arguments of inference.read_prompts
+
+
+def _add_reading(parser: _Parser, prompts: str) -> None:
+    """How rows are read; prompts: the argument that names them."""
+    parser.add_argument("--raw", action="store_true", help="take texts as they are, without the chat template")
+    parser.add_argument("--columns", metavar="{prompt: NAME}", help=f"columns of {prompts} under other names")
+    parser.add_argument(
+        "--ignore-columns", metavar="NAMES", help=f"columns of {prompts} that are no part of the prompt"
+    )
+    parser.add_argument("--skip-bad-rows", action="store_true", help=f"leave out malformed rows of {prompts}")
+
+
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `_add_reading`, typed as a config types them."""
+    config = _load("config.stages").PPOConfig(**{name: getattr(args, name) for name in _READING})
+    return {name: getattr(config, name) for name in _READING}
 
 
 def _asked(parser: _Parser, args: argparse.Namespace, options: str) -> list[Prompt]:
@@ -283,10 +299,47 @@ def _asked(parser: _Parser, args: argparse.Namespace, options: str) -> list[Prom
     if args.output is not None:
         inference.check_output(args.output, args.overwrite)
     if args.prompts is not None:
-        fields = ("columns", "ignore_columns", "skip_bad_rows")
-        config = _load("config.stages").PPOConfig(**{name: getattr(args, name) for name in fields})
-        return inference.read_prompts(args.prompts, **{name: getattr(config, name) for name in fields})
+        return inference.read_prompts(args.prompts, **_reading(args))
     return [inference.Prompt(inference.checked(text, "--prompt")) for text in args.prompt]
+
+
+def _eval(verb: str, arguments: list[str]) -> int:
+    from fastrlhf.config.recipe import input_value, path_problem
+
+    parser = _parser(verb, "FOLDER PROMPTS [--reward REWARD] [--against FOLDER] [options]")
+    parser.add_argument("model", metavar="FOLDER", help="model folder, hub id or GGUF file")
+    parser.add_argument(
+        "prompts", metavar="PROMPTS", help="rows with a prompt: whatever ppo's prompts take; - is stdin"
+    )
+    parser.add_argument("--reward", help="reward model, FILE.py:FUNCTION, or {model: CLASSIFIER, label: LABEL}")
+    parser.add_argument("--against", metavar="FOLDER", help="another model: win rate, with --reward as the judge")
+    parser.add_argument("--refusals", metavar="FILE", help="patterns of a refusal, a regular expression a line")
+    parser.add_argument("--keywords", metavar="FILE", help="words to look for in replies, one a line")
+    parser.add_argument("--json", metavar="FILE", help="write figures and replies here")
+    parser.add_argument("--report", metavar="FILE.html", help="write a page that opens offline")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of --json and --report that exist")
+    _add_reading(parser, "PROMPTS")
+    _add_sampling(parser, samples=1)
+    args = _parse(parser, arguments)
+    _check_model("FOLDER", args.model)
+    if args.against is not None:
+        _check_model("--against", args.against)
+    reward = input_value(args.reward)
+    problem = path_problem(reward, "reward") if isinstance(reward, str) else None
+    if problem:
+        raise UserError(f"--reward: {problem}")
+    if args.prompts != "-" and (problem := path_problem(args.prompts, "data")):
+        raise UserError(f"PROMPTS: {problem}")
+    _first_line(verb, f"{args.model}, {args.prompts}")
+    return importlib.import_module("fastrlhf.eval").main(
+        **{name: getattr(args, name) for name in ("model", "prompts", "against", "refusals", "keywords", "overwrite")},
+        **{name: getattr(args, name) for name in _SAMPLING},
+        reward=reward,
+        outputs={"--json": args.json, "--report": args.report},
+        reading=_reading(args),
+        say=partial(print, flush=True),
+        tell=partial(print, file=sys.stderr, flush=True),
+    )
 
 
 def _write(path: str, rows: list[dict[str, Any]]) -> int:
@@ -372,6 +425,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "resume": (_resume, "go on with an interrupted run"),
     "generate": (_generate, "print a model's replies to prompts"),
     "score": (_score, "print a reward model's scores of responses"),
+    "eval": (_eval, "measure a model's replies: refusals, keywords, scripts, repetition, length, reward, win rate"),
     "label": (_label, "judge replies in the browser: score, rank, edit; the file trains a reward model"),
     "convert": (_convert, "make a folder that transformers loads of MOSS's, MOSS-RLHF's or pickled weights"),
     "report": (_report, "write report.html of a run"),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from fastrlhf.data.dataset import Reading, load_prompts
 from fastrlhf.data.feedback import Prompt, parse_prompt
 from fastrlhf.data.prompt_format import decide
 from fastrlhf.data.templates import encode_prompt, stop_token_ids
-from fastrlhf.models.loading import is_scalar_model, load_policy, load_reward_model, load_tokenizer
+from fastrlhf.models.loading import is_scalar_model, load_policy, load_reward_model, load_tokenizer, skeleton
 from fastrlhf.rl.scorers import score_texts
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.result import reply_texts
@@ -38,13 +39,16 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 STDIN = "-"
+REPLIES_AT_ONCE = 64  # between two looks at the clock
+PROGRESS_S = 2.0
 
 
 class Reply(NamedTuple):
-    """A sampled reply: its text, and its token ids with the stop token that ended it."""
+    """A sampled reply: its text, its token ids with the stop token that ended it, and whether one did."""
 
     text: str
     ids: list[int]
+    finished: bool
 
 
 def generate(source: str, prompts: Sequence[str | Messages], *, raw: bool = False, **sampling: float) -> list[str]:
@@ -55,19 +59,43 @@ def generate(source: str, prompts: Sequence[str | Messages], *, raw: bool = Fals
     return [reply.text for replies in sample(source, prompts, raw=raw, **sampling) for reply in replies]
 
 
+def check_sampling(
+    source: str, prompts: Sequence[str | Messages], *, role: str = "FOLDER", raw: bool = False, **sampling: float
+) -> None:
+    """UserError for what `sample` would refuse, before any weights are loaded: whoever samples from two models tells of
+    both first. role: how an error calls the model."""
+    _check_writes(source, role)
+    try:
+        params = SamplingParams(stop_token_ids=[], **sampling)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    tokenizer = reading_tokenizer(source, raw)
+    model = skeleton(source, role)
+    if model is None:  # a GGUF file: its sizes come with its weights
+        return
+    try:
+        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        RolloutEngine(model, tokenizer).check_prompts(prompt_ids, params)
+    except ValueError as error:
+        raise UserError(f"{role}: {error}") from error
+
+
+def _check_writes(source: str, role: str) -> None:
+    if is_scalar_model(source):
+        raise UserError(
+            f"{role}: {source!r} is a reward model, which writes no text; judge replies with fastrlhf score"
+        )
+
+
 def sample(
     source: str, prompts: Sequence[str | Messages], *, raw: bool = False, at_once: int | None = None, **sampling: float
 ) -> Iterator[list[Reply]]:
     """Yield the replies to each prompt in turn, decoded `at_once` prompts together (None: all), which changes none of
     them. UserError as in `generate`, before the first reply."""
-    if is_scalar_model(source):
-        raise UserError(
-            f"FOLDER: {source!r} is a reward model, which writes no text; judge replies with fastrlhf score"
-        )
+    _check_writes(source, "FOLDER")
     try:
         params = SamplingParams(**sampling)
-        tokenizer = load_tokenizer(source)
-        _decide(tokenizer, raw)
+        tokenizer = reading_tokenizer(source, raw)
         prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         model = load_policy(source)
         params = replace(params, stop_token_ids=stop_token_ids(tokenizer, model.generation_config))
@@ -76,26 +104,43 @@ def sample(
         size = at_once or len(prompt_ids) or 1
         for first in range(0, len(prompt_ids), size):
             out = engine.generate(prompt_ids[first : first + size], params, first=first)
-            replies = list(map(Reply, reply_texts(tokenizer, out), out.response_ids))
+            replies = list(map(Reply, reply_texts(tokenizer, out), out.response_ids, out.finished))
             yield from (replies[i : i + params.n] for i in range(0, len(replies), params.n))
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def sample_all(
+    source: str, prompts: Sequence[str | Messages], say: Callable[[str], None], *, n: int, **options: float
+) -> list[list[Reply]]:
+    """The n replies to each prompt; `say` is told how far it is. options and errors: those of `sample`."""
+    replies, began, said = [], time.monotonic(), 0.0
+    at_once = max(1, REPLIES_AT_ONCE // max(1, n))
+    for sampled in sample(source, prompts, at_once=at_once, n=n, **options):
+        replies.append(sampled)
+        now = time.monotonic()
+        if len(replies) == len(prompts) or len(replies) % at_once == 0 and now - said >= PROGRESS_S:
+            say(f"sampled {n} replies to {len(replies)} of {len(prompts)} prompts, {now - began:.0f} s")
+            said = now
+    return replies
 
 
 def score(
     source: str, prompts: Sequence[str | Messages], responses: Sequence[str], *, raw: bool = False
 ) -> list[float]:
     """A reward model's raw score of each (prompt, response)."""
-    tokenizer = load_tokenizer(source)
-    _decide(tokenizer, raw)
+    tokenizer = reading_tokenizer(source, raw)
     model = load_reward_model(source)
     with torch.inference_mode():
         return score_texts(model, tokenizer, list(prompts), list(responses))
 
 
-def _decide(tokenizer: PreTrainedTokenizerBase, raw: bool) -> None:
-    """Read string prompts as training did: what the folder says, else messages where there is a chat template."""
+def reading_tokenizer(source: str, raw: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. It reads string prompts as training did: what the folder says, else messages where
+    there is a chat template; raw: as they are."""
+    tokenizer = load_tokenizer(source)
     decide(tokenizer, "raw" if raw else "auto", has_template=bool(tokenizer.chat_template))
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -143,31 +188,36 @@ def checked(text: str, option: str) -> str:
     return text_of(text, "command line", option, empty=True)
 
 
-def check_output(path: str, overwrite: bool) -> None:
+def check_output(path: str, overwrite: bool, option: str = "--output") -> None:
     """UserError, before a model works for it, for a file that is there and is to stay, or that cannot be written."""
-    checked(path, "--output")
+    checked(path, option)
     target = Path(path).expanduser()
     if target.is_dir():
-        raise UserError(f"--output: {path} is a folder; name a file")
+        raise UserError(f"{option}: {path} is a folder; name a file")
     if target.exists() and not overwrite:
-        raise UserError(f"--output: {path} exists; name another file, or use --overwrite")
+        raise UserError(f"{option}: {path} exists; name another file, or use --overwrite")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output: {path} cannot be written: {error.strerror}") from error
+        raise UserError(f"{option}: {path} cannot be written: {error.strerror}") from error
     if not os.access(target.parent, os.W_OK):
-        raise UserError(f"--output: {path} cannot be written: the folder {target.parent} is read-only")
+        raise UserError(f"{option}: {path} cannot be written: the folder {target.parent} is read-only")
 
 
 def write_rows(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """JSON Lines under `path`, whole or not at all. UserError for what the disk refuses."""
+    write_file(path, "".join(map(json_line, rows)))
+
+
+def write_file(path: str, text: str, option: str = "--output") -> None:
+    """A text under `path`, whole or not at all. UserError for what the disk refuses."""
     target = Path(path).expanduser()
     beside = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
-        beside.write_text("".join(map(json_line, rows)), encoding="utf-8", errors="backslashreplace")
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         fsync(beside)
         os.replace(beside, target)
     except OSError as error:
-        raise UserError(f"--output: {path} cannot be written: {error.strerror}") from error
+        raise UserError(f"{option}: {path} cannot be written: {error.strerror}") from error
     finally:
         beside.unlink(missing_ok=True)

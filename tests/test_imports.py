@@ -18,7 +18,7 @@ KERNELS = ROOT / "kernels" / "fastrlhf_kernels"
 RULE = (
     ("__main__",),
     ("cli",),
-    ("quickstart", "label"),
+    ("quickstart", "label", "eval"),
     ("inference", "convert", "report"),  # verbs of their own, never imported by training
     ("ppo", "reward_model", "sft"),
     ("trainer",),
@@ -36,7 +36,12 @@ RULE = (
 FLOOR = {room: floor for floor, rooms in enumerate(RULE) for room in rooms}
 NO_ROOMS = {"__init__", "recipes"}  # the lazy public names; data, and a reward function that a recipe names
 TRAINING = ("ppo", "reward_model", "sft")
-VERB_FOLDERS = ("fastrlhf.report", "fastrlhf.quickstart", "fastrlhf.label")  # a verb is its folder's `main`
+VERB_FOLDERS = (
+    "fastrlhf.report",
+    "fastrlhf.quickstart",
+    "fastrlhf.label",
+    "fastrlhf.eval",
+)  # a verb is its folder's `main`
 USERS_OF_KERNELS = {"models", "rollout", "rl"}
 FILES_IN_A_FOLDER = range(4, 14)
 REPORT_NEEDS = {"fastrlhf", "jinja2"}

@@ -39,7 +39,7 @@ def load_recipe(stage: str, source: str | None, overrides: list[str]) -> tuple[d
     values, where = ({}, {}) if path is None else read_recipe(path)
     for name, value in parse_overrides(overrides).items():
         values[name], where[name] = value, "command line"
-    inputs = {name: _input(values.pop(name)) for name in INPUTS[stage] if name in values}
+    inputs = {name: input_value(values.pop(name)) for name in INPUTS[stage] if name in values}
     problems = _missing_inputs(stage, inputs, values, path) + _wrong_inputs(stage, inputs)
     config = None
     try:
@@ -154,7 +154,8 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
     return values
 
 
-def _input(value: Any) -> Any:
+def input_value(value: Any) -> Any:
+    """An argument of a trainer as it is typed: none, a list or mapping in YAML, or a text (~ is the home folder)."""
     if isinstance(value, str):
         if value.lower() in ("none", "null", ""):
             return None
@@ -178,7 +179,7 @@ def _missing_inputs(
         return []
     if "ptx_data" in specs and _is_positive(fields.get("ptx_coef")):
         missing.append("ptx_data")
-    if _input(fields.get("output_dir")) is None:
+    if input_value(fields.get("output_dir")) is None:
         missing.append("output_dir")
     # A packaged recipe is nobody's to edit: what is missing there belongs on the command line.
     is_own = path is not None and not _is_packaged(path)

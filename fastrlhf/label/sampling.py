@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,6 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.data.dataset import load_prompts
 from fastrlhf.label.items import Item, Say, read_items, unusable
 from fastrlhf.models.sources import locate
-
-AT_ONCE = 16  # prompts between two lines of progress
-PROGRESS_S = 2.0
 
 
 def replies_path(output: Path) -> Path:
@@ -55,13 +51,7 @@ def _sample(prompts: str, policy: str, path: Path, settings: dict[str, Any], say
     inference.check_output(str(path), overwrite=False)
     asked = list({json.dumps(row.prompt): row.prompt for row in load_prompts(prompts)[0]}.values())
     options = {name: value for name, value in settings.items() if name != "policy"}
-    replies, began, said = [], time.monotonic(), 0.0
-    for sampled in inference.sample(policy, asked, at_once=AT_ONCE, **options):
-        replies.append(sampled)
-        now = time.monotonic()
-        if len(replies) == len(asked) or len(replies) % AT_ONCE == 0 and now - said >= PROGRESS_S:
-            say(f"sampled {options['n']} replies to {len(replies)} of {len(asked)} prompts, {now - began:.0f} s")
-            said = now
+    replies = inference.sample_all(policy, asked, say, **options)
     digest = weights_hash(policy)
     about = {"model": policy, "model_hash": digest, "sampled_with": settings}
     rows = [

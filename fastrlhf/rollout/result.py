@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.data.encode import EncodedPrompt
+from fastrlhf.data.feedback import Prompt
 from fastrlhf.data.templates import render_prompt
 from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.rollout.sampling import Generation
@@ -82,6 +83,17 @@ def reply_texts(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> l
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
 
 
+def texts_of(asked: Sequence[Prompt], responses: list[str]) -> Texts:
+    """Return what was asked, a prompt a response, and what was said; a column that a prompt lacks is None there."""
+    names = sorted({name for prompt in asked for name in prompt.columns})
+    return Texts(
+        prompts=[render_prompt(prompt.prompt) for prompt in asked],
+        raw_prompts=[prompt.prompt for prompt in asked],
+        responses=responses,
+        columns={name: [prompt.columns.get(name) for prompt in asked] for name in names},
+    )
+
+
 def make_rollout(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[EncodedPrompt],
@@ -92,16 +104,9 @@ def make_rollout(
 ) -> Rollout:
     """Put together what was asked and what was sampled. joined: how `TokenRows` puts a micro-batch into rows."""
     asked = [pair for pair in prompts for _ in range(samples_per_prompt)]
-    names = sorted({name for prompt, _ in prompts for name in prompt.columns})
-    texts = Texts(
-        prompts=[render_prompt(prompt.prompt) for prompt, _ in asked],
-        raw_prompts=[prompt.prompt for prompt, _ in asked],
-        responses=reply_texts(tokenizer, generation),
-        columns={name: [prompt.columns.get(name) for prompt, _ in asked] for name in names},
-    )
     return Rollout(
         rows=TokenRows([ids for _, ids in asked], generation.response_ids, joined),
-        texts=texts,
+        texts=texts_of([prompt for prompt, _ in asked], reply_texts(tokenizer, generation)),
         samples_per_prompt=samples_per_prompt,
         finished=generation.finished,
         log_probs=generation.log_probs,

@@ -17,17 +17,24 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def distinct_2(responses: Iterable[str]) -> float:
-    """Distinct bigrams / all bigrams over all responses (Li et al. 2016, arXiv:1510.03055); 0.0 when there are none.
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """The n-grams of a text, in its order, whatever the case. Units are words in Latin script and single characters
+    otherwise, so that no figure made of them depends on a tokenizer."""
+    units = _UNITS.findall(text.lower())
+    return list(zip(*(units[i:] for i in range(n))))
 
-    Units are words in Latin script and single characters otherwise, so that the figure does not depend on a tokenizer.
+
+def distinct(responses: Iterable[str], n: int) -> float:
+    """Distinct n-grams / all n-grams over all responses (Li et al. 2016, arXiv:1510.03055); 0.0 when there are none.
+
     More text repeats more: compare only over the same prompts.
     """
-    bigrams: list[tuple[str, str]] = []
-    for response in responses:
-        units = _UNITS.findall(response.lower())
-        bigrams += list(zip(units, units[1:]))
-    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+    grams = [gram for response in responses for gram in ngrams(response, n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_2(responses: Iterable[str]) -> float:
+    return distinct(responses, 2)
 
 
 class Stats:
