@@ -21,7 +21,15 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "kernels/README.md").read_
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "kernels/README.md", "docs/api.md", "docs/label.md", "docs/overoptimisation.md", "CHANGELOG.md"],
+    [
+        "README.md",
+        "kernels/README.md",
+        "docs/api.md",
+        "docs/label.md",
+        "docs/eval.md",
+        "docs/overoptimisation.md",
+        "CHANGELOG.md",
+    ],
 )
 def test_links_lead_to_files(name):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / name).read_text(encoding="utf-8"))
@@ -48,6 +56,7 @@ SHORT = {
     "reward": ["total_steps=1", "max_tokens=256"],
     "ppo": ["total_steps=1", "rollout_batch_size=4", "mini_batch_size=4", "samples_per_prompt=2", "max_new_tokens=4"],
     "generate": ["--max-new-tokens", "4"],
+    "eval": ["--max-new-tokens", "4"],
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastrlhf.eval.figures import Judged, last_turn
 from fastrlhf.eval.run import Evaluation
-from fastrlhf.eval.table import COUNTING, percent, plus_minus, rows_of, win_sentence
+from fastrlhf.eval.table import COUNTING, percent, plus_minus, rows_of, win_rate
 from fastrlhf.report.figures import bars
 from fastrlhf.report.page import figure_of, render
 from fastrlhf.report.verdict import Tile
@@ -25,13 +25,16 @@ def page_of(evaluation: Evaluation) -> str:
     sampling = report["sampling"]
     facts = [f"{report['prompt_count']} prompts of {report['prompts']}", f"{sampling['n']} replies to each"]
     facts += [f"{name} {value}" for name, value in sampling.items() if name != "n"]
-    rows = rows_of(report)
+    rows, won = rows_of(report), win_rate(report)
+    refusals = percent(report["figures"][names[0]]["refusals"])
+    refuses = f"{refusals} of the replies of {names[0]} are worded as refusals."
     return render(
         "eval.html",
         title=names[0],
         text_limit=TEXT_LIMIT,
         facts="  ·  ".join(map(str, facts)),
-        sentence=_sentence(report),
+        sentence=won[0] if won else refuses,
+        details=f"{won[1]}. {refuses}" if won else "",
         tiles=_tiles(report),
         names=names,
         rows=rows,
@@ -41,14 +44,6 @@ def page_of(evaluation: Evaluation) -> str:
         reward=report["reward"],
         version=report["fastrlhf"],
     )
-
-
-def _sentence(report: dict[str, Any]) -> str:
-    name = report["models"][0]
-    figures = report["figures"][name]
-    refuses = f"{percent(figures['refusals'])} of the replies of {name} are worded as refusals"
-    won = win_sentence(report)
-    return f"{won}. {refuses}." if won else f"{refuses}."
 
 
 def _tiles(report: dict[str, Any]) -> list[Tile]:
@@ -94,7 +89,7 @@ def _histogram(values: Sequence[float]) -> list[tuple[str, int]]:
     counts = [0] * count
     for value in values:
         counts[math.floor(value / width) - first] += 1
-    edges = [figure_of((first + i) * width).replace("\u2212", "-") for i in range(count + 1)]
+    edges = [f"{(first + i) * width:.6g}" for i in range(count + 1)]
     return [(f"{a}..{b}", n) for a, b, n in zip(edges, edges[1:], counts)]
 
 

@@ -20,7 +20,7 @@ COUNTING = {
     "repeated 4-grams": "mean share of a reply's 4-grams that stood in it before; units are words and CJK characters",
     "distinct-n": "distinct n-grams / all, over all replies; more text repeats more, so compare on the same prompts",
     "tokens": "of the model's own tokenizer, the stop token included; cut off: no stop token within max-new-tokens",
-    "±": "standard error over prompts",
+    "±": "standard error over prompts; what none of N prompts shows may still be up to 3/N of all (the rule of three)",
 }
 
 
@@ -70,21 +70,21 @@ def rows_of(report: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def win_sentence(report: dict[str, Any]) -> str:
-    """The win rate in words; "" without another model."""
+def win_rate(report: dict[str, Any]) -> tuple[str, str] | None:
+    """The win rate in words, and what it was made of; None without another model."""
     found = report.get("win_rate")
     if found is None:
-        return ""
+        return None
     ours, theirs = report["models"]
     counts = f"{found['wins']} won, {found['ties']} tied, {found['losses']} lost"
     if found["unscored"]:
         counts += f", {found['unscored']} without a score"
     if found["rate"] is None:
-        return f"{ours} against {theirs}: no pair of replies has two scores ({counts})"
+        return f"{ours} against {theirs}: no pair of replies has two scores", counts
     interval = found["interval"]
     within = "" if interval is None else f" (95% interval {interval[0]:.1%} to {interval[1]:.1%})"
     difference = f"reward {plus_minus(found['difference'], sign=True)}"
-    return f"{ours} wins {found['rate']:.1%}{within} against {theirs}, a tie counting half: {counts}; {difference}"
+    return f"{ours} wins {found['rate']:.1%}{within} against {theirs}", f"{counts}; a tie is half; {difference}"
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
@@ -98,9 +98,9 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     for name, row in zip(names, cells, strict=True):
         shown = (" " * (width - cell_len(cell)) + cell for cell, width in zip(row, widths, strict=True))
         yield name + " " * (left - cell_len(name)) + "  " + "  ".join(shown)
-    sentence = win_sentence(report)
-    if sentence:
-        yield clean(sentence)
+    won = win_rate(report)
+    if won is not None:
+        yield clean(": ".join(won))
     used = {row.note for row in rows} | {"±"}
     yield from (f"{name}: {text}" for name, text in COUNTING.items() if name in used)
 

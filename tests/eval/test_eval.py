@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ def letters(prompts, responses):
 
 def of_column(prompts, responses, topic):
     return [float(len(t)) for t in topic]
+
+def of_nothing(prompts, responses, answer):
+    return [1.0] * len(responses)
+
+def blind(prompts, responses):
+    return [None] * len(responses)
 
 def of_tokens(prompts, response_ids):
     return [[1.0] * len(ids) for ids in response_ids]
@@ -85,7 +92,8 @@ def test_table_json_and_page_say_the_same(run, tmp_path):
     pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
     assert made["win_rate"]["rate"] == sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
 
-    assert f"ours wins {made['win_rate']['rate']:.1%}" in out and f"{made['win_rate']['ties']} tied" in out
+    found = made["win_rate"]
+    assert f"ours wins {found['rate']:.1%}" in out and f"{found['wins']} won, {found['ties']} tied" in out
     page = (tmp_path / "made/e.html").read_text(encoding="utf-8")
     for said in ("refusals", "zz 中", "script: ", "distinct-2", "tokens, p5 / p25 / p50 / p75 / p95"):
         assert said in out and said in page
@@ -131,6 +139,14 @@ def test_columns_reach_the_reward_and_stdin_is_read(run, monkeypatch, tmp_path):
     assert code == 0 and "refusals" in out and "reward" not in out and "keywords" not in out, err
 
 
+def test_a_reward_that_judges_nothing_is_said_to(run, tmp_path):
+    rest = ("--reward", "rules.py:blind", "--against", "theirs", "--report", tmp_path / "e.html")
+    code, out, err = run("ours", "prompts.jsonl", *SHORT, *rest)
+    assert code == 0 and "no pair of replies has two scores: 0 won, 0 tied, 0 lost, 8 without a score" in out, err
+    assert [line.split()[-2:] for line in out.splitlines() if line.startswith("reward, mean")] == [["n/a", "n/a"]]
+    assert (tmp_path / "e.html").read_text(encoding="utf-8").count("<svg") == 1
+
+
 def test_what_a_model_or_a_list_says_is_inert_on_the_page_and_in_the_terminal(run, tmp_path):
     prompts, words = tmp_path / "p.jsonl", tmp_path / "<b>words\u202e.txt"
     short = [text[:60] for text in HOSTILE]
@@ -145,6 +161,13 @@ def test_what_a_model_or_a_list_says_is_inert_on_the_page_and_in_the_terminal(ru
         assert "\x1b" not in text and "\u202e" not in text and "\x00" not in text
     assert "<script" not in page and "<img" not in page and "<iframe" not in page and "onerror=alert(1)&gt;" in page
     assert "default-src 'none'" in page and 'src="' not in page and 'href="http' not in page
+
+
+def test_every_option_stands_in_the_docs(run):
+    _, out, _ = run("--help")
+    page = (Path(__file__).parents[2] / "docs/eval.md").read_text(encoding="utf-8")
+    options = set(re.findall(r"--[a-z-]+", out)) - {"--help", "--debug"}
+    assert len(options) >= 17 and [option for option in options if f"`{option}`" not in page] == []
 
 
 MISTAKES = {
@@ -164,6 +187,10 @@ MISTAKES = {
     "policy as reward": (["ours", "prompts.jsonl", "--reward", "theirs"], "'theirs' is no sequence classifier"),
     "missing reward": (["ours", "prompts.jsonl", "--reward", "rule.py:f"], "--reward: rule.py does not exist; did you"),
     "reward without its function": (["ours", "prompts.jsonl", "--reward", "rules.py"], "name the function in it"),
+    "reward of a column": (
+        ["ours", "prompts.jsonl", "--reward", "rules.py:of_nothing"],
+        "its argument 'answer' is no column of the prompts; columns: topic",
+    ),
     "empty keywords": (["ours", "prompts.jsonl", "--keywords", "blank.txt"], "--keywords: blank.txt is empty"),
     "missing keywords": (["ours", "prompts.jsonl", "--keywords", "w.txt"], "--keywords: w.txt cannot be read"),
     "bad pattern": (["ours", "prompts.jsonl", "--refusals", "bad.txt"], "--refusals: bad.txt:1: '(' is no regular"),

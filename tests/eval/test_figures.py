@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +23,7 @@ from fastrlhf.eval.phrases import (
     refusal_in,
 )
 from fastrlhf.eval.scripts import HAN, JAPANESE, KOREAN, MIXED, NONE, script_of
-from fastrlhf.eval.statistics import compare, estimate
+from fastrlhf.eval.statistics import RESAMPLES, compare, estimate
 from fastrlhf.inference import Reply
 from fastrlhf.rl.evaluation import win_rate
 from fastrlhf.runtime.metrics import distinct, distinct_2, ngrams
@@ -78,6 +80,12 @@ def test_an_answer_is_no_refusal(text):
     assert refusal_in(text) is None
 
 
+def test_the_docs_say_how_many_there_are():
+    page = (Path(__file__).parents[2] / "docs/eval.md").read_text(encoding="utf-8")
+    assert f"has {len(REFUSING)} refusals that it finds and {len(ANSWERING)} answers" in page
+    assert f"first {OPENING_CHARS} characters" in page and f"{RESAMPLES} bootstrap samples" in page
+
+
 def test_a_refusal_is_looked_for_in_the_opening_only():
     assert refusal_in(" \n" + "a" * (OPENING_CHARS - 40) + ". I cannot help with that.") == "I cannot help"
     assert refusal_in("a" * OPENING_CHARS + " I cannot help with that.") is None
@@ -85,8 +93,6 @@ def test_a_refusal_is_looked_for_in_the_opening_only():
 
 
 def read_as(*patterns):
-    import re
-
     return [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
 
 
