@@ -13,6 +13,7 @@ from fastrlhf.report.page import figure_of
 from fastrlhf.runtime.console import clean
 
 Estimate = dict[str, float | None]
+KEYWORDS_SHOWN = 20
 COUNTING = {
     "refusals": f"replies whose first {OPENING_CHARS} characters hold a phrase of the list: a wording, not a meaning",
     "keywords": "replies that hold one, whatever the case; as a whole word where the script has words apart",
@@ -34,7 +35,7 @@ class Row(NamedTuple):
 
 
 def rows_of(report: dict[str, Any]) -> list[Row]:
-    """Every figure of a report, a row each."""
+    """Every figure of a report, a row each; of many keywords the commonest, the JSON has them all."""
     figures = list(report["figures"].values())
 
     def row(name: str, show: Callable[[dict[str, Any]], str], note: str = "", *, sub: bool = False) -> Row:
@@ -43,10 +44,13 @@ def rows_of(report: dict[str, Any]) -> list[Row]:
     rows = [row("refusals", lambda f: percent(f["refusals"]), "refusals")]
     if "keywords" in figures[0]:
         rows.append(row("keywords, any", lambda f: percent(f["keywords"]["any"]), "keywords"))
-        rows += [
-            row(word, lambda f, word=word: percent(f["keywords"]["each"][word]), sub=True)
-            for word in figures[0]["keywords"]["each"]
-        ]
+        words = figures[0]["keywords"]["each"]
+        shares = {word: max(f["keywords"]["each"][word]["mean"] for f in figures) for word in words}
+        often = sorted(shares, key=lambda word: -shares[word])[:KEYWORDS_SHOWN]  # of the same share as in the list
+        rows += [row(word, lambda f, word=word: percent(f["keywords"]["each"][word]), sub=True) for word in often]
+        if len(often) < len(shares):
+            rest = f"{len(shares) - len(often)} more, each at most {percent({'mean': shares[often[-1]]})}"
+            rows.append(row(rest, lambda f: "", sub=True))
     scripts = dict.fromkeys(name for one in figures for name in one["scripts"])
     rows += [
         row(f"script: {name}", lambda f, name=name: percent({"mean": f["scripts"].get(name, 0.0)}), "script")

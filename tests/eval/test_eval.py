@@ -11,6 +11,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fastrlhf import cli
+from fastrlhf.eval.table import KEYWORDS_SHOWN
+from fastrlhf.inference import score
 from tests import tiny
 from tests.run_folders import HOSTILE
 
@@ -128,6 +130,35 @@ def test_a_model_against_itself_ties_with_itself(run, tmp_path):
     assert found["win_rate"]["ties"] == 8 and found["win_rate"]["interval"] == [0.5, 0.5]
     assert "ours wins 50.0% (95% interval 50.0% to 50.0%) against ours (again)" in out
     assert all(row["score"] == row["tokens"] for row in found["replies"]), "rewards of tokens are summed"
+
+
+def test_a_model_of_another_vocabulary_is_scored_by_its_texts(run, tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<other>"])
+    tiny.llama(seed=1, vocab_size=321).save_pretrained("other")
+    tokenizer.save_pretrained("other")
+    code, _, err = run(
+        "ours", "prompts.jsonl", *SHORT, "--reward", "rm", "--against", "other", "--json", tmp_path / "e"
+    )
+    assert code == 0, err
+    rows = json.loads((tmp_path / "e").read_text(encoding="utf-8"))["replies"]
+    texts = score("rm", [row["prompt"] for row in rows], [row["against"]["response"] for row in rows])
+    assert [row["against"]["score"] for row in rows] == pytest.approx(texts, abs=1e-4)
+    cut = [row for row in rows if not row["finished"]]
+    texts = score("rm", [row["prompt"] for row in cut], [row["response"] for row in cut])
+    assert cut and [row["score"] for row in cut] != pytest.approx(texts, abs=1e-4), "a cut reply has no end"
+
+
+def test_of_many_keywords_the_commonest_are_shown(run, tmp_path):
+    words = [f"absent{i}" for i in range(KEYWORDS_SHOWN)]
+    (tmp_path / "w.txt").write_text("\n".join([*words, "e", "a"]))
+    code, out, err = run("ours", "prompts.jsonl", *SHORT, "--keywords", tmp_path / "w.txt", "--json", tmp_path / "e")
+    each = json.loads((tmp_path / "e").read_text())["figures"]["ours"]["keywords"]["each"]
+    assert code == 0 and list(each) == [*words, "e", "a"], err
+    shown = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and "%" in line]
+    hits = [word for word in ("e", "a") if each[word]["mean"]]
+    assert hits and set(shown[: len(hits)]) == set(hits) and len(shown) == KEYWORDS_SHOWN + 1
+    assert "2 more, each at most 0.0%" in out
 
 
 def test_columns_reach_the_reward_and_stdin_is_read(run, monkeypatch, tmp_path):
