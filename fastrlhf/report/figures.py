@@ -135,8 +135,9 @@ def bars(
     lines, texts, width = [], [], round(x.at(0.9) - x.at(0), 1)
     for i, (name, is_second, count) in enumerate(counts):
         box = (x.at(i - 0.45), y.at(count), width, round(bottom - y.at(count), 1))
-        lines.append(_line(name, SECOND if is_second else FIRST, [], bars=[box]))
-        texts += [(x.at(i), round(y.at(count) - 3, 1), count, "small ink")] if count else []
+        if count:
+            lines.append(_line(name, SECOND if is_second else FIRST, [], bars=[box]))
+            texts.append((x.at(i), round(y.at(count) - 3, 1), count, "small ink"))
     names = [(x.at(i), name) for i, (name, *_) in enumerate(counts)]
     below = {"x_ticks": names, "slanted": True, "foot": FOOT}
     return _figure(figure_id, title, [_axes(0, unit, x, y, x_label, []) | below | {"lines": lines, "texts": texts}])

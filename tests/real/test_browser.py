@@ -1,4 +1,5 @@
-"""report.html in headless Chromium, 1280 and 420 pixels wide: no missing or empty figure, no overflow, no error."""
+"""report.html and the page of an evaluation in headless Chromium, 1280 and 420 pixels wide: no missing or empty figure,
+no overflow, no error."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from html import escape, unescape
 
 import pytest
 
+from fastrlhf.eval.page import page_of
 from fastrlhf.report import build_report
+from tests.eval_pages import evaluation
 from tests.run_folders import PPO_FIGURES, RM_FIGURES, SFT_FIGURES, write_killed, write_quickstart, write_stage
 
 TIMEOUT_S = 300  # a browser starts in seconds, but not on a machine with two busy cores
@@ -90,14 +93,18 @@ def test_every_figure_is_drawn_and_nothing_overflows(finished, tmp_path):
     picture = tmp_path / "shot.png"
     others = [build_report(write(tmp_path / "run" / write.__name__)) for write in (write_quickstart, write_killed)]
     others += [build_report(write_quickstart(tmp_path / "zh"), "zh")]
-    reports = [finished, *(report.read_text(encoding="utf-8") for report in others)]
+    reports = [finished, *(report.read_text(encoding="utf-8") for report in others), page_of(evaluation())]
     found, console = probe(reports, tmp_path, f"--screenshot={picture}")
     assert console == []
-    assert [view["width"] for view in found] == [1280, 420] * 4
+    assert [view["width"] for view in found] == [1280, 420] * 5
     for view in found:
         assert view["bad"] == [] and view["loads"] == []
+    for view in found[:8]:
         assert set(PPO_FIGURES) <= set(view["figures"])
         assert view["title"].endswith("fastrlhf report") or view["title"] == "zh：fastrlhf 报告"
+    for view in found[8:]:
+        assert view["figures"] == ["fig-eval-reward", "fig-eval-length"]
+        assert view["title"].endswith("fastrlhf evaluation")
     assert set(SFT_FIGURES + RM_FIGURES) <= set.intersection(*(set(found[i]["figures"]) for i in (2, 3, 6, 7)))
     assert picture.stat().st_size > 100_000  # a blank page is a tenth of it
 
