@@ -52,7 +52,6 @@ from fastrlhf.trainer import run_stage
 SAMPLES = 4
 REWARD: dict[str, Any] = {}
 CROWDS = {"people": PEOPLE, "blind": {name: replace(person, lapse=1.0) for name, person in PEOPLE.items()}}
-BLIND = 150  # judgements of the control
 NOTHING = {"eval_every": 0, "save_every": 0, "overwrite": True}
 COLUMNS = {
     "judgements": "judgements",
@@ -106,8 +105,8 @@ def figures_of(replies: verdict.Replies) -> dict[str, float]:
     }
 
 
-def study(models: Settings, counts: list[int]) -> Iterator[dict[str, Any]]:
-    """A row for the SFT model as it is, and one for each number of judgements and for the control. What a folder holds
+def study(models: Settings, arms: dict[str, list[int]]) -> Iterator[dict[str, Any]]:
+    """A row for the SFT model as it is, and one for each number of judgements of each crowd. What a folder holds
     already is read, not made again."""
     config, rows, pairs = models.stages["ppo"], shipped("heldout_prompts"), shipped("heldout_pairs")
     out, sft = models.output_dir, models.output_dir / "sft/final"
@@ -134,10 +133,9 @@ def study(models: Settings, counts: list[int]) -> Iterator[dict[str, Any]]:
             "seconds": round(time.monotonic() - began, 1),
         } | figures_of(replies)
 
-    arms = {"people": counts, "blind": [BLIND]}
     yield _kept(out / "nobody.json", before)
-    for crowd, some in arms.items():
-        for count in some:
+    for crowd, counts in arms.items():
+        for count in counts:
             yield _kept(out / f"{crowd}-{count}.json", partial(after, crowd, count))
 
 
@@ -182,16 +180,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.label_study", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--judgements", nargs="+", type=int, default=[150, 600])
+    parser.add_argument("--blind", nargs="*", type=int, default=[150], help="judgements of the control; nothing: none")
     parser.add_argument("--work", type=Path, default=Path("runs/label-study"), help="where models are made and kept")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args(arguments)
     versions = {"transformers": transformers.__version__} | about(torch.device("cpu"))
+    arms = {crowd: counts for crowd, counts in (("people", options.judgements), ("blind", options.blind)) if counts}
     report: dict[str, Any] = {"machine": machine() | versions, "samples": SAMPLES, "reward": REWARD, "runs": []}
     with few_threads():
         report["machine"]["threads"] = torch.get_num_threads()
         for seed in options.seeds:
             models = make_models(options.work / f"seed-{seed}", seed, stages=("sft",))
-            for row in study(models, options.judgements):
+            for row in study(models, arms):
                 report["runs"].append(row)
                 print(json.dumps(row), flush=True)
     print(table(report["runs"]))
