@@ -4,8 +4,8 @@
 
 Of each seed the quickstart's own SFT model answers prompts of the shipped feedback, four replies each, sampled as
 `fastrlhf label --policy` does. Six simulated people (bench/quickstart_data/people.py) judge them at a workbench, a
-judgement a prompt, into one file. A reward model is trained on its first 150 judgements (600, ...), with the
-quickstart's settings but for REWARD, then PPO with the quickstart's settings. Measured on the 288 held-out prompts: the
+judgement a prompt, into one file. A reward model is trained on its first 150 judgements (600, ...), then PPO
+runs, both with the quickstart's settings. Measured on the 288 held-out prompts: the
 share of replies that keep the hidden rule, which no person and no reward model sees. "blind" is the control: people who
 never look.
 """
@@ -50,7 +50,6 @@ from fastrlhf.runtime.records import json_line
 from fastrlhf.trainer import run_stage
 
 SAMPLES = 4
-REWARD: dict[str, Any] = {}
 CROWDS = {"people": PEOPLE, "blind": {name: replace(person, lapse=1.0) for name, person in PEOPLE.items()}}
 NOTHING = {"eval_every": 0, "save_every": 0, "overwrite": True}
 COLUMNS = {
@@ -85,7 +84,7 @@ def align(models: Settings, feedback: Path, count: int, name: str) -> Path:
     """Reward model on the first judgements of a file, then PPO -> the folder with reward/final and ppo/final."""
     out, folder = models.output_dir, models.output_dir / name
     reward = models.stages["reward"].replace(
-        max_samples=count, output_dir=str(folder / "reward"), resume=False, **NOTHING, **REWARD
+        max_samples=count, output_dir=str(folder / "reward"), resume=False, **NOTHING
     )
     data = {"model": str(out / "sft/final"), "data": str(feedback)}
     ppo = models.stages["ppo"].replace(output_dir=str(folder / "ppo"), resume=False, **NOTHING)
@@ -122,6 +121,7 @@ def study(models: Settings, arms: dict[str, list[int]]) -> Iterator[dict[str, An
         began, given = time.monotonic(), load_feedback(feedback, max_samples=count)[0]
         folder = align(models, feedback, count, f"{crowd}-{count}")
         replies = verdict.reply(folder / "ppo/final", rows, config, "PPO model")
+        right = verdict.pair_accuracy(folder / "reward/final", pairs)
         return {
             "seed": models.seed,
             "who": crowd,
@@ -129,7 +129,8 @@ def study(models: Settings, arms: dict[str, list[int]]) -> Iterator[dict[str, An
             "kinds": dict(Counter(one.kind for one in given)),
             "agreement": agreement(given),
             "kl": verdict.sequence_kl(replies, sft, config),
-            "pairs_right": verdict.pair_accuracy(folder / "reward/final", pairs)["all"],
+            "pairs_right": right.pop("all"),
+            "pairs_right_by_fault": right,
             "seconds": round(time.monotonic() - began, 1),
         } | figures_of(replies)
 
@@ -161,15 +162,32 @@ def table(rows: list[dict[str, Any]]) -> str:
     header = [*COLUMNS.values()]
     header[2] += f" (seeds {', '.join(map(str, seeds))})"
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for who, count in dict.fromkeys((row["who"], row["judgements"]) for row in rows):
-        some = [row for row in rows if (row["who"], row["judgements"]) == (who, count)]
-        cells = [f"{count}{', blind' if who == 'blind' else ''}"]
+    for arm in dict.fromkeys(map(_arm, rows)):
+        some, cells = [row for row in rows if _arm(row) == arm], [arm]
         for name in list(COLUMNS)[1:]:
             values = [row[name] for row in some if name in row]
             mean = f"{statistics.fmean(values):.3g}" if values else ""
             cells.append(f"{mean} ({', '.join(f'{v:.3f}' for v in values)})" if name == "rule" else mean)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def fault_table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table: how often the reward models rank clean pairs right, by the fault of the worse reply."""
+    arms: dict[str, list[dict[str, float]]] = {}
+    for row in rows:
+        if "pairs_right_by_fault" in row:
+            arms.setdefault(_arm(row), []).append(row["pairs_right_by_fault"])
+    faults = list(next(iter(arms.values()))[0])
+    lines = ["| judgements | " + " | ".join(faults) + " |", "|---" * (len(faults) + 1) + "|"]
+    for arm, shares in arms.items():
+        means = (statistics.fmean(share[fault] for share in shares) for fault in faults)
+        lines.append(f"| {arm} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+    return "\n".join(lines)
+
+
+def _arm(row: dict[str, Any]) -> str:
+    return f"{row['judgements']}{', blind' if row['who'] == 'blind' else ''}"
 
 
 def _say(line: str) -> None:
@@ -186,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     versions = {"transformers": transformers.__version__} | about(torch.device("cpu"))
     arms = {crowd: counts for crowd, counts in (("people", options.judgements), ("blind", options.blind)) if counts}
-    report: dict[str, Any] = {"machine": machine() | versions, "samples": SAMPLES, "reward": REWARD, "runs": []}
+    report: dict[str, Any] = {"machine": machine() | versions, "samples": SAMPLES, "runs": []}
     with few_threads():
         report["machine"]["threads"] = torch.get_num_threads()
         for seed in options.seeds:
@@ -194,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
             for row in study(models, arms):
                 report["runs"].append(row)
                 print(json.dumps(row), flush=True)
-    print(table(report["runs"]))
+    print(table(report["runs"]), fault_table(report["runs"]), sep="\n\n")
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0

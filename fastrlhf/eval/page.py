@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fastrlhf.config.language import Words
 from fastrlhf.eval.figures import Judged, last_turn
 from fastrlhf.eval.run import Evaluation
 from fastrlhf.eval.table import COUNTING, percent, plus_minus, rows_of, win_rate
@@ -30,6 +31,7 @@ def page_of(evaluation: Evaluation) -> str:
     refuses = f"{refusals} of the replies of {names[0]} are worded as refusals."
     return render(
         "eval.html",
+        t=Words("en", {}),
         title=names[0],
         text_limit=TEXT_LIMIT,
         facts="  ·  ".join(map(str, facts)),
@@ -80,8 +82,8 @@ def _figures(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
 
 
-def _histogram(values: Sequence[float]) -> list[tuple[str, int]]:
-    """Counts in at most BINS bins of the same width, "low..high" each."""
+def _histogram(values: Sequence[float]) -> list[tuple[str, bool, int]]:
+    """Counts in about BINS bins of the same width, "low to high" each; those below 0 in the second colour."""
     low, high = min(values), max(values)
     width = _round_step((high - low) / BINS) if high > low else 1.0
     first = math.floor(low / width)
@@ -89,8 +91,8 @@ def _histogram(values: Sequence[float]) -> list[tuple[str, int]]:
     counts = [0] * count
     for value in values:
         counts[math.floor(value / width) - first] += 1
-    edges = [f"{(first + i) * width:.6g}" for i in range(count + 1)]
-    return [(f"{a}..{b}", n) for a, b, n in zip(edges, edges[1:], counts)]
+    edges = [f"{(first + i) * width:.6g}".replace("-", "\u2212") for i in range(count + 1)]
+    return [(f"{a} to {b}", first + i < 0, n) for i, (a, b, n) in enumerate(zip(edges, edges[1:], counts))]
 
 
 def _round_step(rough: float) -> float:

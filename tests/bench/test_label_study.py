@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from bench.label_study import CROWDS, agreement
+from bench.label_study import CROWDS, agreement, fault_table, table
 from bench.quickstart_data.generate import FAULTS, Cell, good_reply, spoil
 from bench.quickstart_data.people import PEOPLE, judge_all, mended, read
 from fastrlhf.data.dataset import load_feedback
@@ -17,6 +18,7 @@ from fastrlhf.label.workbench import Workbench
 from fastrlhf.quickstart.content import FACETS, shipped
 from fastrlhf.quickstart.judge import Question, parse_prompt, rule
 
+ROOT = Path(__file__).parents[2]
 CELLS = [Cell(language, topic, facet) for language in ("en", "zh") for topic in range(6) for facet in FACETS]
 
 
@@ -70,3 +72,12 @@ def test_people_agree_with_the_rule_more_often_than_not_and_the_blind_do_not(tmp
     assert 0.75 < agreement(given) < 0.92
     blind = load_feedback(judged(tmp_path, "blind"))[0]
     assert 0.4 < agreement(blind) < 0.6 and all(one.kind != "edit" for one in blind)
+
+
+@pytest.mark.parametrize("name", ["docs/label.md", "docs/zh/label.md"])
+def test_the_guide_says_in_both_languages_what_was_measured(name):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "bench/results/label_study.json").read_text())["runs"]
+    assert table(rows) in page and fault_table(rows) in page
+    seeds = sorted({row["seed"] for row in rows})
+    assert f"bench.label_study --seeds {' '.join(map(str, seeds))} --judgements 150" in page
