@@ -220,7 +220,8 @@ def _marked(feedback: Feedback, row: dict, where: str) -> Feedback:
         replies = _replies(row, where, "responses", 1) if "responses" in row else replies[1:]
     unsafe = tuple(reply for reply, mark in zip(replies, marks_of(row, where, len(replies))) if mark)
     seen = tuple(reply for reply in replies if reply not in feedback.responses)
-    feedback = replace(feedback, unsafe=unsafe, seen=seen).lowered(unsafe)
+    if unsafe or seen:
+        feedback = replace(feedback, unsafe=unsafe, seen=seen).lowered(unsafe)
     if feedback.ranking is not None and len(feedback.ranking) == 1:
         raise DroppedRow("rankings that are one tie")
     return feedback

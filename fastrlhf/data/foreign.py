@@ -345,6 +345,7 @@ _UNREADABLE = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ONLY),
 }
 CONTEXT = (*_SYSTEM, "history", *_UNREADABLE)
+_CONTEXT = frozenset(CONTEXT)
 _LEAVE_OUT = "or leave it out with ignore_columns"
 
 
@@ -358,6 +359,8 @@ def with_context(prompt: str | Messages, row: dict, where: str) -> str | Message
 
     Raises BadRow for a column that cannot be used: nothing that was asked is dropped in silence.
     """
+    if _CONTEXT.isdisjoint(row):
+        return prompt
     is_instruction = prompt_format(row) is not None and _formats_of(row)[0].read is _alpaca
     for name, why in _UNREADABLE.items():
         if not is_empty(row.get(name)) and not (name == "context" and is_instruction):

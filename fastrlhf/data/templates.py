@@ -15,13 +15,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from fastrlhf.config import encodings
 from fastrlhf.config.errors import UserError
-from fastrlhf.data.batches import Ids, Rendered, Steps, encode_one
+from fastrlhf.data.batches import Ids, Rendered, Steps, backend_of, encode_one
 from fastrlhf.data.checks import Messages
 from fastrlhf.data.foreign import open_transcript
 from fastrlhf.data.prompt_format import as_asked, controls_of, decide
@@ -73,8 +74,8 @@ _PROBES = {  # a conversation in which a turn of the role stands
     "user": ("user", "assistant"),
     "assistant": ("user", "assistant"),
 }
-_ends_of_turn: WeakKeyDictionary = WeakKeyDictionary()
-_written_by: WeakKeyDictionary = WeakKeyDictionary()
+_known: WeakKeyDictionary = WeakKeyDictionary()
+_TAIL = 256  # characters at the end of a prompt in which its last control token is looked for
 
 
 def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
@@ -156,11 +157,41 @@ def _need_eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
+class _Written(NamedTuple):
+    """What the template writes around a content, from each of its control tokens on and up to each of them, the longest
+    first; and whether its text begins with BOS."""
+
+    heads: tuple[str, ...]
+    tails: tuple[str, ...]
+    begins_with_bos: bool
+
+
 class _End(NamedTuple):
     """What a template writes behind a reply, as text and the id of its last token; None where it is no token."""
 
     text: str | None
     token: int | None
+
+
+class _Known:
+    """What a tokenizer and its template say of every row alike, each read at its first use."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, key: tuple) -> None:
+        self.key = key
+        self.bos: str | None = tokenizer.bos_token
+        self.eos: int | None = tokenizer.eos_token_id
+        self.end: _End | None = None
+        self.written: dict[str, _Written] = {}
+        self.borders: list[str] | None = None
+        self.ids: dict[str, list[int]] = {}  # of texts behind a border
+
+
+def _known_of(tokenizer: PreTrainedTokenizerBase) -> _Known:
+    key = (tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, len(tokenizer))
+    known = _known.get(tokenizer)
+    if known is None or known.key != key:
+        known = _known[tokenizer] = _Known(tokenizer, key)
+    return known
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -169,14 +200,12 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     None where no special token stands there: EOS is appended to a reply then. Raises UserError where the
     template cannot be rendered or does not show the assistant's content.
     """
-    return _end(tokenizer).text
+    return _end(tokenizer, _known_of(tokenizer)).text
 
 
-def _end(tokenizer: PreTrainedTokenizerBase) -> _End:
-    key = (str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
-    cached_key, cached = _ends_of_turn.get(tokenizer, (None, None))
-    if cached_key == key:
-        return cached
+def _end(tokenizer: PreTrainedTokenizerBase, known: _Known) -> _End:
+    if known.end is not None:
+        return known.end
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
     _, shown, tail = render(tokenizer, messages, add_generation_prompt=False).partition(_PROBE)
     if not shown:
@@ -186,25 +215,24 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> _End:
     # The earliest token, the longest of those that begin there.
     ends = sorted((tail.find(token), -len(token)) for token in tokens if token in tail)
     stop = tail[: ends[0][0] - ends[0][1]] if ends else None
-    end = _End(stop, encode_one(tokenizer, _last_token(stop)) if stop else None)
-    _ends_of_turn[tokenizer] = (key, end)
-    return end
+    known.end = _End(stop, encode_one(tokenizer, _last_token(stop)) if stop else None)
+    return known.end
 
 
 def _last_token(text: str) -> Steps[int]:
     return (yield Ids(text))[-1]
 
 
-def _bare(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
+def _bare(tokenizer: PreTrainedTokenizerBase, known: _Known, messages: Messages) -> Messages:
     """The messages without what the template writes at their ends too, control tokens and all: it would stand twice.
     What a tool says stays to the letter."""
-    bare, bos = [], tokenizer.bos_token
+    bare: Messages = []
     for message in messages:
         role, content = message["role"], message["content"]
         if role in _PROBES:
-            written = _written(tokenizer, role)
-            if not bare and bos and written.begins_with_bos:
-                content = content.removeprefix(bos) or content
+            written = known.written.get(role) or _written(tokenizer, known, role)
+            if not bare and known.bos and written.begins_with_bos:
+                content = content.removeprefix(known.bos) or content
             content = _without(content, written.heads, written.tails)
         bare.append({**message, "content": content})
     return bare
@@ -220,28 +248,8 @@ def _without(content: str, heads: tuple[str, ...], tails: tuple[str, ...]) -> st
     return text if text.strip() else content
 
 
-class _Written(NamedTuple):
-    """What the template writes around a content, from each of its control tokens on and up to each of them, the longest
-    first; and whether its text begins with BOS."""
-
-    heads: tuple[str, ...]
-    tails: tuple[str, ...]
-    begins_with_bos: bool
-
-
-def _written(tokenizer: PreTrainedTokenizerBase, role: str) -> _Written:
-    """The same for a role, rendered once for a template."""
-    key = (str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
-    cached_key, known = _written_by.get(tokenizer, (None, {}))
-    if cached_key != key:
-        known = {}
-        _written_by[tokenizer] = (key, known)
-    if role not in known:
-        known[role] = _probed(tokenizer, role)
-    return known[role]
-
-
-def _probed(tokenizer: PreTrainedTokenizerBase, role: str) -> _Written:
+def _written(tokenizer: PreTrainedTokenizerBase, known: _Known, role: str) -> _Written:
+    """What the template writes around what a role says, rendered once for a template."""
     messages = [{"role": turn, "content": _PROBE if turn == role else "a"} for turn in _PROBES[role]]
     head = tail = ""
     with suppress(UserError):  # a role that the template refuses; rendering a conversation with it will say so
@@ -250,9 +258,43 @@ def _probed(tokenizer: PreTrainedTokenizerBase, role: str) -> _Written:
     heads = {head[match.start() :].rstrip() for match in controls.finditer(head)} - {bos}
     tails = {tail[: match.end()].lstrip() for match in controls.finditer(tail)}
     if role == "assistant":
-        tails |= {end for end in (end_of_turn(tokenizer), tokenizer.eos_token) if end}
+        tails |= {end for end in (_end(tokenizer, known).text, tokenizer.eos_token) if end}
     longest_first = (tuple(sorted(texts, key=len, reverse=True)) for texts in (heads, tails))
-    return _Written(*longest_first, bool(bos) and head.startswith(bos))
+    known.written[role] = _Written(*longest_first, bool(bos) and head.startswith(bos))
+    return known.written[role]
+
+
+def _borders(tokenizer: PreTrainedTokenizerBase, known: _Known) -> list[str]:
+    """The tokens of the template's generation prompt that cut a text wherever they stand: what is before one of them
+    has no part in the ids from it on.
+
+    Such are added tokens of a fast tokenizer, which it finds before it does anything else, the leftmost and of those
+    the longest; not those that another may overlap, or whose neighbours decide whether they are found.
+    """
+    if known.borders is None:
+        known.borders = []
+        tail = ""
+        if backend_of(tokenizer) is not None and not tokenizer.split_special_tokens:
+            with suppress(UserError):  # a template that refuses this; rendering a row will say so
+                tail = render(tokenizer, [{"role": "user", "content": _PROBE}], add_generation_prompt=True)
+        added = [token for token in tokenizer.added_tokens_decoder.values() if not token.normalized] if tail else []
+        for token in added:
+            text = token.content
+            others = [other.content for other in added if other.content != text]
+            is_found = text in tail and text == text.strip() and not token.single_word
+            if is_found and not any(map(partial(_hides, text), others)) and not _runs_into(text, text):
+                known.borders.append(text)
+    return known.borders
+
+
+def _hides(text: str, other: str) -> bool:
+    """Whether another token may be found in the place of one."""
+    return text in other or _runs_into(other, text)
+
+
+def _runs_into(first: str, second: str) -> bool:
+    """Whether a part of the first at its end is one of the second at its beginning."""
+    return any(first.endswith(second[:size]) for size in range(1, min(len(first), len(second))))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
@@ -270,7 +312,7 @@ def prompt_steps(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> 
     prompt = as_asked(tokenizer, prompt)
     if isinstance(prompt, str):
         return (yield from _plain(tokenizer, prompt))
-    return (yield Ids((yield Rendered(_bare(tokenizer, prompt), True))))
+    return (yield Ids((yield Rendered(_bare(tokenizer, _known_of(tokenizer), prompt), True))))
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -336,12 +378,13 @@ def replies_steps(
     if isinstance(prompt, str) and open_transcript(prompt) is not None:  # as the replies of transcripts are read
         responses = [response.strip() or response for response in responses]
         responses = [response.removeprefix("Assistant:").lstrip() or response for response in responses]
-    bare = _bare(tokenizer, asked)
+    known = _known_of(tokenizer)
+    bare = _bare(tokenizer, known, asked)
     text = yield Rendered(bare, True)
     prompt_ids = yield Ids(text)
     for response in responses:
-        [reply] = _bare(tokenizer, [{"role": "assistant", "content": response}])
-        replies.append((yield from _turn(tokenizer, text, prompt_ids, bare, reply)))
+        [reply] = _bare(tokenizer, known, [{"role": "assistant", "content": response}])
+        replies.append((yield from _turn(tokenizer, known, text, prompt_ids, bare, reply)))
     return prompt_ids, replies
 
 
@@ -359,21 +402,34 @@ def _behind(prompt_ids: list[int], whole: list[int], reply: str) -> Steps[list[i
     return whole[n:] if whole[:n] == prompt_ids else (yield Ids(reply))
 
 
-def _turn(tokenizer, text: str, prompt_ids: list[int], prompt: Messages, message: dict) -> Steps[list[int]]:
+def _turn(
+    tokenizer: PreTrainedTokenizerBase,
+    known: _Known,
+    text: str,
+    prompt_ids: list[int],
+    prompt: Messages,
+    message: dict[str, Any],
+) -> Steps[list[int]]:
     """A reply to messages whose rendered text and ids are known -> its ids."""
     full = yield Rendered([*prompt, message], False)
-    reply = full[(yield from _span(tokenizer, full, text, prompt, message["content"]))]
-    ids = yield from _behind(prompt_ids, (yield Ids(text + reply)), reply)
-    eos, stop = _need_eos(tokenizer), end_of_turn(tokenizer)
-    complete = reply.endswith(stop) if stop else ids[-1:] == [eos]
-    return ids if complete else [*ids, eos]
+    stop = _end(tokenizer, known).text
+    reply = full[(yield from _span(stop or "", full, text, prompt, message["content"]))]
+    # From the prompt's last control token on: what stands before it has no part in the reply's ids.
+    at = max((text.rfind(border, -_TAIL) for border in _borders(tokenizer, known)), default=-1)
+    head, head_ids = (text, prompt_ids) if at < 0 else (text[at:], known.ids.get(text[at:]))
+    if head_ids is None:
+        head_ids = known.ids[head] = yield Ids(head)
+    ids = yield from _behind(head_ids, (yield Ids(head + reply)), reply)
+    complete = reply.endswith(stop) if stop else ids[-1:] == [known.eos]
+    return ids if complete else [*ids, known.eos]
 
 
-def _span(tokenizer, full: str, head: str, before: Messages, content: str) -> Steps[slice]:
+def _span(stop: str, full: str, head: str, before: Messages, content: str) -> Steps[slice]:
     """The part of full that is the reply to the messages before, whose text is head.
 
-    It begins where the generation prompt ends. A finished turn may not repeat that (say, an empty thinking block):
-    the policy continues the generation prompt, so its reply is then the content and what follows.
+    stop: what ends a turn. The reply begins where the generation prompt ends. A finished turn may not repeat that (say,
+    an empty thinking block): the policy continues the generation prompt, so its reply is then the content and what
+    follows.
     Raises UserError naming the turn.
     """
     repeated = full.startswith(head)
@@ -383,7 +439,6 @@ def _span(tokenizer, full: str, head: str, before: Messages, content: str) -> St
             turn = f"what stands before turn {len(before) + 1} once that turn is there"
             remedy = 'use another chat_template (e.g. "default") or single-turn data'
             raise UserError(f"the chat template rewrites {turn}, so the reply has no fixed place; {remedy}")
-    stop = end_of_turn(tokenizer) or ""
     for suffix in (stop, ""):  # "": a turn that ends differently from a plain reply, as MOSS commands do
         for text in (content, content.strip()):  # templates may strip
             at = full.find(text + suffix, len(head))
@@ -406,17 +461,20 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
 
 def conversation_steps(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Steps[tuple[list[int], list[bool]]]:
     """The steps of encode_conversation."""
-    *prompt, last = _bare(tokenizer, messages)
+    _need_eos(tokenizer)
+    known = _known_of(tokenizer)
+    *prompt, last = _bare(tokenizer, known, messages)
     text = yield Rendered(prompt, True)
     prompt_ids = yield Ids(text)
-    response_ids = yield from _turn(tokenizer, text, prompt_ids, prompt, last)
+    response_ids = yield from _turn(tokenizer, known, text, prompt_ids, prompt, last)
+    stop = _end(tokenizer, known).text or ""
     mask = [False] * len(prompt_ids)
     spoken: dict[int, slice] = {}  # where the assistant's turns stand
     for turn, message in enumerate(prompt):
         if message["role"] == "assistant":
             before = prompt[:turn]
             head = yield Rendered(before, True)
-            spoken[turn] = yield from _span(tokenizer, text, head, before, message["content"])
+            spoken[turn] = yield from _span(stop, text, head, before, message["content"])
     spans = [span for turn, span in spoken.items() if prompt[turn].get("weight") != 0]
     for turn, message in enumerate(prompt):
         if message["role"] == "tool" and message.get("weight") == 1:
@@ -455,7 +513,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Genera
         expected = "expected a token id or a list of them"
         raise UserError(f"generation_config.json: eos_token_id is {configured!r}; {expected}")
     ids.update(ends)
-    end = _end(tokenizer).token if tokenizer.chat_template else None
+    end = _end(tokenizer, _known_of(tokenizer)).token if tokenizer.chat_template else None
     if end is not None:
         ids.add(end)
     return sorted(ids)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig, SupervisedConfig
+from fastrlhf.data.batches import collector_paused
 from fastrlhf.data.dataset import split_heldout
 from fastrlhf.data.encode import Encoded, EncodedPrompt, Encoder, Example, Progress, Record, check_ptx
 from fastrlhf.data.templates import settle_template
@@ -66,6 +67,7 @@ class Prepared:
     said: Sentences
 
 
+@collector_paused()
 def prepare_supervised(
     config: SupervisedConfig,
     *,
@@ -143,6 +145,7 @@ def _split(items: list[Item], config: SupervisedConfig) -> tuple[list[Item], lis
     return train, held_out
 
 
+@collector_paused()
 def prepare_ppo(
     config: PPOConfig,
     *,

@@ -6,13 +6,18 @@ from __future__ import annotations
 import json
 import random
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from fastrlhf import PPOConfig, RewardConfig, SFTConfig
 from fastrlhf.config.errors import UserError
-from fastrlhf.data import rendering
+from fastrlhf.data import rendering, templates
 from fastrlhf.data.batches import encode_many, encode_one
 from fastrlhf.data.checks import DroppedRow
 from fastrlhf.data.dataset import load_prompts
@@ -84,7 +89,7 @@ def test_texts_go_to_the_tokenizer_in_lists():
     """Not one by one: of 50 pairs the prompts are one list, and so is each of the replies."""
     calls = []
 
-    class Watched(type(tiny.tokenizer())):
+    class Watched(Called):
         def __call__(self, text, **how):
             calls.append(len(text))
             return super().__call__(text, **how)
@@ -96,6 +101,100 @@ def test_texts_go_to_the_tokenizer_in_lists():
     pairs = [{"prompt": tiny.chat(f"the {n}"), "chosen": "yes", "rejected": "no"} for n in range(50)]
     assert len(Encoder(RewardConfig(), tokenizer).records(pairs, "data").items) == 50
     assert calls == [50, 50, 50]
+
+
+class Called(PreTrainedTokenizerFast):
+    """A tokenizer with a call of its own: of what that does with a text nothing is known, so texts are given whole."""
+
+    def __call__(self, text, **how):
+        return super().__call__(text, **how)
+
+
+ADDED = ["<|u|>", "<|a|>", "<|b|>", "<|a|><|b|>", "|><|", "word", "<e>"]
+PARTS = st.sampled_from([*ADDED, "<|", "|>", "the", "cat", " ", "\n", "a", "Ö", "今"])
+
+
+@st.composite
+def added_tokens(draw):
+    flags = st.fixed_dictionaries({name: st.booleans() for name in ("lstrip", "rstrip", "single_word", "normalized")})
+    return [AddedToken(text, **draw(flags)) for text in draw(st.lists(st.sampled_from(ADDED), unique=True))]
+
+
+@pytest.mark.parametrize("scheme", ["bytes", "first", "always"])
+@given(added=added_tokens(), prompt=st.lists(PARTS, min_size=1), reply=st.lists(PARTS, min_size=1))
+@settings(max_examples=40, deadline=None)
+def test_a_reply_behind_a_control_token_has_the_ids_that_it_has_behind_the_whole_prompt(scheme, added, prompt, reply):
+    """Whatever tokens overlap or take blanks with them, and however words that begin a text are written."""
+    said = "{% if m.role == 'user' %}<|u|>{{ m.content }}{% else %}<|a|>{{ m.content }}<e>{% endif %}"
+    template = f"{{% for m in messages %}}{said}{{% endfor %}}{{% if add_generation_prompt %}}<|a|>{{% endif %}}"
+    tokenizer = cases.tokenizer(template=template)
+    backend = tokenizer.backend_tokenizer
+    if scheme != "bytes":
+        backend.normalizer = normalizers.Lowercase()
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.add_tokens(added)
+    messages, reply = tiny.chat("".join(prompt)), "".join(reply)
+    try:
+        ids = encode_response(tokenizer, messages, reply)
+    except UserError:
+        ids = None
+    tokenizer.__class__ = Called
+    with suppress(UserError):
+        assert encode_response(tokenizer, messages, reply) == ids
+
+
+@pytest.mark.parametrize(
+    ("added", "borders"),
+    [
+        ({"<|a|>": {}}, ["<|a|>"]),
+        ({"<|a|>": {"lstrip": True, "rstrip": True}}, ["<|a|>"]),
+        ({}, []),
+        ({"<|a|>": {"single_word": True}}, []),
+        ({"<|a|>": {"normalized": True}}, []),
+        ({"<|a|>": {}, "<|a|><|b|>": {}}, []),  # a reply that begins with <|b|> would take it
+        ({"<|a|>": {}, "x<|": {}}, []),  # and so would a prompt that ends with x
+        ({"<|a|>": {}, "|>x": {}}, ["<|a|>"]),
+    ],
+)
+def test_which_tokens_cut_a_text_wherever_they_stand(added, borders):
+    tokenizer = cases.tokenizer(template="{% for m in messages %}{{ m.content }}<|a|>{% endfor %}")
+    tokenizer.add_tokens([AddedToken(text, **({"normalized": False} | flags)) for text, flags in added.items()])
+    assert templates._borders(tokenizer, templates._known_of(tokenizer)) == borders
+
+
+def test_a_tokenizer_with_a_call_of_its_own_is_called():
+    class Own(Called):
+        def __call__(self, text, **how):
+            return super().__call__([part.upper() for part in text], **how)
+
+    tokenizer = tiny.tokenizer()
+    plain = encode_prompt(tokenizer, "THE CAT")
+    tokenizer.__class__ = Own
+    assert encode_prompt(tokenizer, "the cat") == plain
+
+
+def test_a_tokenizer_that_was_set_to_cut_and_pad_gives_every_token():
+    tokenizer = tiny.tokenizer()
+    ids = encode_prompt(tokenizer, "the cat sat")
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    assert encode_prompt(tokenizer, "the cat sat") == ids
+
+
+def test_a_text_that_many_rows_ask_for_is_given_to_the_tokenizer_once():
+    given: list[str] = []
+
+    class Watched(Called):
+        def __call__(self, text, **how):
+            given.extend(text)
+            return super().__call__(text, **how)
+
+    tokenizer = encoder("chat", RewardConfig).tokenizer
+    tokenizer.__class__ = Watched
+    pairs = [{"prompt": tiny.chat("the cat"), "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(5)]
+    assert len(Encoder(RewardConfig(), tokenizer).records(pairs, "data").items) == 5
+    prompts = [text for text in given if "the cat" in text and "yes" not in text and "no" not in text]
+    assert len(prompts) == 1
 
 
 def test_a_slow_template_is_found_out_and_does_not_hold_up_every_row(monkeypatch):
