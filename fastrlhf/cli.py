@@ -175,7 +175,11 @@ def _resume(verb: str, arguments: list[str]) -> int:
     as_before = ["resume=true", "overwrite=false", f"output_dir={args.run_dir}"]
     if stage == "quickstart":
         return _load("quickstart").main(as_before + _accepted(args))
-    inputs, config = recipe.load_recipe(stage, f"{args.run_dir}/config.yaml", as_before + _accepted(args))
+    recipe_file = f"{args.run_dir}/config.yaml"
+    if not os.path.isfile(recipe_file):
+        remedy = "put it back, or resume from Python: the same trainer with resume=True"
+        raise UserError(f"{recipe_file} is missing, which says what the run was started with; {remedy}")
+    inputs, config = recipe.load_recipe(stage, recipe_file, as_before + _accepted(args))
     recipe.check_paths(stage, inputs, config)
     return _load(STAGES[stage]).main(inputs, config)
 
@@ -190,15 +194,14 @@ def _generate(verb: str, arguments: list[str]) -> int:
     rows = _asked(parser, args, "--prompt")
     inference = _load("inference")
     options = {name: getattr(args, name) for name in _SAMPLING}
-    replies = inference.generate(args.model, [row.prompt for row in rows], **options)
-    asked = [row for row in rows for _ in range(args.n)]
+    sampled = inference.sample(args.model, [row.prompt for row in rows], at_once=_SHOWN_AT_ONCE, **options)
+    replies = ((row, reply.text) for row, several in zip(rows, sampled) for reply in several)
     if args.output is not None:
-        written = [{**row.columns, "prompt": row.prompt, "response": r} for row, r in zip(asked, replies)]
-        return _write(args.output, written)
+        return _write(args.output, [{**row.columns, "prompt": row.prompt, "response": r} for row, r in replies])
     from fastrlhf.runtime.console import redact
 
-    for row, reply in zip(asked, replies):
-        if len(replies) > 1:
+    for row, reply in replies:
+        if len(rows) * args.n > 1:
             text = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
             print(f"--- {redact(_shown(text))}")
         print(_shown(reply), flush=True)
@@ -240,6 +243,7 @@ def _scored(row: Prompt, response: str, score: float) -> dict[str, Any]:
     return {**columns, "prompt": row.prompt, "response": response, "score": score}
 
 
+_SHOWN_AT_ONCE = 32  # prompts whose replies are sampled together and printed before the next
 _SAMPLING = ("n", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "raw")  # arguments of inference.sample
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 STDIN = "-"
 REPLIES_AT_ONCE = 64  # between two looks at the clock
 PROGRESS_S = 2.0
+MOST_SAMPLES = 1024  # replies to a prompt: they are decoded together
 
 
 class Reply(NamedTuple):
@@ -51,20 +52,13 @@ class Reply(NamedTuple):
     finished: bool
 
 
-def generate(source: str, prompts: Sequence[str | Messages], *, raw: bool = False, **sampling: float) -> list[str]:
-    """Replies in the order of the prompts, n to each; sampling: the fields of SamplingParams.
-
-    UserError for a reward model, for settings that cannot be and for prompts that are empty or too long for the model.
-    """
-    return [reply.text for replies in sample(source, prompts, raw=raw, **sampling) for reply in replies]
-
-
 def check_sampling(
     source: str, prompts: Sequence[str | Messages], *, role: str = "FOLDER", raw: bool = False, **sampling: float
 ) -> None:
     """UserError for what `sample` would refuse, before any weights are loaded: whoever samples from two models tells of
     both first. role: how an error calls the model."""
     _check_writes(source, role)
+    _check_samples(**sampling)
     try:
         params = SamplingParams(stop_token_ids=[], **sampling)
     except ValueError as error:
@@ -87,12 +81,22 @@ def _check_writes(source: str, role: str) -> None:
         )
 
 
+def _check_samples(*, n: int = 1, **_: float) -> None:
+    if n > MOST_SAMPLES:
+        raise UserError(f"--samples: {n} replies to a prompt; at most {MOST_SAMPLES}, more of them with another --seed")
+
+
 def sample(
     source: str, prompts: Sequence[str | Messages], *, raw: bool = False, at_once: int | None = None, **sampling: float
 ) -> Iterator[list[Reply]]:
     """Yield the replies to each prompt in turn, decoded `at_once` prompts together (None: all), which changes none of
-    them. UserError as in `generate`, before the first reply."""
+    them; sampling: the fields of SamplingParams.
+
+    UserError, before the first reply, for a reward model, for settings that cannot be and for prompts that are empty or
+    too long for the model.
+    """
     _check_writes(source, "FOLDER")
+    _check_samples(**sampling)
     try:
         params = SamplingParams(**sampling)
         tokenizer = reading_tokenizer(source, raw)

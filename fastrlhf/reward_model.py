@@ -157,9 +157,9 @@ class RewardTrainer(SupervisedTrainer):
         if margins:
             metrics["accuracy/eval"] = sum(m > 0 for m in margins) / len(margins)
             metrics["margin/eval"] = sum(margins) / len(margins)
-            bins = margin_histogram(margins)
-            text = ", ".join(f"{name}: {count}" for name, count in bins.items())
-            self.tracker.event("margins", f"held-out margins (better - worse): {text}", histogram=bins)
+            wrong = sum(m <= 0 for m in margins)
+            message = f"held-out pairs: {wrong} of {len(margins)} ranked the wrong way round or not at all"
+            self.tracker.event("margins", message, quiet=True, histogram=margin_histogram(margins))
         given = [(float(v), target) for s, f in both if f.kind == "score" for v, target in zip(s, f.scores)]
         if len({target for _, target in given}) > 1:
             metrics["correlation/eval"] = float(torch.corrcoef(torch.tensor(given, dtype=torch.float64).T)[0, 1])

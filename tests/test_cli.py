@@ -93,6 +93,17 @@ def test_generate_prints_the_reply_and_nothing_else(trained, run):
     assert code == 0 and [line for line in out.split("\n") if line.startswith("--- ")] == ["--- a"] * 2 + ["--- b"] * 2
 
 
+def test_more_samples_than_can_be_made_together_are_refused(trained, run):
+    code, _, err = run("generate", trained / "ppo/final", "--prompt", "a", "--samples", "1000000000")
+    assert code == 2 and "--samples: 1000000000 replies to a prompt; at most 1024, more of them with another" in err
+
+
+def test_resume_without_config_yaml_says_that_it_is_missing(tmp_path, run):
+    (tmp_path / "run.json").write_text('{"verb": "sft"}')
+    code, _, err = run("resume", tmp_path)
+    assert code == 2 and f"{tmp_path}/config.yaml is missing, which says what the run was started with" in err
+
+
 def test_score_prints_one_number_a_pair(trained, run):
     pairs = ("--prompt", "the cat", "--response", "yes", "--prompt", "the cat", "--response", "the answer is no")
     code, out, _ = run("score", trained / "rm/final", *pairs)

@@ -108,6 +108,17 @@ def test_a_checkpoint_without_what_every_run_writes_is_one_sentence(tmp_path: Pa
         build("sft", output_dir=str(tmp_path), resume=True)
 
 
+def test_a_small_file_that_unpacks_to_blank_lines_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'{"text": "good"}\n' + b"\n" * limits.BLANK_BYTES + b'{"text": "good"}\n')
+    assert len(list(read_rows(str(path)))) == 2
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'{"text": "good"}\n' + b" \n" * limits.BLANK_BYTES)
+    with pytest.raises(UserError, match=r"rows.jsonl.gz:\d+: more than 1 MiB of blank lines; remove them"):
+        list(read_rows(str(path)))
+
+
 def test_a_small_file_that_unpacks_to_a_huge_row_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:

@@ -2,7 +2,12 @@
 
 It is a lock of the system (flock) on the file `.lock` (of a file: `.NAME.lock`), whose text is "PID HOST". It is free
 when the process is gone, however that ended; the file alone means nothing. A process may take the folder again that it
-holds already (a notebook that builds its trainer anew). Where the file system knows no locks, it is used without one.
+holds already (a notebook that builds its trainer anew).
+
+Where the file system knows no locks (some of NFS, FUSE, object stores) the text alone tells: "PID HOST START", with the
+time at which the process began. A process of this machine that lives and began then has the folder; one that is gone,
+or whose number another has now, has not. Of a process on another machine nothing can be known: its lock holds until
+someone removes the file.
 """
 
 from __future__ import annotations
@@ -52,16 +57,17 @@ def acquire(target: Path) -> None:
         except (BlockingIOError, PermissionError) as error:
             os.close(descriptor)
             raise UserError(_in_use(target)) from error
-        except OSError:  # a file system without locks
-            os.close(descriptor)
-            return
+        except OSError as error:  # a file system without locks
+            if _is_taken(path):
+                os.close(descriptor)
+                raise UserError(_in_use(target, by_text=True)) from error
         if _is(descriptor, path):
             break
         os.close(descriptor)  # its owner removed it between our two calls
     _held[name] = descriptor
     with suppress(OSError):  # a full disk: the next one is told less
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
+        os.write(descriptor, f"{os.getpid()} {socket.gethostname()} {_began(os.getpid())}\n".encode())
 
 
 def moved(before: Path, after: Path) -> None:
@@ -93,8 +99,10 @@ def check_free(folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if isinstance(error, (BlockingIOError, PermissionError)):  # else: a file system without locks
+        if isinstance(error, (BlockingIOError, PermissionError)):
             raise UserError(_in_use(folder)) from error
+        if _is_taken(folder / LOCK):  # a file system without locks
+            raise UserError(_in_use(folder, by_text=True)) from error
     finally:
         os.close(descriptor)
 
@@ -108,11 +116,45 @@ def _is(descriptor: int, path: Path) -> bool:
     return os.path.samestat(there, os.fstat(descriptor))
 
 
-def _in_use(target: Path) -> str:
+def _holder(path: Path) -> tuple[int, str, str] | None:
+    """The process in a lock's text: its number, its host, when it began; None where it says nothing."""
     try:
-        pid, host = _path(target).read_text(encoding="utf-8").split()
-        who = f"process {int(pid)} on {host}"
+        pid, host, *began = path.read_text(encoding="utf-8").split()
+        return int(pid), host, began[0] if began else ""
     except (OSError, ValueError):
-        who = "another process"
+        return None
+
+
+def _began(pid: int) -> str:
+    """When a process of this machine began, in clock ticks since boot; "-" on systems that do not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return "-"
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether the process in a lock's text has it, where the file system does not say."""
+    holder = _holder(path)
+    if holder is None or holder[0] == os.getpid():
+        return False
+    pid, host, began = holder
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return began in ("", "-") or began == _began(pid)
+
+
+def _in_use(target: Path, *, by_text: bool = False) -> str:
+    holder = _holder(_path(target))
+    who = "another process" if holder is None else f"process {holder[0]} on {holder[1]}"
+    if by_text:
+        gone = f"if that process is gone, remove {str(_path(target))!r}"
+        return f"output_dir: {str(target)!r} is in use by {who}, says its lock; {gone}"
     option, kind = ("output_dir", "folder") if target.is_dir() else ("--output", "file")
     return f"{option}: {str(target)!r} is in use by {who}; wait for it, stop it, or name another {kind}"

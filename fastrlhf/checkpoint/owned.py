@@ -20,9 +20,10 @@ STAGE_FOLDERS = ("sft", "reward", "ppo")
 MODEL_FOLDERS = ("base", "best", "final", "adapter")
 RUN_FILES = {"config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "timings.jsonl", "log.txt"}
 RUN_FILES |= {"report.html", ".report.html.partial", "verdict.json", "heldout.jsonl", LOCK}
-RUN_FILES |= {f".tmp-{name}" for name in ("config.yaml", "run.json")}
+RUN_FILES |= {f".tmp-{name}" for name in ("config.yaml", "run.json")} | {".mode"}
 # What libraries write beside weights: for folders of older versions and damaged ones, which list nothing.
 MODEL_FILE = re.compile(r".*\.(safetensors|json|jinja|txt|model|py)|\.mode")
+_EVENTS = re.compile(r"events\.out\.tfevents\.")
 CHECKPOINT = re.compile(r"(\.(tmp|old)-.*)?step-\d{6,}(-\d+)?")
 
 
@@ -61,16 +62,24 @@ def _foreign(run: Path) -> Iterator[Path]:
         if path.is_symlink() or not path.is_dir():
             if path.is_symlink() or name not in RUN_FILES:
                 yield path
-        elif name in STAGE_FOLDERS:
+        elif name in STAGE_FOLDERS and _has_stages(run):
             yield from _foreign(path)
         elif name == "checkpoints":
             yield from _foreign_checkpoints(path)
         elif name == "tensorboard":
-            yield from (file for file in _entries(path) if not file.name.startswith("events.out.tfevents"))
+            yield from (file for file in _entries(path) if file.is_symlink() or not _EVENTS.match(file.name))
         elif name in MODEL_FOLDERS or (path / LIST).is_file() or name.startswith((".tmp-", ".old-")):
             yield from _others(path, _listed(path / LIST), LIST)
         else:
             yield next(_entries(path), path)
+
+
+def _has_stages(run: Path) -> bool:
+    """Whether a run is a quickstart's; in the folder of another, sft/ is a run of its own that somebody put there."""
+    try:
+        return json.loads((run / "run.json").read_text(encoding="utf-8"))["verb"] == "quickstart"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _foreign_checkpoints(folder: Path) -> Iterator[Path]:

@@ -140,25 +140,27 @@ class RunFolder:
 
     def _describe(self) -> None:
         """Write config.yaml and run.json, both or neither: a run killed here can be started again."""
-        fresh = self.path.absolute().with_name(f".tmp-{self.path.absolute().name}")
-        shutil.rmtree(fresh, ignore_errors=True)
-        write_run_json(
-            fresh,
-            verb=self.config.stage,
-            inputs=self._named_inputs(),
-            from_python=sorted(name for name, value in self.inputs.items() if not is_plain(value)),
-            seed=self.config.seed,
-        )
-        self.write_recipe(fresh)
-        settle(fresh)
-        if self.path.exists():
-            for name in ("config.yaml", "run.json"):
-                os.replace(fresh / name, self.path / name)
-            fresh.rmdir()
-        else:
-            lock.acquire(fresh)  # before anybody can see it under its name
-            os.rename(fresh, self.path)
-            lock.moved(fresh, self.path)
+        fresh = _beside(self.path.absolute())
+        try:
+            write_run_json(
+                fresh,
+                verb=self.config.stage,
+                inputs=self._named_inputs(),
+                from_python=sorted(name for name, value in self.inputs.items() if not is_plain(value)),
+                seed=self.config.seed,
+            )
+            self.write_recipe(fresh)
+            settle(fresh)
+            if self.path.exists():
+                for name in ("config.yaml", "run.json"):
+                    os.replace(fresh / name, self.path / name)
+                lock.release(fresh)
+                fresh.rmdir()
+            else:
+                os.rename(fresh, self.path)
+                lock.moved(fresh, self.path)
+        finally:
+            lock.release(fresh)
 
     def _named_inputs(self) -> dict[str, Any]:
         kinds = INPUTS[self.config.stage]
@@ -171,6 +173,21 @@ def check_output_dir(config: StageConfig) -> None:
     if config.output_dir:
         folder = Path(config.output_dir)
         check_folder(folder, overwrite=config.overwrite, resume=config.resume, verb=config.stage)
+
+
+def _beside(path: Path) -> Path:
+    """An empty folder beside a run folder, locked before anybody can see it under the run's name. What a start that was
+    killed left there goes. UserError where it is in use, or holds anything else."""
+    fresh = path.with_name(f".tmp-{path.name}")
+    fresh.mkdir(parents=True, exist_ok=True)
+    other = owned.foreign(fresh)
+    if fresh.is_symlink() or other is not None:
+        raise UserError(f"output_dir: {str(other or fresh)!r} was not written by a run; move it away")
+    lock.acquire(fresh)
+    for file in fresh.iterdir():
+        if file.name != lock.LOCK:
+            file.unlink()
+    return fresh
 
 
 def check_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | None = None) -> None:
@@ -203,6 +220,7 @@ def check_folder(folder: Path, *, overwrite: bool, resume: bool, verb: str | Non
         )
     if "run.json" not in names:
         raise UserError(f"output_dir: {str(folder)!r} holds files that no run wrote; empty it by hand")
+    _run_json(folder)  # of ours, or of another tool: then whose the other files are cannot be told
     for stage in owned.STAGE_FOLDERS:  # of a quickstart
         lock.check_free(folder / stage)
     other = owned.foreign(folder)

@@ -66,7 +66,7 @@ class StageConfig(BaseModel):
     max_samples: int | None = Field(None, ge=1)
     """read only the first so many rows of each input of rows, the held-out ones too; none: all"""
     allow_drop: float = Field(0.5, ge=0, le=1)
-    """share of the rows of a source that may be left out before the run stops; true: all"""
+    """share of the rows of a source that may be left out before the run stops; true: all, false: none"""
     skip_bad_rows: bool = False
     """drop and count malformed data rows instead of stopping at the first one"""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -131,8 +131,8 @@ class StageConfig(BaseModel):
     @field_validator("allow_drop", mode="before")
     @classmethod
     def _share(cls, value: Any) -> Any:
-        """true allows everything, false asks for the default."""
-        words = {"true": 1.0, "false": cls.model_fields["allow_drop"].default}
+        """true allows everything, false nothing."""
+        words = {"true": 1.0, "false": 0.0}
         return words.get(str(value).lower(), value)
 
     @field_validator("lora")

@@ -18,6 +18,7 @@ AGAIN_SECONDS = 0.5  # jinja swallows what is raised while it folds constants
 TEMPLATE_BYTES = 512 << 20  # of memory, beside what the process has
 TEMPLATE_CHARS = 1 << 20  # that it may add to four times the content
 ROW_BYTES = 64 << 20  # of a line of a packed .jsonl file, unpacked
+BLANK_BYTES = 1 << 20  # of blank lines in a row of such a file
 FILE_BYTES = 1 << 30  # of a packed .json file, unpacked
 
 
@@ -72,10 +73,14 @@ def memory_limit(size: int) -> Iterator[None]:
 
 
 def bounded_lines(file: IO[bytes], name: str, limit: int = ROW_BYTES) -> Iterator[bytes]:
-    """The lines of a packed file. UserError for one above `limit` bytes: a few kilobytes may unpack to gigabytes."""
-    number = 0
+    """The lines of a packed file. UserError for one above `limit` bytes, and for blank ones of BLANK_BYTES together: a
+    few kilobytes may unpack to gigabytes."""
+    number = blank = 0
     while line := file.readline(limit + 1):
         number += 1
+        blank = 0 if line.strip() else blank + len(line)
+        if blank > BLANK_BYTES:
+            raise UserError(f"{name}:{number}: more than {BLANK_BYTES >> 20} MiB of blank lines; remove them")
         if len(line) > limit:
             raise UserError(f"{name}:{number}: the row unpacks to more than {limit >> 20} MiB, the most for a row")
         yield line

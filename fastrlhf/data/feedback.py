@@ -180,6 +180,7 @@ def parse_feedback(row: Any, where: str, score_range: tuple[float, float] = (1.0
     Raises BadRow (where, field, what was expected) and DroppedRow (the row holds no preference).
     """
     row = as_pair(_standing(_record(row, where)), where)
+    _check_weights(row, where)
     if "edited" in row:
         return _marked(_edit(row, where), row, where)
     if "chosen" in row or "rejected" in row:
@@ -196,6 +197,17 @@ def parse_feedback(row: Any, where: str, score_range: tuple[float, float] = (1.0
     judgements = ("chosen", "rejected", "ranking", "scores", "score", "edited", "label")
     likely = "ranking" if "responses" in row else "score" if "response" in row else "chosen"
     raise missing(where, next((name for name in judgements if meant(name, row)), likely), row, expected)
+
+
+_WEIGHTS = ("weight", "loss_weight", "sample_weight", "loss_mask", "mask")
+
+
+def _check_weights(row: dict, where: str) -> None:
+    """Raise BadRow where a column says that a row counts more or less than others, or in part: all count alike."""
+    name = next((name for name in _WEIGHTS if name in row and row[name] not in (1, "1", "", [])), None)
+    if name is not None:
+        remedy = "remove the rows that should not count, or leave the column out with ignore_columns"
+        raise BadRow(where, f'field "{name}" is {show(row[name])}, but every row counts alike; {remedy}')
 
 
 def judgement_id(row: Any) -> str | None:
@@ -388,6 +400,7 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
     or scores raise BadRow: which of their replies are good enough to imitate is not said.
     """
     row = as_pair(_standing(_record({"text": row} if isinstance(row, str) else row, where)), where)
+    _check_weights(row, where)
     if format == "text" or ("text" in row and prompt_format(row) is None):
         if format != "text":
             _check_plain(row, where)

@@ -337,9 +337,10 @@ _SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "d
 _TOOLS = "tool descriptions are not supported; put them into a system message"
 _EARLIER = "earlier turns are read from history: [[human, reply], ...], or from messages"
 _TEXT_ONLY = "only text is supported"
+_OF_INSTRUCTIONS = ("context", "input")
 _UNREADABLE = {
     **dict.fromkeys(("tools", "functions"), _TOOLS),
-    "context": "it is part of an instruction's text only; put it into the prompt",
+    **dict.fromkeys(_OF_INSTRUCTIONS, "it is part of an instruction's text only; put it into the prompt"),
     "documents": "put them into the prompt",
     **dict.fromkeys(("chat_history", "conversation_history"), _EARLIER),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ONLY),
@@ -363,7 +364,7 @@ def with_context(prompt: str | Messages, row: dict, where: str) -> str | Message
         return prompt
     is_instruction = prompt_format(row) is not None and _formats_of(row)[0].read is _alpaca
     for name, why in _UNREADABLE.items():
-        if not is_empty(row.get(name)) and not (name == "context" and is_instruction):
+        if not is_empty(row.get(name)) and not (name in _OF_INSTRUCTIONS and is_instruction):
             raise BadRow(where, f'field "{name}": {why}, {_LEAVE_OUT}')
     turns = [] if is_empty(row.get("history")) else _history(row["history"], where)
     systems = {name: text_of(row[name], where, name) for name in _SYSTEM if not is_empty(row.get(name))}

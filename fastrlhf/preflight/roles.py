@@ -24,7 +24,8 @@ from fastrlhf.preflight.disk import Trained, trained_bytes
 from fastrlhf.preflight.fits import check_ids, check_limit, positions_of, vocabulary_of
 from fastrlhf.rl.functions import UserFunction
 from fastrlhf.rl.scorers import Part, reward_tokenizer
-from fastrlhf.rollout.engine import position_limits, unsupported
+from fastrlhf.rollout.engine import position_limits
+from fastrlhf.rollout.parity import unsupported
 
 PROBE_REPLY = "fastrlhf-probe"  # in place of the replies to come
 

@@ -44,7 +44,7 @@ def describe_rows(encoded: Encoded, longest_too: str = "") -> list[str]:
 def check_dropped(encoded: Encoded, config: StageConfig) -> str | None:
     """A warning where many rows of a source were left out, else None. UserError above `allow_drop`."""
     share, counts = encoded.dropped, encoded.counts
-    if share <= WARN_ABOVE:
+    if share <= min(WARN_ABOVE, config.allow_drop):
         return None
     why = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common())
     problem = f"{encoded.role}: {share:.0%} of the rows are left out: {why}"
@@ -52,4 +52,4 @@ def check_dropped(encoded: Encoded, config: StageConfig) -> str | None:
         first = f" (the first: {counts.malformed[0]})" if counts.malformed else ""
         remedy = f"mend the rows or the limits, or allow it with allow_drop={min(1.0, -(-share * 100 // 1) / 100):g}"
         raise UserError(f"{problem}{first}; {remedy} (now {config.allow_drop:g})")
-    return problem
+    return problem if share > WARN_ABOVE else None

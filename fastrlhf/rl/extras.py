@@ -33,20 +33,13 @@ class PretrainingMix:
         self.examples, self.coef, self.rows = examples, config.ptx_coef, config.mini_batch_size
         self.sampler = Sampler(len(examples), config.seed)
 
-    def backward(self, model: PreTrainedModel, budget: int) -> Tensor:
-        """Add the gradients of the next rows -> their mean loss, nats a target token, without ptx_coef; of this rank's
-        rows, so that the ranks' sum is the whole. budget: tokens of a micro-batch.
+    def draw(self) -> list[Example]:
+        """The rows of the next optimizer step."""
+        return [self.examples[i] for i in self.sampler.take(self.rows)]
 
-        Where memory runs out the same rows are drawn again at the next call.
-        """
-        before = self.sampler.state()
-        try:
-            return self._backward(model, budget, [self.examples[i] for i in self.sampler.take(self.rows)])
-        except RuntimeError:  # of which running out of memory is one
-            self.sampler.load_state(before)
-            raise
-
-    def _backward(self, model: PreTrainedModel, budget: int, examples: list[Example]) -> Tensor:
+    def backward(self, model: PreTrainedModel, budget: int, examples: list[Example]) -> Tensor:
+        """Add the gradients of these rows -> their mean loss, nats a target token, without ptx_coef; of this rank's
+        rows, so that the ranks' sum is the whole. budget: tokens of a micro-batch."""
         targets, total = target_count(examples), torch.zeros((), device=model.device)
         mine = [examples[i] for i in assign_rows([len(e.ids) for e in examples])]
         for group in micro_batches([len(e.ids) for e in mine], budget):

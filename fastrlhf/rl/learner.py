@@ -146,14 +146,13 @@ class Learner:
 
         left_out: rows that are not finite; those that are found here join them.
         """
-        mix = self.ptx if policy else None
-        rows_of_mix = None if mix is None else mix.state()
 
-        def work(kept: MiniBatch) -> Gradients:
-            if mix is not None:  # each try is of the same rows
-                mix.load_state(rows_of_mix)
+        def work(kept: list[int | Example]) -> Gradients:
+            mine = [row for row in kept if isinstance(row, int)]
+            mixed = [row for row in kept if isinstance(row, Example)]
             gradients = self.memory.attempt(
-                lambda: self.accumulate(rows, experience, kept, policy=policy, critic=critic), undo=self.drop_gradients
+                lambda: self.accumulate(rows, experience, mine, mixed, policy=policy, critic=critic),
+                undo=self.drop_gradients,
             )
             distributed.all_reduce_sum(*gradients.sums())
             return gradients
@@ -166,8 +165,14 @@ class Learner:
         wanted = [row for row in mini_batch if row not in left_out]
         if not wanted:
             return Gradients()
-        kept, gradients, norms, cause = self.guard.gradients(wanted, work, roles, lambda row: [rows.whole(row)])
-        left_out |= set(wanted) - set(kept)
+        kept, gradients, norms, cause = self.guard.gradients(
+            wanted,
+            work,
+            roles,
+            lambda row: row.rows if isinstance(row, Example) else [rows.whole(row)],
+            beside=self.ptx.draw() if policy and self.ptx is not None else (),
+        )
+        left_out |= set(wanted) - {row for row in kept if isinstance(row, int)}
         if policy:
             result = self._step_policy(gradients.policy.tolist(), norms["policy"], stats)
             self.guard.record("policy", result.applied, cause)
@@ -179,20 +184,28 @@ class Learner:
         return gradients
 
     def accumulate(
-        self, rows: TokenRows, experience: ValueExperience, mini_batch: MiniBatch, *, policy: bool, critic: bool
+        self,
+        rows: TokenRows,
+        experience: ValueExperience,
+        mini_batch: MiniBatch,
+        mixed: list[Example],
+        *,
+        policy: bool,
+        critic: bool,
     ) -> Gradients:
-        """Add the gradients of a mini-batch, micro-batch by micro-batch, to those that are there.
+        """Add the gradients of a mini-batch, micro-batch by micro-batch, to those that are there, and those of rows of
+        the pretraining mix.
 
         policy needs an `Experience`; the critic alone a `ValueExperience`.
         """
         config, result = self.config, Gradients()
         normalizer = normalizer_of(experience.response_mask, mini_batch)
         if policy:
-            weights = token_weights(experience, mini_batch, config)
+            weights = token_weights(experience, mini_batch, config) if mini_batch else None
             result.policy = torch.zeros(len(POLICY_STATS) + 1, device=self.device)
         if critic:
             result.critic = torch.zeros(len(VALUE_STATS) + 1, device=self.device)
-        for group in rows.micro_batches(mini_batch, self.memory.tokens):
+        for group in rows.micro_batches(mini_batch, self.memory.tokens) if mini_batch else ():
             batch, losses = rows.batch(group, self.device), []
             with nullcontext() if policy else self.critic.active():
                 hidden = self._hidden(batch, policy)
@@ -208,8 +221,8 @@ class Learner:
                     losses.append(config.vf_coef * loss)
                     result.critic += torch.stack([loss.detach(), *(info[name].to(loss) for name in VALUE_STATS)])
                 sum(losses).backward()
-        if policy and self.ptx is not None:
-            result.ptx = self.ptx.backward(self.policy, self.memory.tokens)
+        if mixed:
+            result.ptx = self.ptx.backward(self.policy, self.memory.tokens, mixed)
         return result
 
     def _hidden(self, batch: TokenBatch, policy: bool) -> Tensor:

@@ -251,13 +251,6 @@ class RolloutEngine:
                 )
 
 
-def unsupported(model: PreTrainedModel) -> str | None:
-    """Why a model cannot generate here, as far as its configuration tells; `check` looks at its weights."""
-    if model.config.get_text_config().is_encoder_decoder:
-        return f"generation does not support {type(model).__name__}: it has an encoder"
-    return None
-
-
 def position_limits(model: PreTrainedModel) -> float:
     """Tokens of the longest sequence that can be generated; inf where the model sets no end."""
     return min(_position_limits(model.config.get_text_config()))

@@ -87,6 +87,9 @@ def digest(model: PreTrainedModel) -> str:
 def find_parity(model: PreTrainedModel, positions: int) -> Parity:
     """Try the model, which is in evaluation mode and takes no gradients here, with sequences of up to `positions`
     tokens. UserError, with the numbers, for one that generates otherwise than it trains."""
+    problem = unsupported(model)
+    if problem is not None:
+        raise UserError(f"policy: {problem}; use another model")
     name, reasons = type(model).__name__, []
     for cached in (True, False):
         reason = _unfit(model) if cached else ""
@@ -101,12 +104,17 @@ def find_parity(model: PreTrainedModel, positions: int) -> Parity:
     )
 
 
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why a model cannot generate here, as far as its configuration tells; `check` looks at its weights."""
+    if model.config.get_text_config().is_encoder_decoder:
+        return f"generation does not support {type(model).__name__}: it has an encoder"
+    return None
+
+
 def _unfit(model: PreTrainedModel) -> str:
     """Why no cache of keys and values is tried."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if config.is_encoder_decoder:
-        kinds.add("an encoder")
     return f"it has {', '.join(sorted(kinds))}, which a cache of keys and values does not serve" if kinds else ""
 
 

@@ -176,6 +176,8 @@ class Console:
         """Take the figures of a finished step, which took `seconds`; print its line if one is due."""
         now = self._clock()
         self._step = step
+        if step == 0 and not metrics:  # nothing is held out
+            return
         if step > 0:  # step 0 is the evaluation before training
             self._seconds.append(seconds)
         if not self._pending:  # a line held back shows what it had, with the next step's; one that was printed is old

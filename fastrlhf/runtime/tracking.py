@@ -208,11 +208,13 @@ class Tracker:
         if len(self._before) < REMEMBERED_PROMPTS:
             self._before.setdefault(row["prompt"], (row["response"], row.get("score")))
 
-    def event(self, kind: str, message: str, **fields: Any) -> None:
-        """Record something that happened (an alarm, a skipped update, a resume) and say it on the console."""
+    def event(self, kind: str, message: str, *, quiet: bool = False, **fields: Any) -> None:
+        """Record something that happened (an alarm, a skipped update, a resume) and say it on the console, unless it is
+        quiet: for the report, and told by a figure of the step's line."""
         row = {"step": self._step, "kind": kind, "message": _safe(message), **_plain(fields, _safe)}
         self._write(EVENTS, row)
-        self._console.line(f"{kind}: {message}", style="yellow")
+        if not quiet:
+            self._console.line(f"{kind}: {message}", style="yellow")
 
     def note(self, message: str) -> None:
         """Print a plain line (console and log.txt)."""

@@ -64,12 +64,15 @@ class UpdateGuard:
         work: Callable[[list[Row]], Result],
         optimizers: Mapping[str, Optimizer],
         ids: Callable[[Row], Sequence[list[int]]],
+        beside: Sequence[Row] = (),
     ) -> Gradients[Row, Result]:
         """Have work(rows) add up the gradients of an update of these roles, without the rows that are not finite.
 
         work is the same in every rank, as are its rows; ids: the token ids of a row, of one sequence or several.
+        beside: rows that the update has besides its own; with none of its own left it is skipped.
         """
-        kept = list(rows)
+        own = len(rows)
+        kept = rows = [*rows, *beside]
         result, norms = _made(kept, work, optimizers)
         if all(map(math.isfinite, norms.values())):
             return Gradients(kept, result, norms, None)
@@ -79,7 +82,7 @@ class UpdateGuard:
             alone = _made([row], work, optimizers)[1]
             faulty.append(not all(map(math.isfinite, alone.values())))
         _drop(optimizers)
-        if any(faulty) and not all(faulty):
+        if any(faulty) and not all(faulty[:own]):
             kept = [row for row, bad in zip(rows, faulty, strict=True) if not bad]
             out = [row for row, bad in zip(rows, faulty, strict=True) if bad]
             self.leave_out([ids(row) for row in out], f"the update of the {' and '.join(optimizers)}")
@@ -88,7 +91,7 @@ class UpdateGuard:
                 return Gradients(kept, result, norms, None)
         if not all(optimizer.finite() for optimizer in optimizers.values()):
             return Gradients(kept, result, norms, "weights")
-        return Gradients(kept, result, norms, "rows" if all(faulty) else "sum")
+        return Gradients(kept, result, norms, "rows" if all(faulty[:own]) else "sum")
 
     def leave_out(self, rows: Sequence[Sequence[list[int]]], place: str) -> None:
         """Count rows of token ids that are not finite, and write them down: the event holds text and ids of the first

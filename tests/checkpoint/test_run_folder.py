@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from fastrlhf import UserError
+from fastrlhf.checkpoint import lock
 from fastrlhf.checkpoint.run_folder import prepare_folder
 from tests import tiny
 from tests.stage_runs import build, leave_after, read
@@ -103,6 +105,55 @@ def test_overwrite_refuses_a_folder_with_a_file_that_no_run_wrote(where, tmp_pat
     assert not (run / "final").exists() and not (run / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "where", [".git/config", ".cache/huggingface/token", "tensorboard/mine.txt", "reward/run.json", "sft/metrics.jsonl"]
+)
+def test_overwrite_takes_no_folder_of_another_tool_or_run_for_its_own(where, tmp_path):
+    """A run that somebody put into the folder of another is one of its own; a quickstart's stages are not."""
+    run_json, other = tmp_path / "run.json", tmp_path / where
+    run_json.write_text('{"verb": "sft"}')
+    other.parent.mkdir(parents=True)
+    other.write_text('{"verb": "reward"}')
+    with pytest.raises(UserError, match=rf"'{other}' was not written by a run"):
+        prepare_folder(tmp_path, overwrite=True, resume=False)
+    assert other.exists() and run_json.exists()
+    if other.parent.name in ("sft", "reward"):
+        run_json.write_text('{"verb": "quickstart"}')
+        prepare_folder(tmp_path, overwrite=True, resume=False)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite_leaves_files_with_the_names_of_ours_beside_a_run_json_of_another_tool(tmp_path):
+    """Whatever they are called: in a home or a working folder they may be anybody's."""
+    for name, text in {"run.json": '{"task": 7}', "config.yaml": "mine: 1", "log.txt": "mine"}.items():
+        (tmp_path / name).write_text(text)
+    before = files_of(tmp_path)
+    with pytest.raises(UserError, match=r"run.json: not written by a run"):
+        prepare_folder(tmp_path, overwrite=True, resume=False)
+    assert files_of(tmp_path) == before
+
+
+def test_overwrite_refuses_a_link_among_the_curves(tmp_path):
+    (tmp_path / "run" / "tensorboard").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text('{"verb": "sft"}')
+    (tmp_path / "mine").write_text("years of work")
+    (tmp_path / "run" / "tensorboard" / "events.out.tfevents.1").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="tfevents.1' was not written by a run"):
+        prepare_folder(tmp_path / "run", overwrite=True, resume=False)
+
+
+def test_what_a_killed_start_left_beside_the_folder_goes_and_nothing_else(tmp_path):
+    beside = tmp_path / ".tmp-run"
+    beside.mkdir()
+    (beside / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis.txt' was not written by a run; move it away"):
+        list(build("sft", output_dir=str(tmp_path / "run"), total_steps=1))
+    assert (beside / "thesis.txt").read_text() == "years of work"
+    (beside / "thesis.txt").rename(beside / "run.json")
+    list(build("sft", output_dir=str(tmp_path / "run"), total_steps=1))
+    assert not beside.exists() and (tmp_path / "run" / "run.json").exists()
+
+
 def test_a_damaged_run_and_what_a_kill_left_of_a_save_are_overwritten(tmp_path):
     build("sft", output_dir=str(tmp_path), total_steps=2).train()
     (tmp_path / "checkpoints" / "step-000002" / "MANIFEST.json").write_text("{")
@@ -161,6 +212,40 @@ def test_a_run_that_lives_is_left_alone_and_a_dead_one_is_not_locked(fields, tmp
     assert (tmp_path / ".lock").exists()
     build("sft", output_dir=str(tmp_path), total_steps=3, **fields).train()
     assert not (tmp_path / ".lock").exists(), "a run that ended leaves no lock"
+
+
+def on_this_machine(pid: int, began: str | None = None) -> str:
+    began = lock._began(pid) if began is None else began
+    return f"{pid} {socket.gethostname()} {began}"
+
+
+@pytest.mark.parametrize(
+    ("text", "free"),
+    [
+        (lambda: on_this_machine(os.getppid()), False),
+        (lambda: f"{os.getppid()} {socket.gethostname()}", False),  # of an older version
+        (lambda: on_this_machine(os.getppid(), began="1"), True),  # the number is another process's now
+        (lambda: on_this_machine(2**22 + 1, began="1"), True),  # it is gone
+        (lambda: "77 another-machine 5", False),
+        (lambda: "", True),
+    ],
+)
+def test_where_the_file_system_knows_no_locks_the_text_of_the_lock_decides(text, free, tmp_path, monkeypatch):
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    (tmp_path / ".lock").write_text(text())
+    if free:
+        lock.check_free(tmp_path)
+        lock.acquire(tmp_path)
+        assert (tmp_path / ".lock").read_text().split() == on_this_machine(os.getpid()).split()
+        lock.release(tmp_path)
+        assert not (tmp_path / ".lock").exists()
+        return
+    for take in (lock.check_free, lock.acquire):
+        with pytest.raises(UserError, match=r"in use by process \d+ on .*; if that process is gone, remove '.*\.lock'"):
+            take(tmp_path)
 
 
 def test_the_folder_is_held_while_the_loop_runs(tmp_path):

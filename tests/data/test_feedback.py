@@ -27,6 +27,27 @@ def test_a_pair_keeps_its_margin_and_its_messages():
     assert parse({**row, "prompt": MESSAGES}).prompt == MESSAGES
 
 
+@pytest.mark.parametrize("parse_row", [parse_conversation, parse_feedback])
+@pytest.mark.parametrize("column", ["weight", "loss_weight", "sample_weight", "loss_mask", "mask"])
+def test_a_column_that_weighs_rows_is_refused_where_it_says_anything(parse_row, column):
+    row = {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}
+    for nothing in (1, 1.0, True, None, ""):
+        assert parse_row({**row, column: nothing}, WHERE) == parse_row(row, WHERE)
+    for value in (0, 0.5, False, [1, 0, 1]):
+        with pytest.raises(BadRow, match=rf'{WHERE}: field "{column}" is .*every row counts alike; .*ignore_columns'):
+            parse_row({**row, column: value}, WHERE)
+
+
+@pytest.mark.parametrize("parse_row", [parse_conversation, parse_feedback, parse_prompt])
+def test_the_input_of_an_instruction_beside_a_prompt_is_refused_and_not_left_out(parse_row):
+    row = {"prompt": "Translate.", "chosen": "Bonjour", "rejected": "Hallo"}
+    with pytest.raises(
+        BadRow, match=r'field "input": it is part of an instruction\'s text only; put it into the prompt'
+    ):
+        parse_row({**row, "input": "Good day"}, WHERE)
+    assert parse_row({**row, "input": ""}, WHERE).prompt == "Translate."
+
+
 def test_edit_puts_the_edited_text_first():
     row = {"prompt": MESSAGES, "response": "ok", "edited": "好的。"}
     assert parse(row) == Feedback("edit", MESSAGES, ("好的。", "ok"), ((0,), (1,)), None, None, WHERE)

@@ -12,7 +12,7 @@ import pytest
 from fastrlhf.cli import main
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.language import language_of
-from fastrlhf.inference import generate
+from fastrlhf.inference import sample
 from fastrlhf.label.items import read_items, user_text
 from fastrlhf.label.sampling import replies_path, sampled_items
 from tests import tiny
@@ -101,7 +101,7 @@ def test_replies_are_sampled_as_generate_does_and_kept(model, tmp_path):
     prompts = write(tmp_path / "p.jsonl", [{"prompt": prompt, "note": 1} for prompt in [*tiny.PROMPTS, "the cat"]])
     output = tmp_path / "feedback.jsonl"
     items = sampled_items(str(prompts), str(model), output, said.append, **SAMPLING)
-    texts = generate(str(model), tiny.PROMPTS, **SAMPLING)
+    texts = [reply.text for replies in sample(str(model), tiny.PROMPTS, **SAMPLING) for reply in replies]
     expected = {
         p: {t for t in texts[3 * i : 3 * i + 3] if t.strip() and "\0" not in t} for i, p in enumerate(tiny.PROMPTS)
     }

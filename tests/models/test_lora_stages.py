@@ -144,8 +144,9 @@ def test_the_command_line_writes_both_folders_and_reads_them(tmp_path, capsys):
     assert sft_main({"model": base, "data": runs.ROWS}, config) == 0
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     sampling = {"n": 1, "max_new_tokens": 8, "temperature": 0.0}
-    replies = [inference.generate(str(out / kind), ["the cat"], **sampling) for kind in ("final", "adapter")]
-    assert replies[0] == replies[1] != inference.generate(base, ["the cat"], **sampling)
+    sources = (str(out / "final"), str(out / "adapter"), base)
+    final, adapter, before = (list(inference.sample(source, ["the cat"], **sampling)) for source in sources)
+    assert final == adapter != before
     assert pipeline("text-generation", str(out / "final"))("the cat", max_new_tokens=2)
     rm = runs.reward_model(base)
     rm.train()

@@ -58,7 +58,7 @@ def test_held_out_rows_count_for_themselves():
         runs.sft_trainer(eval_data=rows(3, 4))
 
 
-@pytest.mark.parametrize(("given", "share"), [(True, 1.0), ("true", 1.0), (False, 0.5), ("0.9", 0.9), (0, 0.0)])
+@pytest.mark.parametrize(("given", "share"), [(True, 1.0), ("true", 1.0), (False, 0.0), ("0.9", 0.9), (0, 0.0)])
 def test_allow_drop_is_a_share_or_a_word(given, share):
     assert SFTConfig(allow_drop=given).allow_drop == share
 

@@ -345,7 +345,7 @@ def test_a_recipe_runs_shortened(name, tmp_path):
 
 STEERING = """total_steps rollout_batch_size samples_per_prompt ppo_epochs mini_batch_size seed
 max_prompt_tokens max_new_tokens chat_template prompt_format columns ignore_columns skip_bad_rows save_every
-eval_every allow_drop output_dir overwrite resume accept_changed"""
+eval_every output_dir overwrite resume accept_changed"""
 
 
 def test_every_option_that_changes_the_numbers_has_a_line():

@@ -276,6 +276,20 @@ def test_plain_lines_are_throttled_but_first_and_last_show(step_seconds, expecte
     assert [int(re.search(r"step (\d+)/40", line)[1]) for line in lines] == expected
 
 
+def test_an_evaluation_of_nothing_is_no_line(capsys):
+    with Tracker(None, "reward", 2) as tracker:
+        tracker.log(0, {})
+        tracker.log(2, {"loss/train": 1.0})
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["reward step 2/2"]
+
+
+def test_a_quiet_event_is_for_the_report_alone(tmp_path, capsys):
+    with Tracker(tmp_path, "reward", 2) as tracker:
+        tracker.event("margins", "9 pairs", quiet=True, histogram={"0..1": 9})
+    assert capsys.readouterr().out == ""
+    assert json.loads((tmp_path / "events.jsonl").read_text())["histogram"] == {"0..1": 9}
+
+
 def test_last_line_shows_when_a_run_ends_early():
     lines = []
     shown = Console("ppo", 100, lines.append, enabled=False, clock=Clock())

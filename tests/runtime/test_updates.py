@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, UserError
+from fastrlhf.data.encode import Example
+from fastrlhf.rl.extras import PretrainingMix
 from fastrlhf.rollout.result import Rollout
 from fastrlhf.runtime.updates import UpdateGuard
 from tests import tiny
@@ -250,6 +252,42 @@ def test_a_nan_in_the_update_of_ppo_costs_its_row(form):
         weights.append((everything(t), metrics, t.guard.state()))
     assert unequal(weights[0][0], weights[1][0]) == [] and weights[0][1] == weights[1][1]
     assert weights[0][2]["rows_left_out"] == 1 and weights[0][2]["skipped"] == {}
+
+
+def test_a_nan_in_the_pretraining_mix_costs_its_row():
+    """The update is that of a mix that never had it."""
+    policies = []
+    for poison in (True, False):
+        t = ppo(ptx_coef=1.0, ppo_epochs=1)
+        rollout, row = first_rollout(t)
+        experience, epochs, _ = experience_of(t, rollout)
+        epochs = [[[i for i in mini_batch if i != row] for mini_batch in epoch] for epoch in epochs]
+        if poison:
+            ids = rollout.rows.prompt_ids[row]
+            bad = Example(ids, [False] + [True] * (len(ids) - 1), "")
+            t.learner.ptx = PretrainingMix(t.config, [*t.learner.ptx.examples, bad])
+            poisoned(t.policy, backward=True)
+        else:
+            t.learner.ptx.rows = 4  # all of them, as with the fifth
+        metrics = t.learner.update(rollout.rows, experience, epochs, 0)
+        assert t.guard.rows_left_out == poison and t.guard.skipped == {}
+        policies.append((t.policy.state_dict(), metrics["ptx/loss"]))
+    (with_it, loss), (without, same_loss) = policies
+    assert loss == pytest.approx(same_loss, rel=1e-5)
+    for name, tensor in with_it.items():
+        torch.testing.assert_close(tensor, without[name], rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_without_a_row_of_its_own_left_is_skipped():
+    """However many rows of the mix are sound."""
+    t = ppo(ptx_coef=1.0, ppo_epochs=1)
+    rollout, row = first_rollout(t)
+    experience, _, _ = experience_of(t, rollout)
+    poisoned(t.policy, backward=True)
+    before = {name: tensor.clone() for name, tensor in t.policy.state_dict().items()}
+    t.learner.update(rollout.rows, experience, [[[row]]], 0)
+    assert t.guard.skipped == {"policy": 1}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in t.policy.state_dict().items())
 
 
 @pytest.mark.parametrize("form", ["separate", "shared trunk", "no critic"])

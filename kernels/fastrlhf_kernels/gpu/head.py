@@ -120,12 +120,20 @@ class HeadArgs(NamedTuple):
     temperature: Temperature
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()
+
+
+def _rows_at_16_bytes(tensor: Tensor) -> bool:
+    starts = tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 8 == 0
+    return tensor.numel() > 0 and starts and tensor.stride(0) >= tensor.shape[1]
+
+
 class DenseHead:
     """The operands of a Head with dense last dimensions, and v = lora_scale * x A^T of its adapter, in fp32."""
 
     def __init__(self, head: Head) -> None:
-        dense = lambda t: t if t.stride(-1) == 1 or t.numel() == 0 else t.contiguous()  # noqa: E731
-        self.x, self.weight = dense(head.hidden), dense(head.weight)
+        self.x, self.weight = _dense(head.hidden), _dense(head.weight)
         self.labels = head.labels.contiguous()
         self.bias = None if head.bias is None else head.bias.contiguous()
         self.lora_a, self.lora_b = (None if t is None else t.float().contiguous() for t in (head.lora_a, head.lora_b))
@@ -162,9 +170,7 @@ class DenseHead:
 
         Not of an expanded row: the driver refuses stride 0.
         """
-        given = (self.x, self.weight)
-        good = lambda t: t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1]  # noqa: E731
-        return self.half and all(t.numel() and good(t) for t in given)
+        return self.half and _rows_at_16_bytes(self.x) and _rows_at_16_bytes(self.weight)
 
     @property
     def half(self) -> bool:
