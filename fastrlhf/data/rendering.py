@@ -120,22 +120,32 @@ def _called(
 
 
 def _applied(tokenizer: PreTrainedTokenizerBase, shown: Any, add_generation_prompt: bool) -> Any:
-    """tokenizer.apply_chat_template, without its search for objects in the messages, which are plain dicts of texts:
-    a third of its time."""
+    """tokenizer.apply_chat_template; of conversations that are plain dicts of texts by its compiled template alone,
+    its globals put together once for all of them: a quarter of the time."""
     from transformers import PreTrainedTokenizerBase
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
 
+    several = bool(shown) and isinstance(shown[0], list)
+    conversations = shown if several else [shown]
     names = ("apply_chat_template", "get_chat_template")
-    is_plain = all(getattr(type(tokenizer), name) is getattr(PreTrainedTokenizerBase, name) for name in names)
-    if not shown or not is_plain:
+    is_stock = all(getattr(type(tokenizer), name) is getattr(PreTrainedTokenizerBase, name) for name in names)
+    # What transformers may rename: then the way around it goes, nothing else.
+    compiled_of = getattr(chat_template_utils, "_compile_jinja_template", None)
+    if compiled_of is None or not is_stock or not all(map(_is_plain, conversations)):
         return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=add_generation_prompt)
-    texts, _ = render_jinja_template(
-        conversations=shown if isinstance(shown[0], list) else [shown],
-        chat_template=tokenizer.get_chat_template(),
-        add_generation_prompt=add_generation_prompt,
-        **tokenizer.special_tokens_map,
+    template = compiled_of(tokenizer.get_chat_template())
+    given = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    known = {**template.globals, **tokenizer.special_tokens_map, **given}
+    contexts = (template.new_context({**known, "messages": messages}, shared=True) for messages in conversations)
+    texts = ["".join(template.root_render_func(context)) for context in contexts]
+    return texts if several else texts[0]
+
+
+def _is_plain(messages: Messages) -> bool:
+    """Whether a conversation holds roles and texts alone, which a template cannot do anything with but write them."""
+    return bool(messages) and all(
+        len(message) == 2 and type(message.get("role")) is type(message.get("content")) is str for message in messages
     )
-    return texts if isinstance(shown[0], list) else texts[0]
 
 
 @lru_cache(maxsize=32)

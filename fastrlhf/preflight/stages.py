@@ -108,7 +108,7 @@ def prepare_supervised(
         raise UserError(f"{NO_HELD_OUT}, and eval_fraction = {config.eval_fraction} of {len(items)} rows is none")
     steps = supervised_steps(config, len(items))
     mean = sum(len(row) for item in items for row in item.rows) / len(items)
-    tokens = number(steps * config.mini_batch_size * mean)
+    tokens = number(round(steps * config.mini_batch_size * mean))
     said.notes.append(f"in all: {steps} optimizer steps of {config.mini_batch_size} rows, {tokens} tokens")
     if learner is not None:
         _say_room(config, said, [trained_bytes(learner, config)], steps)
