@@ -4,9 +4,13 @@ in one sentence. Safetensors only, no code of the model's own."""
 from __future__ import annotations
 
 import io
+import math
+import os
+import struct
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +25,64 @@ from fastrlhf.models import adapter_folder, moss
 from fastrlhf.runtime.hardware import installed
 
 T = TypeVar("T")
+
+
+# Of the values in a GGUF header by their type: bytes of one. 8 is a text, 9 a list.
+_GGUF_VALUES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+@lru_cache(maxsize=32)
+def _missing_bytes(path: str, size: int, _: int) -> int:
+    """Bytes, at least, that a GGUF file of this size lacks of what its header says; 0: none, or a header of another
+    kind. To read it as far as it goes takes transformers a minute. _: when the file was changed.
+
+    Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
+    """
+    from gguf import GGML_QUANT_SIZES
+
+    with open(path, "rb") as file:
+
+        def numbers(form: str) -> tuple[int, ...]:
+            data = file.read(struct.calcsize(f"<{form}"))
+            return struct.unpack(f"<{form}", data)
+
+        def skip(kind: int) -> None:
+            if kind == 9:
+                kind, count = numbers("IQ")
+                if kind in _GGUF_VALUES:
+                    file.seek(count * _GGUF_VALUES[kind], os.SEEK_CUR)
+                    return
+                for _ in range(count):
+                    skip(kind)
+                    if file.tell() > size:
+                        raise struct.error
+                return
+            file.seek(numbers("Q")[0] if kind == 8 else _GGUF_VALUES[kind], os.SEEK_CUR)
+
+        try:
+            magic, version, tensors, values = numbers("4sIQQ")
+            if magic != b"GGUF" or version not in (2, 3):
+                return 0
+            alignment, ends = 32, [0]
+            for _ in range(values):
+                key = file.read(numbers("Q")[0])
+                (kind,) = numbers("I")
+                if key == b"general.alignment" and kind == 4:
+                    (alignment,) = numbers("I")
+                else:
+                    skip(kind)
+            for _ in range(tensors):
+                file.seek(numbers("Q")[0], os.SEEK_CUR)
+                (dimensions,) = numbers("I")
+                *shape, kind, offset = numbers(f"{dimensions}QIQ")
+                block, width = GGML_QUANT_SIZES[kind]
+                ends.append(offset + math.prod(shape) // block * width)
+            start = -(-file.tell() // alignment) * alignment
+        except struct.error:  # the header itself is cut
+            return max(1, file.tell() - size)
+        except (LookupError, OSError, OverflowError, MemoryError, RecursionError):  # a kind that is not known here
+            return 0
+    return max(0, start + max(ends) - size)
 
 
 def locate(source: str, role: str) -> tuple[str, dict]:
@@ -40,6 +102,10 @@ def locate(source: str, role: str) -> tuple[str, dict]:
             raise UserError(f"{role}: the GGUF file {text!r} does not exist")
         if not (installed("gguf") and installed("accelerate")):
             raise UserError(f"{role}: {text!r} is a GGUF file and needs `pip install gguf accelerate`")
+        stat = path.stat()
+        missing = _missing_bytes(text, stat.st_size, stat.st_mtime_ns)
+        if missing:
+            raise UserError(f"{role}: the GGUF file {text!r} is cut short by {missing} bytes or more; get it again")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))

@@ -27,6 +27,7 @@ MACHINE = {
     "mem/peak_gib": "GPU memory, peak (GiB)",
     "mem/host_peak_gib": "Process memory, peak (GiB)",
     "perf/rollout_tokens": "Tokens of a step (median)",
+    "perf/tokens": "Tokens of a step (median)",
     "perf/rollout_tokens_per_s": "Tokens per second while sampling (median)",
     "perf/tokens_per_s": "Tokens per second (median)",
 }

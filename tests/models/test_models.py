@@ -29,6 +29,7 @@ from transformers import (
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.models import heads, loading
+from fastrlhf.models.sources import locate
 from fastrlhf.runtime import hardware
 from tests import tiny
 
@@ -354,6 +355,30 @@ def test_attention_and_dtype_by_name():
     assert hardware.resolve_attention("eager", cpu, torch.float32) == "eager"
     assert hardware.resolve_dtype("auto", cpu) == torch.float32
     assert hardware.resolve_dtype("bf16", cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.9, 0.6, 0.1])
+def test_a_gguf_file_cut_short_is_told_from_its_header(kept, tmp_path):
+    gguf, path = pytest.importorskip("gguf"), tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["the", "cat"])
+    writer.add_array("some.numbers", [1.5, 2.5])
+    writer.add_bool("some.flag", True)
+    writer.add_tensor("a", torch.zeros(7, 3).numpy())
+    writer.add_tensor("b", torch.zeros(5, dtype=torch.float16).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    if kept == 1.0:
+        assert locate(str(path), "policy") == (str(tmp_path), {"gguf_file": "m.gguf"})
+        return
+    with pytest.raises(
+        UserError, match=rf"policy: the GGUF file '{path}' is cut short by \d+ bytes or more; get it again"
+    ):
+        locate(str(path), "policy")
 
 
 # --------------------------------------------------------------------------------------------------------- a real one
