@@ -192,8 +192,9 @@ def test_patterns_of_an_adapter_that_are_none_or_have_no_end(tmp_path: Path, pat
 def test_templates_that_ask_for_too_much(template: str, message: str) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = template
+    seconds = 0.2 if "0.2 s" in message else 60  # the others have an end of their own
     with pytest.raises(UserError, match=message):
-        render(tokenizer, tiny.chat("the cat"), add_generation_prompt=True, seconds=0.2)
+        render(tokenizer, tiny.chat("the cat"), add_generation_prompt=True, seconds=seconds)
 
 
 def test_two_stars_that_are_no_power_stay() -> None:
