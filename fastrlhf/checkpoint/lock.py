@@ -1,8 +1,8 @@
 """A lock on a run folder, or on one file: one process writes in it at a time, and the next one is told who that is.
 
-It is a lock of the system (flock) on the file `.lock` (of a file: `.NAME.lock`), whose text is "PID HOST". It is free
-when the process is gone, however that ended; the file alone means nothing. A process may take the folder again that it
-holds already (a notebook that builds its trainer anew).
+It is a lock of the system (flock) on the file `.lock` (of a file: `.NAME.lock`), whose text names the process. It is
+free when the process is gone, however that ended; the file alone means nothing. A process may take the folder again
+that it holds already (a notebook that builds its trainer anew).
 
 Where the file system knows no locks (some of NFS, FUSE, object stores) the text alone tells: "PID HOST START", with the
 time at which the process began. A process of this machine that lives and began then has the folder; one that is gone,
