@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
 import os
 import shutil
 import sys
@@ -120,11 +121,59 @@ def _stage(verb: str, arguments: list[str]) -> int:
     if args.dry_run:
         for line in _load("preflight.dry_run").check_inputs(inputs, config):
             print("\n".join(f"# {part}" for part in line.splitlines()))
+        print(f"# {_memory_of(verb, inputs, config)}")
         print(recipe.resolved_yaml(verb, inputs, config), end="")
         return EXIT_DONE
     model = inputs["policy" if verb == "ppo" else "model"]
     _first_line(verb, f"{source or model} -> {config.output_dir}")
     return _load(STAGES[verb]).main(inputs, config)
+
+
+def _memory_of(verb: str, inputs: dict[str, Any], config: Any) -> str:
+    """The peak that a run will have, in a line; why it is not known, where it is not."""
+    report, estimate = _load("plan.report"), _load("plan.estimate")
+    try:
+        return report.one_line(estimate.make_plan(verb, inputs, config, report.target_of(None), search=False))
+    except UserError as error:
+        return f"memory: not computed: {error}"
+
+
+def _plan(verb: str, arguments: list[str]) -> int:
+    """`fastrlhf plan RECIPE [field=value ...]`"""
+    from fastrlhf.config import recipe
+
+    parser = _parser(verb, "RECIPE [field=value ...] [--stage sft|reward|ppo] [options]")
+    parser.add_argument("overrides", metavar="RECIPE, field=value", nargs="*", default=[], help="as sft, reward, ppo")
+    parser.add_argument("--stage", choices=STAGES, help="what the recipe is for (default: what its fields say)")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="of each GPU, such as 24GiB (default: this machine's)")
+    parser.add_argument("--gpus", metavar="N", type=int, default=1, help="GPUs that share a step's rows (default 1)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, all sizes in bytes")
+    args = _parse(parser, arguments)
+    if args.gpus < 1:
+        raise UserError(f"--gpus: {args.gpus}; expected at least 1")
+    source, overrides = _recipe_and_overrides(args.overrides)
+    stage = args.stage or recipe.stage_of(source, overrides)
+    unread = [f"{name}=unread" for name, spec in recipe.INPUTS[stage].items() if spec.required and spec.kind == "data"]
+    inputs, config = recipe.load_recipe(stage, source, [*overrides, *unread, "output_dir=unwritten"])
+    text, too_large = _load("plan.report").planned(stage, inputs, config, args.gpu_memory, args.gpus, args.json)
+    print(text)
+    return EXIT_BUG if too_large else EXIT_DONE
+
+
+def _doctor(verb: str, arguments: list[str]) -> int:
+    """`fastrlhf doctor [MODEL]`"""
+    parser = _parser(verb, "[MODEL] [--data FILE] [options]")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder or hub id: its kernels, numbers and words")
+    parser.add_argument("--data", metavar="FILE", help="rows that the model's stages are to read")
+    parser.add_argument("--peers", action="store_true", help="whether a GPU is ready for the bench commands, and these")
+    parser.add_argument("--json", action="store_true", help="print one JSON list, an object a line of the table")
+    args = _parse(parser, arguments)
+    if args.model is not None:
+        _check_model("MODEL", args.model)
+    doctor = _load("doctor")
+    lines = doctor.examine(args.model, args.data, peers=args.peers)
+    print(json.dumps([line._asdict() for line in lines], indent=1) if args.json else doctor.table(lines))
+    return EXIT_BUG if any(line.fault for line in lines) else EXIT_DONE
 
 
 def _recipe_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -432,6 +481,11 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "eval": (_eval, "measure a model's replies: refusals, keywords, scripts, repetition, length, reward, win rate"),
     "label": (_label, "judge replies in the browser: score, rank, edit; the file trains a reward model"),
     "convert": (_convert, "make a folder that transformers loads of MOSS's, MOSS-RLHF's or pickled weights"),
+    "plan": (_plan, "the memory that a recipe's run will take, from its models' configurations alone"),
+    "doctor": (
+        _doctor,
+        "check this machine, a model and rows for it: a table, and what to do about each red line",
+    ),
     "report": (_report, "write report.html of a run"),
 }
 

@@ -308,7 +308,7 @@ def test_help_of_a_stage_shows_every_field_with_default_and_meaning(run, stage, 
 MISTAKES = {
     "unknown verb": (["pqo"], "pqo: no such command; did you mean ppo?"),
     "unknown verb, nothing near": (["bake"], "use one of quickstart, sft"),
-    "verb of a later version": (["plan", "x"], "plan: no such command"),
+    "verb of a later version": (["chat", "x"], "chat: no such command"),
     "no arguments": (["ppo"], "policy: required; give it on the command line, and reward, prompts and"),
     "recipe of another command": (["ppo", "sft"], "sft: a recipe of fastrlhf sft, not of ppo"),
     "packaged recipe, nothing with it": (

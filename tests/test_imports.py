@@ -19,7 +19,7 @@ RULE = (
     ("__main__",),
     ("cli",),
     ("quickstart", "label", "eval"),
-    ("inference", "convert", "report"),  # verbs of their own, never imported by training
+    ("inference", "convert", "report", "plan", "doctor"),  # verbs of their own, never imported by training
     ("ppo", "reward_model", "sft"),
     ("trainer",),
     ("preflight",),
@@ -42,7 +42,7 @@ VERB_FOLDERS = (
     "fastrlhf.label",
     "fastrlhf.eval",
 )  # a verb is its folder's `main`
-USERS_OF_KERNELS = {"models", "rollout", "rl"}
+USERS_OF_KERNELS = {"models", "rollout", "rl", "plan", "doctor"}  # the last two plan and check them
 FILES_IN_A_FOLDER = range(4, 14)
 REPORT_NEEDS = {"fastrlhf", "jinja2"}
 HEAVY = ("torch", "transformers", "datasets", "pydantic", "yaml", "rich", "jinja2", "numpy", "triton")

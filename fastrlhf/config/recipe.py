@@ -71,6 +71,22 @@ def packaged_stage(name: str) -> str:
     return packaged_recipe(name).partition("fastrlhf ")[2].split()[0]
 
 
+def stage_of(source: str | None, overrides: list[str]) -> str:
+    """The command that a recipe is for: what a packaged one says, else the only one that has all of its fields.
+
+    UserError where there is none, or more than one.
+    """
+    path = None if source is None else find_recipe(source)
+    if path is not None and _is_packaged(path):
+        return packaged_stage(path.stem)
+    names = {*parse_overrides(overrides), *({} if path is None else read_recipe(path)[0])}
+    stages = [stage for stage, cls in CONFIGS.items() if names <= {*INPUTS[stage], *cls.model_fields}]
+    if len(stages) == 1:
+        return stages[0]
+    whose = f"may be of {' or '.join(stages)}" if stages else f"are of none of {', '.join(CONFIGS)}"
+    raise UserError(f"{source or 'command line'}: its fields {whose}; say what it is for: --stage sft|reward|ppo")
+
+
 def _is_packaged(path: Path) -> bool:
     return RECIPES.resolve() in path.resolve().parents
 

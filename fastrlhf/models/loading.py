@@ -52,10 +52,10 @@ def check_source(source: object, role: str) -> None:
     if adapter_folder.is_adapter(source):
         check_source(adapter_folder.base_of(source, role), role)
     elif isinstance(source, str):
-        _read_config(source, role)
+        read_config(source, role)
 
 
-def _read_config(source: str, role: str) -> PreTrainedConfig | None:
+def read_config(source: str, role: str) -> PreTrainedConfig | None:
     """None for a GGUF file, whose config comes with its weights. UserError as `check_source` has it."""
     where, extra = locate(source, role)
     if extra:
@@ -85,7 +85,7 @@ def skeleton(source: Source, role: str, *, scalar: bool = False) -> PreTrainedMo
     if adapter_folder.is_adapter(source):
         base = adapter_folder.base_of(source, role)
         return skeleton(base, role, scalar=scalar and is_scalar_model(base))
-    config = _read_config(source, role)
+    config = read_config(source, role)
     if config is None:
         return None
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
@@ -137,13 +137,13 @@ def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> 
     """The model of a folder, hub id or file, on the CPU; a loaded model as it is."""
     if isinstance(source, PreTrainedModel):
         return source
-    device, config = local_device(), _read_config(source, role)
+    device, config = local_device(), read_config(source, role)
     torch_dtype = resolve_dtype(dtype, device)
     if config is None:  # transformers reads it from the GGUF file
         how = {"attn_implementation": resolve_attention(attention, device, torch_dtype)}
     else:
         tell_foreign_attention(config, role, source)
-        kind = attention_for(_class_of(auto, config, role, source), attention, device, torch_dtype)
+        kind = attention_for(class_of(auto, config, role, source), attention, device, torch_dtype)
         how = {"config": config, "attn_implementation": kind}  # read by transformers, config.json could win
     model = load_pretrained(auto, source, role, dtype=torch_dtype, **how)
     quantized = getattr(model.config, "quantization_config", None)
@@ -161,7 +161,7 @@ def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> 
     return model
 
 
-def _class_of(auto: type, config: PreTrainedConfig, role: str, source: Source) -> type[PreTrainedModel]:
+def class_of(auto: type, config: PreTrainedConfig, role: str, source: Source) -> type[PreTrainedModel]:
     """The class that `auto` makes of a config. UserError where transformers has none."""
     form, mapping = "causal LM", MODEL_FOR_CAUSAL_LM_MAPPING
     if auto is AutoModelForSequenceClassification:
@@ -229,7 +229,7 @@ def is_scalar_model(source: Source, role: str = "model") -> bool:
         return isinstance(getattr(source, "score", None), nn.Linear)
     if adapter_folder.is_adapter(source):
         return adapter_folder.is_reward_adapter(source, role)
-    names = getattr(_read_config(source, role), "architectures", None) or []
+    names = getattr(read_config(source, role), "architectures", None) or []
     return "SequenceClassification" in str(names)
 
 
@@ -260,7 +260,7 @@ def labels_of(source: Source) -> dict[int, str]:
     """The labels of a sequence classifier by their numbers, from its config; nothing for adapters and GGUF files."""
     if isinstance(source, PreTrainedModel):
         return dict(source.config.id2label)
-    config = None if adapter_folder.is_adapter(source) else _read_config(source, "reward")
+    config = None if adapter_folder.is_adapter(source) else read_config(source, "reward")
     return {} if config is None else {int(index): str(name) for index, name in config.id2label.items()}
 
 
@@ -316,7 +316,7 @@ def scalar_model(
     with torch.no_grad():
         model.score.weight.copy_(head)
     prepare(model)
-    return model.to(trunk_of.device)
+    return model if model.device == trunk_of.device else model.to(trunk_of.device)
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

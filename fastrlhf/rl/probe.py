@@ -79,7 +79,7 @@ def _update(learner: Learner, prompt: int, response: int, joined: bool) -> int:
     passes = [{"policy": True, "critic": critic is not None and critic.shares_trunk}]
     if critic is not None and not critic.shares_trunk:
         passes.insert(0, {"policy": False, "critic": True})
-    moments = [_moments_to_come(optimizer, config) for optimizer in learner.optimizers()]
+    moments = [moments_to_come(optimizer, config) for optimizer in learner.optimizers()]
     for which in passes:
         learner.accumulate(token_rows, experience, list(range(rows)), **which)
         learner.drop_gradients()
@@ -87,7 +87,7 @@ def _update(learner: Learner, prompt: int, response: int, joined: bool) -> int:
     return rows
 
 
-def _moments_to_come(optimizer: Optimizer, config: PPOConfig) -> torch.Tensor:
+def moments_to_come(optimizer: Optimizer, config: PPOConfig) -> torch.Tensor:
     """As many bytes as the optimizer's state will take from its first step on."""
     missing = [p for p in optimizer.masters if p not in optimizer.inner.state]
     count = sum(p.numel() for p in missing) * MOMENT_BYTES[config.optimizer]

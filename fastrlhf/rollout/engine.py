@@ -206,7 +206,7 @@ class RolloutEngine:
         """Sequences that decode together."""
         tokens = self.max_batch_tokens
         if tokens is None:
-            tokens = _free_bytes(self.model.device) // 2 // self._bytes_per_token()
+            tokens = free_bytes(self.model.device) // 2 // self._bytes_per_token()
         return max(1, min(rows, MOST_SLOTS, tokens // positions))
 
     def _stop_ids(self, params: SamplingParams) -> list[int]:
@@ -265,7 +265,7 @@ def _position_limits(config: PreTrainedConfig) -> tuple[float, float]:
     return positions, math.inf if switch is None else switch
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

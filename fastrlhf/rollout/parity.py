@@ -92,7 +92,7 @@ def find_parity(model: PreTrainedModel, positions: int) -> Parity:
         raise UserError(f"policy: {problem}; use another model")
     name, reasons = type(model).__name__, []
     for cached in (True, False):
-        reason = _unfit(model) if cached else ""
+        reason = unfit(model) if cached else ""
         if not reason:
             reason = _trouble(model, positions, cached)
         if not reason:
@@ -111,7 +111,7 @@ def unsupported(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _unfit(model: PreTrainedModel) -> str:
+def unfit(model: PreTrainedModel) -> str:
     """Why no cache of keys and values is tried."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

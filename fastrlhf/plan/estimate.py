@@ -1,0 +1,228 @@
+"""From what the phases hold to what a device needs: what no tensor shows, the peak, and what would lower it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastrlhf.config.base import StageConfig
+from fastrlhf.config.errors import UserError
+from fastrlhf.config.inputs import lora_options
+from fastrlhf.config.stages import PPOConfig
+from fastrlhf.plan.phases import Measured, Phase, Target, measure
+from fastrlhf.runtime.distributed import BUCKET_ELEMENTS
+from fastrlhf.runtime.hardware import installed
+from fastrlhf.runtime.memory import AUTO_MICRO_BATCH_TOKENS
+from fastrlhf_kernels.workspace import head_workspace
+
+UNITS = {"GIB": 1 << 30, "GB": 10**9, "MIB": 1 << 20, "MB": 10**6, "TIB": 1 << 40, "TB": 10**12}
+CONTEXT = 600 << 20  # assumed: CUDA's context with the modules of torch, cuBLAS and Triton in it
+CUBLAS = 32 << 20  # torch's cuBLAS workspace of a stream on sm_90 and later; 8 MiB before
+GRAPH_NODE = 2048  # assumed: bytes of a recorded launch
+LAUNCHES = 40  # of a layer in a decoding step
+BUCKETS = 14  # CUDA graphs of a rollout at most
+CLOSE = 0.97  # of the memory: a micro-batch that fills so much is large enough
+FREE_SHARE = 2  # a rollout's cache takes half of what is free
+
+
+def parse_size(text: str, field: str) -> int:
+    """24GiB, 80GB, 1.5 TiB -> bytes. UserError for a number without its unit, and for what is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"{field}: {text!r} is no size; write one such as 24GiB or 80GB")
+    if match[2].upper() not in UNITS:
+        unit = f"the unit {match[2]!r} is not known" if match[2] else "its unit is missing"
+        raise UserError(f"{field}: {text!r}: {unit}; write one such as {match[1]}GiB or {match[1]}GB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+@dataclass(frozen=True)
+class Need:
+    """A phase on its device. lines: bytes by what they are, which add up to `total`."""
+
+    lines: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.lines.values())
+
+
+@dataclass(frozen=True)
+class Change:
+    """Switches on top of the recipe, and the peak with them. problem: why it was not computed."""
+
+    switch: str
+    peak: int | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """measured: what the phases hold; needs: of each phase. most_rows: sequences of the largest micro-batch that fits,
+    most_slots: sequences that fit into a rollout together; None: no memory was given, or none fits."""
+
+    stage: str
+    target: Target
+    dtype: str
+    measured: Measured
+    needs: dict[str, Need]
+    changes: list[Change]
+    most_rows: int | None = None
+    most_slots: int | None = None
+
+    @property
+    def peak(self) -> int:
+        return max(need.total for need in self.needs.values())
+
+    @property
+    def phase(self) -> str:
+        """The phase of the peak."""
+        return max(self.needs, key=lambda name: self.needs[name].total)
+
+    @property
+    def fits(self) -> bool | None:
+        """None: no memory was given."""
+        return None if self.target.gpu is None else self.peak <= self.target.gpu
+
+
+def make_plan(stage: str, inputs: Mapping[str, Any], config: StageConfig, target: Target, *, search: bool) -> Plan:
+    """Plan a stage's memory. search: look for what fits, and for what would make it fit; it runs the parts again, some
+    ten times. UserError as `measure` has it."""
+    config = _for(config, target)
+    measured, needs = _needs(stage, inputs, config, target)
+    plan = Plan(stage, target, target.dtype(config.dtype), measured, needs, [])
+    if target.gpu is None or not search:
+        return plan
+    changes = [] if plan.fits else list(_changes(stage, inputs, config, target))
+
+    def peak_of(rows: int) -> int:
+        return _peak(stage, inputs, config.model_copy(update={"micro_batch_tokens": rows * measured.length}), target)
+
+    return replace(plan, changes=changes, most_rows=_most_rows(plan, peak_of), most_slots=_most_slots(plan))
+
+
+def _for(config: StageConfig, target: Target) -> StageConfig:
+    """`auto` as the target resolves it."""
+    tokens = config.micro_batch_tokens or AUTO_MICRO_BATCH_TOKENS["cpu" if target.gpu is None else "cuda"]
+    return config.model_copy(update={"micro_batch_tokens": tokens})
+
+
+def _needs(
+    stage: str, inputs: Mapping[str, Any], config: StageConfig, target: Target
+) -> tuple[Measured, dict[str, Need]]:
+    measured = measure(stage, inputs, config, target, None)
+    needs = {name: _need(measured, phase, config, target) for name, phase in measured.phases.items()}
+    if measured.slots and target.gpu is not None:  # a rollout takes as many slots as half of the free memory holds
+        rollout = measured.phases["rollout"]
+        free = target.gpu - (needs["rollout"].total - rollout.cache)
+        slots = max(1, min(measured.slots, free // FREE_SHARE // measured.slot_bytes))
+        if slots < measured.slots:
+            measured = measure(stage, inputs, config, target, slots)
+            needs = {name: _need(measured, phase, config, target) for name, phase in measured.phases.items()}
+    return measured, needs
+
+
+def _need(measured: Measured, phase: Phase, config: StageConfig, target: Target) -> Need:
+    """What stays, then what the phase adds, then what no tensor shows."""
+    cuda = target.gpu is not None
+    lines = {name: size for name, size in measured.held.items() if name != "gradients"}
+    rest = phase.peak - sum(lines.values())
+    if phase.cache:
+        lines["keys and values"] = phase.cache
+        rest -= phase.cache
+    if phase.trains:
+        lines["gradients"] = min(measured.held["gradients"], max(0, rest))
+        rest -= lines["gradients"]
+    if cuda:
+        rest -= phase.cpu_only
+        lines["parked in host memory"] = -phase.parked
+    lines["activations and the rest"] = rest
+    if phase.head is not None:
+        rows, ppo = phase.head
+        size = 2 if target.dtype(config.dtype) == "bf16" else 4
+        lines["workspace of the fused head"] = head_workspace(rows, *measured.shape, cuda=cuda, ppo=ppo, size=size)
+    if cuda:
+        lines["allocator rounding"] = phase.rounded - phase.peak
+        lines["CUDA context (assumed)"] = CONTEXT
+        lines["cuBLAS workspace (assumed)"] = CUBLAS
+        if phase.cache:
+            lines["CUDA graphs (assumed)"] = GRAPH_NODE * LAUNCHES * BUCKETS * measured.layers
+        if target.gpus > 1 and phase.trains:
+            lines["buckets of the all-reduce"] = min(
+                measured.held["gradients"], max(4 * BUCKET_ELEMENTS, measured.largest)
+            )
+    return Need({name: size for name, size in lines.items() if size})
+
+
+# ------------------------------------------------------------------------------------------------ what fits, what would
+
+
+def _peak(stage: str, inputs: Mapping[str, Any], config: StageConfig, target: Target) -> int:
+    return max(need.total for need in _needs(stage, inputs, config, target)[1].values())
+
+
+def _most_rows(plan: Plan, peak_of: Callable[[int], int]) -> int | None:
+    """Sequences of the largest micro-batch that fits, between one and the mini-batch; None: not even one does.
+
+    Memory is about linear in them: a line through two that are known, and a look at what it says.
+    """
+    room, here, last = plan.target.gpu, plan.measured.rows, plan.measured.count
+    known = {here: plan.peak}
+    other = last if plan.fits else 1
+    if other != here:
+        known[other] = peak_of(other)
+    low, high = min(known), max(known)
+    if known[high] <= room:
+        return high
+    if known[low] > room:
+        return None
+    while high - low > 1:
+        guess = low + int((room - known[low]) * (high - low) / max(1, known[high] - known[low]))
+        guess = min(max(guess, low + 1), high - 1)
+        known[guess] = peak_of(guess)
+        low, high = (guess, high) if known[guess] <= room else (low, guess)
+        if low == guess and known[low] >= CLOSE * room:
+            break
+    return low
+
+
+def _most_slots(plan: Plan) -> int | None:
+    """Sequences whose keys and values fit beside everything else of a rollout."""
+    if not plan.measured.slots:
+        return None
+    rollout = plan.needs["rollout"]
+    free = plan.target.gpu - rollout.total + rollout.lines.get("keys and values", 0)
+    return max(0, free // plan.measured.slot_bytes)
+
+
+def _changes(stage: str, inputs: Mapping[str, Any], config: StageConfig, target: Target) -> Iterator[Change]:
+    """The switches that this run does not use, the least costly first, each on top of those before it, up to the one
+    that makes it fit."""
+    for switch, fields, package in _switches(config):
+        if package is not None and not installed(package):
+            yield Change(switch, None, f"needs the package {package} here too, to be computed")
+            continue
+        config = config.model_copy(update=fields)
+        peak = _peak(stage, inputs, config, target)
+        yield Change(switch, peak)
+        if peak <= target.gpu:
+            return
+
+
+def _switches(config: StageConfig) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+    """(as it is typed, the fields, the package that it needs)."""
+    ppo = isinstance(config, PPOConfig)
+    if not config.gradient_checkpointing:
+        yield "gradient_checkpointing=true", {"gradient_checkpointing": True}, None
+    if config.lora is None and not getattr(config, "head_only", False):
+        yield "lora=16", {"lora": lora_options(16)}, "peft"
+    if config.quantize is None:
+        yield "quantize=nf4", {"quantize": "nf4"}, "bitsandbytes"
+    if config.optimizer == "adamw":
+        yield "optimizer=adamw8bit", {"optimizer": "adamw8bit"}, None
+    if ppo and not config.offload:
+        yield "offload=true", {"offload": True}, None
+    if ppo and config.advantage == "gae" and config.critic == "separate":
+        yield "critic=shared_trunk", {"critic": "shared_trunk"}, None

@@ -1,0 +1,95 @@
+"""A plan as people and as programs read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastrlhf.config.base import StageConfig
+from fastrlhf.plan.estimate import Plan, make_plan, parse_size
+from fastrlhf.plan.phases import Target
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if abs(count) >= 1 << power:
+            return f"{count / (1 << power):.2f} {unit}"
+    return f"{count} B"
+
+
+def one_line(plan: Plan) -> str:
+    """The peak in a sentence, for --dry-run."""
+    where = "a CPU" if plan.target.gpu is None else "each GPU" if plan.target.gpus > 1 else "the GPU"
+    verdict = "" if plan.fits is None else f", of {size(plan.target.gpu)}: {'fits' if plan.fits else 'does not fit'}"
+    return f"memory: {size(plan.peak)} of {where} at the {plan.phase} ({plan.dtype}){verdict}; computed, not run"
+
+
+def lines_of(plan: Plan) -> list[str]:
+    """The whole plan: what each phase holds, what fits, what would make it fit."""
+    measured = plan.measured
+    rows = f"micro-batches of {measured.rows} x {measured.length} tokens"
+    slots = f", {measured.slots} sequences decode together" if measured.slots else ""
+    result = [one_line(plan), f"largest rows that the recipe allows: {rows}{slots}"]
+    result += measured.notes
+    for name, need in plan.needs.items():
+        result += ["", f"{name}: {size(need.total)}"]
+        result += [f"  {line:32} {size(count):>12}" for line, count in need.lines.items()]
+    if plan.target.gpu is None:
+        return [*result, "", "what fits: give --gpu-memory, for example --gpu-memory 24GiB"]
+    most = plan.most_rows
+    tokens = (
+        f"micro_batch_tokens={most * measured.length} ({most} sequences)" if most else "none, not even one sequence"
+    )
+    result += ["", f"largest micro-batch that fits: {tokens}"]
+    if plan.most_slots is not None:
+        room = plan.most_slots
+        result.append(f"largest rollout that fits: {room} sequences of {measured.length} tokens together")
+    if plan.changes:
+        result += ["", "to make it fit, the least costly first, each on top of those above it:"]
+        result += [f"  {change.switch:32} {change.problem or size(change.peak):>12}" for change in plan.changes]
+        if plan.changes[-1].peak is None or plan.changes[-1].peak > plan.target.gpu:
+            result.append("  that is not enough: use shorter rows, a smaller model or a larger GPU")
+    return result
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """All numbers in bytes."""
+    return {
+        "stage": plan.stage,
+        "computed": True,
+        "dtype": plan.dtype,
+        "gpu_memory": plan.target.gpu,
+        "gpus": plan.target.gpus,
+        "peak": plan.peak,
+        "phase": plan.phase,
+        "fits": plan.fits,
+        "phases": {name: {"total": need.total, "lines": need.lines} for name, need in plan.needs.items()},
+        "micro_batch": {"sequences": plan.measured.rows, "tokens": plan.measured.rows * plan.measured.length},
+        "slots": plan.measured.slots or None,
+        "largest_micro_batch": plan.most_rows,
+        "largest_rollout": plan.most_slots,
+        "changes": [vars(change) for change in plan.changes],
+        "notes": plan.measured.notes,
+    }
+
+
+def planned(
+    stage: str, inputs: Mapping[str, Any], config: StageConfig, gpu_memory: str | None, gpus: int, as_data: bool
+) -> tuple[str, bool]:
+    """-> what `fastrlhf plan` prints, and whether the run does not fit. gpu_memory None: this machine's GPU, where it
+    has one."""
+    plan = make_plan(stage, inputs, config, target_of(gpu_memory, gpus), search=True)
+    return json.dumps(as_json(plan), indent=1) if as_data else "\n".join(lines_of(plan)), plan.fits is False
+
+
+def target_of(gpu_memory: str | None, gpus: int = 1) -> Target:
+    """The device that a plan is for."""
+    import torch
+
+    if gpu_memory is not None:
+        return Target(parse_size(gpu_memory, "--gpu-memory"), gpus)
+    if torch.cuda.is_available():
+        return Target(torch.cuda.get_device_properties(0).total_memory, gpus)
+    return Target(None, gpus)
