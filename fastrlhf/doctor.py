@@ -67,20 +67,20 @@ class Line(NamedTuple):
 
 def examine(model: str | None, data: str | None, *, peers: bool = False) -> list[Line]:
     """Every line, area by area. UserError for a model that is not there at all; what is wrong with one is a line."""
-    lines = [*_versions(), *_machine(model)]
+    lines = [*check_versions(), *check_machine(model)]
     tokenizer = loaded = None
     if model is not None:
-        lines += _folder(model)
+        lines += check_folder(model)
         tokenizer, line = _try(lambda: load_tokenizer(model), "tokenizer", "loads", "use a folder with its tokenizer")
-        lines += [line] if tokenizer is None else _tokenizer(tokenizer)
+        lines += [line] if tokenizer is None else check_tokenizer(tokenizer)
         loaded, line = _try(lambda: _load(model), "model", "loads", "mend the folder, or name another model")
         lines.append(line)
-    lines += _kernels(loaded)
+    lines += check_kernels(loaded)
     if loaded is not None:
-        lines += _invariants(loaded, tokenizer)
+        lines += check_invariants(loaded, tokenizer)
     if data is not None:
-        lines += _data(data, tokenizer)
-    return [*lines, *(_peers() if peers else [])]
+        lines += check_data(data, tokenizer)
+    return [*lines, *(check_peers() if peers else [])]
 
 
 def _try(work: Callable[[], Any], area: str, what: str, remedy: str) -> tuple[Any, Line]:
@@ -100,7 +100,7 @@ def _load(source: str) -> PreTrainedModel:
 # ------------------------------------------------------------------------------------------------------- the machine
 
 
-def _versions() -> Iterator[Line]:
+def check_versions() -> Iterator[Line]:
     """Python and every package that the installed distribution asks for; of the extras, what is missing."""
     yield Line("versions", "python", False, platform.python_version())
     try:
@@ -108,30 +108,35 @@ def _versions() -> Iterator[Line]:
     except importlib.metadata.PackageNotFoundError:
         yield Line("versions", "fastrlhf", False, "not installed, run from its folder: versions are not compared")
         asked = [Requirement(name) for name in ("torch", "transformers", "datasets", "triton")]
-    missing = []
+    missing, seen = [], set()
     for requirement in asked:
-        extra = requirement.marker is not None and "extra" in str(requirement.marker)
+        if (requirement.name, extra := _is_extra(requirement)) in seen:
+            continue
+        seen.add((requirement.name, extra))
         if not extra and requirement.marker is not None and not requirement.marker.evaluate():
             continue
         name = requirement.name
+        remedy = f"pip install '{name}{requirement.specifier}'"
         try:
             there = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             if extra or not requirement.specifier:
                 missing.append(name)
             else:
-                yield Line("versions", name, True, "not installed", f"pip install '{requirement.name}'")
+                yield Line("versions", name, True, "not installed", remedy)
             continue
         good = requirement.specifier.contains(there, prereleases=True)
-        remedy = "" if good else f"pip install '{name}{requirement.specifier}'"
-        yield Line(
-            "versions", name, not good, f"{there}{'' if good else f', asked for {requirement.specifier}'}", remedy
-        )
+        found = there if good else f"{there}, asked for {requirement.specifier}"
+        yield Line("versions", name, not good, found, "" if good else remedy)
     if missing:
         yield Line("versions", "not installed", False, ", ".join(sorted({*missing})), "only for what needs them")
 
 
-def _machine(model: str | None) -> Iterator[Line]:
+def _is_extra(requirement: Requirement) -> bool:
+    return requirement.marker is not None and "extra" in str(requirement.marker)
+
+
+def check_machine(model: str | None) -> Iterator[Line]:
     device = local_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     dtype = resolve_dtype("auto", device)
@@ -163,7 +168,7 @@ def _weight_bytes(model: str | None) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if model and folder.is_dir() else 0
 
 
-def _peers() -> Iterator[Line]:
+def check_peers() -> Iterator[Line]:
     ready = torch.cuda.is_available() and TRITON and torch.cuda.get_device_capability() >= OLDEST
     found = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     remedy = "" if ready else f"needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or later, and triton"
@@ -175,7 +180,7 @@ def _peers() -> Iterator[Line]:
 # -------------------------------------------------------------------------------------------------- a folder, its words
 
 
-def _folder(source: str) -> Iterator[Line]:
+def check_folder(source: str) -> Iterator[Line]:
     """What would run code of strangers, were it read: it is not, here; other tools may."""
     where, _ = locate(source, "model")
     folder = Path(where)
@@ -198,7 +203,7 @@ def _json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[Line]:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[Line]:
     area = "tokenizer"
     same = tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id
     yield Line(
@@ -256,7 +261,7 @@ def _turns(tokenizer: PreTrainedTokenizerBase) -> Iterator[Line]:
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
-def _kernels(model: PreTrainedModel | None) -> Iterator[Line]:
+def check_kernels(model: PreTrainedModel | None) -> Iterator[Line]:
     """Every public function against its float64 specification, at the model's vocabulary, width and dtype."""
     device, dtype, vocabulary, hidden = local_device(), resolve_dtype("auto"), 1000, 64
     heads, groups, size = 4, 2, 16
@@ -355,7 +360,7 @@ def _gradients(name: str, states: Tensor, weight: Tensor, rest: tuple, library: 
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
-def _invariants(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Line]:
+def check_invariants(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Line]:
     """What must hold before step 1: docs/api.md calls them the invariants of step 0."""
     if is_scalar_model(model):
         yield from _scores(model)
@@ -422,7 +427,7 @@ def _scores(model: PreTrainedModel) -> Iterator[Line]:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _data(source: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Line]:
+def check_data(source: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Line]:
     """What each stage makes of the rows, as its preflight reads them. Red where no stage can use them."""
     if tokenizer is None:
         yield Line(

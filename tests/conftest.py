@@ -17,6 +17,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(autouse=True)
+def no_plan_in_dry_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run plans its memory, which takes seconds; tests/plan tries that."""
+    monkeypatch.setattr("fastrlhf.cli._memory_of", lambda *_: "memory: not computed in tests")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield

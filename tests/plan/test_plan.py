@@ -1,0 +1,209 @@
+"""`fastrlhf plan`: its peaks are those of real runs, and what it says of a GPU is arithmetic that can be followed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from bench import plan as bench
+from fastrlhf import cli
+from fastrlhf.cli import _memory_of
+from fastrlhf.config.errors import UserError
+from fastrlhf.config.recipe import stage_of
+from fastrlhf.config.stages import CONFIGS
+from fastrlhf.plan import estimate, report
+from fastrlhf.plan.counter import LiveBytes, allocated
+from fastrlhf.plan.estimate import Plan, make_plan, parse_size
+from fastrlhf.plan.models import sized_config
+from fastrlhf.plan.phases import Measured, Phase, Target
+from fastrlhf.plan.unknown import UnknownNumbers
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("config")
+    LlamaConfig(**{**bench.SHAPE, **SMALL}, architectures=["LlamaForCausalLM"]).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("cell", ["sft/checkpointing", "ppo/shared_trunk"])
+def test_the_plan_is_within_five_percent_of_a_real_run(cell, folder):
+    """bench.plan compares all cells, on a larger model."""
+    result = bench.compared(cell, folder)
+    assert abs(result["off_of_the_peak"]) <= bench.LIMIT
+    assert all(off >= -bench.LIMIT for off in result["off"].values())  # no phase needs more than is planned
+
+
+def test_the_counter_counts_a_storage_once_and_until_it_is_freed():
+    with LiveBytes() as live:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)[2:]
+        assert live.now == live.peak == 4000 and live.rounded == 4096
+        with live.phase():
+            del a
+            assert live.now == 4000
+            del b
+            assert live.now == 0 and live.peak == 4000
+    assert allocated(1) == 512 and allocated((10 << 20) + 1) == 12 << 20
+
+
+def test_unknown_numbers_are_one_and_the_others_are_computed():
+    with UnknownNumbers() as live:
+        weight = live.unknown(lambda: torch.zeros(4, 1024))
+        ids = torch.tensor([3, 1])
+        picked = weight[ids]
+        assert float(picked.sum()) == 1.0 and bool((picked > 2).any()) and ids.tolist() == [3, 1]
+        assert picked[:, torch.arange(1024) < 3].shape == (2, 3) and picked[0, :2].tolist() == [1.0, 1.0]
+        written = torch.zeros(2, dtype=torch.int64)
+        written += picked[:, 0].long()
+        assert written.tolist() == [1, 1]
+        assert live.now >= weight.nbytes + picked.nbytes == 6 * 4096
+
+
+# ------------------------------------------------------------------------------------------------- what does not fit
+
+
+def faked(monkeypatch, peak_of) -> None:
+    """Phases of a made-up size: what the search does with them is what is tried."""
+
+    def measure(stage, inputs, config, target, slots):
+        rows = max(1, min(config.mini_batch_size, config.micro_batch_tokens // 100))
+        held = {"model: parameters": 100, "gradients": 50, "optimizer": 200}
+        phase = Phase(peak_of(config, rows), peak_of(config, rows), trains=True)
+        return Measured(held, {"update": phase}, rows, config.mini_batch_size, 100, (10, 4), 2, 10)
+
+    monkeypatch.setattr(estimate, "measure", measure)
+
+
+BESIDE = estimate.CONTEXT + estimate.CUBLAS
+
+
+def test_the_largest_micro_batch_is_found_and_tried(monkeypatch):
+    faked(monkeypatch, lambda config, rows: 1000 + rows * rows)
+    config = CONFIGS["sft"](mini_batch_size=32, micro_batch_tokens=200)
+    plan = make_plan("sft", {}, config, Target(BESIDE + 1000 + 20 * 20), search=True)
+    assert plan.fits and plan.changes == [] and 1000 + plan.most_rows**2 <= 1400
+    tight = make_plan("sft", {}, config, Target(BESIDE + 1002), search=True)
+    assert not tight.fits and tight.most_rows == 1
+    assert make_plan("sft", {}, config, Target(BESIDE + 1000), search=True).most_rows is None
+
+
+def test_switches_come_in_the_order_of_their_cost_each_on_top_of_the_others_until_it_fits(monkeypatch):
+    def peak(config, rows):
+        return 10_000 - 3000 * config.gradient_checkpointing - 3000 * (config.lora is not None) + rows
+
+    faked(monkeypatch, peak)
+    monkeypatch.setattr(estimate, "installed", lambda package: True)
+    config = CONFIGS["sft"](micro_batch_tokens=100)
+    plan = make_plan("sft", {}, config, Target(BESIDE + 5000), search=True)
+    assert [(c.switch, c.peak - BESIDE) for c in plan.changes] == [
+        ("gradient_checkpointing=true", 7001),
+        ("lora=16", 4001),
+    ]
+    monkeypatch.setattr(estimate, "installed", lambda package: False)
+    first, second, *_ = make_plan("sft", {}, config, Target(BESIDE + 5000), search=True).changes
+    assert first.peak and second.peak is None and "peft" in second.problem
+    text = "\n".join(report.lines_of(plan))
+    assert "does not fit" in text and "lora=16" in text and "CUDA context (assumed)" in text
+
+
+def test_lines_add_up_to_the_total_and_several_gpus_share_the_rows(folder):
+    inputs, fields = {"policy": folder, "reward": "module:f"}, {**bench.PPO, "dtype": "bf16", "offload": True}
+    plan = make_plan("ppo", inputs, CONFIGS["ppo"](**fields), Target(2 << 30, gpus=4), search=False)
+    assert plan.measured.count == 2 and plan.measured.slots == 4
+    for name, need in plan.needs.items():
+        phase = plan.measured.phases[name]
+        assert need.lines["activations and the rest"] >= 0
+        seen = sum(v for k, v in need.lines.items() if k not in BESIDE_TENSORS)
+        assert seen == phase.peak - phase.parked - phase.cpu_only, name
+    assert "parked in host memory" in plan.needs["rollout"].lines
+    assert "buckets of the all-reduce" in plan.needs["update of the policy"].lines
+    data = report.as_json(plan)
+    assert json.loads(json.dumps(data)) == data and data["fits"] and data["peak"] == plan.peak
+
+
+BESIDE_TENSORS = {
+    "workspace of the fused head",
+    "allocator rounding",
+    "CUDA context (assumed)",
+    "cuBLAS workspace (assumed)",
+    "CUDA graphs (assumed)",
+    "buckets of the all-reduce",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("24", "its unit is missing"),
+        ("24XB", "the unit 'XB' is not known"),
+        ("much", "is no size"),
+        ("0GiB", "no size"),
+    ],
+)
+def test_a_size_without_a_unit_is_no_size(text, problem):
+    with pytest.raises(UserError, match=f"^--gpu-memory: '{text}'.*{problem}.*GiB"):
+        parse_size(text, "--gpu-memory")
+
+
+def test_sizes_are_read_in_both_kinds_of_units():
+    assert parse_size("1.5 GiB", "") == 3 << 29 and parse_size("80gb", "") == 80 * 10**9
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "vocab_size"])
+def test_a_model_config_without_a_size_is_refused(name, folder, tmp_path):
+    """transformers would take that of LLaMA-7B without a word."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"^policy: config.json of .* has no {name}"):
+        sized_config(str(tmp_path), "policy")
+
+
+def test_a_gguf_file_has_no_sizes_without_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastrlhf.models.sources.installed", lambda package: True)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="is a GGUF file.*name a folder"):
+        sized_config(str(tmp_path / "m.gguf"), "policy")
+
+
+def test_a_recipe_says_what_it_is_for():
+    assert stage_of("sft", []) == "sft" and stage_of(None, ["policy=x"]) == "ppo"
+    with pytest.raises(UserError, match="of sft or reward; say what it is for: --stage"):
+        stage_of(None, ["model=x", "data=y"])
+    with pytest.raises(UserError, match="of none of sft, reward, ppo"):
+        stage_of(None, ["policy=x", "score_range=1,2"])
+
+
+def test_the_verb_prints_the_plan_of_a_recipe_whose_rows_are_not_there(folder, capsys):
+    given = [f"model={folder}", "max_tokens=64", "mini_batch_size=2", "format=text", "--gpu-memory", "2GiB", "--json"]
+    assert cli.main(["plan", *given]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["stage"] == "sft" and plan["dtype"] == "bf16" and plan["fits"] and plan["largest_micro_batch"] == 2
+    assert cli.main(["plan", *given[:-3], "--gpu-memory", "24"]) == 2
+    assert "its unit is missing" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_the_peak_in_a_line_or_why_it_is_not_known(folder, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    config = CONFIGS["sft"](max_tokens=32, mini_batch_size=2)
+    assert _memory_of("sft", {"model": str(tmp_path)}, config).startswith(
+        "memory: not computed: policy: config.json of"
+    )
+    assert _memory_of("sft", {"model": folder}, config).endswith("of a CPU at the update (fp32); computed, not run")
+
+
+def test_without_the_memory_of_a_gpu_there_is_a_peak_and_no_verdict(folder):
+    config = CONFIGS["reward"](max_tokens=32, mini_batch_size=2)
+    plan: Plan = make_plan("reward", {"model": folder}, config, Target(), search=True)
+    assert report.one_line(plan).startswith("memory: ") and "of a CPU at the update (fp32)" in report.one_line(plan)
+    assert "give --gpu-memory" in report.lines_of(plan)[-1]
