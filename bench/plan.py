@@ -74,7 +74,8 @@ def trainer_of(config: StageConfig, folder: str) -> Any:
     shape = LlamaConfig.from_pretrained(folder, num_labels=1)
     auto = AutoModelForSequenceClassification if config.stage == "reward" else AutoModelForCausalLM
     model = auto.from_config(shape, attn_implementation="sdpa")
-    tokenizer, rows = stand_in_tokenizer(), 16
+    rows = 16
+    tokenizer = stand_in_tokenizer(rows)
     if config.stage == "sft":
         data = [{"text": words(config.max_tokens - 1)}] * rows
         return SFTTrainer(config, model=model, tokenizer=tokenizer, data=data)
@@ -82,7 +83,7 @@ def trainer_of(config: StageConfig, folder: str) -> Any:
         half = config.max_tokens // 2
         pair = {"prompt": words(half), "chosen": words(half - 1), "rejected": words(half - 2)}
         return RewardTrainer(config, model=model, tokenizer=tokenizer, data=[pair] * rows)
-    prompts = [words(config.max_prompt_tokens)] * rows
+    prompts = [f"w{i} {words(config.max_prompt_tokens - 1)}" for i in range(rows)]
     return PPOTrainer(config, policy=model, tokenizer=tokenizer, reward=length_reward, prompts=prompts)
 
 

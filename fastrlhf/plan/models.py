@@ -80,11 +80,12 @@ def model_without_weights(
     return model
 
 
-def stand_in_tokenizer() -> PreTrainedTokenizerBase:
-    """Knows `WORD` and an end: the rows of a plan have lengths, and no text."""
+def stand_in_tokenizer(others: int = 0) -> PreTrainedTokenizerBase:
+    """Knows `WORD`, an end and so many other words w0, w1 ...: the rows of a plan have lengths, and no text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({"</s>": 0, WORD: 1}, unk_token=WORD))
+    known = {"</s>": 0, WORD: 1, **{f"w{i}": 2 + i for i in range(others)}}
+    words = Tokenizer(models.WordLevel(known, unk_token=WORD))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
 

@@ -322,7 +322,8 @@ class _PPO:
         positions = self.slots * self.length
         head = trainer.engine.value_head
         engine = RolloutEngine(trainer.policy, trainer.tokenizer, max_batch_tokens=positions, value_head=head)
-        prompts = [[1 + i % 2] * self.prompt for i in range(self.count // config.samples_per_prompt)]
+        ids = trainer.policy.get_input_embeddings().weight.shape[0]
+        prompts = [[i % ids] * self.prompt for i in range(self.count // config.samples_per_prompt)]  # each is computed
         params = SamplingParams(
             max_new_tokens=self.response,
             n=config.samples_per_prompt,
