@@ -62,16 +62,19 @@ class Decoder:
     def run(self, rows: Sequence[Row]) -> None:
         """Fill `tokens`, `log_probs`, `policy_log_probs` and `finished` of every row; equal prompts stand together."""
         waiting = deque(rows)
-        while waiting or self.rows:
-            if self.rows:
-                self._forward()
-            if self._may_enter(len(waiting)):
-                self._admit(waiting)
-            self._sample()
-            for _ in range(self.steps - 1):
-                self._forward()
+        try:
+            while waiting or self.rows:
+                if self.rows:
+                    self._forward()
+                if self._may_enter(len(waiting)):
+                    self._admit(waiting)
                 self._sample()
-            self._harvest()
+                for _ in range(self.steps - 1):
+                    self._forward()
+                    self._sample()
+                self._harvest()
+        finally:
+            self.graphs = None  # they hold this decoder, and with it the cache, in a circle
 
     # ------------------------------------------------------------------------------------------------ prompts
 

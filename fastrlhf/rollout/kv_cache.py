@@ -8,6 +8,7 @@ transformers' own static cache has one length for the whole batch; here every sl
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ class _Layer(CacheLayerMixin):
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
-        self.cache = cache
+        # The cache owns its layers. Were they to own it too, its memory would stay until Python looks for circles.
+        self.cache = weakref.proxy(cache)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         size = (self.cache.slots, self.cache.positions, key_states.shape[1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
+import weakref
 
 import pytest
 import torch
@@ -134,6 +136,32 @@ def test_a_used_cache_is_as_good_as_a_new_one_and_given_back(llama):
     engine.release()
     assert engine.cache is None
     same(engine.generate(prompts(5), params), fresh)
+
+
+@pytest.fixture
+def no_collector():
+    """Memory comes free by reference counts alone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_the_memory_of_the_cache_is_free_at_once(llama, no_collector):
+    """A circle would keep gigabytes through scoring and update, until Python's collector happens to run."""
+    engine = RolloutEngine(llama)
+    engine.generate(prompts(3), SamplingParams(4))
+    keys = weakref.ref(engine.cache.layers[0].keys)
+    engine.release()
+    assert keys() is None
+    caches = []
+
+    def capture(step):
+        caches.append(weakref.ref(step.func.__self__.cache))
+        return replayed(step)
+
+    decode(llama, prompts(3), SamplingParams(4, stop_token_ids=[]), 3, capture=capture)
+    assert [cache() for cache in caches] == [None]
 
 
 def test_nan_weights_do_not_outlive_themselves_in_the_cache(llama):
