@@ -150,11 +150,12 @@ def test_every_third_party_import_is_declared(metadata):
     third_party = found - set(sys.stdlib_module_names) - {"fastrlhf", "fastrlhf_kernels", "__future__"}
     declared = {n.lower().replace("-", "_") for n in re.findall(r"^Requires-Dist: ([\w.-]+)", metadata, re.MULTILINE)}
     provides = {"yaml": "pyyaml"}
-    # typing_extensions comes with pydantic, numpy and tokenizers with transformers, huggingface_hub and
+    # typing_extensions comes with pydantic, numpy, packaging and tokenizers with transformers, huggingface_hub and
     # pyarrow with datasets.
     missing = {n for n in third_party if provides.get(n, n) not in declared} - {
         "numpy",
         "typing_extensions",
+        "packaging",
         "tokenizers",
         "huggingface_hub",
         "pyarrow",
