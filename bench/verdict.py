@@ -2,6 +2,8 @@
 
     python -m bench.verdict [--recipes ppo-max grpo rloo] [--seeds 0 1 2] [--json bench/results/verdict_cpu.json]
     python -m bench.verdict --short     # one seed, few steps, about a minute: the rule rate must rise clearly over SFT
+    python -m bench.verdict --critics [--seeds 0] [--ppo-seeds 0 1 2] [--json bench/results/critics_cpu.json]
+                                        # instead: PPO with critic=separate and critic=shared_trunk (bench/critics.py)
 
 SFT and reward model of a seed are made once, by the quickstart's own stages, and kept in --work. Each recipe then
 trains that SFT model as it stands in fastrlhf/recipes, but for the sizes in SIZES below, and answers the held-out
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import critics
 from fastrlhf.config.recipe import load_recipe
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.ppo import PPOTrainer
@@ -37,7 +40,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "mini_batch_size": 16,
         "learning_rate": 4e-4,
         "critic_learning_rate": 1e-3,
-        "warmup_steps": 12,
         "critic_warmup_steps": 3,
         "ptx_coef": 0.02,  # these SFT replies are faulty on purpose, 6 in 10: a policy held to them cannot pass
     },
@@ -133,6 +135,24 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_critics(options: argparse.Namespace) -> int:
+    """Both forms of the critic, for each seed of models and of PPO -> exit code."""
+    rows = []
+    for seed in options.seeds:
+        models = make_models(options.work / f"seed-{seed}", seed)
+        before = verdict.Before.of(models.output_dir, models.stages["ppo"])
+        for ppo_seed in options.ppo_seeds:
+            for form in critics.FORMS:
+                rows.append(critics.run(form, models, before, ppo_seed))
+                print(json.dumps({k: v for k, v in rows[-1].items() if k != "rule"}), flush=True)
+    difference = critics.compare(rows)
+    print(critics.table(rows, difference))
+    if options.json:
+        result = {"forms": critics.FORMS, "difference": difference, "runs": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if difference["passed"] else 1
+
+
 def _override(text: str) -> tuple[str, str, str]:
     recipe, dot, rest = text.partition(".")
     field, equals, value = rest.partition("=")
@@ -146,10 +166,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--recipes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--short", action="store_true", help="few steps of every stage, the first seed only")
+    parser.add_argument("--critics", action="store_true", help="compare the forms of the critic instead of recipes")
+    parser.add_argument("--ppo-seeds", nargs="+", type=int, default=[0, 1, 2], help="with --critics: of PPO alone")
     parser.add_argument("--set", nargs="+", type=_override, default=[], help="RECIPE.FIELD=VALUE, to try sizes")
     parser.add_argument("--work", type=Path, default=Path("runs/verdict"), help="where models are made and kept")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args(arguments)
+    if options.critics:
+        with few_threads():
+            return measure_critics(options)
     with few_threads():
         rows = measure(options)
     print(table(rows, short=options.short))

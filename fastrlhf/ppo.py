@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.checkpoint.store import Checkpoint
 from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.encode import EncodedPrompt
@@ -24,6 +25,7 @@ from fastrlhf.models.token_batch import TokenRows, resolve_packing
 from fastrlhf.preflight.stages import prepare_ppo
 from fastrlhf.rl.advantages import KLController, RunningMoments
 from fastrlhf.rl.alarms import Alarms
+from fastrlhf.rl.critic import check_value_head
 from fastrlhf.rl.critic_warmup import CriticPretraining
 from fastrlhf.rl.evaluation import eval_temperature
 from fastrlhf.rl.experience import Experience, make_experience, plan_epochs
@@ -186,6 +188,7 @@ class PPOTrainer(Trainer):
             "update/skipped": float(self.guard.updates_skipped),
             "update/left_out": float(self.guard.rows_left_out),
         }
+        self.alarms.stop_if_runaway(metrics, config, self._last_checkpoint)
         self._after_kl(metrics["kl/ref"])
         self.steps_done += 1
         timings = throughput("perf/rollout_tokens", rollout.stats["new_tokens"], self.device)
@@ -224,7 +227,9 @@ class PPOTrainer(Trainer):
             if done == warmup:
                 metrics = self.pretraining.run()
         if self.refresh is not None and self.refresh.after_step(done):
-            self.tracker.event("ref_refresh", f"the policy after step {done} is the reference now")
+            self.learner.policy_optimizer.forget_moments()
+            sentence = f"the policy after step {done} is the reference now, and its optimizer starts anew"
+            self.tracker.event("ref_refresh", sentence)
         return metrics
 
     def _cause_of_mismatch(self) -> str:
@@ -241,6 +246,11 @@ class PPOTrainer(Trainer):
             f"decoding of {name} agrees with its plain forward within what {self.policy.dtype} rounds ({difference}): "
             "as log-probs grow, so does their rounding; set importance_cap, which corrects for it, or dtype=fp32"
         )
+
+    def _last_checkpoint(self) -> str:
+        """What there is to go on from, in words."""
+        latest = None if self.store is None else self.store.latest()
+        return "no checkpoint was written yet" if latest is None else f"the last checkpoint is {latest.path}"
 
     def _after_kl(self, kl: float) -> None:
         """The controller looks at the step's KL; beyond kl_budget this step is the last one."""
@@ -291,6 +301,11 @@ class PPOTrainer(Trainer):
 
     def trained(self) -> dict[str, TrainedRole]:
         return self.learner.trained()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        if self.critic is not None and self.critic.shares_trunk:
+            check_value_head(checkpoint.tensors("weights_value"), str(checkpoint.path))
+        super()._restore(checkpoint)
 
     def parts(self) -> dict[str, Stateful]:
         parts = {

@@ -7,6 +7,7 @@ and logsumexp, so that badly misranked pairs keep their gradient. Scores: square
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.data.encode import Record
 from fastrlhf.data.feedback import Feedback
+from fastrlhf.models import centring
 from fastrlhf.models.backbone import load_scalar_backbone
 from fastrlhf.models.heads import sequence_scores
 from fastrlhf.models.held_out import FILE, HeldOut
@@ -32,6 +34,7 @@ from fastrlhf.runtime.batching import assign_rows, micro_batches
 from fastrlhf.runtime.optim import TrainedRole, make_optimizer
 from fastrlhf.trainer import Stateful, Step, SupervisedTrainer, device_of, run_stage
 
+CENTRED_ON = 1000  # replies; their mean is then known to 3 % of the deviation of scores
 MARGIN_EDGES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -62,7 +65,8 @@ class RewardTrainer(SupervisedTrainer):
     """Train a scalar-head model. Fields of the config: docs/api.md.
 
     model: a causal LM (its trunk gets a new head) or a reward model to go on with; folder, hub id, GGUF file or a
-    loaded one. data, eval_data: whatever `load_feedback` reads. compute_metrics: see eval_metrics.py. Raises UserError
+    loaded one. data, eval_data: whatever `load_feedback` reads. sft_data: conversations, for center_rewards, which
+    draws CENTRED_ON of their replies (models/centring.py). compute_metrics: see eval_metrics.py. Raises UserError
     before any training for bad input.
     """
 
@@ -75,15 +79,18 @@ class RewardTrainer(SupervisedTrainer):
         model: str | PreTrainedModel,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         data: Any,
+        sft_data: Any = None,
         eval_data: Any = None,
         compute_metrics: Any = None,
     ) -> None:
-        inputs = {"model": model, "tokenizer": tokenizer, "data": data, "eval_data": eval_data}
+        inputs = {"model": model, "tokenizer": tokenizer, "data": data, "sft_data": sft_data, "eval_data": eval_data}
         inputs["compute_metrics"] = compute_metrics
         check_arguments(config, RewardConfig, inputs)
         ready: Supervised[Record] = prepare_supervised(config, **inputs)
         self.eval_records, self.compute_metrics = ready.held_out, ready.compute_metrics
         self.held_out = HeldOut(len(self.eval_records))
+        draw, replies = random.Random(f"center_rewards {config.seed}"), ready.sft_replies
+        self.sft_replies = draw.sample(replies, min(CENTRED_ON, len(replies)))
         ordered = any(r.feedback.ordered_pairs() for r in self.eval_records)
         self.best_metric = ("accuracy/eval", True) if ordered else ("loss/eval", False)
         super().__init__(
@@ -206,7 +213,19 @@ class RewardTrainer(SupervisedTrainer):
         return {**super().parts(), "held_out": self.held_out}
 
     def beside_the_model(self) -> dict[str, str]:
-        return {FILE: self.held_out.text()}
+        texts = {FILE: self.held_out.text()}
+        if self.sft_replies:
+            texts[centring.FILE] = self._centring()
+        return texts
+
+    def _centring(self) -> str:
+        """What centres the weights as they are. Only the rank that writes them asks."""
+        rows = [example.ids for example in self.sft_replies]
+        self.model.eval()
+        scores = self.memory.attempt(lambda: score_rows(self.model, rows, self.memory.tokens))
+        mean = float(scores.double().mean())
+        self.tracker.note(f"center_rewards: {len(rows)} replies of sft_data score {mean:.3g} on average, now 0")
+        return centring.text_of(mean, len(rows))
 
     def trained(self) -> dict[str, TrainedRole]:
         if self.adapters is None:

@@ -73,6 +73,11 @@ def _made(
 # -------------------------------------------------------------------------------------------------- a PPO step, by hand
 
 
+def last_layer(t: PPOTrainer) -> nn.Linear:
+    """The layer of the critic's head that starts from zero: all of a linear one, the last of a ValueHead."""
+    return getattr(t.critic.head, "out", t.critic.head)
+
+
 def experience_of(
     t: PPOTrainer, rollout: Rollout, scores: Scores | None = None
 ) -> tuple[Experience, list[list[MiniBatch]], dict[str, float]]:

@@ -49,6 +49,8 @@ def written(tmp_path_factory) -> dict[str, set[str]]:
         learning_rate=1e-2,
         output_dir=str(folder / "ppo"),
         ptx_coef=1.0,
+        samples_per_prompt=2,
+        importance_mask=(0.5, 5.0),
         critic_warmup_steps=1,
         critic_pretrain_epochs=1,
     )

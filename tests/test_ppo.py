@@ -311,6 +311,33 @@ def test_target_kl_stops_the_epochs():
     assert step.metrics["update/stopped_early"] == 1.0 and t.learner.policy_updates < 16
 
 
+@pytest.mark.parametrize("form", [{}, {"critic": "shared_trunk", "critic_learning_rate": 1e-2}])
+def test_target_kl_stops_before_the_update_that_exceeds_it(form):
+    """The policy keeps the weights whose kl/approx was too much; the critic makes its update of that mini-batch."""
+
+    def run(**fields: object) -> tuple:
+        t = trainer(config(total_steps=1, ppo_epochs=4, learning_rate=1e-2, **form, **fields))
+        seen, before, plain = [], [], t.learner._too_far
+
+        def too_far(sums: list[float], stats: object) -> bool:
+            seen.append(sums[1])
+            before.append(weights(t.policy))
+            return plain(sums, stats)
+
+        t.learner._too_far = too_far
+        return t, seen, before, next(iter(t)).metrics
+
+    _, kls, before, metrics = run()
+    assert "update/stopped_early" not in metrics and kls[0] == pytest.approx(0.0, abs=1e-9)
+    first = next(i for i, kl in enumerate(kls) if kl > 0.5 * max(kls))
+    target = max([*kls[:first], 0.4 * kls[first]]) / 1.5
+    t, seen, _, metrics = run(target_kl=target)
+    assert seen == kls[: first + 1] and t.learner.policy_updates == first and t.learner.critic_updates == first + 1
+    assert same(weights(t.policy), before[first]) and metrics["update/stopped_early"] == 1.0
+    assert metrics["kl/approx"] == pytest.approx(sum(seen) / len(seen))
+    assert all(p.grad is None for p in t.policy.parameters())
+
+
 def test_critic_warmup_trains_the_critic_alone():
     t = trainer(config(total_steps=3, critic_warmup_steps=2))
     before, critic = weights(t.policy), weights(t.value_model)

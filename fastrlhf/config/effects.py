@@ -15,8 +15,14 @@ from pydantic import BaseModel
 from fastrlhf.config.errors import spelled
 
 GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo")
+WITH_BASELINE = (*GROUP_ESTIMATORS, "reinforce++-baseline")  # the mean of the responses to a prompt
+REINFORCE = ("reinforce++", "reinforce++-baseline")
 CRITIC = """critic critic_learning_rate critic_max_grad_norm critic_warmup_steps critic_pretrain_epochs
-bootstrap_truncated clip_range_value vf_coef gae_lambda"""
+bootstrap_truncated clip_range_value vf_coef gae_lambda critic_gae_lambda length_adaptive_lambda"""
+BY_CRITIC = {  # what auto means, by the form of the critic
+    "critic_learning_rate": {"separate": 5e-6, "shared_trunk": 5e-3},
+    "gae_lambda": {"separate": 0.95, "shared_trunk": 1.0},
+}
 
 
 class Idle(NamedTuple):
@@ -33,14 +39,32 @@ class Idle(NamedTuple):
 
 
 IDLE = [
-    Idle("advantage", (*GROUP_ESTIMATORS, "reinforce++"), "has no critic", "use advantage = gae", CRITIC),
+    Idle("advantage", (*GROUP_ESTIMATORS, *REINFORCE), "has no critic", "use advantage = gae", CRITIC),
     Idle("advantage", GROUP_ESTIMATORS, "compares whole responses", "use advantage = gae", "gamma whiten_advantages"),
-    Idle("gamma", (0,), "looks at no later reward", "set gamma above 0", "gae_lambda bootstrap_truncated"),
+    Idle("advantage", ("gae", "reinforce++"), "compares no group", "use advantage = grpo", "drop_equal_groups"),
+    Idle(
+        "gamma",
+        (0,),
+        "looks at no later reward",
+        "set gamma above 0",
+        "gae_lambda critic_gae_lambda length_adaptive_lambda bootstrap_truncated",
+    ),
     Idle("critic_warmup_steps", (0,), "stores no rollouts", "set that above 0", "critic_pretrain_epochs"),
-    Idle("kl_coef", (0,), "only measures the KL", "set kl_coef above 0", "kl_in kl_estimator kl_controller"),
+    Idle(
+        "kl_coef", (0,), "only measures the KL", "set kl_coef above 0", "kl_in kl_estimator kl_controller kl_gradient"
+    ),
     Idle("kl_in", ("loss",), "holds kl_coef fixed", "use kl_in = reward", "kl_controller"),
+    Idle("kl_in", ("reward",), "takes no gradient of it", "use kl_in = loss", "kl_gradient"),
+    Idle("policy_loss", ("cispo",), "clips no loss", "use policy_loss = clip", "dual_clip"),
+    Idle("ptx_coef", (0,), "learns no ptx_data", "set ptx_coef above 0", "ptx_reduction"),
     Idle("kl_controller", ("fixed",), "steers nothing", "use adaptive", "kl_controller_target kl_horizon"),
-    Idle("old_log_probs", ("rollout",), "compares with the sampler itself", "use recompute", "importance_cap"),
+    Idle(
+        "old_log_probs",
+        ("rollout",),
+        "compares with the sampler itself",
+        "use recompute",
+        "importance_cap importance_mask",
+    ),
     Idle("eval_every", (0,), "evaluates nothing", "set eval_every above 0", "eval_temperature best_of_n"),
     Idle("output_dir", (None,), "writes nothing", "set output_dir", "save_every overwrite resume"),
     Idle("resume", (False,), "goes on with no run", "use resume = true", "accept_changed"),
@@ -70,7 +94,8 @@ def idle_options(config: BaseModel) -> Iterator[str]:
             if name not in fields or name in named:
                 continue
             value, default = getattr(config, name), fields[name].default
-            if value not in (default, ASKS_FOR_NOTHING.get(name, default)):
+            resolved = BY_CRITIC[name][config.critic] if name in BY_CRITIC else default
+            if value not in (default, resolved, ASKS_FOR_NOTHING.get(name, default)):
                 named.add(name)
                 remedy = f"leave it at {spelled(default, name)} or {row.instead}"
                 yield f"{name} = {spelled(value, name)}: {because}; {remedy}"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-AUTO = ("micro_batch_tokens", "packing", "probe", "loss_aggregation")  # fields whose None is spelt auto
+AUTO = (  # fields whose None is spelt auto
+    *("micro_batch_tokens", "packing", "probe", "loss_aggregation"),
+    *("critic_learning_rate", "gae_lambda"),
+)
 
 
 class UserError(ValueError):

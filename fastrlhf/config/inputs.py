@@ -72,7 +72,9 @@ _TEXTS = StageInput(True, "data", f"conversations or text to learn from: {_ROWS}
 _FEEDBACK = StageInput(True, "data", f"feedback records (pairs, rankings, scores, edits, mixed): {_ROWS}")
 INPUTS: dict[str, dict[str, StageInput]] = {
     "sft": _TRAINED | {"data": _TEXTS} | _OPTIONAL,
-    "reward": _TRAINED | {"data": _FEEDBACK} | _OPTIONAL,
+    "reward": _TRAINED
+    | {"data": _FEEDBACK, "sft_data": StageInput(False, "data", f"SFT replies for center_rewards: {_ROWS}")}
+    | _OPTIONAL,
     "ppo": {
         "policy": StageInput(True, "model", f"the model to align: {_MODEL}"),
         "reward": StageInput(True, "reward", _REWARD),

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from fastrlhf.config.base import CONFIGS, Schedule, StageConfig
-from fastrlhf.config.effects import GROUP_ESTIMATORS
+from fastrlhf.config.effects import BY_CRITIC, WITH_BASELINE
 
 MOST_ROWS = 1_000_000  # of a step, which holds them all
 MOST_PASSES = 10_000  # over them
@@ -56,6 +56,8 @@ class RewardConfig(SupervisedConfig):
     """feedback records of one optimizer step, over all devices"""
     head_only: bool = False
     """train the scalar head alone on frozen features: a linear reward model"""
+    center_rewards: bool = False
+    """shift the scores of the saved model so that the replies of sft_data score 0 on average"""
     score_range: tuple[float, float] = (1.0, 5.0)
     """lowest and highest score that annotators could give"""
     eval_fraction: float = Field(0.1, ge=0, lt=1)
@@ -98,20 +100,31 @@ class PPOConfig(StageConfig):
     """sample from the k likeliest tokens; 0: all; above 0 PPO's ratio is an approximation"""
     learning_rate: float = Field(1e-06, ge=0)
     """peak learning rate of the policy; 0 trains nothing"""
-    critic_learning_rate: float = Field(5e-06, ge=0)
-    """peak learning rate of the value model"""
-    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"] = "gae"
-    """estimator; all but gae do without a value model; grpo, dr_grpo and rloo need samples_per_prompt >= 2"""
+    critic: Literal["separate", "shared_trunk"] = "separate"
+    """the critic: a model of its own (with lora: an adapter of its own), or a small network that reads the policy's
+    states and leaves its trunk as it is"""
+    critic_learning_rate: float | None = Field(None, ge=0, validate_default=True)
+    """peak learning rate of the value model (auto: 5e-06, shared_trunk 0.005)"""
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline"] = "gae"
+    """estimator; all but gae do without a value model; all but gae and reinforce++ need samples_per_prompt >= 2"""
     gamma: float = Field(1.0, ge=0, le=1)
     """discount per token"""
-    gae_lambda: float = Field(0.95, ge=0, le=1)
-    """lambda of generalised advantage estimation"""
+    gae_lambda: float | None = Field(None, ge=0, le=1, validate_default=True)
+    """lambda of generalised advantage estimation (auto: 0.95, shared_trunk 1)"""
+    critic_gae_lambda: float | None = Field(None, ge=0, le=1)
+    """lambda of the returns that the critic learns (VAPO: 1); none: gae_lambda"""
+    length_adaptive_lambda: float | None = Field(None, gt=0)
+    """VAPO: the policy's lambda is 1 - 1 / (this * tokens of the response), 0 at least; none: gae_lambda"""
+    drop_equal_groups: bool = False
+    """leave out the responses to a prompt that all have the same score; they count in no mean"""
     kl_coef: float = Field(0.05, ge=0)
     """weight of the KL to the reference policy"""
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
     """per-token KL estimate, d = log_probs - ref_log_probs: k1 d, k2 d*d/2, k3 exp(-d)-1+d, abs |d|"""
     kl_in: Literal["reward", "loss"] = "reward"
     """where the KL acts: in the token rewards or in the policy loss"""
+    kl_gradient: Literal["exact", "published"] = "exact"
+    """of the KL in the loss: that of the KL it estimates, or the estimator differentiated as it stands (GRPO's k3)"""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """adaptive: kl_coef follows kl_controller_target"""
     kl_controller_target: float = Field(6.0, gt=0)
@@ -121,11 +134,18 @@ class PPOConfig(StageConfig):
     kl_budget: float | None = Field(None, gt=0)
     """end the run once kl/ref is above this many nats a response"""
     target_kl: float | None = Field(None, gt=0)
-    """stop the updates of a step when kl/approx exceeds 1.5 times this (kl_controller_target steers kl_coef)"""
+    """stop the updates of a step before the one whose kl/approx exceeds 1.5 times this (kl_controller_target steers
+    kl_coef)"""
+    runaway_kl: float | None = Field(3.0, gt=0)
+    """stop the run with an alarm once kl/ref is above this many nats a token for 3 steps; none: never"""
+    runaway_entropy: float | None = Field(3.0, gt=1)
+    """the same where policy/entropy is above this many times that of the first step and 1 nat above it; none: never"""
     clip_range: float = Field(0.2, ge=0)
     """the policy ratio is clipped to 1 - clip_range .. 1 + clip_range"""
     clip_range_high: float | None = Field(None, ge=0)
     """the upper side of the ratio clip; none: clip_range"""
+    policy_loss: Literal["clip", "cispo"] = "clip"
+    """clip: no gradient beyond the clip (PPO); cispo: the ratio, clipped and detached, weighs every token's gradient"""
     dual_clip: float | None = Field(None, gt=1)
     """where the advantage is negative the loss stops at -dual_clip * advantage"""
     ratio_level: Literal["token", "sequence"] = "token"
@@ -140,6 +160,8 @@ class PPOConfig(StageConfig):
     """weight of the entropy bonus"""
     ptx_coef: float = Field(0.0, ge=0)
     """weight of the language-model loss on ptx_data, mini_batch_size rows in each optimizer step"""
+    ptx_reduction: Literal["token_mean", "sequence_sum"] = "token_mean"
+    """mean of target tokens, or mean of rows' sums in units of the policy loss of a whole response (InstructGPT)"""
     whiten_advantages: bool | Literal["group"] = True
     """shift and scale advantages to mean 0 and variance 1 over the step, or over a prompt's group (gae, reinforce++)"""
     reward_scaling: Literal["none", "running_std", "running_norm"] = "none"
@@ -154,12 +176,12 @@ class PPOConfig(StageConfig):
     """further tries of a call that failed for the network, after 1, 2, 4 ... seconds"""
     missing_eos_penalty: float | None = Field(None, ge=0)
     """subtracted from the score of a response without a stop token"""
+    missing_eos_score: float | None = None
+    """the score of a response without a stop token, in place of its own (after scaling and clip)"""
     length_penalty: float = 0.0
     """subtracted from the score for each token of the response; negative: a bonus"""
     overlong_penalty: int | None = Field(None, ge=1)
     """DAPO: over the last so many tokens before max_new_tokens the score falls by up to 1"""
-    critic: Literal["separate", "shared_trunk"] = "separate"
-    """the critic: a model of its own (with lora: an adapter of its own), or a head on the policy's trunk"""
     bootstrap_truncated: bool = False
     """a response cut by max_new_tokens goes on with the critic's value of its end, instead of 0"""
     critic_warmup_steps: int = Field(0, ge=0)
@@ -172,6 +194,8 @@ class PPOConfig(StageConfig):
     """old log-probs from a training forward pass (ratio exactly 1 at first) or from the rollout (faster)"""
     importance_cap: float | None = Field(2.0, ge=1)
     """with recomputed old log-probs, tokens weigh min(pi_old / pi_rollout, this); none: 1"""
+    importance_mask: tuple[float, float] | None = None
+    """tokens whose pi_old / pi_rollout is outside low,high weigh 0 (IcePop: 0.5,5); none: no token is left out"""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """evaluate and save an average of the policy's weights, of this decay an update; none: the last weights"""
     ref_refresh_every: int = Field(0, ge=0)
@@ -187,6 +211,12 @@ class PPOConfig(StageConfig):
     best_of_n: int = Field(0, ge=0, le=MOST_PASSES)
     """before step 1, the reward of the best of 1, 2, 4 ... up to so many samples of the reference; 0: not measured"""
 
+    @field_validator(*BY_CRITIC)
+    @classmethod
+    def _by_critic(cls, value: float | None, info: ValidationInfo) -> float:
+        """What the form of the critic needs. Resolved here, config.yaml says what runs."""
+        return BY_CRITIC[info.field_name][info.data.get("critic", "separate")] if value is None else value
+
     @field_validator("loss_aggregation")
     @classmethod
     def _aggregation(cls, value: str | None, info: ValidationInfo) -> str:
@@ -200,12 +230,29 @@ class PPOConfig(StageConfig):
             wrong.append(f"samples_per_prompt = {per_prompt}: must divide rollout_batch_size = {batch}")
         if self.mini_batch_size > batch:
             wrong.append(f"mini_batch_size = {self.mini_batch_size}: above rollout_batch_size = {batch}")
-        if self.advantage in GROUP_ESTIMATORS and per_prompt < 2:
+        if self.advantage in WITH_BASELINE and per_prompt < 2:
             wrong.append(f"advantage = {self.advantage}: compares responses; set samples_per_prompt >= 2")
         if self.overlong_penalty is not None and self.overlong_penalty > self.max_new_tokens:
             wrong.append(f"overlong_penalty = {self.overlong_penalty}: above max_new_tokens = {self.max_new_tokens}")
         if self.whiten_advantages == "group" and per_prompt < 2:
             wrong.append("whiten_advantages = group: a group needs samples_per_prompt >= 2")
+        if self.missing_eos_score is not None and self.missing_eos_penalty is not None:
+            score = f"missing_eos_score = {self.missing_eos_score:g}"
+            wrong.append(f"{score}: replaces what missing_eos_penalty = {self.missing_eos_penalty:g} lowers; use one")
+        if self.policy_loss == "cispo" and self.ratio_level == "sequence":
+            wrong.append("policy_loss = cispo: weighs each token by its own ratio; use ratio_level = token")
+        if self.ptx_reduction == "sequence_sum" and self.loss_aggregation == "sequence_mean":
+            wrong.append(
+                "ptx_reduction = sequence_sum: with loss_aggregation = sequence_mean no response has a sum to compare "
+                "with; use token_mean in one of them"
+            )
+        both = self.length_adaptive_lambda is not None and self.critic_gae_lambda is not None
+        if both and self.gae_lambda not in (BY_CRITIC["gae_lambda"][self.critic], 1.0):
+            replaced = "length_adaptive_lambda and critic_gae_lambda replace it for both policy and critic"
+            wrong.append(f"gae_lambda = {self.gae_lambda:g}: {replaced}; leave it at auto")
+        low, high = self.importance_mask or (0.0, 1.0)
+        if self.importance_mask is not None and not 0 <= low < 1 < high:
+            wrong.append(f"importance_mask = {low:g},{high:g}: must hold the ratio 1, as in 0.5,5")
         if self.critic_warmup_steps >= self.total_steps:
             warmup = f"critic_warmup_steps = {self.critic_warmup_steps}"
             wrong.append(f"{warmup}: leaves the policy none of total_steps = {self.total_steps}")

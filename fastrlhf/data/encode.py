@@ -171,6 +171,26 @@ class Encoder:
         rows, counts = load_feedback(source, score_range=config.score_range, **reading(config, role))
         return self.usable(rows, encode, counts, role, remedy="raise max_tokens")
 
+    def sft_replies(self, source: Any) -> Encoded[Example]:
+        """sft_data of a reward model: the last reply of each row, read as those that it will judge. Rows without one
+        are bad rows; what is too long is dropped and counted. Errors as `usable` has them."""
+        config: RewardConfig = self.config
+
+        def encode(row: Conversation) -> Steps[Example]:
+            if row.text is not None:
+                raise UserError("plain text has no reply that a reward model could judge; sft_data takes conversations")
+            prompt, reply = row.prompt, row.response
+            if row.messages is not None:
+                prompt, reply = row.messages[:-1], row.messages[-1]["content"]
+            ids, [response] = yield from replies_steps(self.tokenizer, prompt, [reply])
+            if len(ids) + len(response) > config.max_tokens:
+                raise DroppedRow(f"longer than max_tokens = {config.max_tokens}")
+            target = [False] * len(ids) + [True] * len(response)
+            return Example(ids + response, target, json.dumps(prompt))
+
+        rows, counts = load_conversations(source, **reading(config, "sft_data"))
+        return self.usable(rows, encode, counts, "sft_data", remedy="raise max_tokens")
+
     def prompts(self, source: Any, role: str) -> Encoded[EncodedPrompt]:
         """PPO's prompts. UserError, naming the shortest, where none is short enough; else as `usable` has them."""
         limit, lengths = self.config.max_prompt_tokens, []
@@ -280,6 +300,16 @@ def check_ptx(config: PPOConfig, ptx_data: Any) -> None:
         raise UserError(f"ptx_data: ptx_coef = {config.ptx_coef:g} needs rows to learn from; {remedy}")
     if config.ptx_coef == 0 and ptx_data is not None:
         raise UserError("ptx_coef = 0: ptx_data would never be used; set ptx_coef above 0 or leave ptx_data out")
+
+
+def check_centring(config: RewardConfig, sft_data: Any) -> None:
+    """Raise UserError where one of center_rewards and sft_data stands without the other."""
+    if config.center_rewards and sft_data is None:
+        raise UserError(
+            "center_rewards = true: needs replies whose mean score is 0; give sft_data, what SFT learnt from"
+        )
+    if not config.center_rewards and sft_data is not None:
+        raise UserError("center_rewards = false: sft_data would never be used; set center_rewards=true or leave it out")
 
 
 def ptx_limit(config: PPOConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ def load_scalar_backbone(
     precision = (config.dtype, config.attention)
     base_adapter = None if config.lora is None else _base_adapter(source, "model")
     if loading.is_scalar_model(source):
-        load = loading.load_reward_model if base_adapter is None else loading.scalar_base
+        load = partial(loading.load_reward_model, centred=False) if base_adapter is None else loading.scalar_base
         model = load(source, *precision, "model", config.quantize)
     else:
         live = isinstance(source, PreTrainedModel)  # its own trunk is left as it is

@@ -145,8 +145,37 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.base_model.forward).parameters
 
 
-def scalar_outputs(head: nn.Linear, hidden: Tensor) -> Tensor:
+class ValueHead(nn.Module):
+    """A critic on states that it cannot change: LayerNorm, Linear [4 H, H], SiLU, Linear [1, 4 H]; fp32.
+
+    A linear head on a policy's states explains no returns, because nothing bends the states to them; one hidden layer
+    does (docs/options.md has the figures). The last layer starts from zero: V = 0 before a return was seen. The first
+    is drawn from `seed` as nn.Linear draws its own, U(-1/sqrt(H), 1/sqrt(H)), the same on every rank.
+    """
+
+    WIDTH = 4
+
+    def __init__(self, hidden: int, *, seed: int, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        how = {"device": device, "dtype": torch.float32}
+        self.norm = nn.LayerNorm(hidden, **how)
+        self.up, self.out = nn.Linear(hidden, self.WIDTH * hidden, **how), nn.Linear(self.WIDTH * hidden, 1, **how)
+        draw, bound = torch.Generator().manual_seed(seed), hidden**-0.5
+        with torch.no_grad():
+            for tensor in (self.up.weight, self.up.bias):
+                tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=draw))
+            self.out.weight.zero_()
+            self.out.bias.zero_()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden [..., H] of any dtype -> values [...] fp32."""
+        return self.out(F.silu(self.up(self.norm(hidden.float())))).squeeze(-1)
+
+
+def scalar_outputs(head: nn.Linear | ValueHead, hidden: Tensor) -> Tensor:
     """A scalar head in fp32: hidden [..., H] -> [...]."""
+    if isinstance(head, ValueHead):
+        return head(hidden)
     weight, bias = head.weight.float(), head.bias
     return F.linear(hidden.float(), weight, None if bias is None else bias.float()).squeeze(-1)
 

@@ -31,6 +31,7 @@ from fastrlhf.data.sources import modelscope_folder
 from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models import adapter_folder, moss
 from fastrlhf.models.attention import attention_for, default_attention, has_attention, tell_foreign_attention
+from fastrlhf.models.centring import centre
 from fastrlhf.models.heads import check_head
 from fastrlhf.models.quantization import quantize_trunk
 from fastrlhf.models.saving import padding_token
@@ -234,21 +235,30 @@ def is_scalar_model(source: Source, role: str = "model") -> bool:
 
 
 def load_reward_model(
-    source: Source, dtype: str = "auto", attention: str = "auto", role: str = "reward", quantize: str | None = None
+    source: Source,
+    dtype: str = "auto",
+    attention: str = "auto",
+    role: str = "reward",
+    quantize: str | None = None,
+    *,
+    centred: bool = True,
 ) -> PreTrainedModel:
     """A one-label sequence classifier (reward or value model). UserError when it has more labels or none.
 
-    An adapter folder is merged into its model. quantize: as `load_policy` has it.
+    An adapter folder is merged into its model. quantize: as `load_policy` has it. centred: with the bias that
+    center_rewards put beside it; without, as training has it.
     """
     if adapter_folder.is_adapter(source):
         model = scalar_base(source, dtype, attention, role)
-        return adapter_folder.merge_into(model, adapter_folder.read_adapter(source, role))
+        model = adapter_folder.merge_into(model, adapter_folder.read_adapter(source, role))
+        return centre(model, source) if centred else model
     if isinstance(source, str | Path) and not is_scalar_model(source, role):
         raise UserError(f"{role}: {str(source)!r} is no sequence classifier; train one with `fastrlhf reward`")
     model = _load(AutoModelForSequenceClassification, source, role, dtype, attention)
     if getattr(model.config, "num_labels", None) != 1 or not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{role}: {type(model).__name__} must have a scalar head `score` (num_labels=1)")
-    return _settle(model, source, quantize)
+    model = _settle(model, source, quantize)
+    return centre(model, source) if centred and isinstance(source, (str, Path)) else model
 
 
 def load_classifier(source: Source, dtype: str = "auto", attention: str = "auto") -> PreTrainedModel:
@@ -270,7 +280,7 @@ def scalar_base(source: str, dtype: str, attention: str, role: str, quantize: st
         raise UserError(f"{role}: {source!r} is no adapter of a reward model; train one with `fastrlhf reward`")
     base, head = adapter_folder.base_of(source, role), adapter_folder.read_adapter(source, role).head
     if is_scalar_model(base):
-        model = load_reward_model(base, dtype, attention, role, quantize)
+        model = load_reward_model(base, dtype, attention, role, quantize, centred=False)
     else:
         trunk = load_policy(base, dtype, attention, quantize)
         model = scalar_model(trunk, load_tokenizer(source), seed=None, share=True)

@@ -18,7 +18,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig, SupervisedConfig
 from fastrlhf.data.batches import collector_paused
 from fastrlhf.data.dataset import split_heldout
-from fastrlhf.data.encode import Encoded, EncodedPrompt, Encoder, Example, Progress, Record, check_ptx
+from fastrlhf.data.encode import Encoded, EncodedPrompt, Encoder, Example, Progress, Record, check_centring, check_ptx
 from fastrlhf.data.templates import settle_template
 from fastrlhf.eval_metrics import NO_HELD_OUT, EvalMetrics, load_eval_metrics
 from fastrlhf.models.held_out import HeldOut
@@ -41,7 +41,8 @@ Item = TypeVar("Item", Example, Record)
 
 @dataclass(frozen=True)
 class Supervised(Generic[Item]):
-    """What SFT and reward training start from. fits: raises UserError for a loaded model that cannot read the rows."""
+    """What SFT and reward training start from. fits: raises UserError for a loaded model that cannot read the rows.
+    sft_replies: what a reward model is centred on; else none."""
 
     tokenizer: PreTrainedTokenizerBase
     items: list[Item]
@@ -49,6 +50,7 @@ class Supervised(Generic[Item]):
     compute_metrics: EvalMetrics | None
     fits: Callable[[PreTrainedModel], None]
     said: Sentences
+    sft_replies: list[Example]
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,20 @@ def prepare_supervised(
     model: Any,
     tokenizer: Any = None,
     data: Any,
+    sft_data: Any = None,
     eval_data: Any = None,
     compute_metrics: Any = None,
     sample: int | None = None,
     progress: Progress | None = None,
 ) -> Supervised:
-    """Check and read what `fastrlhf sft` or `reward` starts from; model to compute_metrics are the trainer's arguments.
+    """Check and read what `fastrlhf sft` or `reward` starts from; model to compute_metrics are the trainer's arguments
+    (sft_data: of a reward model alone).
 
     UserError for whatever would stop the run later. sample: rows of a source to encode at most (--dry-run).
     """
     check_folder(config)
+    if config.stage == "reward":
+        check_centring(config, sft_data)
     tokenizer = tokenizer_for(tokenizer, model)
     template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
     learner = _learner(config, model)
@@ -95,9 +101,10 @@ def prepare_supervised(
     sources = [_read(encoder, data, "data", keep_rows=asked and not given)]
     if given:
         sources.append(_read(encoder, eval_data, "eval_data", keep_rows=asked))
-    lengths = [max(encoded.lengths()) for encoded in sources]
-    fits = partial(_fits, config.max_tokens, max(lengths), max(encoded.highest() for encoded in sources))
-    said = _sentences(config, sources, notes, f"max_tokens = {config.max_tokens}")
+    sft = [] if sft_data is None else [encoder.sft_replies(sft_data)]
+    lengths = [max(encoded.lengths()) for encoded in (*sources, *sft)]
+    fits = partial(_fits, config.max_tokens, max(lengths), max(encoded.highest() for encoded in (*sources, *sft)))
+    said = _sentences(config, [*sources, *sft], notes, f"max_tokens = {config.max_tokens}")
     if learner is not None:
         fits(learner)
 
@@ -112,7 +119,7 @@ def prepare_supervised(
     said.notes.append(f"in all: {steps} optimizer steps of {config.mini_batch_size} rows, {tokens} tokens")
     if learner is not None:
         _say_room(config, said, [trained_bytes(learner, config)], steps)
-    return Supervised(tokenizer, items, held_out, metrics, fits, said)
+    return Supervised(tokenizer, items, held_out, metrics, fits, said, sft[0].items if sft else [])
 
 
 def _read(encoder: Encoder, source: Any, role: str, *, keep_rows: bool) -> Encoded:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrlhf.config.stages import PPOConfig
+from fastrlhf.rl.alarms import SAME
 from fastrlhf_kernels import kl_estimate, shape_and_gae
 
 GRPO_EPS = 1e-4  # added to a group's deviation, as in TRL: a group of equal scores gives 0, not noise
@@ -56,8 +58,9 @@ def shape_scores(
 ) -> Tensor:
     """What the policy is optimised for, from raw scores [B] (NaN: unscorable, stays NaN).
 
-    In this order: scaling by the running moments (this batch included), clipping to +-reward_clip, then
-    missing_eos_penalty off every response that no stop token ended, length_penalty for each token, and
+    In this order: scaling by the running moments (this batch included), clipping to +-reward_clip, then, for every
+    response that no stop token ended, missing_eos_penalty off it or missing_eos_score in its place (Huang et al. 2024:
+    whatever the reward model says of it), length_penalty for each token, and
     min(max((length - (max_new_tokens - overlong_penalty)) / overlong_penalty, 0), 1) (Yu et al. 2025, eq. 13).
     finished [B] bool, lengths [B] in tokens.
     """
@@ -69,6 +72,8 @@ def shape_scores(
         scores = scores.clamp(-config.reward_clip, config.reward_clip)
     if config.missing_eos_penalty is not None:
         scores = scores - config.missing_eos_penalty * (~finished).float()
+    if config.missing_eos_score is not None:
+        scores = scores.where(finished | scores.isnan(), config.missing_eos_score)
     scores = scores - config.length_penalty * lengths
     if config.overlong_penalty is not None:
         over = lengths - (config.max_new_tokens - config.overlong_penalty)
@@ -132,17 +137,52 @@ def estimate_advantages(
 
 
 def gae_advantages(signals: Signals, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over per-token rewards (Schulman et al. 2016)."""
-    return _from_token_rewards(signals, config, signals.values, config.gae_lambda, signals.bootstrap_values)
+    """Generalised advantage estimation over per-token rewards (Schulman et al. 2016).
+
+    The lambda of the advantages and that of the returns may differ (Yue et al. 2025, VAPO: decoupled GAE):
+    see `policy_lambda` and `critic_lambda`.
+    """
+    gae = partial(_from_token_rewards, signals, config, signals.values, bootstrap_values=signals.bootstrap_values)
+    advantages, returns = gae(policy_lambda(signals.response_mask, config))
+    if config.length_adaptive_lambda is None and critic_lambda(config) == config.gae_lambda:
+        return advantages, returns
+    return advantages, gae(critic_lambda(config))[1]
+
+
+def policy_lambda(response_mask: Tensor, config: PPOConfig) -> float | Tensor:
+    """Return the lambda of the advantages: gae_lambda, or with length_adaptive_lambda = alpha one for each row [B],
+    1 - 1 / (alpha l) of its l tokens, and not below 0 (Yue et al. 2025, VAPO, length-adaptive GAE: the weights
+    lambda^k of a row then sum to about alpha l, as many steps as a share alpha of it)."""
+    if config.length_adaptive_lambda is None:
+        return config.gae_lambda
+    tokens = response_mask.sum(1).clamp(min=1).float()
+    return (1.0 - 1.0 / (config.length_adaptive_lambda * tokens)).clamp(min=0.0)
+
+
+def critic_lambda(config: PPOConfig) -> float:
+    """Return the lambda of the returns that the critic learns."""
+    return config.gae_lambda if config.critic_gae_lambda is None else config.critic_gae_lambda
 
 
 def reinforce_plus_plus(signals: Signals, config: PPOConfig) -> tuple[Tensor, Tensor]:
     """Reward-to-go without a critic (Hu 2025): GAE with values 0 and lambda 1."""
-    return _from_token_rewards(signals, config, torch.zeros_like(signals.log_probs), 1.0, None)
+    return _from_token_rewards(signals, config, torch.zeros_like(signals.log_probs), 1.0)
+
+
+def reinforce_plus_plus_baseline(signals: Signals, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """The same from scores less the mean of their group, without its deviation; the whitening is over the whole step
+    (Hu 2025, REINFORCE++-baseline)."""
+    scorable = signals.response_mask.any(1)
+    centred, _ = _centred(signals.scores, scorable, config.samples_per_prompt)
+    return reinforce_plus_plus(replace(signals, scores=centred.flatten()), config)
 
 
 def _from_token_rewards(
-    signals: Signals, config: PPOConfig, values: Tensor, gae_lambda: float, bootstrap_values: Tensor | None
+    signals: Signals,
+    config: PPOConfig,
+    values: Tensor,
+    gae_lambda: float | Tensor,
+    bootstrap_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     scores, early = signals.scores, None
     if signals.token_rewards is not None:
@@ -202,11 +242,26 @@ class _Group(NamedTuple):
         mask = signals.response_mask
         kl = kl_estimate(signals.log_probs, signals.ref_log_probs, config.kl_estimator)
         rewards = signals.scores - signals.kl_coef * kl.where(mask, 0.0).sum(1)
-        groups = rewards.view(-1, config.samples_per_prompt)
-        scorable = mask.any(1).view_as(groups)
-        count = scorable.sum(1, keepdim=True)
-        mean = groups.where(scorable, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
-        return cls((groups - mean).where(scorable, 0.0), count)
+        return cls(*_centred(rewards, mask.any(1), config.samples_per_prompt))
+
+
+def _centred(rewards: Tensor, scorable: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """From rewards [B] and which of them count [B] bool -> rewards less the mean of their group of `size`
+    [prompts, size], 0 where they do not count; how many of each group do [prompts, 1]."""
+    groups, scorable = rewards.view(-1, size), scorable.view(-1, size)
+    count = scorable.sum(1, keepdim=True)
+    mean = groups.where(scorable, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
+    return (groups - mean).where(scorable, 0.0), count
+
+
+def equal_groups(scores: Tensor, size: int) -> Tensor:
+    """Which groups [prompts] bool of `size` shaped scores [B] (NaN: unscorable) hold less than two different ones, so
+    that a baseline of the group leaves nothing of them (Yu et al. 2025, DAPO, eq. 11: they are sampled again there)."""
+    groups = scores.view(-1, size)
+    known = groups.isfinite()
+    low, high = groups.where(known, math.inf).amin(1), groups.where(known, -math.inf).amax(1)
+    largest = groups.where(known, 0.0).abs().amax(1).clamp(min=1.0)
+    return (known.sum(1) < 2) | (high - low <= SAME * largest)
 
 
 def _same_for_every_token(advantages: Tensor, signals: Signals) -> tuple[Tensor, Tensor]:
@@ -221,6 +276,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "dr_grpo": dr_grpo,
     "rloo": rloo,
     "reinforce++": reinforce_plus_plus,
+    "reinforce++-baseline": reinforce_plus_plus_baseline,
 }
 
 

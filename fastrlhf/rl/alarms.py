@@ -1,6 +1,6 @@
 """Signs that a run is worthless, told while it can still be stopped: rewards that teach nothing, a reward model that
 ranks no better than chance, held-out prompts that are trained on, a reward that is the length of the reply, replies of
-another policy than the one that learns.
+another policy than the one that learns, a policy that runs away from its reference or into noise.
 
 An alarm is an event of kind "alarm", told when its condition begins and again only after it was gone in between.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.models.held_out import HeldOut
 from fastrlhf.rollout.result import ScoredRollout
@@ -27,6 +28,8 @@ LENGTH_REPLIES = 64
 EXACT_MISMATCH = 1e-3  # nats, mean over the tokens of a step, in fp32
 MISMATCH_GROWTH = 3.0  # in less precise dtypes: times that of the first step
 MISMATCH_STEPS = 3
+RUNAWAY_STEPS = 3
+RUNAWAY_NATS = 1.0  # of entropy above the first step's: three times next to nothing is no noise yet
 SAME = 1e-6  # of the larger of 1 and the reward: a reward model's rounding is no variance
 
 
@@ -40,7 +43,8 @@ class Alarms:
         self.report = report
         self.on: set[str] = set()
         self.constant_steps = self.flat_group_steps = 0
-        self.mismatch_steps = 0
+        self.mismatch_steps = self.kl_steps = self.entropy_steps = 0
+        self.first_entropy: float | None = None
         self.first_mismatch: float | None = None
         self.last_reward: float | None = None
         self.step = 0  # that the next alarm is of
@@ -100,6 +104,35 @@ class Alarms:
                 f"the limit is {limit}), so the policy learns from replies of another one: {cause()}"
             )
         self._set("mismatch", on, message)
+
+    def stop_if_runaway(self, metrics: Mapping[str, float], config: PPOConfig, checkpoint: Callable[[], str]) -> None:
+        """Look at kl/ref and policy/entropy of a step that was learned from. An alarm, and UserError, where one of them
+        was beyond its limit for RUNAWAY_STEPS steps: the policy writes noise then, which no later step mends, so its
+        weights are not saved either. checkpoint: asked, where it stops, for a sentence on what is there to go on from.
+        """
+        tokens = max(metrics["length/mean"], 1.0)
+        kl, entropy = metrics["kl/ref"] / tokens, metrics.get("policy/entropy")
+        over = config.runaway_kl is not None and kl > config.runaway_kl
+        self.kl_steps = self.kl_steps + 1 if over else 0
+        problems = []
+        if self.kl_steps >= RUNAWAY_STEPS:
+            problems.append(f"kl/ref is {kl:.2g} nats a token (runaway_kl = {config.runaway_kl:g})")
+        if entropy is not None and math.isfinite(entropy):
+            if self.first_entropy is None:
+                self.first_entropy = entropy
+            limit = max((config.runaway_entropy or 1.0) * self.first_entropy, self.first_entropy + RUNAWAY_NATS)
+            over = config.runaway_entropy is not None and entropy > limit
+            self.entropy_steps = self.entropy_steps + 1 if over else 0
+            if self.entropy_steps >= RUNAWAY_STEPS:
+                first = f"{self.first_entropy:.2g} in the first step (runaway_entropy = {config.runaway_entropy:g})"
+                problems.append(f"policy/entropy is {entropy:.2g} nats, from {first}")
+        if problems:
+            message = (
+                f"the policy has run away: {' and '.join(problems)}, for {RUNAWAY_STEPS} steps; stopped after step "
+                f"{self.step}, which is not saved ({checkpoint()}): lower learning_rate, or raise kl_coef"
+            )
+            self._set("runaway", True, message)
+            raise UserError(message)
 
     def _constant(self, scored: list[float]) -> None:
         """A step of one response is compared with the step before it."""

@@ -1,12 +1,14 @@
 """The critic V(s_t): a scalar head on a trunk of its own, on the policy's, or on the policy's base with an adapter.
 
 Every form is read the same way: hidden states of the trunk that predict the response tokens, then the head in fp32.
+On the policy's trunk the value loss ends at the head: its gradient, large while V is far from the returns, would be
+most of what moves that trunk, and the run would end in noise (docs/options.md).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,20 +16,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastrlhf.models.heads import last_hidden, scalar_outputs
+from fastrlhf.config.errors import UserError
+from fastrlhf.models.heads import ValueHead, last_hidden, scalar_outputs
 from fastrlhf.models.lora import VALUE, Adapters
 from fastrlhf.models.token_batch import TokenBatch
+from fastrlhf.runtime.batching import derive_seed
 
 
 class Critic:
-    """trunk: the model whose hidden states are read; head: nn.Linear [1, H].
+    """trunk: the model whose hidden states are read; head: nn.Linear [1, H], or a ValueHead on the policy's trunk.
 
     shares_trunk: one forward gives the policy's log-probs and the values. owns_trunk: the trunk is a model of the
     critic's own. Neither holds with an adapter of its own: the layers are the policy's, the forward is another.
     """
 
     def __init__(
-        self, trunk: PreTrainedModel, head: nn.Linear, *, adapters: Adapters | None = None, shares_trunk: bool = False
+        self,
+        trunk: PreTrainedModel,
+        head: nn.Linear | ValueHead,
+        *,
+        adapters: Adapters | None = None,
+        shares_trunk: bool = False,
     ) -> None:
         self.trunk, self.head, self.adapters, self.shares_trunk = trunk, head, adapters, shares_trunk
 
@@ -37,9 +46,11 @@ class Critic:
         return cls(model, model.score)
 
     @classmethod
-    def shared_trunk(cls, policy: PreTrainedModel) -> Critic:
-        """A zero head on the policy's trunk: values, log-probs and both losses come from one forward."""
-        return cls(policy, zero_head(policy), shares_trunk=True)
+    def shared_trunk(cls, policy: PreTrainedModel, seed: int) -> Critic:
+        """A new head on the policy's trunk, drawn from the run's seed: values, log-probs and both losses come from one
+        forward."""
+        head = ValueHead(width_of(policy), seed=derive_seed(seed, "value_head"), device=policy.device)
+        return cls(policy, head, shares_trunk=True)
 
     @classmethod
     def adapter(cls, adapters: Adapters, head: nn.Linear | None = None) -> Critic:
@@ -57,8 +68,8 @@ class Critic:
             yield
 
     def read(self, hidden: Tensor) -> Tensor:
-        """hidden [..., H] -> values [...] fp32."""
-        return scalar_outputs(self.head, hidden)
+        """hidden [..., H] -> values [...] fp32. With a shared trunk no gradient passes on to `hidden`."""
+        return scalar_outputs(self.head, hidden.detach() if self.shares_trunk else hidden)
 
     def values(self, batch: TokenBatch) -> Tensor:
         """V(s_t) [N] fp32 of the response tokens of a batch."""
@@ -90,9 +101,22 @@ class Critic:
         return {f"score.{name}": p for name, p in self.head.named_parameters()}
 
 
+def check_value_head(saved: Mapping[str, Tensor], where: str) -> None:
+    """UserError for the head of a shared trunk as earlier versions made it. saved: the tensors of a checkpoint."""
+    if "score.weight" in saved:
+        raise UserError(
+            f"{where}: its critic = shared_trunk is one linear layer, as earlier versions had it, whose runs ended in "
+            "noise; this one has a hidden layer there: start again with another output_dir"
+        )
+
+
 def zero_head(model: PreTrainedModel) -> nn.Linear:
     """[1, H] in fp32 on the model's device: predicts 0 before it has seen a return."""
-    hidden = model.get_output_embeddings().weight.shape[1]
-    head: Any = nn.Linear(hidden, 1, bias=False, device=model.device, dtype=torch.float32)
+    head: Any = nn.Linear(width_of(model), 1, bias=False, device=model.device, dtype=torch.float32)
     nn.init.zeros_(head.weight)
     return head
+
+
+def width_of(model: PreTrainedModel) -> int:
+    """H, the size of the states that a causal LM's head reads."""
+    return model.get_output_embeddings().weight.shape[1]

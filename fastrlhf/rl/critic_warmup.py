@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.models.token_batch import TokenRows
+from fastrlhf.rl.advantages import critic_lambda
 from fastrlhf.rl.experience import Experience, ValueExperience, length_mask, scatter
 from fastrlhf.rl.learner import Learner
 from fastrlhf.runtime import distributed
@@ -43,7 +44,7 @@ def token_rewards(experience: Experience, config: PPOConfig) -> Tensor:
     values = experience.values.double().where(mask, 0.0)
     advantages = (experience.returns.double() - values).where(mask, 0.0)
     next_value, next_advantage = F.pad(torch.stack([values, advantages])[..., 1:], (0, 1))
-    rewards = advantages - config.gamma * config.gae_lambda * next_advantage - config.gamma * next_value + values
+    rewards = advantages - config.gamma * critic_lambda(config) * next_advantage - config.gamma * next_value + values
     return rewards.where(mask, 0.0).float()
 
 
@@ -113,7 +114,7 @@ class CriticPretraining:
 
         learner.memory.attempt(read)
         distributed.all_reduce_sum(values)
-        _, returns = gae(rewards, values, response_mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
+        _, returns = gae(rewards, values, response_mask, gamma=config.gamma, gae_lambda=critic_lambda(config))
         return ValueExperience(token_mask, response_mask, values, returns)
 
     def tensors(self) -> dict[str, Tensor]:

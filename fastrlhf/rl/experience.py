@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.models.token_batch import TokenRows, target_log_probs
-from fastrlhf.rl.advantages import RunningMoments, estimate_advantages, shape_scores
+from fastrlhf.rl.advantages import RunningMoments, equal_groups, estimate_advantages, shape_scores
 from fastrlhf.rl.roles import Roles
 from fastrlhf.rl.scorers import Scores
 from fastrlhf.rollout.result import Rollout
@@ -32,7 +32,8 @@ MiniBatch = list[int]  # rows of the rollout, of all ranks: one optimizer step
 class TokenExperience(NamedTuple):
     """The experience of some rows, token by token: all [N] over their response tokens but row_mask [B, T].
 
-    row_mask says which token belongs to which row; response_mask which tokens count; weights None: all 1.
+    row_mask says which token belongs to which row; response_mask which tokens count; weights None: all 1, and so
+    kl_weights, which are of the KL in the loss.
     """
 
     row_mask: Tensor
@@ -41,6 +42,7 @@ class TokenExperience(NamedTuple):
     ref_log_probs: Tensor
     advantages: Tensor
     weights: Tensor | None
+    kl_weights: Tensor | None = None
 
 
 class TokenValues(NamedTuple):
@@ -71,8 +73,8 @@ class ValueExperience:
 
 @dataclass(frozen=True)
 class Experience(ValueExperience):
-    """What the update needs, all [B, T]. values: zeros where the estimator has no critic. weights: truncated importance
-    weights of the tokens; None: all 1. left_out: rows that are not finite, which count nowhere."""
+    """What the update needs, all [B, T]. values: zeros where the estimator has no critic. weights: importance weights
+    of the tokens, truncated and masked; None: all 1. left_out: rows that are not finite, which count nowhere."""
 
     old_log_probs: Tensor
     ref_log_probs: Tensor
@@ -80,12 +82,13 @@ class Experience(ValueExperience):
     weights: Tensor | None
     left_out: Sequence[int] = ()
 
-    def tokens(self, rows: Sequence[int], weights: Tensor | None) -> TokenExperience:
-        """Return what the policy loss reads of these rows. weights [B, T]: of the tokens in this mini-batch."""
+    def tokens(self, rows: Sequence[int], weights: Tensor | None, kl_weights: Tensor | None = None) -> TokenExperience:
+        """Return what the policy loss reads of these rows. weights, kl_weights [B, T]: of the tokens in this
+        mini-batch."""
         mask = self.token_mask[rows]
         tensors = (self.response_mask, self.old_log_probs, self.ref_log_probs, self.advantages)
-        weights = None if weights is None else weights[rows][mask]
-        return TokenExperience(mask, *(t[rows][mask] for t in tensors), weights)
+        both = (None if w is None else w[rows][mask] for w in (weights, kl_weights))
+        return TokenExperience(mask, *(t[rows][mask] for t in tensors), *both)
 
 
 def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -150,13 +153,20 @@ def make_experience(
     old_log_probs = decoded if forwards.old_log_probs is None else forwards.old_log_probs
     if forwards.old_log_probs is not None:  # else the first update measures the mismatch
         mismatch = mismatch_metrics(old_log_probs[token_mask], decoded[token_mask])
-        if config.importance_cap is not None:  # sampled by decoding, old by training (Yao et al. 2025, TIS)
-            weights = (old_log_probs - decoded).exp().clamp(max=config.importance_cap)
+        weights = importance_weights(old_log_probs, decoded, config)
+        if config.importance_mask is not None:
+            mismatch["rollout/masked"] = float((weights[token_mask] == 0).float().mean())
 
     # 3. Scores, as the policy is optimised for them; rows without a score count nowhere.
     response_mask = token_mask & raw.isfinite()[:, None]
     finished = torch.tensor(rollout.finished, device=device)
     shaped = shape_scores(raw, finished, config, moments, token_mask.sum(1).float())
+    groups: dict[str, float] = {}
+    if config.samples_per_prompt > 1:
+        equal = equal_groups(shaped, config.samples_per_prompt)
+        groups["reward/equal_groups"] = float(equal.float().mean())
+        if config.drop_equal_groups:  # all of an advantage of 0, which a mean over tokens would still count
+            response_mask = response_mask & ~equal.repeat_interleave(config.samples_per_prompt)[:, None]
     token_rewards = None
     if scores.token_rewards is not None:  # they are in the scale of the scores
         token_rewards = scatter(torch.cat(scores.token_rewards).to(device) / moments.std, token_mask)
@@ -187,7 +197,23 @@ def make_experience(
     rows = sorted({*range(len(raw))} - {*left_out})
     seen = (tensor[rows] for tensor in (raw, old_log_probs, forwards.ref_log_probs, decoded))
     metrics = rollout_metrics(*seen, [rollout.log_probs[row] for row in rows], token_mask[rows])
-    return experience, {**metrics, "kl/coef": kl_coef, **mismatch}
+    return experience, {**metrics, "kl/coef": kl_coef, **mismatch, **groups}
+
+
+def importance_weights(old_log_probs: Tensor, sampled_log_probs: Tensor, config: PPOConfig) -> Tensor | None:
+    """Return w = pi_old / pi_sampled [B, T] of each token, as the policy loss is weighted; None: all 1.
+
+    importance_cap c: min(w, c) (Yao et al. 2025, TIS). importance_mask a, b: 0 where w is not in [a, b] (Ling Team
+    2025, IcePop, who weigh w inside it: importance_cap = none; Liu et al. 2025, MIS, has the upper side).
+    """
+    if config.importance_cap is None and config.importance_mask is None:
+        return None
+    ratio = (old_log_probs - sampled_log_probs).exp()
+    weights = ratio if config.importance_cap is None else ratio.clamp(max=config.importance_cap)
+    if config.importance_mask is None:
+        return weights
+    low, high = config.importance_mask
+    return weights.where((ratio >= low) & (ratio <= high), 0.0)
 
 
 def _not_finite(*tensors: Tensor | None) -> list[int]:

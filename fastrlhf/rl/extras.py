@@ -30,6 +30,7 @@ class PretrainingMix:
     """
 
     def __init__(self, config: PPOConfig, examples: list[Example]) -> None:
+        self.config = config
         self.examples, self.coef, self.rows = examples, config.ptx_coef, config.mini_batch_size
         self.sampler = Sampler(len(examples), config.seed)
 
@@ -37,17 +38,30 @@ class PretrainingMix:
         """The rows of the next optimizer step."""
         return [self.examples[i] for i in self.sampler.take(self.rows)]
 
-    def backward(self, model: PreTrainedModel, budget: int, examples: list[Example]) -> Tensor:
+    def backward(self, model: PreTrainedModel, budget: int, examples: list[Example], response_tokens: Tensor) -> Tensor:
         """Add the gradients of these rows -> their mean loss, nats a target token, without ptx_coef; of this rank's
-        rows, so that the ranks' sum is the whole. budget: tokens of a micro-batch."""
+        rows, so that the ranks' sum is the whole. budget: tokens of a micro-batch. response_tokens 0-d: mean tokens of
+        the responses beside these rows."""
         targets, total = target_count(examples), torch.zeros((), device=model.device)
+        weight = self.coef * self._unit(targets / len(examples), response_tokens)
         mine = [examples[i] for i in assign_rows([len(e.ids) for e in examples])]
         for group in micro_batches([len(e.ids) for e in mine], budget):
             batch = TokenBatch.build([[target_row(mine[i])] for i in group], model.device)
             loss = -target_log_probs(model, batch).sum() / targets
-            (self.coef * loss).backward()
+            (weight * loss).backward()
             total += loss.detach()
         return total
+
+    def _unit(self, target_tokens: float, response_tokens: Tensor) -> Tensor | float:
+        """What the mean loss of a target token is multiplied by, before ptx_coef. target_tokens: mean of a row.
+
+        sequence_sum: the sum over a row, in units in which the policy loss of a whole response is 1. Those are its own
+        tokens where that loss is a mean over tokens, max_new_tokens where it is a sum over so many.
+        """
+        if self.config.ptx_reduction == "token_mean":
+            return 1.0
+        constant = self.config.loss_aggregation == "constant"
+        return target_tokens / (self.config.max_new_tokens if constant else response_tokens)
 
     def state(self) -> dict[str, Any]:
         return self.sampler.state()
@@ -113,10 +127,11 @@ class WeightAverage:
 class ReferenceRefresh:
     """pi_ref <- pi after every ref_refresh_every steps, so that the KL limits the change since the last refresh only.
 
-    As in ProRL (Liu et al. 2025, arXiv 2505.24864); the optimizer keeps its moments. The weights are copied into the
-    frozen model in place; with lora the policy's adapter is copied into a frozen adapter `reference`, which costs an
-    adapter's memory (r * (inputs + outputs) numbers a layer) and no second model. Log-probs of the next rollout are
-    equal bit for bit: kl/ref is exactly 0. A `ref_policy` that was given is replaced at the first refresh.
+    As in ProRL (Liu et al. 2025, arXiv 2505.24864), whose optimizer starts anew there too: the trainer drops the
+    policy's moments. The weights are copied into the frozen model in place; with lora the policy's adapter is copied
+    into a frozen adapter `reference`, which costs an adapter's memory (r * (inputs + outputs) numbers a layer) and no
+    second model. Log-probs of the next rollout are equal bit for bit: kl/ref is exactly 0. A `ref_policy` that was
+    given is replaced at the first refresh.
     """
 
     def __init__(self, roles: Roles, every: int) -> None:

@@ -2,8 +2,9 @@
 
 The losses of the micro-batches of a mini-batch are sums divided by one token count, so they just add up: how a
 mini-batch is split changes the memory, never the result. A critic on a trunk of its own steps before the policy, so the
-gradients of only one of them exist at a time; on the policy's trunk both come from one forward and one backward. Where
-memory runs out, the gradients of the mini-batch are made again from smaller micro-batches.
+gradients of only one of them exist at a time; on the policy's trunk both come from one forward and one backward, of
+which the value loss reaches the critic's head alone. Where memory runs out, the gradients of the mini-batch are made
+again from smaller micro-batches.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fastrlhf.models.lora import POLICY
 from fastrlhf.models.token_batch import TokenBatch, TokenRows
 from fastrlhf.rl.experience import Experience, MiniBatch, ValueExperience
 from fastrlhf.rl.extras import PretrainingMix, WeightAverage
-from fastrlhf.rl.losses import normalizer_of, policy_loss, token_weights, value_loss
+from fastrlhf.rl.losses import aggregation_weights, normalizer_of, policy_loss, token_weights, value_loss
 from fastrlhf.rl.roles import Roles
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.memory import MemoryBackoff
@@ -37,7 +38,8 @@ VALUE_STATS = ("clip_frac", "sum_sq_error", "sum_return", "sum_return_sq", "coun
 
 @dataclass
 class Gradients:
-    """What the backward passes of a mini-batch leave beside the gradients, by this rank.
+    """What the backward passes of a mini-batch leave beside the gradients, by this rank. stopped: the policy did not
+    step, because of target_kl.
 
     policy, critic: sums of the loss and of POLICY_STATS or VALUE_STATS; ptx: the mean loss of the pretraining mix; each
     None where it did not train. log_probs: the rows of each micro-batch, and the log-probs [N] of their response tokens
@@ -48,6 +50,7 @@ class Gradients:
     critic: Tensor | None = None
     ptx: Tensor | None = None
     log_probs: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    stopped: bool = False
 
     def sums(self) -> list[Tensor]:
         """The tensors that the ranks add up."""
@@ -110,14 +113,15 @@ class Learner:
         if left_out:
             self.guard.leave_out([[rows.whole(row)] for row in experience.left_out], "the step")
         for mini_batch in (mini_batch for epoch in epochs for mini_batch in epoch):
+            if config.drop_equal_groups and not experience.response_mask[mini_batch].any():
+                continue  # an update of nothing would still decay moments and weights
             if self.critic is not None and not joint:
                 self._update(rows, experience, mini_batch, stats, left_out, critic=True)
             if warming_up:
                 continue
             gradients = self._update(rows, experience, mini_batch, stats, left_out, policy=True, critic=joint)
             first = first or gradients
-            if config.target_kl is not None and stats.last("kl/approx") > 1.5 * config.target_kl:
-                stats.add("update/stopped_early", 1.0)
+            if gradients.stopped:
                 break
         mismatch = self._mismatch(experience, first) if decoded else {}
         return stats.means() | mismatch
@@ -165,18 +169,25 @@ class Learner:
         wanted = [row for row in mini_batch if row not in left_out]
         if not wanted:
             return Gradients()
+        mix = self.ptx if policy else None
+        rows_of_mix = None if mix is None else mix.state()
         kept, gradients, norms, cause = self.guard.gradients(
             wanted,
             work,
             roles,
             lambda row: row.rows if isinstance(row, Example) else [rows.whole(row)],
-            beside=self.ptx.draw() if policy and self.ptx is not None else (),
+            beside=() if mix is None else mix.draw(),
         )
         left_out |= set(wanted) - {row for row in kept if isinstance(row, int)}
-        if policy:
+        if policy and self._too_far(gradients.policy.tolist(), stats):
+            gradients.stopped = True
+            self.policy_optimizer.zero_grad()
+            if mix is not None:  # these rows were not learnt
+                mix.load_state(rows_of_mix)
+        elif policy:
             result = self._step_policy(gradients.policy.tolist(), norms["policy"], stats)
             self.guard.record("policy", result.applied, cause)
-        if gradients.ptx is not None:
+        if gradients.ptx is not None and not gradients.stopped:
             stats.add("ptx/loss", float(gradients.ptx))
         if critic:
             result = self._step_critic(gradients.critic.tolist(), norms["critic"], stats)
@@ -202,6 +213,9 @@ class Learner:
         normalizer = normalizer_of(experience.response_mask, mini_batch)
         if policy:
             weights = token_weights(experience, mini_batch, config) if mini_batch else None
+            kl_weights = None
+            if config.kl_in == "loss" and mini_batch:
+                kl_weights = aggregation_weights(experience, mini_batch, config)
             result.policy = torch.zeros(len(POLICY_STATS) + 1, device=self.device)
         if critic:
             result.critic = torch.zeros(len(VALUE_STATS) + 1, device=self.device)
@@ -210,7 +224,7 @@ class Learner:
             with nullcontext() if policy else self.critic.active():
                 hidden = self._hidden(batch, policy)
                 if policy:
-                    tokens, head = experience.tokens(group, weights), lm_head(self.policy)
+                    tokens, head = experience.tokens(group, weights, kl_weights), lm_head(self.policy)
                     loss, info = policy_loss(hidden, batch, tokens, config, head=head, normalizer=normalizer)
                     losses.append(loss)
                     result.log_probs.append((group, info["log_probs"]))
@@ -222,7 +236,8 @@ class Learner:
                     result.critic += torch.stack([loss.detach(), *(info[name].to(loss) for name in VALUE_STATS)])
                 sum(losses).backward()
         if mixed:
-            result.ptx = self.ptx.backward(self.policy, self.memory.tokens, mixed)
+            rows_counted = experience.response_mask[mini_batch].any(1).sum().clamp(min=1)
+            result.ptx = self.ptx.backward(self.policy, self.memory.tokens, mixed, normalizer / rows_counted)
         return result
 
     def _hidden(self, batch: TokenBatch, policy: bool) -> Tensor:
@@ -248,6 +263,16 @@ class Learner:
         return mismatch_metrics(distributed.gather(trained), distributed.gather(decoded))
 
     # ------------------------------------------------------------------------------------------------ optimizer steps
+
+    def _too_far(self, sums: list[float], stats: Stats) -> bool:
+        """Whether the policy as it is, before the step of these sums, is beyond target_kl already (as Spinning Up
+        stops)."""
+        target, approx_kl = self.config.target_kl, sums[1 + POLICY_STATS.index("approx_kl")]
+        if target is None or not approx_kl > 1.5 * target:
+            return False
+        stats.add("kl/approx", approx_kl)
+        stats.add("update/stopped_early", 1.0)
+        return True
 
     def _step_policy(self, sums: list[float], norm: float, stats: Stats) -> StepResult:
         rate = self._learning_rate(self.config.learning_rate, self.policy_updates, policy_updates(self.config))

@@ -1,7 +1,7 @@
 """Who takes part in PPO: policy, reference, critic and reward; on models of their own or on one backbone.
 
 critic = separate               policy, reference and critic are three models
-critic = shared_trunk           the critic is a head on the policy's trunk
+critic = shared_trunk           the critic is a small network on the policy's states, which it leaves as they are
 lora                            one frozen base: policy (and separate critic) are adapters, reference is the base, or
                                 the adapter the run started from; so is a reward model that is an adapter of that base
 ref_refresh_every               with lora the reference is an adapter too (extras.py)
@@ -119,7 +119,7 @@ def _make_critic(
     if config.advantage != "gae":
         return None
     if config.critic == "shared_trunk":
-        return Critic.shared_trunk(policy)
+        return Critic.shared_trunk(policy, config.seed)
     reads_our_tokens = isinstance(scorer, RewardModelScorer) and scorer.same_tokenizer
     if adapters is not None:
         shared = isinstance(scorer, AdapterScorer) and reads_our_tokens

@@ -25,6 +25,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.templates import encode_prompt, encode_response, settle_template
 from fastrlhf.models.adapter_folder import AdapterFolder
+from fastrlhf.models.centring import bias_of
 from fastrlhf.models.heads import last_hidden, right_padded, sequence_scores
 from fastrlhf.models.held_out import HeldOut, held_out_of
 from fastrlhf.models.loading import (
@@ -167,8 +168,10 @@ class AdapterScorer(RewardModelScorer):
         adapters.add(REWARD, folder)
         self.adapters, self.tokenizer, self.memory, self.label = adapters, tokenizer, memory, None
         self.same_tokenizer = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-        self.head = nn.Linear(folder.head["weight"].shape[1], 1, bias="bias" in folder.head).requires_grad_(False)
-        self.head.load_state_dict(folder.head)
+        bias = bias_of(folder.path)
+        weights = folder.head if bias is None else {**folder.head, "bias": bias}
+        self.head = nn.Linear(weights["weight"].shape[1], 1, bias="bias" in weights).requires_grad_(False)
+        self.head.load_state_dict(weights)
         self.head.to(adapters.model.device)
 
     def judge(self, texts: Texts, rows: TokenRows) -> list[float | None]:

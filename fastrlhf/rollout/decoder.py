@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastrlhf.models.heads import Head, head_logits, scalar_outputs
+from fastrlhf.models.heads import Head, ValueHead, head_logits
 from fastrlhf.rollout.cuda_graphs import Capture, StepGraphs
 from fastrlhf.rollout.recompute import RecomputedTrunk
 from fastrlhf.rollout.sampling import SamplingParams
@@ -38,7 +38,7 @@ class Decoder:
         params: SamplingParams,
         stats: dict[str, float],
         *,
-        value_head: nn.Linear | None = None,
+        value_head: ValueHead | None = None,
         steps: int = 1,
         capture: Capture | None = None,
     ) -> None:
@@ -153,7 +153,7 @@ class Decoder:
         slots.log_probs[column] = drawn.log_probs
         slots.policy_log_probs[column] = drawn.policy_log_probs
         if self.value_head is not None:
-            slots.values[column] = scalar_outputs(self.value_head, self.hidden)
+            slots.values[column] = self.value_head(self.hidden)
         slots.last[:count] = drawn.tokens
         counts += (~ended).long()
         if len(self.stops):

@@ -19,12 +19,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.encode import EncodedPrompt
-from fastrlhf.models.heads import Head, lm_head
+from fastrlhf.models.heads import Head, ValueHead, lm_head
 from fastrlhf.rollout.cuda_graphs import cuda_capture
 from fastrlhf.rollout.decoder import Decoder
 from fastrlhf.rollout.gather import gather_generation
@@ -62,11 +61,11 @@ class RolloutEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         max_batch_tokens: int | None = None,
-        value_head: nn.Linear | None = None,
+        value_head: ValueHead | None = None,
     ) -> None:
         """max_batch_tokens: positions of the cache of keys and values, for prompts and new tokens of what decodes
-        together; None: what half of the free memory holds. value_head [1, H] without bias: a critic on the model's
-        trunk, read for each token on the way."""
+        together; None: what half of the free memory holds. value_head: a critic on the model's trunk, read
+        for each token on the way."""
         self.model, self.tokenizer, self.value_head = model, tokenizer, value_head
         self.max_batch_tokens = max_batch_tokens
         self.cache: SlotCache | TokenCache | None = None

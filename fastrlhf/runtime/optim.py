@@ -130,6 +130,10 @@ class Optimizer:
             elif new == 0:
                 self.inner.state.pop(master, None)
 
+    def forget_moments(self) -> None:
+        """Start anew from the weights as they are: the next step is the first one of its moments."""
+        self.inner.state.clear()
+
     def finite(self) -> bool:
         """Whether every weight is."""
         return all(bool(master.isfinite().all()) for master in self.masters)

@@ -215,9 +215,17 @@ def rows_of_tokens(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected [B, T]")
 
 
-def discounts(gamma: float, gae_lambda: float) -> None:
-    """Both in [0, 1]."""
-    for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+def discounts(gamma: float, gae_lambda: float | Tensor, values: Tensor) -> None:
+    """Both in [0, 1]; gae_lambda may be one number for each row of values (on a GPU its range is not looked at)."""
+    numbers = {"gamma": gamma, "gae_lambda": gae_lambda}
+    if isinstance(gae_lambda, Tensor):
+        del numbers["gae_lambda"]
+        floating(gae_lambda=gae_lambda)
+        shapes(values.shape[:1], "the rows of values", gae_lambda=gae_lambda)
+        devices(values=values, gae_lambda=gae_lambda)
+        if not gae_lambda.is_cuda and not bool(((gae_lambda >= 0) & (gae_lambda <= 1)).all()):
+            raise ValueError("gae_lambda must be in [0, 1] in every row")
+    for name, value in numbers.items():
         number(name, value, low=0)
         if value > 1:
             raise ValueError(f"{name} must be in [0, 1], got {value}")

@@ -152,6 +152,15 @@ def shape_rewards(
     return losses.shape_rewards(scores, log_probs, ref_log_probs, mask, kl_coef, estimator)
 
 
+def _without_rows_of_lambda(backend: str, gae_lambda: float | Tensor) -> str:
+    """The backend for this lambda: one for each row is torch's."""
+    if not isinstance(gae_lambda, Tensor):
+        return backend
+    if backend == "triton":
+        raise ValueError("gae_lambda is a tensor, which the Triton kernel does not read; use backend='torch' or 'auto'")
+    return "torch"
+
+
 @torch.no_grad()
 def gae(
     rewards: Tensor,
@@ -159,7 +168,7 @@ def gae(
     response_mask: Tensor,
     *,
     gamma: float = 1.0,
-    gae_lambda: float = 0.95,
+    gae_lambda: float | Tensor = 0.95,
     bootstrap_values: Tensor | None = None,
     backend: str = "auto",
     validate: bool | None = None,
@@ -168,14 +177,16 @@ def gae(
 
     Returns (advantages, returns = advantages + values), 0 outside the mask. Masked positions inside a row (tool
     output) are skipped: they neither discount nor count as a step. bootstrap_values [B]: V of the state after the
-    last token, for rows that were cut off (default 0). No gradient.
+    last token, for rows that were cut off (default 0). gae_lambda [B]: one for each row, computed in torch on every
+    device. No gradient.
     """
     checks.floating(rewards=rewards, values=values, bootstrap_values=bootstrap_values)
     checks.rows_of_tokens("values", values)
     mask = checks.token_mask(response_mask, values, "values", rewards=rewards)
     checks.shapes(values.shape[:1], "the rows of values", bootstrap_values=bootstrap_values)
     checks.devices(values=values, bootstrap_values=bootstrap_values)
-    checks.discounts(gamma, gae_lambda)
+    checks.discounts(gamma, gae_lambda, values)
+    backend = _without_rows_of_lambda(backend, gae_lambda)
     if choose_backend(backend, rewards, values).name == "triton":
         discounts = (float(gamma), float(gae_lambda))
         settings = (Shaping(), None, 1)
@@ -194,7 +205,7 @@ def shape_and_gae(
     *,
     kl_coef: float,
     gamma: float = 1.0,
-    gae_lambda: float = 0.95,
+    gae_lambda: float | Tensor = 0.95,
     estimator: str = "k1",
     token_rewards: Tensor | None = None,
     bootstrap_values: Tensor | None = None,
@@ -207,9 +218,9 @@ def shape_and_gae(
     """`shape_rewards`, then `gae`, then `masked_whiten` of the advantages (not of the returns; not with whiten=False).
 
     scores and bootstrap_values [B], the others [B, T]. token_rewards [B, T] are added to the shaped rewards where the
-    mask is. group_size: so many consecutive rows are whitened together (default: all); it divides B. In torch the
-    results are those of the three functions to the bit; in Triton it is one launch, two with whitening, and nothing
-    waits for the GPU. No gradient. Raises ValueError as the three functions do.
+    mask is. group_size: so many consecutive rows are whitened together (default: all); it divides B.
+    gae_lambda: as in `gae`. In torch the results are those of the three functions to the bit; in Triton it is one
+    launch, two with whitening, and nothing waits for the GPU. No gradient. Raises ValueError as the three functions do.
     """
     optional = {"token_rewards": token_rewards, "bootstrap_values": bootstrap_values}
     checks.floating(scores=scores, log_probs=log_probs, ref_log_probs=ref_log_probs, values=values, **optional)
@@ -220,7 +231,8 @@ def shape_and_gae(
     checks.devices(values=values, scores=scores, bootstrap_values=bootstrap_values)
     checks.number("kl_coef", kl_coef)
     checks.number("eps", eps, low=0)
-    checks.discounts(gamma, gae_lambda)
+    checks.discounts(gamma, gae_lambda, values)
+    backend = _without_rows_of_lambda(backend, gae_lambda)
     checks.estimator("estimator", estimator)
     checks.groups(group_size, len(values))
     size = group_size or max(1, len(values))

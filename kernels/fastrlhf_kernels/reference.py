@@ -71,11 +71,12 @@ def gae(rewards, values, response_mask, *, gamma=1.0, gae_lambda=0.95, bootstrap
     mask = response_mask.bool()
     advantages = torch.zeros_like(values)
     for row in range(len(values)):
+        decay = gamma * (gae_lambda if isinstance(gae_lambda, float) else gae_lambda[row])  # one, or one for each row
         next_value = values.new_zeros(()) if bootstrap_values is None else bootstrap_values[row]
         next_advantage = values.new_zeros(())
         for t in reversed(mask[row].nonzero()[:, 0].tolist()):  # only response tokens: holes are skipped
             delta = rewards[row, t] + gamma * next_value - values[row, t]
-            next_advantage = delta + gamma * gae_lambda * next_advantage
+            next_advantage = delta + decay * next_advantage
             next_value = values[row, t]
             advantages[row, t] = next_advantage
     return advantages, torch.where(mask, advantages + values, 0)

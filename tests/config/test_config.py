@@ -25,14 +25,16 @@ eval_every output_dir overwrite resume accept_changed"""
 SUPERVISED = "epochs total_steps max_tokens overlong mini_batch_size eval_fraction"
 FROZEN = {
     SFTConfig: f"{COMMON} {SUPERVISED} packing format",
-    RewardConfig: f"{COMMON} {SUPERVISED} head_only score_range",
+    RewardConfig: f"{COMMON} {SUPERVISED} head_only score_range center_rewards",
     PPOConfig: f"""{COMMON} total_steps rollout_batch_size samples_per_prompt ppo_epochs mini_batch_size
     max_prompt_tokens max_new_tokens temperature top_p top_k critic_learning_rate gamma gae_lambda kl_coef kl_estimator
     kl_in target_kl clip_range clip_range_high dual_clip importance_cap clip_range_value vf_coef entropy_coef ptx_coef
     whiten_advantages reward_scaling reward_clip reward_timeout reward_retries advantage_clip missing_eos_penalty
     critic critic_warmup_steps advantage old_log_probs ema_decay kl_controller kl_controller_target kl_horizon
     kl_budget ratio_level loss_aggregation length_penalty overlong_penalty bootstrap_truncated
-    critic_pretrain_epochs critic_max_grad_norm ref_refresh_every packing probe offload eval_temperature best_of_n""",
+    critic_pretrain_epochs critic_max_grad_norm ref_refresh_every packing probe offload eval_temperature best_of_n
+    critic_gae_lambda length_adaptive_lambda drop_equal_groups kl_gradient runaway_kl runaway_entropy policy_loss
+    ptx_reduction missing_eos_score importance_mask""",
 }
 
 

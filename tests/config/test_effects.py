@@ -17,12 +17,12 @@ ignore_columns max_samples allow_drop skip_bad_rows seed eval_every output_dir""
 SUPERVISED = "total_steps max_tokens overlong mini_batch_size eval_fraction"
 ALWAYS = {
     SFTConfig: f"{SHARED} {SUPERVISED} gradient_checkpointing packing format",
-    RewardConfig: f"{SHARED} {SUPERVISED} head_only score_range",
+    RewardConfig: f"{SHARED} {SUPERVISED} head_only score_range center_rewards",
     PPOConfig: f"""{SHARED} gradient_checkpointing total_steps rollout_batch_size samples_per_prompt ppo_epochs
     mini_batch_size max_prompt_tokens max_new_tokens temperature top_p top_k advantage kl_coef kl_budget target_kl
-    clip_range clip_range_high dual_clip ratio_level loss_aggregation entropy_coef ptx_coef reward_scaling reward_clip
+    clip_range clip_range_high policy_loss ratio_level loss_aggregation entropy_coef ptx_coef reward_scaling reward_clip
     reward_timeout reward_retries advantage_clip missing_eos_penalty length_penalty overlong_penalty old_log_probs
-    ema_decay ref_refresh_every packing probe offload""",
+    ema_decay ref_refresh_every packing probe offload runaway_kl runaway_entropy missing_eos_score""",
 }
 GIVEN = {  # a value of each option of the table that asks for something
     "critic": "shared_trunk",
@@ -34,6 +34,13 @@ GIVEN = {  # a value of each option of the table that asks for something
     "clip_range_value": 0.5,
     "vf_coef": 0.1,
     "gae_lambda": 0.9,
+    "critic_gae_lambda": 0.9,
+    "length_adaptive_lambda": 0.05,
+    "drop_equal_groups": True,
+    "kl_gradient": "published",
+    "dual_clip": 3.0,
+    "ptx_reduction": "sequence_sum",
+    "importance_mask": (0.5, 5.0),
     "gamma": 0.9,
     "whiten_advantages": "group",
     "kl_in": "loss",
@@ -61,6 +68,9 @@ NEEDED = {
     "accept_changed": {"output_dir": "run"},
     "advantage": {"samples_per_prompt": 2},
     "whiten_advantages": {"samples_per_prompt": 2},
+    "drop_equal_groups": {"samples_per_prompt": 2, "advantage": "grpo"},
+    "kl_gradient": {"kl_in": "loss"},
+    "ptx_reduction": {"ptx_coef": 1.0},
 }
 CASES = [
     (cls, row.choice, value, name)
@@ -80,7 +90,8 @@ def given(cls: type[StageConfig], choice: str, value: object, name: str) -> dict
     """The option and the choice that switches it off, the option's other choices as they let it act."""
     choices = {row.choice for row in IDLE if name in row.options.split()} - {choice, "advantage"}
     acting = {c: ACTING[c] for c in choices & ACTING.keys() if choice != "advantage"}
-    return {**NEEDED.get(choice, {}), **NEEDED.get(name, {}), **acting, choice: value, name: GIVEN[name]}
+    needed = {} if (choice, name) == ("kl_coef", "kl_gradient") else NEEDED.get(name, {})  # kl_in is idle then too
+    return {**NEEDED.get(choice, {}), **needed, **acting, choice: value, name: GIVEN[name]}
 
 
 @pytest.mark.parametrize(("cls", "choice", "value", "name"), CASES, ids=case_name)
@@ -108,18 +119,23 @@ def test_the_option_is_accepted_where_nothing_switches_it_off(name):
 
 
 CRITIC = """critic critic_learning_rate critic_max_grad_norm critic_warmup_steps critic_pretrain_epochs
-bootstrap_truncated clip_range_value vf_coef gae_lambda"""
+bootstrap_truncated clip_range_value vf_coef gae_lambda critic_gae_lambda length_adaptive_lambda"""
 SWITCHED_OFF = [
     (PPOConfig, {"advantage": "grpo", "samples_per_prompt": 2}, f"{CRITIC} gamma whiten_advantages"),
     (PPOConfig, {"advantage": "dr_grpo", "samples_per_prompt": 2}, f"{CRITIC} gamma whiten_advantages"),
     (PPOConfig, {"advantage": "rloo", "samples_per_prompt": 2}, f"{CRITIC} gamma whiten_advantages"),
-    (PPOConfig, {"advantage": "reinforce++", "samples_per_prompt": 2}, CRITIC),
-    (PPOConfig, {"gamma": 0}, "gae_lambda bootstrap_truncated"),
+    (PPOConfig, {"advantage": "reinforce++", "samples_per_prompt": 2}, f"{CRITIC} drop_equal_groups"),
+    (PPOConfig, {"advantage": "reinforce++-baseline", "samples_per_prompt": 2}, CRITIC),
+    (PPOConfig, {"gamma": 0}, "gae_lambda critic_gae_lambda length_adaptive_lambda bootstrap_truncated"),
+    (PPOConfig, {"policy_loss": "cispo"}, "dual_clip"),
+    (PPOConfig, {"ptx_coef": 0}, "ptx_reduction"),
+    (PPOConfig, {"advantage": "gae"}, "drop_equal_groups"),
+    (PPOConfig, {"kl_in": "reward"}, "kl_gradient"),
     (PPOConfig, {"critic_warmup_steps": 0}, "critic_pretrain_epochs"),
-    (PPOConfig, {"kl_coef": 0}, "kl_in kl_estimator kl_controller"),
+    (PPOConfig, {"kl_coef": 0}, "kl_in kl_estimator kl_controller kl_gradient"),
     (PPOConfig, {"kl_in": "loss"}, "kl_controller"),
     (PPOConfig, {"kl_controller": "fixed"}, "kl_controller_target kl_horizon"),
-    (PPOConfig, {"old_log_probs": "rollout"}, "importance_cap"),
+    (PPOConfig, {"old_log_probs": "rollout"}, "importance_cap importance_mask"),
     (PPOConfig, {"eval_every": 0}, "eval_temperature best_of_n"),
     (SFTConfig, {"total_steps": 9}, "epochs"),
     (RewardConfig, {"total_steps": 9}, "epochs"),
@@ -135,7 +151,7 @@ def test_a_choice_switches_off_these_options_and_no_other(cls, choice, options):
     refused = set()
     for name in GIVEN.keys() & cls.model_fields.keys() - choice.keys():
         try:
-            cls(**{**acting, **choice, name: GIVEN[name]})
+            cls(**{**acting, **NEEDED.get(name, {}), **choice, name: GIVEN[name]})
         except UserError as error:
             refused |= {name} & {line.split(" = ")[0] for line in str(error).splitlines()}
     assert refused == set(options.split())

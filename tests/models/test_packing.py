@@ -16,7 +16,7 @@ from fastrlhf.models.token_batch import TokenRows, joined, resolve_packing
 from fastrlhf.rl.experience import plan_epochs
 from tests import tiny
 from tests.models.test_attention import varlen
-from tests.runs import experience_of, ppo_trainer
+from tests.runs import experience_of, last_layer, ppo_trainer
 
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}  # rotary and learned positions
 FORMS = {"separate": {}, "shared_trunk": {"critic": "shared_trunk"}, "lora": {"lora": 4}}
@@ -50,7 +50,7 @@ def test_gradients_are_those_of_padded_rows(name, form):
     for packing in (False, True):
         for tokens in (1, 60, 10_000):
             t = trainer(policy=MODELS[name](), packing=packing, **FORMS[form])
-            torch.nn.init.normal_(t.critic.head.weight, std=0.1, generator=torch.Generator().manual_seed(2))
+            torch.nn.init.normal_(last_layer(t).weight, std=0.1, generator=torch.Generator().manual_seed(2))
             results[packing, tokens] = gradients(t, tokens)
     want = results[False, 1]
     for role, grads in want.items():

@@ -215,7 +215,7 @@ def test_a_mask_of_exactly_one_token(batch, kind, whiten):
     mask = torch.zeros(4, 3).bool()
     mask[1, 2] = True  # behind two tokens that do not count
     fields = {"advantage": kind, "samples_per_prompt": 2, "kl_coef": 0.3}
-    if kind in ("gae", "reinforce++"):
+    if kind in ("gae", "reinforce++", "reinforce++-baseline"):
         fields |= {"gamma": 0.9, "whiten_advantages": whiten}
     scores = torch.where(mask.any(1), scores, torch.nan)
     got, returns = advantages.estimate_advantages(scores, log_probs, ref, values, mask, config(**fields))
@@ -244,6 +244,7 @@ def test_responses_of_one_token_each(batch, kind):
         want = {
             "gae": reward - float(values[i, 0]),
             "reinforce++": reward,
+            "reinforce++-baseline": reward - float(scores[i] + scores[i ^ 1]) / 2,  # the KL is of each token alone
             "rloo": reward - other,
             "dr_grpo": (reward - other) / 2,
             "grpo": (reward - other) / 2 / (deviation + 1e-4),

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from fastrlhf import UserError
+from fastrlhf import PPOConfig, UserError
 from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.data.feedback import Prompt
 from fastrlhf.models.held_out import HeldOut
@@ -111,6 +111,48 @@ def test_held_out_prompts_that_are_trained_on():
     assert run.told == []
     run.alarms.compare_prompts(prompts, heldout)
     assert [alarm for alarm, _ in run.told] == ["known_prompts"] and "5 of 20 eval_prompts (25%)" in run.told[0][1]
+
+
+def runaway(run: Run, kl: float, entropy: float | None, **fields: object) -> str | None:
+    """-> what ends the run in one more step of replies of 10 tokens, if anything does."""
+    run.step += 1
+    run.alarms.step = run.step
+    metrics = {"kl/ref": kl, "length/mean": 10.0} | ({} if entropy is None else {"policy/entropy": entropy})
+    try:
+        run.alarms.stop_if_runaway(metrics, PPOConfig(**fields), lambda: "the last checkpoint is X")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_a_policy_that_runs_away_is_stopped_after_three_steps():
+    run = Run()
+    assert [runaway(run, kl, 0.2) for kl in (0.0, 31.0, 35.0, 29.0, 35.0, 40.0)] == [None] * 6  # 29: begins anew
+    said = runaway(run, 45.0, 0.2)
+    assert said.startswith("the policy has run away: kl/ref is 4.5 nats a token (runaway_kl = 3), for 3 steps; stopped")
+    assert "after step 7, which is not saved (the last checkpoint is X): lower learning_rate" in said
+    assert run.told == [("runaway", said)]
+    assert [runaway(Run(), 1e6, 0.2, runaway_kl=None) for _ in range(4)] == [None] * 4
+
+
+def test_entropy_runs_away_from_that_of_the_first_step():
+    """0.2 nats at first: three times that is 0.6, but 1 nat more is 1.2; of 2 nats it is 6."""
+    run, high = Run(), Run()
+    assert [runaway(run, 0.0, entropy) for entropy in (None, 0.2, 1.1, 1.3, 1.3)] == [None] * 5
+    assert "policy/entropy is 1.4 nats, from 0.2 in the first step (runaway_entropy = 3)" in runaway(run, 0.0, 1.4)
+    assert [runaway(high, 0.0, entropy) for entropy in (2.0, 5.9, 5.9, 5.9, 5.9)] == [None] * 5
+    off = Run()
+    assert [runaway(off, 0.0, entropy, runaway_entropy=None) for entropy in (0.2, 9.0, 9.0, 9.0)] == [None] * 4
+
+
+@pytest.mark.parametrize("form", [{}, {"critic": "shared_trunk"}, {"advantage": "rloo", "samples_per_prompt": 2}])
+def test_a_run_that_runs_away_ends_and_its_last_weights_are_not_saved(tmp_path, form):
+    t = ppo_trainer(**form, runaway_kl=1e-6, total_steps=9, save_every=2, output_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"the policy has run away: kl/ref is .*the last checkpoint is .*step-0*2"):
+        t.train()
+    (alarm,) = [event for event in read(tmp_path / "events.jsonl") if event["kind"] == "alarm"]
+    assert alarm["alarm"] == "runaway" and alarm["step"] == 4  # kl/ref is 0 in the first step, then three of them
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step*")) == ["step-000002"]
 
 
 def flat_groups(run: Run) -> None:

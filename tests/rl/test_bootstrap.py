@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastrlhf import PPOConfig, UserError
+from fastrlhf.models.heads import scalar_outputs
 from tests import tiny
-from tests.runs import experience_of, ppo_trainer
+from tests.runs import experience_of, last_layer, ppo_trainer
 
 FORMS = {
     "separate": {},
@@ -27,7 +28,7 @@ def experience(form: str, on: bool, micro: int = 10_000):
     options = {"gae_lambda": 0.0, "whiten_advantages": False, "kl_coef": 0.0, "bootstrap_truncated": on}
     sizes = {"mini_batch_size": 8, "max_new_tokens": 24, "max_prompt_tokens": 104, "micro_batch_tokens": micro}
     t = ppo_trainer(**FORMS[form], **options, **sizes, policy=policy, reward=lambda p, r: [1.0] * len(r))
-    torch.nn.init.normal_(t.critic.head.weight, generator=torch.Generator().manual_seed(5))
+    torch.nn.init.normal_(last_layer(t).weight, generator=torch.Generator().manual_seed(5))
     rollout = t.rollout([t.prompts[i % 6] for i in ROWS], 1, purpose="rollout")
     assert set(rollout.finished) == {True, False}
     return t, rollout, experience_of(t, rollout)[0]
@@ -42,8 +43,7 @@ def test_a_cut_response_goes_on_with_the_value_of_its_end(form):
         for row in ROWS:
             ids, last = rollout.rows.whole(row), len(rollout.response_ids[row]) - 1
             hidden = t.critic.trunk.base_model(torch.tensor([ids])).last_hidden_state
-            weight, bias = t.critic.head.weight, t.critic.head.bias
-            value = torch.nn.functional.linear(hidden, weight, bias)[0, :, 0]
+            value = scalar_outputs(t.critic.head, hidden)[0]
             before, after = value[-2], 0.0 if rollout.finished[row] else value[-1]
             assert float(on.advantages[row, last]) == pytest.approx(float(1.0 + after - before), abs=1e-4)
             assert float(on.returns[row, last]) == pytest.approx(float(1.0 + after), abs=1e-4)

@@ -22,7 +22,18 @@ from fastrlhf.runtime.optim import Optimizer
 from tests import tiny
 from tests.runs import PROMPTS, TEXTS, experience_of, gradients_of, letters, ppo_trainer
 
-PAPERS = ["ppo-max", "moss-released-en", "moss-released-zh", "instructgpt", "n-plus-details", "grpo", "dapo", "rloo"]
+PAPERS = [
+    "ppo-max",
+    "moss-released-en",
+    "moss-released-zh",
+    "instructgpt",
+    "n-plus-details",
+    "grpo",
+    "dapo",
+    "rloo",
+    "gspo",
+    "cispo",
+]
 RISING = Scores([float(i) for i in range(8)], None)
 trainer = partial(ppo_trainer, mini_batch_size=8, learning_rate=1e-3, critic_learning_rate=1e-3)
 

@@ -38,6 +38,29 @@ def test_the_gradient_is_that_of_ppo_plus_ptx_coef_times_the_language_model_loss
     assert max(float(p.grad.abs().max()) for p in t.policy.parameters()) > 1e-3
 
 
+@pytest.mark.parametrize("aggregation", ["token_mean", "constant"])
+def test_a_sequence_sum_weighs_a_row_as_the_policy_loss_weighs_a_response(aggregation):
+    """The sum of a row's -log p, mean over rows, over the mean tokens of a response or over max_new_tokens."""
+    fields = {"mini_batch_size": 6, "rollout_batch_size": 6, "max_grad_norm": 1e9, "loss_aggregation": aggregation}
+    plain = ppo_trainer(**fields)
+    t = ppo_trainer(**fields, ptx_coef=27.8, ptx_data=PTX, ptx_reduction="sequence_sum")
+    without, step = gradients_of(plain, plain.step), t.engine.rollout
+    sizes: list[int] = []
+
+    def rollout(*args: object, **kwargs: object):  # noqa: ANN202
+        result = step(*args, **kwargs)
+        sizes.extend(len(ids) for ids in result.response_ids)
+        return result
+
+    t.engine.rollout = rollout
+    got, rows = gradients_of(t, t.step), t.learner.ptx.examples
+    per_response = 10 if aggregation == "constant" else sum(sizes) / len(sizes)
+    targets = sum(sum(example.target) for example in rows)
+    (27.8 * language_model_loss(t, rows) * targets / len(rows) / per_response).backward()
+    for a, b, p in zip(got, without, t.learner.policy_optimizer.params, strict=True):
+        torch.testing.assert_close(a, b + p.grad, rtol=1e-4, atol=1e-5 * float(a.abs().max()) + 1e-7)
+
+
 def test_targets_are_what_sft_learns():
     """The reply of a conversation, every token but the first of a text."""
     t = ppo_trainer(ptx_coef=1.0, ptx_data=PTX)

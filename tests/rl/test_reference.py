@@ -39,7 +39,14 @@ def test_the_kl_is_exactly_zero_in_the_step_after_a_refresh(form, tmp_path):
     assert [kl == 0.0 for kl in kls] == [True, False] * 3  # steps 1, 3, 5 begin at the reference
     assert moved == [False, True] * 3
     said = [e["message"] for e in read(tmp_path / "run" / "events.jsonl") if e["kind"] == "ref_refresh"]
-    assert said == [f"the policy after step {n} is the reference now" for n in (2, 4, 6)]
+    assert said == [f"the policy after step {n} is the reference now, and its optimizer starts anew" for n in (2, 4, 6)]
+
+
+def test_the_policy_s_optimizer_starts_anew_at_a_refresh_and_the_critic_s_goes_on():
+    t = ppo_trainer(ref_refresh_every=2, total_steps=3)
+    policy, critic = (optimizer.inner.state for optimizer in t.learner.optimizers())
+    counts = [({int(s["step"]) for s in policy.values()}, {int(s["step"]) for s in critic.values()}) for _ in t]
+    assert counts == [({2}, {2}), (set(), {4}), ({2}, {6})]
 
 
 def test_without_it_the_kl_only_starts_at_zero():

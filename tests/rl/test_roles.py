@@ -13,10 +13,20 @@ from transformers import AutoModelForCausalLM
 from fastrlhf import PPOConfig, PPOTrainer, RolloutEngine, SamplingParams, UserError
 from fastrlhf.config.inputs import lora_options
 from fastrlhf.models import heads
+from fastrlhf.models.heads import ValueHead
 from fastrlhf.models.lora import Adapters
 from fastrlhf.rl.losses import normalizer_of, policy_loss, token_weights, value_loss
 from tests import tiny
-from tests.runs import copies, experience_of, gradients_of, ppo_trainer, resumed_equals_whole, storages
+from tests.runs import (
+    copies,
+    experience_of,
+    gradients_of,
+    last_layer,
+    leave_after,
+    ppo_trainer,
+    resumed_equals_whole,
+    storages,
+)
 
 FORMS = {
     "shared_trunk": {"critic": "shared_trunk"},
@@ -51,13 +61,14 @@ def test_every_form_learns_and_what_is_frozen_keeps_its_bytes(form):
         return [sum(map(str.isalpha, r)) / 10 for r in responses]
 
     fields = {"total_steps": 12, "ppo_epochs": 6, "kl_coef": 0.0, "rollout_batch_size": 32, "mini_batch_size": 32}
+    fields |= {"runaway_kl": None}  # nothing holds it, and a random reference says every token alike
     t = trainer(**FORMS[form], **fields, reward=letters)
     before = plain_weights(t)
     steps = [step.metrics for step in t]
     rewards = [metrics["reward/mean"] for metrics in steps]
     if "lora" not in FORMS[form]:  # adapters on a tiny random model move its rewards less than chance does
         assert sum(rewards[6:]) > sum(rewards[:6]) + 0.3
-    assert steps[-1]["kl/ref"] > 0 and float(t.critic.head.weight.detach().abs().sum()) > 0
+    assert steps[-1]["kl/ref"] > 0 and float(last_layer(t).weight.detach().abs().sum()) > 0
     kept = all(torch.equal(before[k], v) for k, v in plain_weights(t).items())
     assert kept == ("lora" in FORMS[form])
     if t.roles.adapters is not None:
@@ -67,20 +78,21 @@ def test_every_form_learns_and_what_is_frozen_keeps_its_bytes(form):
         assert len(moved) == 14 and all(size > 0 for size in moved)
 
 
-def test_one_forward_and_one_backward_give_both_gradients():
-    """Shared trunk: the gradient of policy loss + vf_coef * value loss, summed from two separate backward passes."""
+def test_one_forward_and_one_backward_give_both_gradients_and_the_value_loss_ends_at_the_head():
+    """Shared trunk: the trunk's gradient is that of the policy loss alone, the head's that of vf_coef * value loss."""
     t = trainer(critic="shared_trunk", vf_coef=0.3, total_steps=1, max_grad_norm=1e9)
-    torch.nn.init.normal_(t.critic.head.weight)
+    torch.nn.init.normal_(last_layer(t).weight)
     rollout = t.rollout([t.prompts[i] for i in range(4)] * 2, 1, purpose="rollout")
     experience, epochs, _ = experience_of(t, rollout)
-    mini, trained = epochs[0][0], [*t.policy.parameters(), t.critic.head.weight]
+    mini, trained = epochs[0][0], [*t.policy.parameters(), *t.critic.head.parameters()]
     normalizer, weights = normalizer_of(experience.response_mask, mini), token_weights(experience, mini, t.config)
     groups = rollout.rows.micro_batches(mini, t.memory.tokens)
     for group in groups:
         batch, tokens = rollout.rows.batch(group, t.device), experience.tokens(group, weights)
         hidden, head = batch.hidden(t.policy), heads.lm_head(t.policy)
         policy_loss(hidden, batch, tokens, t.config, head=head, normalizer=normalizer).loss.backward()
-        values, targets = t.critic.read(batch.hidden(t.policy)), experience.value_tokens(group)
+        states, targets = batch.hidden(t.policy).detach(), experience.value_tokens(group)
+        values = t.critic.head(states)
         (0.3 * value_loss(values, targets, t.config, normalizer=normalizer).loss).backward()
     want = [p.grad.clone() for p in trained]
     t.learner.drop_gradients()
@@ -99,14 +111,14 @@ def test_a_warm_up_on_a_shared_trunk_trains_the_head_alone():
         losses.append(step.metrics["value/loss"])
         if len(losses) == 2:
             assert all(torch.equal(before[k], v) for k, v in plain_weights(t).items())
-            assert float(t.critic.head.weight.detach().abs().sum()) > 0
+            assert float(last_layer(t).weight.detach().abs().sum()) > 0
     assert not all(torch.equal(before[k], v) for k, v in plain_weights(t).items())
 
 
 @pytest.mark.parametrize("form", [f for f in FORMS if "shared" in f])
 def test_decoding_hands_over_the_values_a_training_forward_gives(form):
     t = trainer(**FORMS[form], old_log_probs="rollout", rollout_batch_size=12, mini_batch_size=12)
-    torch.nn.init.normal_(t.critic.head.weight)
+    torch.nn.init.normal_(last_layer(t).weight)
     rollout = t.rollout([t.prompts[i] for i in range(6)], 2, purpose="rollout")
     batch = rollout.rows.batch(list(range(12)), t.device)
     torch.testing.assert_close(torch.cat(rollout.values), t.critic.values(batch).detach(), rtol=1e-4, atol=1e-4)
@@ -120,11 +132,12 @@ def test_lora_holds_one_copy_of_the_weights_for_every_role():
     base = sum(p.numel() * 4 for p in {id(p): p for p in tiny.llama(hidden_size=64).parameters()}.values())
     forms = {"separate": {}, "shared_trunk": {"critic": "shared_trunk"}, "lora": {"lora": 1}}
     forms["both"] = {**forms["lora"], **forms["shared_trunk"]}
+    head = (4 * 64 * 64 + 11 * 64 + 1) * 4 / base  # of a shared trunk: two norms, 4 H x H with its bias, 4 H, a bias
     sizes = {
         name: storages(trainer(policy=tiny.llama(hidden_size=64), **fields)) / base for name, fields in forms.items()
     }
-    assert sizes["separate"] > 2.5 and sizes["shared_trunk"] < 2.01
-    assert sizes["both"] <= 1.1 and sizes["lora"] < 1.2
+    assert sizes["separate"] > 2.5 and sizes["shared_trunk"] < 2.01 + head
+    assert sizes["both"] <= 1.1 + head and sizes["lora"] < 1.2
 
 
 def test_policy_critic_and_reference_are_told_apart():
@@ -248,3 +261,76 @@ def test_mistakes_are_sentences(monkeypatch):
 @pytest.mark.parametrize("text", [8, "8", "{r: 8}", {"r": 8, "alpha": 16}])
 def test_every_spelling_of_lora(text):
     assert PPOConfig(lora=text).lora == {"r": 8, "alpha": 16, "target_modules": None}
+
+
+# ----------------------------------------------------------------------------------------- the head of a shared trunk
+
+
+def test_the_head_of_a_shared_trunk_by_hand():
+    """V = w silu(U norm(h) + u) + b in float64; 0 at first; the same bits for a seed, others for another."""
+    head, other = ValueHead(8, seed=3), ValueHead(8, seed=4)
+    hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(head(hidden), torch.zeros(5)) and head(hidden).dtype == torch.float32
+    assert torch.equal(head.up.weight, ValueHead(8, seed=3).up.weight)
+    assert not torch.equal(head.up.weight, other.up.weight) and float(head.up.weight.detach().abs().max()) <= 8**-0.5
+    torch.nn.init.normal_(head.out.weight, generator=torch.Generator().manual_seed(2))
+    wide = {name: p.detach().double() for name, p in head.named_parameters()}
+    h = hidden.double()
+    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    z = (h * wide["norm.weight"] + wide["norm.bias"]) @ wide["up.weight"].T + wide["up.bias"]
+    want = (z * z.sigmoid()) @ wide["out.weight"][0] + wide["out.bias"]
+    torch.testing.assert_close(head(hidden).double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if "shared" in f])
+def test_a_wrong_value_moves_the_head_and_no_layer_of_the_policy(form):
+    """Without advantages and KL only the value loss is left: the policy keeps every bit whatever its size."""
+    t = trainer(
+        **FORMS[form], total_steps=2, kl_coef=0.0, whiten_advantages=False, advantage_clip=1e-30, vf_coef=100.0,
+        reward=lambda prompts, responses: [50.0] * len(responses), max_grad_norm=1e9,
+    )  # fmt: skip
+    assert t.learner.value_optimizer.max_grad_norm == 1e9 and t.config.critic_learning_rate == 1e-2
+    head, policy = copies(t.critic.head.parameters()), copies(t.learner.policy_optimizer.params)
+    hidden = {id(p) for p in t.learner.value_optimizer.params}
+    assert hidden == {id(p) for p in t.critic.head.parameters()}
+    gradients = []
+    t.learner.policy_optimizer.inner.register_step_pre_hook(
+        lambda *_: gradients.extend(float(p.grad.abs().max()) for p in t.learner.policy_optimizer.params)
+    )
+    t.train()
+    assert max(gradients) < 1e-25 and policy is not None
+    assert not any(torch.equal(a, b) for a, b in zip(head, copies(t.critic.head.parameters()), strict=True))
+
+
+def test_the_form_of_the_critic_brings_its_own_defaults():
+    shared = PPOConfig(critic="shared_trunk")
+    assert (shared.critic_learning_rate, shared.gae_lambda) == (5e-3, 1.0)
+    assert (PPOConfig().critic_learning_rate, PPOConfig().gae_lambda) == (5e-6, 0.95)
+    given = PPOConfig(critic="shared_trunk", critic_learning_rate=1e-4, gae_lambda=0.9)
+    assert (given.critic_learning_rate, given.gae_lambda) == (1e-4, 0.9)
+    assert PPOConfig().replace(critic="shared_trunk").critic_learning_rate == 5e-3
+    assert PPOConfig(critic="shared_trunk", gae_lambda="auto", critic_learning_rate="auto") == shared
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if "shared" in f])
+def test_the_head_of_a_shared_trunk_survives_a_resume(tmp_path, form):
+    resumed_equals_whole(tmp_path, 1, **FORMS[form], total_steps=2)
+
+
+class LinearHead(torch.nn.Linear):
+    """The head that a shared trunk had before."""
+
+    def __init__(self, hidden: int, **_: object) -> None:
+        super().__init__(hidden, 1, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden).squeeze(-1)
+
+
+def test_a_checkpoint_with_the_linear_head_of_earlier_versions_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    fields = {"critic": "shared_trunk", "output_dir": str(tmp_path), "save_every": 1}
+    with monkeypatch.context() as earlier:
+        earlier.setattr("fastrlhf.rl.critic.ValueHead", LinearHead)
+        leave_after(trainer(**fields), 1)
+    with pytest.raises(UserError, match=r"step-0*1: its critic = shared_trunk is one linear layer.*another output_dir"):
+        trainer(**fields, resume=True)

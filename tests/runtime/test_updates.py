@@ -17,7 +17,7 @@ from fastrlhf.rl.extras import PretrainingMix
 from fastrlhf.rollout.result import Rollout
 from fastrlhf.runtime.updates import UpdateGuard
 from tests import tiny
-from tests.runs import letters
+from tests.runs import last_layer, letters
 from tests.stage_runs import differing, everything, experience_of, read, unequal
 
 COMMON = {"mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 0, "lr_schedule": "constant"}
@@ -351,7 +351,7 @@ def test_a_reward_model_that_says_nan_judged_nothing():
 def test_updates_of_policy_and_critic_that_are_skipped_are_told_apart(tmp_path):
     """Two of each, in turn, end no run."""
     t = ppo(output_dir=str(tmp_path), ppo_epochs=1, total_steps=3)
-    for weight in (t.policy.lm_head.weight, t.critic.head.weight):
+    for weight in (t.policy.lm_head.weight, last_layer(t).weight):
         weight.register_hook(lambda grad: grad * math.nan if t.steps_done < 2 else grad)
     t.train()
     assert t.guard.skipped == {"critic": 2, "policy": 2}

@@ -105,7 +105,14 @@ def shape_rewards(scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask
     return torch.where((position == last) & mask, rewards + scores.to(dtype)[:, None], rewards)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float, bootstrap: Tensor | None):
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    gae_lambda: float | Tensor,
+    bootstrap: Tensor | None,
+):
     """Advantages and returns [B, T]: A_t = sum over k of (gamma lambda)^k delta_{t+k}, response tokens only.
 
     The recurrence A_t = delta_t + c_t A_{t+1} (c = gamma * lambda on a token, delta = 0 and c = 1 in a hole) is
@@ -119,7 +126,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     here = torch.where(mask, position, length)  # then the first token at or after each position
     here = torch.cat([here, here.new_full((len(v), 1), length)], 1).flip(1).cummin(1).values.flip(1)
     following = torch.cat([v, end], 1).gather(1, here[:, 1:])
-    carry = torch.full_like(v, gamma * gae_lambda).masked_fill(~mask, 1)
+    decay = gamma * (gae_lambda.to(dtype)[:, None] if isinstance(gae_lambda, Tensor) else gae_lambda)
+    carry = torch.full_like(v, 1).mul(decay).masked_fill(~mask, 1)
     total = torch.where(mask, torch.where(mask, rewards, 0).to(dtype) + gamma * following - v, 0)
     step = 1
     while step < length:

@@ -1,0 +1,116 @@
+"""The two forms of PPO's critic on the quickstart's task, beside each other: does the cheaper one learn as well?
+
+From one SFT and reward model the quickstart's own PPO is run with `critic = separate`, as it ships, and with
+`critic = shared_trunk` at that form's own defaults, for each PPO seed. Both answer the same held-out prompts.
+
+The interval of a difference is that of 10,000 bootstrap draws of runs (pairs of one seed) and, in each, of prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.config.recipe import load_recipe
+from fastrlhf.config.stages import PPOConfig
+from fastrlhf.ppo import PPOTrainer
+from fastrlhf.quickstart import verdict
+from fastrlhf.quickstart.judge import rule
+from fastrlhf.quickstart.run import inputs
+from fastrlhf.quickstart.settings import Settings
+from fastrlhf.trainer import run_stage
+
+FORMS: dict[str, dict[str, Any]] = {
+    "separate": {},
+    "shared_trunk": {"critic": "shared_trunk", "critic_learning_rate": "auto", "gae_lambda": "auto"},
+}
+DRAWS = 10_000
+WORST_RULE, MOST_REWARD, MOST_KL = -0.05, 0.3, 1.2  # bars of the difference to the separate critic
+
+
+def settings_of(form: str, models: Settings, folder: Path, seed: int) -> tuple[dict, PPOConfig]:
+    """(inputs, config) of the quickstart's PPO with this critic and seed; nothing else of it is changed."""
+    task = models.stages["ppo"]
+    fields = {name: getattr(task, name) for name in task.model_fields_set} | FORMS[form]
+    fields |= {"seed": seed, "output_dir": folder, "overwrite": True, "resume": False, "save_every": 0, "eval_every": 0}
+    given = [f"{name}={value}" for name, value in (inputs("ppo", models.output_dir) | fields).items()]
+    return load_recipe("ppo", None, given)
+
+
+def run(form: str, models: Settings, before: verdict.Before, seed: int) -> dict[str, Any]:
+    """Train and answer -> figures of verdict.json, `rule` for each prompt, reward of the last 5 steps, seconds."""
+    folder = models.output_dir / f"critic-{form}-{seed}"
+    named, config = settings_of(form, models, folder, seed)
+    began = time.monotonic()
+    if run_stage(PPOTrainer, named, config):
+        raise SystemExit("interrupted")
+    seconds = time.monotonic() - began
+    figures, answers = verdict.compare(before, folder / "final", config)
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [step for step in steps if "reward/mean" in step][-5:]
+    return {
+        "critic": form,
+        "model_seed": models.seed,
+        "ppo_seed": seed,
+        "seconds": round(seconds, 1),
+        "reward_last_5": sum(step["reward/mean"] for step in last) / len(last),
+        "explained_var_last_5": sum(step["value/explained_var"] for step in last) / len(last),
+        **{name: figures[name] for name in ("rate_ppo", "rate_sft", "kl_sequence_mean", "on_topic_ppo", "length_ppo")},
+        "rule": [int(rule(row["prompt"], row["response_ppo"])) for row in answers],
+    }
+
+
+def interval(differences: Tensor, seed: int = 0) -> tuple[float, float, float]:
+    """From differences [runs, prompts] -> their mean, and the 5 % and 95 % points of its bootstrap draws."""
+    draw = torch.Generator().manual_seed(seed)
+    runs, prompts = differences.shape
+    chosen = torch.randint(runs, (DRAWS, runs), generator=draw)
+    asked = torch.randint(prompts, (DRAWS, prompts), generator=draw)
+    means = torch.stack([differences[r][:, p].mean() for r, p in zip(chosen, asked)])
+    low, high = torch.quantile(means, torch.tensor([0.05, 0.95], dtype=means.dtype)).tolist()
+    return float(differences.mean()), low, high
+
+
+def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The differences of shared_trunk to separate over all pairs of one seed, and whether they are within the bars."""
+    by = {(row["critic"], row["model_seed"], row["ppo_seed"]): row for row in rows}
+    pairs = [(by["shared_trunk", model, ppo], row) for (form, model, ppo), row in by.items() if form == "separate"]
+    rules = torch.tensor([[a - b for a, b in zip(x["rule"], y["rule"], strict=True)] for x, y in pairs]).double()
+    mean, low, high = interval(rules)
+    reward = sum(x["reward_last_5"] - y["reward_last_5"] for x, y in pairs) / len(pairs)
+    kl = sum(x["kl_sequence_mean"] for x, _ in pairs) / sum(y["kl_sequence_mean"] for _, y in pairs)
+    time_share = sum(x["seconds"] for x, _ in pairs) / sum(y["seconds"] for _, y in pairs)
+    return {
+        "runs": len(pairs),
+        "prompts": rules.shape[1],
+        "rule_difference": mean,
+        "rule_interval_90": [low, high],
+        "reward_difference": reward,
+        "kl_ratio": kl,
+        "seconds_ratio": time_share,
+        "passed": low >= WORST_RULE and abs(min(reward, 0.0)) <= MOST_REWARD and kl <= MOST_KL,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]], difference: dict[str, Any]) -> str:
+    """A Markdown table: a line a form, runs in the order of their seeds."""
+    names = {"rate_ppo": "rule rate", "kl_sequence_mean": "KL, nats a reply", "reward_last_5": "reward, last 5 steps"}
+    names |= {"explained_var_last_5": "explained variance", "seconds": "seconds"}
+    lines = ["| critic | " + " | ".join(names.values()) + " |", "|---|" + "---|" * len(names)]
+    for form in FORMS:
+        runs = [row for row in rows if row["critic"] == form]
+        lines.append(f"| {form} | " + " | ".join(" / ".join(f"{r[n]:.3g}" for r in runs) for n in names) + " |")
+    low, high = difference["rule_interval_90"]
+    rule_rate, reward = f"{difference['rule_difference']:+.3f}", f"{difference['reward_difference']:+.2f}"
+    of = f"{difference['runs']} runs of {difference['prompts']} prompts"
+    lines.append(
+        f"\nshared_trunk less separate, {of}: rule rate {rule_rate} (90 % interval {low:+.3f} .. {high:+.3f}), "
+        f"reward {reward}, KL {difference['kl_ratio']:.2f}x, time {difference['seconds_ratio']:.2f}x"
+    )
+    return "\n".join(lines)
