@@ -167,6 +167,11 @@ class ValueHead(nn.Module):
             self.out.weight.zero_()
             self.out.bias.zero_()
 
+    @classmethod
+    def size(cls, hidden: int) -> int:
+        """Parameters of a head on states of this width."""
+        return cls.WIDTH * hidden * (hidden + 2) + 2 * hidden + 1
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden [..., H] of any dtype -> values [...] fp32."""
         return self.out(F.silu(self.up(self.norm(hidden.float())))).squeeze(-1)

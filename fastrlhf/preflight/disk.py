@@ -65,6 +65,11 @@ def trained_bytes(model: PreTrainedModel, config: StageConfig, *, average: bool 
     return Trained(weights * width + state, whole * width)
 
 
+def head_bytes(count: int, config: StageConfig) -> Trained:
+    """Bytes of a head of so many parameters in fp32, which no model folder holds."""
+    return Trained(count * (4 + MOMENTS[config.optimizer]), 0)
+
+
 def check_room(config: StageConfig, roles: Sequence[Trained], saves: int) -> str | None:
     """A sentence on the room that this run's checkpoints and model folders need; None where nothing is written.
 

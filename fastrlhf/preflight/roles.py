@@ -18,9 +18,10 @@ from fastrlhf.data.batches import encode_many
 from fastrlhf.data.checks import BadRow
 from fastrlhf.data.encode import Encoded, EncodedPrompt, Example, ptx_limit
 from fastrlhf.data.templates import replies_steps
+from fastrlhf.models.heads import ValueHead
 from fastrlhf.models.loading import check_scalar_form, load_tokenizer, skeleton
 from fastrlhf.models.lora import target_layers
-from fastrlhf.preflight.disk import Trained, trained_bytes
+from fastrlhf.preflight.disk import Trained, head_bytes, trained_bytes
 from fastrlhf.preflight.fits import check_ids, check_limit, positions_of, vocabulary_of
 from fastrlhf.rl.functions import UserFunction
 from fastrlhf.rl.scorers import Part, reward_tokenizer
@@ -183,7 +184,7 @@ def check_policy(
 
 
 def trained_roles(config: PPOConfig, roles: Roles) -> list[Trained]:
-    """What the policy and a critic of its own add to the disk; nothing is known of GGUF files."""
+    """What the policy and the critic add to the disk; nothing is known of GGUF files."""
     policy = roles.policy
     if policy is None:
         return []
@@ -192,6 +193,8 @@ def trained_roles(config: PPOConfig, roles: Roles) -> list[Trained]:
         readers = [r.model for r in roles.rewards if r.tokenizer is None and not r.own_view]
         model = roles.others.get("value_model") or next((m for m in readers if m is not None), policy)
         trained.append(trained_bytes(model if config.lora is None else policy, config))
+    elif config.advantage == "gae":
+        trained.append(head_bytes(ValueHead.size(policy.get_output_embeddings().weight.shape[1]), config))
     return trained
 
 

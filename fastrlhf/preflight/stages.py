@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.base import StageConfig
+from fastrlhf.config.effects import BY_CRITIC
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig, SupervisedConfig
 from fastrlhf.data.batches import collector_paused
@@ -35,6 +36,7 @@ from fastrlhf.rl.scorers import held_out_records, read_reward
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.console import RowProgress, number
 
+SLOW_HEAD = 1e-3  # learning rate below which a value head from zero explains nothing in a run of some dozen steps
 NO_RECORD = "reward: {} brings no record of held-out pairs, as `fastrlhf reward` writes one; try it on some of your own"
 Item = TypeVar("Item", Example, Record)
 
@@ -197,11 +199,23 @@ def prepare_ppo(
     unknown = [NO_RECORD.format(name) for name, record in records.items() if record is None]
     said = _sentences(config, sources, notes, f"max_prompt_tokens = {config.max_prompt_tokens}")
     more = _sentences(config, ptx, [], "")
-    said = Sentences(said.notes + more.notes + unknown + sizes(config), said.warnings + more.warnings)
+    notes = said.notes + more.notes + unknown + _slow_critic(config) + sizes(config)
+    said = Sentences(notes, said.warnings + more.warnings)
     _say_room(config, said, trained_roles(config, roles), config.total_steps)
     held_out = sources[1].items if len(sources) > 1 else None
     examples = ptx[0].items if ptx else []
     return Prepared(tokenizer, sources[0].items, held_out, examples, reward, records, evaluation, fits, said)
+
+
+def _slow_critic(config: PPOConfig) -> list[str]:
+    """A line where a shared trunk's head has the learning rate of a whole model, as recipes name it for one."""
+    rate = config.critic_learning_rate
+    if config.advantage != "gae" or config.critic != "shared_trunk" or not 0 < rate < SLOW_HEAD:
+        return []
+    return [
+        f"critic_learning_rate = {rate:g} is slow for the new head of critic = shared_trunk, which starts from zero; "
+        f"critic_learning_rate=auto is {BY_CRITIC['critic_learning_rate']['shared_trunk']:g}"
+    ]
 
 
 def _progress() -> Progress | None:

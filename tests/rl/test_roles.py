@@ -132,7 +132,7 @@ def test_lora_holds_one_copy_of_the_weights_for_every_role():
     base = sum(p.numel() * 4 for p in {id(p): p for p in tiny.llama(hidden_size=64).parameters()}.values())
     forms = {"separate": {}, "shared_trunk": {"critic": "shared_trunk"}, "lora": {"lora": 1}}
     forms["both"] = {**forms["lora"], **forms["shared_trunk"]}
-    head = (4 * 64 * 64 + 11 * 64 + 1) * 4 / base  # of a shared trunk: two norms, 4 H x H with its bias, 4 H, a bias
+    head = (4 * 64 * 64 + 10 * 64 + 1) * 4 / base  # of a shared trunk: two norms, 4 H x H with its bias, 4 H, a bias
     sizes = {
         name: storages(trainer(policy=tiny.llama(hidden_size=64), **fields)) / base for name, fields in forms.items()
     }
@@ -280,6 +280,7 @@ def test_the_head_of_a_shared_trunk_by_hand():
     z = (h * wide["norm.weight"] + wide["norm.bias"]) @ wide["up.weight"].T + wide["up.bias"]
     want = (z * z.sigmoid()) @ wide["out.weight"][0] + wide["out.bias"]
     torch.testing.assert_close(head(hidden).double(), want, rtol=1e-5, atol=1e-6)
+    assert ValueHead.size(8) == sum(p.numel() for p in head.parameters()) == 4 * 8 * 8 + 10 * 8 + 1
 
 
 @pytest.mark.parametrize("form", [f for f in FORMS if "shared" in f])
@@ -310,6 +311,15 @@ def test_the_form_of_the_critic_brings_its_own_defaults():
     assert (given.critic_learning_rate, given.gae_lambda) == (1e-4, 0.9)
     assert PPOConfig().replace(critic="shared_trunk").critic_learning_rate == 5e-3
     assert PPOConfig(critic="shared_trunk", gae_lambda="auto", critic_learning_rate="auto") == shared
+
+
+def test_a_rate_for_a_whole_model_is_told_of(capsys):
+    trainer(critic="shared_trunk", critic_learning_rate=4e-5)
+    said = "critic_learning_rate = 4e-05 is slow for the new head of critic = shared_trunk"
+    assert said in capsys.readouterr().out
+    trainer(critic="shared_trunk", critic_learning_rate="auto")
+    trainer(critic_learning_rate=4e-5)
+    assert "is slow" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", [f for f in FORMS if "shared" in f])
