@@ -101,8 +101,7 @@ class PPOConfig(StageConfig):
     learning_rate: float = Field(1e-06, ge=0)
     """peak learning rate of the policy; 0 trains nothing"""
     critic: Literal["separate", "shared_trunk"] = "separate"
-    """the critic: a model of its own (with lora: an adapter of its own), or a small network that reads the policy's
-    states and leaves its trunk as it is"""
+    """the critic: a model of its own (with lora: an adapter of its own), or a small network on the policy's states"""
     critic_learning_rate: float | None = Field(None, ge=0, validate_default=True)
     """peak learning rate of the value model (auto: 5e-06, shared_trunk 0.005)"""
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline"] = "gae"
@@ -134,8 +133,7 @@ class PPOConfig(StageConfig):
     kl_budget: float | None = Field(None, gt=0)
     """end the run once kl/ref is above this many nats a response"""
     target_kl: float | None = Field(None, gt=0)
-    """stop the updates of a step before the one whose kl/approx exceeds 1.5 times this (kl_controller_target steers
-    kl_coef)"""
+    """make no update of a step once kl/approx exceeds 1.5 times this (kl_controller_target steers kl_coef)"""
     runaway_kl: float | None = Field(3.0, gt=0)
     """stop the run with an alarm once kl/ref is above this many nats a token for 3 steps; none: never"""
     runaway_entropy: float | None = Field(3.0, gt=1)
