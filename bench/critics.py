@@ -62,7 +62,7 @@ def run(form: str, models: Settings, before: verdict.Before, seed: int) -> dict[
         "reward_last_5": sum(step["reward/mean"] for step in last) / len(last),
         "explained_var_last_5": sum(step["value/explained_var"] for step in last) / len(last),
         **{name: figures[name] for name in ("rate_ppo", "rate_sft", "kl_sequence_mean", "on_topic_ppo", "length_ppo")},
-        "rule": [int(rule(row["prompt"], row["response_ppo"])) for row in answers],
+        "rule": "".join(str(int(rule(row["prompt"], row["response_ppo"]))) for row in answers),  # 0 or 1 a prompt
     }
 
 
@@ -81,7 +81,8 @@ def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The differences of shared_trunk to separate over all pairs of one seed, and whether they are within the bars."""
     by = {(row["critic"], row["model_seed"], row["ppo_seed"]): row for row in rows}
     pairs = [(by["shared_trunk", model, ppo], row) for (form, model, ppo), row in by.items() if form == "separate"]
-    rules = torch.tensor([[a - b for a, b in zip(x["rule"], y["rule"], strict=True)] for x, y in pairs]).double()
+    both = [[[int(held) for held in row["rule"]] for row in pair] for pair in pairs]
+    rules = torch.tensor([[a - b for a, b in zip(*pair, strict=True)] for pair in both]).double()
     mean, low, high = interval(rules)
     reward = sum(x["reward_last_5"] - y["reward_last_5"] for x, y in pairs) / len(pairs)
     kl = sum(x["kl_sequence_mean"] for x, _ in pairs) / sum(y["kl_sequence_mean"] for _, y in pairs)
