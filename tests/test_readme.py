@@ -37,14 +37,13 @@ def test_links_lead_to_files(name):
     assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
 
 
-def test_there_are_three_examples():
-    assert len(EXAMPLES) == 3
+def test_there_are_six_examples():
+    assert len(EXAMPLES) == 6  # those of linear_loss are called by tests/kernels/test_readme_losses.py
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=["token_log_probs", "sft", "ppo"])
-def test_example_runs(code, tmp_path):
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("code", EXAMPLES[:3], ids=["selective_log_softmax", "sft", "ppo"])
+def test_example_runs(code, capsys):
+    exec(compile(code, "kernels/README.md", "exec"), {})
 
 
 # ------------------------------------------------------------------------------------------------- the product's README

@@ -24,7 +24,7 @@ from fastrlhf.config.stages import PPOConfig
 from fastrlhf.models.heads import Head
 from fastrlhf.models.token_batch import TokenBatch
 from fastrlhf.rl.experience import Experience, MiniBatch, TokenExperience, TokenValues
-from fastrlhf_kernels import PPOLoss, kl_estimate, linear_log_probs, linear_ppo_loss, ppo_policy_loss, ppo_value_loss
+from fastrlhf_kernels import PPOLoss, kl_estimate, linear_loss, linear_ppo_loss, ppo_policy_loss, ppo_value_loss
 
 AS_K2 = ("k1", "k2", "k3")  # estimators whose gradient is d grad log pi, which is that of k2 as it stands
 
@@ -74,10 +74,12 @@ def policy_loss(
     own_kl = config.kl_in == "loss" and (tokens.kl_weights is not None or (exact and config.kl_estimator not in AS_K2))
     if config.ratio_level == "token" and config.policy_loss == "clip" and not own_kl:
         return _fused_loss(hidden, batch, tokens, config, head, normalizer)
-    log_probs, entropy = linear_log_probs(
-        hidden, head.weight, batch.labels, temperature=config.temperature, return_entropy=True, **head.kwargs()
-    )
-    return loss_of_log_probs(log_probs, entropy, tokens, config, normalizer=normalizer)
+
+    def loss_fn(log_probs: Tensor, entropy: Tensor) -> PPOLoss:
+        return loss_of_log_probs(log_probs, entropy, tokens, config, normalizer=normalizer)
+
+    options = {"temperature": config.temperature, "return_entropy": True, **head.kwargs()}
+    return PPOLoss(*linear_loss(hidden, head.weight, batch.labels, loss_fn, **options))
 
 
 def _fused_loss(

@@ -124,8 +124,13 @@ def no_transforms(*tensors: Tensor | None) -> None:
         raise RuntimeError("fastrlhf_kernels does not support torch.func transforms (grad, vmap, ...); use .backward()")
 
 
-def head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate) -> Head:
-    """The arguments of the head, checked, with the leading dimensions flattened to rows."""
+def head(
+    hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate, *, several: bool = False
+) -> Head:
+    """The arguments of the head, checked, with the leading dimensions flattened to rows.
+
+    several: there may be K labels a row, labels [..., K].
+    """
     a, b, lora_scale = (None, None, 1.0) if lora is None else _lora(lora)
     floating(hidden=hidden, weight=weight, bias=bias, lora_A=a, lora_B=b)
     integers(labels=labels)
@@ -134,21 +139,29 @@ def head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, 
     vocabulary, width = weight.shape
     if hidden.ndim == 0 or hidden.shape[-1] != width:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; expected [..., {width}] to fit weight [V, {width}]")
-    shapes(hidden.shape[:-1], "hidden without its last dimension", labels=labels)
+    more = " (and one more for several labels a row)" if several else ""
+    several = several and labels.ndim == hidden.ndim
+    of, like = "labels", labels
+    if several:
+        of, like = "hidden without its last dimension", labels.new_empty(labels.shape[:-1])
+    if like.shape != hidden.shape[:-1]:
+        expected = f"{tuple(hidden.shape[:-1])}, the shape of hidden without its last dimension"
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; expected {expected}{more}")
     shapes((vocabulary,), "the rows of weight", bias=bias)
     if a is not None:
         rank = a.shape[0] if a.ndim == 2 else 0
         shapes((rank, width), "[r, H]", lora_A=a)
         shapes((vocabulary, rank), "[V, r]", lora_B=b)
     devices(hidden=hidden, weight=weight, labels=labels, bias=bias, lora_A=a, lora_B=b)
-    positive("temperature", temperature, labels, validate)
+    positive("temperature", temperature, like, validate, of)
     number("logit_scale", logit_scale)
     if logit_softcap is not None:
-        positive("logit_softcap", logit_softcap, labels, validate)
+        positive("logit_softcap", logit_softcap, like, validate, of)
     no_transforms(hidden, weight, bias, a, b)
-    temperature, temperatures = split_temperature(temperature, labels)
+    temperature, temperatures = split_temperature(temperature, like)
     temperatures = None if temperatures is None else temperatures.reshape(-1)
-    rows, labels = hidden.reshape(labels.numel(), width), labels.reshape(-1)
+    n = like.numel()
+    rows, labels = hidden.reshape(n, width), labels.reshape(n, labels.shape[-1]) if several else labels.reshape(-1)
     return Head(rows, weight, labels, bias, temperatures, temperature, logit_scale, logit_softcap, a, b, lora_scale)
 
 
@@ -183,12 +196,18 @@ def tokens(old_log_probs, advantages, response_mask, weights, ref_log_probs, lik
     return Tokens(old_log_probs, advantages, mask, weights, ref_log_probs).map(Tensor.detach)
 
 
-def rows(logits: Tensor, labels: Tensor, temperature: float | Tensor, validate: bool | None) -> Rows:
-    """logits [..., V] of any floating dtype, labels [...] on the same device, a temperature > 0."""
+def rows(
+    logits: Tensor, labels: Tensor, temperature: float | Tensor, validate: bool | None, *, several: bool = False
+) -> Rows:
+    """logits [..., V] of any floating dtype, labels [...] on the same device, a temperature > 0.
+
+    several: there may be K labels a row, labels [..., K], at a temperature that is a number.
+    """
     integers(labels=labels)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected [..., V] with V >= 1")
-    shapes(logits.shape[:-1], "logits without its last dimension", labels=labels)
+    if not several or labels.ndim != logits.ndim or labels.shape[:-1] != logits.shape[:-1]:
+        shapes(logits.shape[:-1], "logits without its last dimension", labels=labels)
     devices(logits=logits, labels=labels)
     positive("temperature", temperature, labels, validate)
     no_transforms(logits)

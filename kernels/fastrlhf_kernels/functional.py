@@ -69,6 +69,33 @@ def token_log_probs(
     return (log_probs, entropy) if return_entropy else log_probs
 
 
+def selective_log_softmax(
+    logits: Tensor,
+    index: Tensor,
+    temperature: float = 1.0,
+    *,
+    backend: str = "auto",
+    validate: bool | None = None,
+) -> Tensor:
+    """log_softmax(logits / temperature)[index], under the name that TRL has for it.
+
+    logits [..., V]; index [...], or [..., K] for K entries of a row. Returns log-probs in nats in the shape of index,
+    fp32 for every input but float64, 0 where index is -100. `token_log_probs` has temperatures a row and the entropy.
+    """
+    checks.floating(logits=logits)
+    triton = choose_backend(backend, logits).name == "triton"
+    rows = checks.rows(logits, index, temperature, validate, several=True)
+    checks.labels_in_range(index, logits.shape[-1], index != -100, validate)
+    return ops.token_log_probs(rows, -100, False, triton)[0]
+
+
+def entropy_from_logits(logits: Tensor, *, backend: str = "auto", validate: bool | None = None) -> Tensor:
+    """The entropy of softmax(logits) in nats, under the name that TRL has for it: logits [..., V] -> [...] fp32."""
+    checks.floating(logits=logits)
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return token_log_probs(logits, labels, return_entropy=True, backend=backend, validate=validate)[1]
+
+
 def linear_log_probs(
     hidden: Tensor,
     weight: Tensor,
@@ -95,7 +122,8 @@ def linear_log_probs(
     head = checks.head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate)
     triton = choose_backend(backend, hidden, weight).name == "triton"
     checks.labels_in_range(labels, weight.shape[0], labels != ignore_index, validate)
-    log_probs, entropy, _, _ = ops.linear_log_probs(head, ignore_index, return_entropy, batch_invariant, triton)
+    settings = (head, ignore_index, return_entropy)
+    log_probs, entropy, *_ = ops.linear_log_probs(*settings, batch_invariant, 0, triton)
     if return_entropy:
         return log_probs.view(labels.shape), entropy.view(labels.shape)
     return log_probs.view(labels.shape)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .checks import wide
 from .eager import losses
 from .operands import HEAD_GRADIENTS, Head, LossOptions, Need, Rows, Tokens, operator, or_empty
-from .ops import empty_gradients, gather, kept_rows, rows_of, scatter, where
+from .ops import counted_rows, empty_gradients, gather, rows_of, scatter, where
 
 
 @operator(returns=12)
@@ -20,7 +20,7 @@ def linear_ppo_loss(head: Head, tokens: Tokens, count: Tensor, options: LossOpti
     else:
         from .eager.chunked import linear_forward, linear_ppo
     n, dtype = len(tokens.mask), wide(head.hidden, head.weight)
-    part, rows, masked = kept_rows(head, tokens.mask, triton)
+    part, rows, masked = counted_rows(head, tokens.mask, triton)
     tokens, count = tokens.map(lambda t: gather(rows, t)).counted(dtype), count.to(dtype)
     if any(need):
         loss, log_probs, entropy, (hidden, *others) = linear_ppo(part, tokens, count, options, need)

@@ -12,15 +12,15 @@ from .eager import chunked, chunked_rows
 from .operands import HEAD_GRADIENTS, Head, Need, Rows, Shaping, operator, or_empty
 
 
-def kept_rows(head: Head, keep: Tensor, triton: bool) -> tuple[Head, Tensor | None, Tensor | None]:
-    """The head on the kept rows, their indices (None: all rows are kept), and which of them count (None: all do).
+def counted_rows(head: Head, counted: Tensor, triton: bool) -> tuple[Head, Tensor | None, Tensor | None]:
+    """The head on the rows that count, their indices (None: all), and which of the head's rows count (None: all do).
 
-    The last is given where no row can be left out: while a CUDA graph is captured nothing may wait for the GPU, so
-    the rows that do not count are computed from zeros.
+    On a GPU no row is left out, since the host would have to wait for their number (and a CUDA graph cannot): the rows
+    that do not count are computed from zeros.
     """
-    if triton and keep.is_cuda and torch.cuda.is_current_stream_capturing():
-        return head._replace(hidden=torch.where(keep[:, None], head.hidden, 0)), None, keep
-    rows = None if bool(keep.all()) else keep.nonzero()[:, 0]
+    if triton:
+        return head._replace(hidden=torch.where(counted[:, None], head.hidden, 0)), None, counted
+    rows = None if bool(counted.all()) else counted.nonzero()[:, 0]
     return head.rows(rows), rows, None
 
 
@@ -36,32 +36,71 @@ def gather(rows: Tensor | None, values: Tensor | None) -> Tensor | None:
 
 
 def where(mask: Tensor | None, values: Tensor | None, other: float = 0) -> Tensor | None:
-    return values if mask is None or values is None else torch.where(mask, values, other)
+    """values [n] or [n, K] of the rows in the mask [n], `other` in the rest."""
+    if mask is None or values is None:
+        return values
+    return torch.where(mask if values.ndim == 1 else mask[:, None], values, other)
 
 
 # --- log-probs from hidden states -------------------------------------------------------------------------------------
 
 
-@operator(returns=4)
-def linear_log_probs(head: Head, ignore_index: int, return_entropy: bool, batch_invariant: bool, triton: bool):
-    """log-prob, entropy (or an empty tensor), maximum and sum of exponentials, each [n]."""
-    n = len(head.labels)
-    part, rows, masked = kept_rows(head, head.labels != ignore_index, triton)
+@operator(returns=5)
+def linear_log_probs(
+    head: Head, ignore_index: int, return_entropy: bool, batch_invariant: bool, kept_rows: int, triton: bool
+):
+    """log-prob in the labels' shape; entropy (or an empty tensor), maximum and sum of exponentials, each [n]; logits.
+
+    The logits of the first kept_rows rows that count, in the layout of the backend, are for the backward alone.
+    """
+    n, labels = len(head.labels), head.labels
+    part, rows, masked = counted_rows(_marked(head, ignore_index), row_counts(labels, ignore_index), triton)
+    logits = _room(head, kept_rows, triton)
+    options = {"entropy": return_entropy, "batch_invariant": batch_invariant, "kept": _filled(head, logits, triton)}
     if triton:
         from .gpu.linear_log_probs import linear_forward
 
-        results = linear_forward(part, entropy=return_entropy, batch_invariant=batch_invariant)
+        results = linear_forward(part, **options)
     else:
-        results = chunked.linear_forward(part, entropy=return_entropy, batch_invariant=batch_invariant)
+        results = chunked.linear_forward(part, **options)
     log_probs, entropy, top, total = (scatter(n, rows, where(masked, t)) for t in results)
-    return or_empty((log_probs, entropy, top, total), log_probs)
+    if labels.ndim == 2:
+        log_probs = torch.where(labels != ignore_index, log_probs, 0)
+    return or_empty((log_probs, entropy, top, total, logits), log_probs)
 
 
 @linear_log_probs.fake
-def _(head, return_entropy, **_):
+def _(head, return_entropy, kept_rows, triton, **_):
     make = partial(head.hidden.new_empty, dtype=wide(head.hidden, head.weight))
-    n = len(head.labels)
-    return make(n), make(n if return_entropy else 0), make(n), make(n)
+    n, logits = len(head.labels), _room(head, kept_rows, triton)
+    return make(head.labels.shape), make(n if return_entropy else 0), make(n), make(n), logits
+
+
+def row_counts(labels: Tensor, ignore_index: int) -> Tensor:
+    """Which rows [n] have a label [n] or [n, K] that counts."""
+    counted = labels != ignore_index
+    return counted if labels.ndim == 1 else counted.any(1)
+
+
+def _marked(head: Head, ignore_index: int) -> Head:
+    """With several labels a row: those that do not count as -1, which is no column (ignore_index may be one)."""
+    if head.labels.ndim == 1:
+        return head
+    return head._replace(labels=torch.where(head.labels != ignore_index, head.labels, -1))
+
+
+def _room(head: Head, rows: int, triton: bool) -> Tensor:
+    """An empty buffer for the logits of some rows: fp32 [rows, V] with V rounded up to 64 in Triton, else [V, rows]."""
+    vocabulary = len(head.weight)
+    shape = (rows, -(-vocabulary // 64) * 64) if triton else (vocabulary, rows)
+    return head.hidden.new_empty(shape, dtype=wide(head.hidden, head.weight))
+
+
+def _filled(head: Head, logits: Tensor, triton: bool) -> Tensor | None:
+    """The buffer as logits [rows, V]; None: nothing is kept."""
+    if not logits.numel():
+        return None
+    return logits[:, : len(head.weight)] if triton else logits.T
 
 
 @operator(returns=5)
@@ -71,27 +110,32 @@ def linear_log_probs_backward(
     triton: bool,
     grad: Tensor | None,
     grad_entropy: Tensor | None,
+    log_probs: Tensor | None,
     entropy: Tensor,
     top: Tensor,
     total: Tensor,
+    logits: Tensor,
     need: Need,
 ):
-    """The HEAD_GRADIENTS in the dtypes of the operands, empty where they are not needed."""
-    keep = head.labels != ignore_index
-    given = [t for t in (grad, grad_entropy) if t is not None]
-    if triton and len(given) == 1:  # a row whose gradient is exactly 0 adds nothing
-        keep = keep & (given[0] != 0)
-    part, rows, masked = kept_rows(head, keep, triton)
+    """The HEAD_GRADIENTS in the dtypes of the operands, empty where they are not needed.
+
+    log_probs: what the forward gave, for several labels a row in Triton.
+    """
+    n, labels = len(head.labels), head.labels
+    if grad is not None and labels.ndim == 2:
+        grad = torch.where(labels != ignore_index, grad, 0)
+    part, rows, masked = counted_rows(_marked(head, ignore_index), row_counts(labels, ignore_index), triton)
     grad, grad_entropy = (gather(rows, where(masked, t)) for t in (grad, grad_entropy))
     entropy = None if grad_entropy is None else gather(rows, entropy)
     top, total = gather(rows, top), gather(rows, where(masked, total, 1))
+    kept = _filled(head, logits, triton)
     if triton:
         from .gpu.linear_log_probs import linear_backward
 
-        hidden, *others = linear_backward(part, grad, grad_entropy, entropy, top, total, need)
+        hidden, *others = linear_backward(part, grad, grad_entropy, entropy, top, total, need, kept, log_probs)
     else:
-        hidden, *others = chunked.linear_backward(part, grad, grad_entropy, entropy, top, total, need)
-    gradients = (scatter(len(keep), rows, hidden), *others)
+        hidden, *others = chunked.linear_backward(part, grad, grad_entropy, entropy, top, total, need, kept)
+    gradients = (scatter(n, rows, hidden), *others)
     cast = [None if t is None else t.to(getattr(head, n).dtype) for n, t in zip(HEAD_GRADIENTS, gradients)]
     return or_empty(cast, top)
 
@@ -119,21 +163,29 @@ def _prepare(ctx, arguments, outputs) -> None:
     ctx.mark_non_differentiable(*outputs[2 if arguments["return_entropy"] else 1 :])
 
 
+def _prepare_linear(ctx, arguments, outputs) -> None:
+    _prepare(ctx, arguments, outputs)
+    if arguments["triton"] and arguments["head"].labels.ndim == 2:
+        ctx.kept = (*outputs[1:], outputs[0])
+
+
 def _linear_gradients(ctx, arguments, needs, grad, grad_entropy, *_) -> dict[str, Tensor]:
     need = Need("hidden" in needs, "weight" in needs, "bias" in needs, bool({"lora_a", "lora_b"} & needs))
     settings = (arguments["head"], arguments["ignore_index"], arguments["triton"])
-    gradients = linear_log_probs_backward(*settings, grad, grad_entropy, *ctx.kept, need)
+    entropy, top, total, logits, *log_probs = ctx.kept
+    kept = (log_probs[0] if log_probs else None, entropy, top, total, logits)
+    gradients = linear_log_probs_backward(*settings, grad, grad_entropy, *kept, need)
     return dict(zip(HEAD_GRADIENTS, gradients))
 
 
-linear_log_probs.differentiable(_prepare, _linear_gradients)
+linear_log_probs.differentiable(_prepare_linear, _linear_gradients)
 
 
 # --- log-probs from logits --------------------------------------------------------------------------------------------
 
 
 def rows_of(triton: bool):
-    """The module whose rows_forward, rows_backward and rows_ppo run."""
+    """The module whose rows_forward, rows_backward and rows_ppo run (several labels a row have their own in Triton)."""
     if triton:
         from .gpu import log_probs
 
@@ -143,15 +195,17 @@ def rows_of(triton: bool):
 
 @operator(returns=4)
 def token_log_probs(rows: Rows, ignore_index: int, return_entropy: bool, triton: bool):
-    """log-prob, entropy (or an empty tensor), maximum and sum of exponentials, in the labels' shape."""
+    """log-prob [...] or [..., K] as the labels; entropy (or an empty tensor), maximum and sum of exponentials [...]."""
+    if triton and rows.labels.ndim == rows.logits.ndim:
+        return rows_of(triton).several_forward(rows, ignore_index, return_entropy)
     return rows_of(triton).rows_forward(rows, ignore_index, return_entropy)
 
 
 @token_log_probs.fake
 def _(rows, return_entropy, **_):
     make = partial(torch.empty, dtype=wide(rows.logits), device=rows.logits.device)
-    shape = rows.labels.shape
-    return make(shape), make(shape if return_entropy else 0), make(shape), make(shape)
+    shape = rows.logits.shape[:-1]
+    return make(rows.labels.shape), make(shape if return_entropy else 0), make(shape), make(shape)
 
 
 @operator()
@@ -161,12 +215,16 @@ def token_log_probs_backward(
     triton: bool,
     grad: Tensor | None,
     grad_entropy: Tensor | None,
+    log_probs: Tensor | None,
     entropy: Tensor,
     top: Tensor,
     total: Tensor,
 ):
-    """The gradient of the logits."""
-    return rows_of(triton).rows_backward(rows, ignore_index, grad, grad_entropy, entropy, top, total)
+    """The gradient of the logits. log_probs: what the forward gave, for several labels a row in Triton."""
+    kept = (entropy, top, total)
+    if triton and rows.labels.ndim == rows.logits.ndim:
+        return rows_of(triton).several_backward(rows, ignore_index, grad, grad_entropy, log_probs, *kept)
+    return rows_of(triton).rows_backward(rows, ignore_index, grad, grad_entropy, *kept)
 
 
 @token_log_probs_backward.fake
@@ -176,10 +234,19 @@ def _(rows, **_):
 
 def _token_gradients(ctx, arguments, needs, grad, grad_entropy, *_) -> dict[str, Tensor]:
     settings = (arguments["rows"], arguments["ignore_index"], arguments["triton"])
-    return {"logits": token_log_probs_backward(*settings, grad, grad_entropy, *ctx.kept)}
+    entropy, top, total, *log_probs = ctx.kept
+    kept = (log_probs[0] if log_probs else None, entropy, top, total)
+    return {"logits": token_log_probs_backward(*settings, grad, grad_entropy, *kept)}
 
 
-token_log_probs.differentiable(_prepare, _token_gradients)
+def _prepare_token(ctx, arguments, outputs) -> None:
+    _prepare(ctx, arguments, outputs)
+    rows = arguments["rows"]
+    if arguments["triton"] and rows.labels.ndim == rows.logits.ndim:
+        ctx.kept = (*outputs[1:], outputs[0])
+
+
+token_log_probs.differentiable(_prepare_token, _token_gradients)
 
 
 # --- advantages: Triton only, and called without the dispatcher but under torch.compile -------------------------------

@@ -99,7 +99,7 @@ FUNCTIONS = [f for f in (getattr(kernels, name) for name in kernels.__all__) if 
 
 
 def test_every_function_takes_backend_and_validate_and_has_a_docstring():
-    assert len(FUNCTIONS) == 13
+    assert len(FUNCTIONS) == 16
     for function in FUNCTIONS:
         parameters = inspect.signature(function).parameters
         assert parameters["backend"].default == "auto" and parameters["validate"].default is None

@@ -27,6 +27,7 @@ def operator_cases():
     bias, a, b = (torch.randn(s).requires_grad_() for s in ((23,), (2, 5), (23, 2)))
     head = Head(hidden, weight, labels, bias, torch.full((6,), 0.7), 1.0, 1.1, 5.0, a, b, 0.5)
     plain = Head(hidden, weight, labels, None, None, 1.0, 1.0, None, None, None, 1.0)
+    many = head._replace(labels=torch.stack([labels, labels.flip(0), torch.full_like(labels, -100)], 1))
     count, leaf = torch.tensor(5.0), per_token.clone().requires_grad_()
     logits = torch.randn(6, 23).requires_grad_()
     rows, drawn = Rows(logits, labels, per_token.abs() + 1, 1.0), torch.arange(6)
@@ -34,9 +35,12 @@ def operator_cases():
     weighted, clip = tokens._replace(weights=per_token.abs()), LossOptions(0.2, 0.2, None)
     keys = torch.randn(6, 5, 1, 4)
     return {
-        "linear_log_probs": (ops.linear_log_probs, head, -100, True, False, False),
-        "linear_log_probs_plain": (ops.linear_log_probs, plain, 3, False, True, False),
+        "linear_log_probs": (ops.linear_log_probs, head, -100, True, False, 0, False),
+        "linear_log_probs_plain": (ops.linear_log_probs, plain, 3, False, True, 0, False),
+        "linear_log_probs_kept": (ops.linear_log_probs, head, -100, True, False, 4, False),
+        "linear_log_probs_of_many": (ops.linear_log_probs, many, -100, False, False, 6, False),
         "token_log_probs": (ops.token_log_probs, Rows(logits, labels, None, 0.7), -100, True, False),
+        "token_log_probs_of_many": (ops.token_log_probs, Rows(logits, many.labels, None, 0.7), -100, True, False),
         "linear_ppo_loss": (loss_ops.linear_ppo_loss, head, weighted, count, options, False, Need(*[True] * 4)),
         "token_ppo_loss": (loss_ops.token_ppo_loss, rows, tokens, count, options, False, True),
         "ppo_policy_loss": (loss_ops.ppo_policy_loss, leaf, tokens, count, clip, False),
@@ -63,6 +67,8 @@ def everything(hidden, weight, labels, per_token, mask):
         total + kernels.ppo_value_loss(log_probs, per_token, per_token, mask, normalizer=per_token.new_tensor(3.0)).loss
     )
     fused = kernels.linear_ppo_loss(hidden, weight, labels, per_token, per_token, mask, entropy_coef=0.1)
+    free = kernels.linear_loss(hidden, weight, labels, lambda lp, h: (lp.exp() * h).mean(), return_entropy=True)
+    total = total + free.loss + free.stats["log_probs"].sum()
     return total + fused.loss + kernels.kl_estimate(log_probs, per_token, "k3").sum()
 
 
@@ -108,6 +114,7 @@ def test_autocast_gives_the_fp32_result():
 
 DIFFERENTIABLE = {
     "linear_log_probs": lambda x, w, y, t, m: kernels.linear_log_probs(x, w, y).sum(),
+    "linear_loss": lambda x, w, y, t, m: kernels.linear_loss(x, w, y, torch.sum).loss,
     "token_log_probs": lambda x, w, y, t, m: kernels.token_log_probs(x, y % 5).sum(),
     "linear_ppo_loss": lambda x, w, y, t, m: kernels.linear_ppo_loss(x, w, y, t, t, m).loss,
     "ppo_policy_loss": lambda x, w, y, t, m: kernels.ppo_policy_loss(x[:, 0], t, t, m).loss,

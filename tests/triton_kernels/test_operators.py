@@ -11,7 +11,7 @@ from fastrlhf_kernels.operands import Head, LossOptions, Need, Rows, Shaping, To
 
 def cases(device):
     torch.manual_seed(0)
-    n, width, vocabulary = 6, 16, 40
+    n, width, vocabulary = 6, 16, 64  # a multiple of 64: what kept logits are padded with is nobody's
     make = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
     hidden, weight, logits = (
         t.requires_grad_() for t in (make(n, width), make(vocabulary, width), make(n, vocabulary))
@@ -21,11 +21,15 @@ def cases(device):
     head = Head(hidden, weight, labels, None, None, 0.9, 1.0, None, None, None, 1.0)
     tokens, options = Tokens(row, row, mask, None, None), LossOptions(0.2, 0.2, None, 0.0, "k3", 0.01)
     token_rows, leaf = Rows(logits, labels, None, 0.7), make(n).requires_grad_()
+    many = torch.stack([labels, labels.flip(0), torch.full_like(labels, -100)], 1)
     two, shaping = make(3, 4), Shaping(make(3), make(3, 4), make(3, 4), 0.1, "k3")
     need = Need(True, True, False, False)
     return {
         "token_log_probs": (ops.token_log_probs, token_rows, -100, True, True),
-        "linear_log_probs": (ops.linear_log_probs, head, -100, True, False, True),
+        "token_log_probs_of_many": (ops.token_log_probs, token_rows._replace(labels=many), -100, True, True),
+        "linear_log_probs": (ops.linear_log_probs, head, -100, True, False, 0, True),
+        "linear_log_probs_kept": (ops.linear_log_probs, head, -100, True, False, 4, True),
+        "linear_log_probs_of_many": (ops.linear_log_probs, head._replace(labels=many), -100, False, False, 4, True),
         "linear_ppo_loss": (loss_ops.linear_ppo_loss, head, tokens, count, options, True, need),
         "token_ppo_loss": (loss_ops.token_ppo_loss, token_rows, tokens, count, options, True, True),
         "ppo_policy_loss": (loss_ops.ppo_policy_loss, leaf, tokens, count, options, True),

@@ -182,36 +182,55 @@ def _by_row(buffer: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def inside_slice(labels: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-    """Which labels fall into columns lo..hi, and their column in the tile ([n, 1], 0 for the others)."""
+    """Which labels [n] or [n, K] fall into columns lo..hi, and where in the tile ([n, 1 or K], 0 for others)."""
     inside = (labels >= lo) & (labels < hi)
-    return inside, torch.where(inside, labels - lo, 0)[:, None]
+    column = torch.where(inside, labels - lo, 0)
+    return inside, column if labels.ndim == 2 else column[:, None]
 
 
-def sweep_forward(head: ScaledHead, labels: Tensor, tiles: Tiles, *, entropy: bool, pad: bool = False):
+def at_labels(z: Tensor, column: Tensor, labels: Tensor) -> Tensor:
+    """The entries of z in the columns of the labels, in the labels' shape."""
+    return z.gather(1, column).view(labels.shape)
+
+
+def sum_of_labels(per_label: Tensor) -> Tensor:
+    """What belongs to labels [n] or [n, K], summed over those of a row: [n]."""
+    return per_label if per_label.ndim == 1 else per_label.sum(1)
+
+
+def add_at_labels(z: Tensor, column: Tensor, inside: Tensor, values: Tensor) -> None:
+    """values of the labels added to the entries of z in their columns."""
+    z.scatter_add_(1, column, torch.where(inside, values, 0).view(column.shape))
+
+
+def sweep_forward(
+    head: ScaledHead, labels: Tensor, tiles: Tiles, *, entropy: bool, pad: bool = False, kept: Tensor | None = None
+):
     """log-prob, entropy, running maximum and sum of exp(z - maximum), each [n], in one sweep over the vocabulary.
 
-    The online softmax of Milakov and Gimelshein (2018); t sums exp(z - m) * (z - m) for the entropy.
+    The online softmax of Milakov and Gimelshein (2018); t sums exp(z - m) * (z - m) for the entropy. With labels [n, K]
+    the log-probs are [n, K]. kept [k, V]: where the logits of the first k rows stay.
     """
-    n, x = len(labels), head.x
+    n, x, several = len(labels), head.x, labels.ndim == 2
     m, s, t = x.new_full((n,), -torch.inf), x.new_zeros(n), x.new_zeros(n)
-    target = x.new_full((n,), torch.nan)  # stays NaN for a label outside [0, V)
+    target = x.new_full(labels.shape, torch.nan)  # stays NaN for a label outside [0, V)
     buffer = x.new_empty(tiles.rows * tiles.columns)
     spare = torch.empty_like(buffer) if entropy else buffer
     for lo, hi, w in head.slices(tiles.columns):
-        for first in range(0, n, tiles.rows):
-            cut = slice(first, min(n, first + tiles.rows))
+        for cut in row_blocks(n, tiles.rows, kept):
             part = head.rows(cut)
             size = cut.stop - cut.start
             # batch-invariant: every row of a tile is multiplied by the same instructions only where rows are rows
             lay = _by_row if pad else _by_column
             rows = tiles.rows if pad else size
-            z = _tile(part, w, lo, hi, lay(buffer, rows, hi - lo), size)
+            tile = lay(buffer, rows, hi - lo)
+            z = _tile(part, w, lo, hi, tile if kept is None or cut.start >= len(kept) else kept[cut, lo:hi], size)
             inside, column = inside_slice(labels[cut], lo, hi)
-            target[cut] = torch.where(inside, z.gather(1, column)[:, 0], target[cut])
+            target[cut] = torch.where(inside, at_labels(z, column, labels[cut]), target[cut])
             old = m[cut]
             new = torch.maximum(old, z.amax(1))
             base = torch.where(new == -torch.inf, 0, new)
-            z.sub_(base[:, None])
+            z = torch.sub(z, base[:, None], out=tile[:size])
             if entropy and head.suppresses:
                 z.clamp_(min=FLOOR)
             e = torch.exp(z, out=lay(spare, rows, hi - lo)[:size])
@@ -223,7 +242,16 @@ def sweep_forward(head: ScaledHead, labels: Tensor, tiles: Tiles, *, entropy: bo
             m[cut] = new
     base = torch.where(m == -torch.inf, 0, m)
     log_s = s.log()
-    return (target - base) - log_s, (log_s - t / s if entropy else None), m, s
+    log_probs = (target - base[:, None]) - log_s[:, None] if several else (target - base) - log_s
+    return log_probs, (log_s - t / s if entropy else None), m, s
+
+
+def row_blocks(n: int, rows: int, kept: Tensor | None) -> Iterator[slice]:
+    """Blocks of at most `rows` of n rows, none of which is half kept."""
+    border = 0 if kept is None else min(n, len(kept))
+    for begin, end in ((0, border), (border, n)):
+        for first in range(begin, end, rows):
+            yield slice(first, min(end, first + rows))
 
 
 def _tile(part: ScaledHead, w: Tensor, lo: int, hi: int, out: Tensor, size: int) -> Tensor:
@@ -236,36 +264,53 @@ def _tile(part: ScaledHead, w: Tensor, lo: int, hi: int, out: Tensor, size: int)
     return replace(part, **grow).logits(w, lo, hi, out)[:size]
 
 
-def sweep_backward(head: ScaledHead, labels, g, ge, entropy, m, s, tiles: Tiles, need: Need, weight_dtype) -> Gradients:
-    """Gradients for dL/dlogp = g and dL/dentropy = ge (or None): dz = 1[y] g - p (g + ge (log p + entropy))."""
-    n, x = len(labels), head.x
+def sweep_backward(
+    head: ScaledHead,
+    labels,
+    g,
+    ge,
+    entropy,
+    m,
+    s,
+    tiles: Tiles,
+    need: Need,
+    weight_dtype,
+    kept: Tensor | None = None,
+) -> Gradients:
+    """Gradients for dL/dlogp = g and dL/dentropy = ge (or None): dz = 1[y] g - p (g + ge (log p + entropy)).
+
+    kept [k, V]: the logits of the first k rows, which are not computed anew. With labels and g [n, K] the gradient of a
+    row is the sum over its labels.
+    """
+    n, x, whole = len(labels), head.x, sum_of_labels(g)
     grads, narrow = Gradients(head, need, weight_dtype), weight_dtype != x.dtype
     base, log_s = torch.where(m == -torch.inf, 0, m)[:, None], s.log()
     buffer = x.new_empty(tiles.rows * tiles.columns)
     spare = torch.empty_like(buffer) if ge is not None else None
     for lo, hi, w in head.slices(tiles.columns):
         dw = None
-        for first in range(0, n, tiles.rows):
-            cut = slice(first, min(n, first + tiles.rows))
+        for cut in row_blocks(n, tiles.rows, kept):
             part = head.rows(cut)
             shape = (cut.stop - cut.start, hi - lo)
-            z = part.logits(w, lo, hi, _by_column(buffer, *shape))
+            tile = _by_column(buffer, *shape)
+            again = kept is None or cut.start >= len(kept)
+            z = part.logits(w, lo, hi, tile) if again else kept[cut, lo:hi]
             slope = None if part.cap is None else (z / part.cap).square_().neg_().add_(1)  # d tanh
-            z.sub_(base[cut])
+            z = torch.sub(z, base[cut], out=tile)
             if ge is None:
-                du = z.exp_().mul_((-g[cut] / s[cut])[:, None])
+                du = z.exp_().mul_((-whole[cut] / s[cut])[:, None])
             else:
                 z = z.clamp_(min=FLOOR) if head.suppresses else z
                 e = torch.exp(z, out=_by_column(spare, *shape))
-                z.add_((entropy[cut] - log_s[cut])[:, None]).mul_(ge[cut, None]).add_(g[cut, None])
+                z.add_((entropy[cut] - log_s[cut])[:, None]).mul_(ge[cut, None]).add_(whole[cut, None])
                 du = z.mul_(e).mul_((-1 / s[cut])[:, None])
             inside, column = inside_slice(labels[cut], lo, hi)
-            du.scatter_add_(1, column, torch.where(inside, g[cut], 0)[:, None])
+            add_at_labels(du, column, inside, g[cut])
             if slope is not None:
                 du.mul_(slope).mul_(part.cap)
             grads.add(du, w, slice(lo, hi), cut, part)
             if not narrow:
-                grads.add_weight(du, slice(lo, hi), first == 0, part)
+                grads.add_weight(du, slice(lo, hi), cut.start == 0, part)
             elif grads.dw is not None:  # summed in fp32 over the rows of this slice, then rounded once
                 dw = torch.mm(du.T, part.x) if dw is None else dw.addmm_(du.T, part.x)
         if dw is not None:
@@ -334,21 +379,26 @@ def ppo_sweep(head: ScaledHead, labels, tokens: Tokens, count, options: LossOpti
     return loss, log_probs, entropy, grads
 
 
-def linear_forward(head: Head, *, entropy: bool, batch_invariant: bool = False):
-    """log-prob, entropy (or None), maximum and sum of exponentials, each [n]."""
+def linear_forward(
+    head: Head, *, entropy: bool, batch_invariant: bool = False, kept: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    """log-prob, entropy (or None), maximum and sum of exponentials, each [n]; kept: as `sweep_forward` takes it."""
     n, cuda = len(head.labels), head.weight.is_cuda
     tiles = sweep_tiles(n, *head.weight.shape, cuda=cuda, entropy=entropy, batch_invariant=batch_invariant)
-    return sweep_forward(ScaledHead.build(head), head.labels.long(), tiles, entropy=entropy, pad=batch_invariant)
-
-
-def linear_backward(head: Head, g: Tensor | None, ge: Tensor | None, entropy, m: Tensor, s: Tensor, need: Need):
-    """The HEAD_GRADIENTS for dL/dlogp = g and dL/dentropy = ge, each [n] or None; None where not needed."""
-    n, weight = len(head.labels), head.weight
-    tiles = sweep_tiles(n, *weight.shape, cuda=weight.is_cuda, entropy=ge is not None)
-    g = torch.zeros_like(m) if g is None else g.to(m.dtype)
-    ge = None if ge is None else ge.to(m.dtype)
     part, labels = ScaledHead.build(head), head.labels.long()
-    return sweep_backward(part, labels, g, ge, entropy, m, s, tiles, need, weight.dtype).finish()
+    return sweep_forward(part, labels, tiles, entropy=entropy, pad=batch_invariant, kept=kept)
+
+
+def linear_backward(
+    head: Head, g: Tensor | None, ge: Tensor | None, entropy, m: Tensor, s: Tensor, need: Need, kept: Tensor | None
+):
+    """The HEAD_GRADIENTS for dL/dlogp = g and dL/dentropy = ge, each [n] or None; None where not needed."""
+    n, weight, dtype = len(head.labels), head.weight, m.dtype
+    tiles = sweep_tiles(n, *weight.shape, cuda=weight.is_cuda, entropy=ge is not None)
+    g = m.new_zeros(head.labels.shape) if g is None else g.to(dtype)
+    ge = None if ge is None else ge.to(dtype)
+    part, labels = ScaledHead.build(head), head.labels.long()
+    return sweep_backward(part, labels, g, ge, entropy, m, s, tiles, need, weight.dtype, kept).finish()
 
 
 def linear_ppo(head: Head, tokens: Tokens, count: Tensor, options: LossOptions, need: Need):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import wide
 from ..operands import LossOptions, Rows, Tokens
-from .chunked import FLOOR, MIB, inside_slice
+from .chunked import FLOOR, MIB, add_at_labels, at_labels, inside_slice, sum_of_labels
 from .losses import policy_terms
 
 
@@ -51,55 +51,76 @@ def _scaled(block: Tensor, keep: Tensor, divisor: Tensor | float, dtype: torch.d
     return z if bool(keep.all()) else z.masked_fill_(~keep[:, None], 0)
 
 
+def _flat_labels(rows: Rows) -> Tensor:
+    """The labels as [n], or as [n, K] where there are several a row."""
+    labels = rows.labels.long()
+    if labels.ndim < rows.logits.ndim:
+        return labels.reshape(-1)
+    return labels.reshape(labels.shape[:-1].numel(), labels.shape[-1])
+
+
+def _counted(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Which labels [n] or [n, K] count, and which rows [n]."""
+    keep = labels != ignore_index
+    return keep, keep if keep.ndim == 1 else keep.any(1)
+
+
 def rows_forward(rows: Rows, ignore_index: int, entropy: bool):
     """token_log_probs: log-prob, entropy (or an empty tensor), maximum and sum of exponentials, in blocks of rows."""
-    dtype, shape, device = wide(rows.logits), rows.labels.shape, rows.logits.device
-    labels, n = rows.labels.reshape(-1).long(), rows.labels.numel()
-    divisors = _divisors(rows, dtype)
-    log_probs, m, s, h = (torch.zeros(n, dtype=dtype, device=device) for _ in range(4))
+    dtype, shape, device = wide(rows.logits), rows.logits.shape[:-1], rows.logits.device
+    labels, divisors = _flat_labels(rows), _divisors(rows, dtype)
+    n = len(labels)
+    log_probs = torch.zeros(labels.shape, dtype=dtype, device=device)
+    m, s, h = (torch.zeros(n, dtype=dtype, device=device) for _ in range(3))
     for block, first in _blocks(_merge(rows.logits)) if n else ():
         cut = slice(first, first + len(block))
-        keep = labels[cut] != ignore_index
-        z = _scaled(block, keep, divisors(cut), dtype)
+        keep, live = _counted(labels[cut], ignore_index)
+        z = _scaled(block, live, divisors(cut), dtype)
         inside, column = inside_slice(labels[cut], 0, z.shape[1])
-        target = torch.where(inside, z.gather(1, column)[:, 0], torch.nan)
+        target = torch.where(inside, at_labels(z, column, labels[cut]), torch.nan)
         m[cut] = z.amax(1)
         z.sub_(m[cut, None])
-        target = target - m[cut]
+        target = target - _like(m[cut], target)
         if entropy:
             e = z.clamp_(min=FLOOR).exp()
             s[cut] = e.sum(1)
-            h[cut] = torch.where(keep, s[cut].log() - z.mul_(e).sum(1) / s[cut], 0)
+            h[cut] = torch.where(live, s[cut].log() - z.mul_(e).sum(1) / s[cut], 0)
         else:
             s[cut] = z.exp_().sum(1)
-        log_probs[cut] = torch.where(keep, target - s[cut].log(), 0)
+        log_probs[cut] = torch.where(keep, target - _like(s[cut].log(), target), 0)
     h = h.view(shape) if entropy else h.new_empty(0)
-    return log_probs.view(shape), h, m.view(shape), s.view(shape)
+    return log_probs.view(rows.labels.shape), h, m.view(shape), s.view(shape)
+
+
+def _like(per_row: Tensor, per_label: Tensor) -> Tensor:
+    """[n] so that it goes with [n] or [n, K]."""
+    return per_row if per_label.ndim == 1 else per_row[:, None]
 
 
 def rows_backward(rows: Rows, ignore_index: int, g, ge, entropy: Tensor, m: Tensor, s: Tensor) -> Tensor:
     """The gradient of the logits: dz = 1[y] g - p (g + ge (log p + entropy)), then / temperature."""
-    logits, dtype, n = rows.logits, wide(rows.logits), rows.labels.numel()
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    logits, dtype, labels = rows.logits, wide(rows.logits), _flat_labels(rows)
+    out, n = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), len(labels)
     flat = out.view(n, logits.shape[-1])
-    labels, m, s = rows.labels.reshape(-1).long(), m.reshape(-1), s.reshape(-1)
-    g, ge, entropy = (None if t is None else t.reshape(-1).to(dtype) for t in (g, ge, entropy))
-    g = torch.zeros_like(m) if g is None else g
-    divisors = _divisors(rows, dtype)
+    m, s = m.reshape(-1), s.reshape(-1)
+    ge, entropy = (None if t is None else t.reshape(-1).to(dtype) for t in (ge, entropy))
+    g = m.new_zeros(labels.shape) if g is None else g.reshape(labels.shape).to(dtype)
+    g = torch.where(labels != ignore_index, g, 0)
+    whole, divisors = sum_of_labels(g), _divisors(rows, dtype)
     for block, first in _blocks(_merge(logits)) if n else ():
         cut = slice(first, first + len(block))
-        keep = labels[cut] != ignore_index
-        z = _scaled(block, keep, divisors(cut), dtype).sub_(m[cut, None])
+        keep, live = _counted(labels[cut], ignore_index)
+        z = _scaled(block, live, divisors(cut), dtype).sub_(m[cut, None])
         if ge is None:
-            z.exp_().mul_((-g[cut] / s[cut])[:, None])
+            z.exp_().mul_((-whole[cut] / s[cut])[:, None])
         else:
             e = z.clamp_(min=FLOOR).exp()
-            z.add_((entropy[cut] - s[cut].log())[:, None]).mul_(ge[cut, None]).add_(g[cut, None])
+            z.add_((entropy[cut] - s[cut].log())[:, None]).mul_(ge[cut, None]).add_(whole[cut, None])
             z.mul_(e).mul_((-1 / s[cut])[:, None])
         inside, column = inside_slice(labels[cut], 0, z.shape[1])
-        z.scatter_add_(1, column, torch.where(inside, g[cut], 0)[:, None])
+        add_at_labels(z, column, inside & keep, g[cut])
         z.div_(divisors(cut))
-        flat[cut] = z if bool(keep.all()) else z.masked_fill_(~keep[:, None], 0)
+        flat[cut] = z if bool(live.all()) else z.masked_fill_(~live[:, None], 0)
     return out
 
 

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..backend import INTERPRET
 from ..operands import Head
 from . import tuning
-from .terms import Temperature
+from .terms import LOG2E, Temperature, inverse_temperature, load_incoming, softmax_gradient
 
 
 @triton.jit
@@ -103,6 +103,25 @@ def head_logits(
     return bend(sums, head)
 
 
+@triton.jit
+def block_gradient(z, slope, head, incoming, gain, rows, live, low, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The gradient of the accumulators of a block of logits z that starts at column `low`; slope: dz / d accumulator,
+    which counts where there is a softcap.
+    """
+    label = tl.load(head.labels + rows, mask=live, other=-1).to(tl.int64)
+    inverse = inverse_temperature(head.temperature, rows, live)
+    g, ge, entropy, base, total = load_incoming(incoming, rows, live, ROWS)
+    scale, factor = (inverse * LOG2E)[:, None], inverse * tl.load(gain)
+    factor = factor if head.softcap is not None else factor * head.logit_scale
+    g, ge = (g * factor)[:, None], (ge * factor)[:, None]  # what is the same in a row is multiplied once a row
+    if incoming.entropy is not None:
+        dz = softmax_gradient(z, base[:, None], scale, total[:, None], g, ge, entropy[:, None], True)
+    else:
+        dz = -tl.exp2((z - base[:, None]) * scale) * (g / total[:, None])
+    dz += tl.where(tl.arange(0, COLUMNS)[None, :] == near(label, low, COLUMNS)[:, None], g, 0.0)
+    return dz * slope if head.softcap is not None else dz
+
+
 class HeadArgs(NamedTuple):
     """What kernels read of the head beside x and the weight, which may be tensor descriptors."""
 
@@ -141,7 +160,8 @@ class DenseHead:
         adapted = self.lora_a is not None
         self.v = (head.lora_scale * (self.x.float() @ self.lora_a.T)).contiguous() if adapted else None
         self.temperature = Temperature.of(head.temperatures, head.temperature)
-        self.logit_scale, self.softcap = float(head.logit_scale), head.logit_softcap
+        self.logit_scale = float(head.logit_scale)
+        self.softcap = None if head.logit_softcap is None else float(head.logit_softcap)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -152,9 +172,8 @@ class DenseHead:
         temperature = Temperature(None if each is None else each[rows], number)
         v, strides = None if self.v is None else self.v[rows], (self.x.stride(0), self.weight.stride(0))
         sizes = (*self.weight.shape, 0 if v is None else v.shape[1], *strides)
-        softcap = None if self.softcap is None else float(self.softcap)
         tensors = (self.labels[rows], self.bias, v, self.lora_b)
-        return HeadArgs(*tensors, *sizes, self.logit_scale, softcap, temperature)
+        return HeadArgs(*tensors, *sizes, self.logit_scale, self.softcap, temperature)
 
     def operands(self, tile: tuning.Tile, described: bool, rows: slice = slice(None)) -> tuple[object, object]:
         """x and the weight; `described`: as descriptors of blocks, for the chip's unit that copies tensors."""
@@ -163,6 +182,21 @@ class DenseHead:
             return x, self.weight
         x = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth])
         return x, TensorDescriptor.from_tensor(self.weight, [tile.columns, tile.depth])
+
+    def logits(self, rows: slice, out: Tensor) -> Tensor:
+        """z of some rows before the temperature, in fp32, written into `out`."""
+        x, weight = self.x[rows], self.weight
+        if self.half and x.is_cuda:
+            torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(x.float(), weight.T.float(), out=out)
+        if self.v is not None:
+            out.addmm_(self.v[rows], self.lora_b.T)
+        if self.bias is not None:
+            out.add_(self.bias)
+        if self.logit_scale != 1:
+            out.mul_(self.logit_scale)
+        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
     @property
     def aligned(self) -> bool:

@@ -9,7 +9,6 @@ The products of bf16 or fp16 numbers are exact in fp32, so this is an fp32 head.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,22 +17,13 @@ from torch import Tensor
 
 from ..operands import Head, Need
 from . import tuning
-from .head import DenseHead, add_product, halves, head_logits, known_labels, near, padded, product
+from .head import DenseHead, HeadArgs, add_product, block_gradient, halves, head_logits, known_labels, padded, product
+from .kept_logits import from_logits, logits_forward
+from .labels import LabelArgs, add_labels
 from .launch import launch
-from .terms import (
-    FLOOR,
-    LOG2E,
-    Results,
-    Sums,
-    combine,
-    finite,
-    inverse_temperature,
-    softmax_gradient,
-    store_sums,
-)
+from .terms import FLOOR, LOG2E, NONE_IGNORED, Incoming, Results, Sums, combine, finite, inverse_temperature, store_sums
 
 SLICE_BYTES = 1 << 28  # of the logits' gradient, see `columns_at_once`
-NONE_IGNORED = -(1 << 62)  # the rows that count were picked before
 
 
 @triton.jit
@@ -105,29 +95,6 @@ def _linear_forward(
     tl.store(targets + rows, target, mask=live & (label >= first) & (label < last))
 
 
-class Incoming(NamedTuple):
-    """The gradients of a row's results [n], and what the forward kept of it."""
-
-    log_prob: Tensor | None
-    entropy: Tensor | None
-    entropies: Tensor | None
-    top: Tensor
-    total: Tensor
-
-
-@triton.jit
-def load_incoming(incoming, rows, live, ROWS: tl.constexpr):
-    """(g, ge, entropy, base, total) of rows; zeros for a gradient that is not there."""
-    g, ge, entropy = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-    if incoming.log_prob is not None:
-        g = tl.load(incoming.log_prob + rows, mask=live, other=0.0).to(tl.float32)
-    if incoming.entropy is not None:
-        ge = tl.load(incoming.entropy + rows, mask=live, other=0.0).to(tl.float32)
-        entropy = tl.load(incoming.entropies + rows, mask=live, other=0.0)
-    base = finite(tl.load(incoming.top + rows, mask=live, other=0.0))
-    return g, ge, entropy, base, tl.load(incoming.total + rows, mask=live, other=1.0)
-
-
 @triton.jit(do_not_specialize=["n", "blocks", "last"])
 def _linear_backward(
     x,
@@ -153,26 +120,21 @@ def _linear_backward(
     rows, column = first_row + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     live, low = rows < n, first + shift
     z, slope = head_logits(x, w, head, n, last, first_row, low, DESCRIPTORS, PRECISION, LORA, ROWS, COLUMNS, DEPTH)
-    label = tl.load(head.labels + rows, mask=live, other=-1).to(tl.int64)
-    inverse = inverse_temperature(head.temperature, rows, live)
-    g, ge, entropy, base, total = load_incoming(incoming, rows, live, ROWS)
-    scale, factor = (inverse * LOG2E)[:, None], inverse * tl.load(gain)
-    factor = factor if head.softcap is not None else factor * head.logit_scale
-    g, ge = (g * factor)[:, None], (ge * factor)[:, None]  # what is the same in a row is multiplied once a row
-    if incoming.entropy is not None:
-        dz = softmax_gradient(z, base[:, None], scale, total[:, None], g, ge, entropy[:, None], True)
-    else:
-        dz = -tl.exp2((z - base[:, None]) * scale) * (g / total[:, None])
-    dz += tl.where(column[None, :] == near(label, low, COLUMNS)[:, None], g, 0.0)
-    dz = dz * slope if head.softcap is not None else dz
+    dz = block_gradient(z, slope, head, incoming, gain, rows, live, low, ROWS, COLUMNS)
     # Up to the stride, a multiple of 64, not to `last`: what lies between is read by nobody, and stores stay wide.
     there = live[:, None] & (shift + column < out_stride)[None, :]
     tl.store((out + rows * out_stride + shift)[:, None] + column[None, :], dz.to(out.dtype.element_ty), mask=there)
 
 
-def linear_forward(head: Head, *, entropy: bool, batch_invariant: bool = False) -> Results:
-    """log-prob, entropy (or None), maximum and sum of exponentials, each [n] fp32."""
+def linear_forward(head: Head, *, entropy: bool, batch_invariant: bool = False, kept: Tensor | None = None) -> Results:
+    """log-prob, entropy (or None), maximum and sum of exponentials, each [n] fp32.
+
+    kept [k, V] fp32: where the logits of the first k rows stay. With it, and with labels [n, K] (log-probs [n, K]), the
+    logits pass through memory, see `logits_forward`.
+    """
     head = DenseHead(head)
+    if kept is not None or head.labels.ndim == 2:
+        return logits_forward(head, entropy, kept)
     n, device = len(head), head.x.device
     make = partial(torch.empty, dtype=torch.float32, device=device)
     results = Results(make(n).fill_(torch.nan), make(n) if entropy else None, make(n), make(n))
@@ -191,24 +153,28 @@ def linear_forward(head: Head, *, entropy: bool, batch_invariant: bool = False) 
     return results
 
 
-def linear_backward(head: Head, g: Tensor | None, ge: Tensor | None, entropy, top: Tensor, total: Tensor, need: Need):
+def linear_backward(
+    head: Head,
+    g: Tensor | None,
+    ge: Tensor | None,
+    entropy: Tensor | None,
+    top: Tensor,
+    total: Tensor,
+    need: Need,
+    kept: Tensor | None = None,
+    log_probs: Tensor | None = None,
+):
     """The HEAD_GRADIENTS for dL/dlogp = g and dL/dentropy = ge, each [n] or None; None where not needed.
 
-    dx, dA and dB are fp32 sums; dW and dbias are in the dtype of the weight and fp32.
+    dx, dA and dB are fp32 sums; dW and dbias are in the dtype of the weight and fp32. kept [k, V]: the logits of the
+    first k rows, which are not computed anew. With labels [n, K], g and log_probs (which only they need) are [n, K].
     """
     head = DenseHead(head)
     n, (vocabulary, width) = len(head), head.weight.shape
     weight, device = head.weight, head.x.device
-    incoming = Incoming(*(None if t is None else t.float().contiguous() for t in (g, ge, entropy, top, total)))
-    chip = tuning.chip_of(device)
-    described = chip.descriptors and head.aligned
-    options = {"adapter": head.v is not None, "backward": True, "described": described}
-    tile = tuning.product_tile(chip, n, head.half, **options)
-    constants = {"DESCRIPTORS": described} | head.precisions() | tile.constants()
-    blocks, columns_of_slice = -(-n // tile.rows), columns_at_once(n, vocabulary)
     dtype = torch.promote_types(head.x.dtype, weight.dtype)
-    gain = _gain(dtype, incoming)
-    operands, args = head.operands(tile, described), head.args()
+    slices = GradientSlices(head, g, ge, entropy, top, total, kept, log_probs)
+    columns_of_slice, gain = columns_at_once(n, vocabulary), slices.gain
     dx = torch.zeros(n, width, dtype=torch.float32, device=device) if need.hidden else None
     dw = torch.empty_like(weight) if need.weight else None
     dbias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if need.bias else None
@@ -217,9 +183,7 @@ def linear_backward(head: Head, g: Tensor | None, ge: Tensor | None, entropy, to
     for first in range(0, vocabulary, columns_of_slice):
         last = min(vocabulary, first + columns_of_slice)
         dz = padded(n, last - first, dtype, device)
-        programs = blocks * -(-(last - first) // tile.columns)
-        arguments = (*operands, args, dz, dz.stride(0), gain, incoming, n, blocks, first, last)
-        launch(_linear_backward, programs, device, *arguments, **constants, warps=tile.warps, stages=tile.stages)
+        slices.fill(dz, first, last)
         if dx is not None:
             add_product(dz, weight[first:last], out=dx)
         if dw is not None:
@@ -240,6 +204,51 @@ def linear_backward(head: Head, g: Tensor | None, ge: Tensor | None, entropy, to
     return dx, dw, dbias, da, dlora_b
 
 
+class GradientSlices:
+    """The gradient of the accumulators, a slice of the vocabulary at a time: from kept logits, or by a product."""
+
+    def __init__(self, head: DenseHead, g, ge, entropy, top, total, kept: Tensor | None, log_probs: Tensor | None):
+        whole = g if g is None or g.ndim == 1 else g.sum(1)
+        tensors = (whole, ge, entropy, top, total)
+        self.incoming = Incoming(*(None if t is None else t.float().contiguous() for t in tensors))
+        self.head, self.kept, self.border = head, kept, 0 if kept is None else len(kept)
+        self.several = None if head.labels.ndim == 1 or g is None else (log_probs.contiguous(), g.float().contiguous())
+        given = [t for t in (g if g is None or g.ndim == 1 else g.abs().sum(1), ge) if t is not None]
+        self.gain = _gain(torch.promote_types(head.x.dtype, head.weight.dtype), given, top)
+        chip = tuning.chip_of(head.x.device)
+        self.described = chip.descriptors and head.aligned
+        options = {"adapter": head.v is not None, "backward": True, "described": self.described}
+        self.tile = tuning.product_tile(chip, len(head) - self.border, head.half, **options)
+
+    def fill(self, dz: Tensor, first: int, last: int) -> None:
+        """Columns first..last into `dz` [n, last - first]."""
+        n, border, device = len(dz), self.border, dz.device
+        if border:
+            args, incoming = self.rows(slice(0, border))
+            from_logits(self.kept, args, dz[:border], self.gain, incoming, first, last)
+        if border < n:
+            cut = slice(border, n)
+            args, incoming = self.rows(cut)
+            tile, blocks = self.tile, -(-(n - border) // self.tile.rows)
+            programs = blocks * -(-(last - first) // tile.columns)
+            out = (dz[cut], dz.stride(0), self.gain, incoming)
+            operands = self.head.operands(tile, self.described, cut)
+            constants = {"DESCRIPTORS": self.described} | self.head.precisions() | tile.constants()
+            arguments = (*operands, args, *out, n - border, blocks, first, last)
+            launch(_linear_backward, programs, device, *arguments, **constants, warps=tile.warps, stages=tile.stages)
+        if self.several is not None:
+            head = self.head
+            source = LabelArgs(head.labels, head.logit_scale, head.softcap, head.temperature)
+            add_labels(source, *self.several, dz, self.gain, self.incoming, first, last)
+
+    def rows(self, cut: slice) -> tuple[HeadArgs, Incoming]:
+        """What the kernels take of some rows; several labels a row, whose entries are written later, are left out."""
+        args = self.head.args(cut)
+        if args.labels.ndim == 2:
+            args = args._replace(labels=args.labels.new_full((len(args.labels),), -1))
+        return args, Incoming(*(None if t is None else t[cut] for t in self.incoming))
+
+
 def columns_at_once(n: int, vocabulary: int) -> int:
     """Columns of a slice: 16,384; fewer where its gradient [n, columns] would pass SLICE_BYTES or max(2048, n / 4) rows
     of the vocabulary. At least 128.
@@ -249,10 +258,10 @@ def columns_at_once(n: int, vocabulary: int) -> int:
     return min(vocabulary, max(128, most // 128 * 128))
 
 
-def _gain(dtype: torch.dtype, incoming: Incoming) -> Tensor:
+def _gain(dtype: torch.dtype, given: list[Tensor], like: Tensor) -> Tensor:
     """What the stored gradient is multiplied by: 1, but in fp16, which ends at 6e-8, what makes the largest 1024."""
-    gain = torch.ones((), dtype=torch.float32, device=incoming.top.device)
-    if dtype != torch.float16 or not len(incoming.top):
+    gain = torch.ones((), dtype=torch.float32, device=like.device)
+    if dtype != torch.float16 or not len(like):
         return gain
-    largest = torch.stack([t.abs().amax() for t in (incoming.log_prob, incoming.entropy) if t is not None]).amax()
+    largest = torch.stack([t.float().abs().amax() for t in given]).amax()
     return torch.where((largest > 0) & torch.isfinite(largest), 1024 / largest, gain)

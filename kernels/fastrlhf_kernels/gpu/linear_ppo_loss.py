@@ -182,22 +182,6 @@ def chunk_rows(n: int, vocabulary: int) -> int:
     return max(1, min(n, max(128, WORKSPACE // 4 // vocabulary // 128 * 128)))
 
 
-def _chunk_logits(head: DenseHead, rows: slice, out: Tensor) -> Tensor:
-    """z of some rows before the temperature, in fp32."""
-    x, weight = head.x[rows], head.weight
-    if head.half and x.is_cuda:
-        torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(x.float(), weight.T.float(), out=out)
-    if head.v is not None:
-        out.addmm_(head.v[rows], head.lora_b.T)
-    if head.bias is not None:
-        out.add_(head.bias)
-    if head.logit_scale != 1:
-        out.mul_(head.logit_scale)
-    return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
-
-
 def _exponentials(head: DenseHead, cut: slice, z: Tensor, out: Tensor, losses: Losses, kl: int) -> Tensor:
     """The sweep over the logits z of some rows, and once more over those that are far -> the factors [n, 1]."""
     n, width = z.shape
@@ -233,7 +217,7 @@ def linear_ppo(head: Head, tokens: Tokens, count: Tensor, options: LossOptions, 
     buffer = padded(rows, vocabulary, torch.float32, device)
     for first in range(0, n, rows):
         cut = slice(first, min(n, first + rows))
-        z = _chunk_logits(head, cut, buffer[: cut.stop - cut.start])
+        z = head.logits(cut, buffer[: cut.stop - cut.start])
         e = z.view(dtype)[:, :vocabulary]
         some = tokens.map(lambda t, cut=cut: t[cut])
         if options.entropy_coef == 0:

@@ -16,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import LossOptions, Rows, Tokens
+from .labels import LabelArgs, add_labels, several_log_probs
 from .launch import launch
-from .linear_log_probs import Incoming, load_incoming
 from .terms import (
     LOG2E,
+    NONE_IGNORED,
     Clip,
+    Incoming,
     Results,
     Sums,
     Temperature,
@@ -30,6 +32,7 @@ from .terms import (
     finite,
     inverse_temperature,
     kl_index,
+    load_incoming,
     log_prob_of,
     merge,
     softmax_gradient,
@@ -38,6 +41,8 @@ from .terms import (
     token_terms,
 )
 from .tuning import chip_of, row_splits, row_tile
+
+NO_LABEL = -1  # no column of any vocabulary
 
 
 class RowArgs(NamedTuple):
@@ -270,6 +275,35 @@ def rows_backward(rows: Rows, ignore_index: int, g, ge, entropy: Tensor, top: Te
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns}
     arguments = (source, out, incoming, n, inner, ignore_index, splits, width)
     launch(_backward, programs, out.device, *arguments, **constants, warps=tile.warps)
+    return out
+
+
+def several_forward(rows: Rows, ignore_index: int, entropy: bool):
+    """`rows_forward` with labels [..., K]."""
+    counted = rows.labels != ignore_index
+    one = torch.where(counted.any(-1), 0, NONE_IGNORED)
+    _, entropies, top, total = rows_forward(rows._replace(labels=one), NONE_IGNORED, entropy)
+    each = rows.temperature if rows.temperatures is None else rows.temperatures[..., None].float()
+    log_probs = several_log_probs(rows.logits, torch.where(counted, rows.labels, NO_LABEL), each, top, total)
+    return torch.where(counted, log_probs, 0), entropies, top, total
+
+
+def several_backward(
+    rows: Rows, ignore_index: int, g: Tensor | None, ge: Tensor | None, log_probs: Tensor, entropy, top, total
+) -> Tensor:
+    """`rows_backward` with labels, g and log_probs [..., K]."""
+    counted = rows.labels != ignore_index
+    g = torch.zeros_like(log_probs) if g is None else torch.where(counted, g, 0)
+    one = torch.where(counted.any(-1), NO_LABEL, NONE_IGNORED)
+    out = rows_backward(rows._replace(labels=one), NONE_IGNORED, g.sum(-1), ge, entropy, top, total)
+    count, vocabulary = rows.labels.shape[-1], rows.logits.shape[-1]
+    kept = (g.sum(-1), ge, None if ge is None else entropy, top, total)
+    incoming = Incoming(*(None if t is None else t.reshape(-1).contiguous() for t in kept))
+    labels = torch.where(counted, rows.labels, NO_LABEL).reshape(-1, count)
+    source = LabelArgs(labels, 1.0, None, Temperature.of(rows.temperatures, rows.temperature))
+    flat = (log_probs.reshape(-1, count).contiguous(), g.reshape(-1, count).float().contiguous())
+    gain = torch.ones((), dtype=torch.float32, device=out.device)
+    add_labels(source, *flat, out.view(-1, vocabulary), gain, incoming, 0, vocabulary)
     return out
 
 

@@ -18,6 +18,7 @@ from .launch import launch
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1.0e4)  # stands in for -inf in differences: exp2() of it is 0, and 0 * FLOOR is 0, not NaN
+NONE_IGNORED = -(1 << 62)  # no label: the rows that count were picked before
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")  # the kernels take the index
 
 
@@ -188,6 +189,29 @@ def token_terms(log_prob, tokens, clip, place, live, KL: tl.constexpr):
         kl, slope = kl_of(log_prob - ref, KL)
         loss, g = loss + clip.kl_coef * kl, g + clip.kl_coef * slope
     return loss, g
+
+
+class Incoming(NamedTuple):
+    """The gradients of a row's results [n], and what the forward kept of it."""
+
+    log_prob: Tensor | None
+    entropy: Tensor | None
+    entropies: Tensor | None
+    top: Tensor
+    total: Tensor
+
+
+@triton.jit
+def load_incoming(incoming, rows, live, ROWS: tl.constexpr):
+    """(g, ge, entropy, base, total) of rows; zeros for a gradient that is not there."""
+    g, ge, entropy = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    if incoming.log_prob is not None:
+        g = tl.load(incoming.log_prob + rows, mask=live, other=0.0).to(tl.float32)
+    if incoming.entropy is not None:
+        ge = tl.load(incoming.entropy + rows, mask=live, other=0.0).to(tl.float32)
+        entropy = tl.load(incoming.entropies + rows, mask=live, other=0.0)
+    base = finite(tl.load(incoming.top + rows, mask=live, other=0.0))
+    return g, ge, entropy, base, tl.load(incoming.total + rows, mask=live, other=1.0)
 
 
 class Sums(NamedTuple):
