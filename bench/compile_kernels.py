@@ -4,20 +4,28 @@
 
 The launchers run on `meta` tensors while a recorder takes the place of the GPU: what is compiled is what they would
 start, with the tiles of `tuning.py` for that chip. One line a kernel and target: registers, stack bytes (spills),
-shared memory, tensor-core instructions, 16-byte global loads. Exit code 1 when a kernel has a stack, needs more shared
-memory than the chip has, or holds a matrix product that does not reach the tensor cores (IEEE fp32 cannot). CI
-compiles one shape of each kernel and kind of product; --all all of them. --triton installs another version beside
-this one (once, in bench/.venvs) and compiles with it.
+shared memory, tensor-core instructions, 16-byte global loads, the mean bytes of a thread's global store, the blocks
+(CTAs) that a multiprocessor holds at once, and the instructions outside the loops of tensor-core products over the
+logits that a thread has of a block (over 1 where a kernel has no blocks of logits).
+
+Exit code 1 when a kernel has a stack, needs more shared memory than the chip has, or holds a matrix product that does
+not reach the tensor cores (IEEE fp32 cannot); and when, beside bench/results/compile_kernels.json for this version of
+Triton, its stores are narrower or its instructions more by over 10 %, or fewer blocks fit. --record writes that file.
+CI compiles one shape of each kernel and kind of product; --all all of them, not compared. --triton installs another
+version beside this one (once, in bench/.venvs) and compiles with it. One process a core.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +57,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", re.MULTILINE)
+JUMP = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
+STORE = re.compile(r"\bSTG(\.\S*)?")
 MMA = r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA|IMMA|QGMMA|DMMA)\b"
+WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1, "8": 1}  # of an access in SASS, in bytes
+AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
+RECORD = Path(__file__).parent / "results/compile_kernels.json"
+REGISTERS, THREADS, BLOCKS = 65536, {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048}, 32  # of an NVIDIA multiprocessor
 POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 POINTERS |= {torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8"}
 
@@ -107,6 +122,24 @@ def shapes() -> Iterator[Callable[[], Any]]:
             yield linear_ppo
 
 
+def several_labels() -> Iterator[Callable[[], Any]]:
+    """What `linear_loss` starts for eight labels a row, with the logits of half the rows kept."""
+    for n, vocabulary, width, dtype, softcap in (
+        (8192, 151936, 1536, torch.bfloat16, None),
+        (300, 49152, 576, torch.float32, 30.0),
+    ):
+        operands = (meta(n, width, dtype=dtype), meta(vocabulary, width, dtype=dtype), meta(n, 8, dtype=torch.int64))
+        head = Head(*operands, None, None, 1.0, 1.0, softcap, None, None, 1.0)
+        kept, row, each = meta(n // 2, -(-vocabulary // 64) * 64)[:, :vocabulary], meta(n), meta(n, 8)
+
+        def linear_loss(head=head, kept=kept, row=row, each=each, ge=row if softcap else None):
+            linear_log_probs.linear_forward(head, entropy=ge is not None, kept=kept)
+            need = Need(True, True, False, False)
+            linear_log_probs.linear_backward(head, each, ge, row, row, row, need, kept, each)
+
+        yield linear_loss
+
+
 def token_shapes() -> Iterator[Callable[[], Any]]:
     """The kernels on [B, T] tensors of tokens."""
     for batch, length in ((64, 1024), (8, 8000), (256, 60)):
@@ -136,7 +169,7 @@ def decode_shapes() -> Iterator[Callable[[], Any]]:
     """The kernels of a step of generation."""
     for batch, vocabulary, dtype in ((64, 151936, torch.bfloat16), (8, 49152, torch.float32)):
         rows, logits = meta(batch, dtype=torch.int64), meta(batch, vocabulary, dtype=dtype)
-        for top_k, top_p in ((0, 1.0), (50, 0.9)):
+        for top_k, top_p in ((0, 1.0), (50, 0.9), (256, 1.0), (0, 0.9), (20_000, 1.0)):
 
             def sample(logits=logits, top_k=top_k, top_p=top_p, rows=rows):
                 sampling.draw(logits, 0.7, top_k, top_p, 1, rows, rows)
@@ -164,7 +197,7 @@ def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:
     """What the launchers would start on `chip`; without `everything` the first of each kernel and kind of product."""
     found: list[Launch] = []
     with tuning.pretend(chip), recorded() as records:
-        for call in (*shapes(), *token_shapes(), *decode_shapes()):
+        for call in (*shapes(), *several_labels(), *token_shapes(), *decode_shapes()):
             call()
         for record in records:
             same = [other for other in found if other.kernel is record.kernel]
@@ -179,7 +212,7 @@ def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:
 
 def _variant(launch: Launch) -> tuple[Any, ...]:
     """What makes another kernel of it: an adapter, operands in fp32, tensor descriptors, a first or a last pass."""
-    constants = tuple(launch.constants.get(name) for name in ("PRECISION", "DESCRIPTORS", "COUNT"))
+    constants = tuple(launch.constants.get(name) for name in ("PRECISION", "DESCRIPTORS", "COUNT", "NUCLEUS"))
     absent = [place for place, value in enumerate(launch.arguments) if value is None]
     return *constants, absent, adapted(launch)
 
@@ -231,13 +264,48 @@ def compile_one(launch: Launch, chip: tuning.Chip) -> dict[str, Any]:
     made = triton.compile(source(launch), target=TARGETS[chip.name], options=options)
     tile = "x".join(str(launch.constants[k]) for k in ("ROWS", "COLUMNS", "DEPTH", "TILE") if k in launch.constants)
     row = {"kernel": launch.kernel.__name__, "target": chip.name, "tile": f"{tile}w{launch.warps}s{launch.stages}"}
-    row |= _amd(made.asm["amdgcn"]) if "amdgcn" in made.asm else _nvidia(made.asm["cubin"])
-    row["shared"] = made.metadata.shared
+    shared = made.metadata.shared
+    if "amdgcn" in made.asm:
+        row |= _amd(made.asm["amdgcn"]) | {"shared": shared, "ctas": None}
+    else:
+        row |= _nvidia(made.asm["cubin"]) | {"shared": shared}
+        row["ctas"] = resident(chip, row["regs"], shared, launch.warps)
+    logits = launch.constants.get("ROWS", 1) * launch.constants.get("COLUMNS", 1)
+    row["per_logit"] = round(row.pop("instructions") / max(1, logits / (launch.warps * chip.warp)), 1)
     allowed, _ = tuning.STACK_ALLOWED.get((row["kernel"], chip.name), (0, ""))
     exact = (launch.constants.get("PRECISION") == "ieee" or _fp32_operands(launch)) and not adapted(launch)
     dots = "tt.dot" in made.asm["ttir"] and not exact
     row["ok"] = row["stack"] <= allowed and row["shared"] <= chip.shared and (row["mma"] > 0 or not dots)
     return row
+
+
+def resident(chip: tuning.Chip, registers: int, shared: int, warps: int) -> int:
+    """How many blocks of a kernel an NVIDIA multiprocessor holds: registers go to warps by 256, 1 KiB a block is the
+    system's.
+    """
+    of_warp = -(-registers * 32 // 256) * 256
+    return min(
+        REGISTERS // (of_warp * warps),
+        THREADS[chip.name] // (32 * warps),
+        (chip.shared + 1024) // (shared + 1024),
+        BLOCKS,
+    )
+
+
+def worse(row: dict[str, Any], record: dict[str, Any]) -> str:
+    """Why a row is worse than its recorded one by more than 10 %, or ''; of a target without a record nothing is."""
+    recorded_row = record.get(row["name"])
+    if recorded_row is None:
+        known = any(f" {row['target']} " in name for name in record)
+        return "not recorded: python -m bench.compile_kernels --record" if known else ""
+    reasons = []
+    if row["stg"] < 0.9 * recorded_row["stg"]:
+        reasons.append(f"stores of {row['stg']} bytes, {recorded_row['stg']} recorded")
+    if row["ctas"] is not None and row["ctas"] < recorded_row["ctas"]:
+        reasons.append(f"{row['ctas']} blocks a multiprocessor, {recorded_row['ctas']} recorded")
+    if row["per_logit"] > 1.1 * recorded_row["per_logit"]:
+        reasons.append(f"{row['per_logit']} instructions a logit, {recorded_row['per_logit']} recorded")
+    return "; ".join(reasons)
 
 
 def _fp32_operands(launch: Launch) -> bool:
@@ -258,7 +326,32 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
         "stack": numbers["STACK"] + numbers["LOCAL"],
         "mma": len(re.findall(MMA, sass)),
         "ldg128": len(re.findall(r"\bLDG\.E\.\S*128|\bLDGSTS\.E\.\S*128|\bUTMALDG", sass)),
+        "stg": mean(
+            [next((WIDTHS[part] for part in found.split(".") if part in WIDTHS), 4) for found in STORE.findall(sass)]
+        ),
+        "instructions": outside_products(sass),
     }
+
+
+def mean(widths: list[int]) -> float:
+    return round(sum(widths) / max(1, len(widths)), 1)
+
+
+def outside_products(sass: str) -> int:
+    """Instructions that are in no innermost loop (a jump backwards) which multiplies in tensor cores, without NOPs."""
+    lines = [(int(place, 16), text) for place, text in INSTRUCTION.findall(sass)]
+    index = {place: number for number, (place, _) in enumerate(lines)}
+    loops: list[range] = []
+    for number, (place, text) in enumerate(lines):
+        jump = JUMP.search(text)
+        target = int(jump[1], 16) if jump else place
+        if target < place and target in index:
+            loop = range(index[target], number + 1)
+            if any(re.search(MMA, lines[one][1]) for one in loop):
+                loops.append(loop)
+    innermost = [loop for loop in loops if not any(set(other) < set(loop) for other in loops)]
+    inside = {number for loop in innermost for number in loop}
+    return sum(number not in inside and "NOP" not in text for number, (_, text) in enumerate(lines))
 
 
 def _amd(assembly: str) -> dict[str, int]:
@@ -270,6 +363,13 @@ def _amd(assembly: str) -> dict[str, int]:
         "stack": number("private_segment_fixed_size") + 4 * number("vgpr_spill_count"),
         "mma": len(re.findall(r"\bv_mfma_", assembly)),
         "ldg128": len(re.findall(r"\b(?:global|buffer)_load_dwordx4", assembly)),
+        "stg": mean(
+            [
+                AMD_WIDTHS[kind]
+                for kind in re.findall(rf"\b(?:global|buffer)_store_({'|'.join(AMD_WIDTHS)})\b", assembly)
+            ]
+        ),
+        "instructions": len(re.findall(r"^\t(?:v|s|ds|global|buffer|flat)_\w+", assembly, re.MULTILINE)),
     }
 
 
@@ -277,29 +377,67 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(BINARIES / tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+Job = tuple[str, Launch, tuning.Chip]  # its name in the record
+_jobs: list[Job] = []  # of the processes that compile: they are forked, so that kernels need not be sent to them
+
+
+def jobs(targets: list[str], everything: bool, part: str) -> list[Job]:
+    """What is to be compiled: kernels whose name contains `part`, named by kernel, target, tile and number."""
+    found: list[Job] = []
+    for target in targets:
+        chip, seen = tuning.CHIPS[target], Counter()
+        for launch in launches(chip, everything):
+            name = f"{launch.kernel.__name__} {target}"
+            seen[name] += 1
+            if part in launch.kernel.__name__:
+                found.append((f"{name} {seen[name]}", launch, chip))
+    return found
+
+
+def compile_job(number: int) -> dict[str, Any]:
+    name, launch, chip = _jobs[number]
+    return {"name": name} | compile_one(launch, chip)
+
+
+def compile_all(everything: list[Job]) -> Iterator[dict[str, Any]]:
+    """The rows of all jobs, in their order, compiled in a process a core."""
+    _jobs[:] = everything
+    processes = min(len(everything), len(os.sched_getaffinity(0)))
+    with multiprocessing.get_context("fork").Pool(max(1, processes)) as pool:
+        yield from pool.imap(compile_job, range(len(everything)))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="every shape, not the first of each kernel")
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this chip; may be repeated")
-    parser.add_argument("--kernel", help="only kernels whose name contains this")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--record", action="store_true", help=f"write what later runs are compared with, {RECORD.name}")
     parser.add_argument("--triton", metavar="VERSION", help="compile with this version of Triton")
     args = parser.parse_args()
     if args.triton and args.triton != triton.__version__:
         python = environment(f"triton-{args.triton}", f"triton=={args.triton}")
         return subprocess.run([str(python), "-m", "bench.compile_kernels", *sys.argv[1:]]).returncode
-    columns = ("kernel", "target", "tile", "regs", "stack", "shared", "mma", "ldg128", "ok")
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    compared = None if args.all or args.record else record.get(triton.__version__)
+    columns = ("kernel", "target", "tile", "regs", "stack", "shared", "mma", "ldg128", "stg", "ctas", "per_logit", "ok")
     print(f"triton {triton.__version__}\n" + " ".join(columns))
     rows = []
-    for name in args.target or TARGETS:
-        chip = tuning.CHIPS[name]
-        for launch in launches(chip, args.all):
-            if args.kernel and args.kernel not in launch.kernel.__name__:
-                continue
-            rows.append(compile_one(launch, chip))
-            print(" ".join(str(rows[-1][c]) for c in columns), flush=True)
+    for row in compile_all(jobs(args.target or list(TARGETS), args.all, args.kernel)):
+        reason = "" if compared is None else worse(row, compared)
+        row["ok"] = row["ok"] and not reason
+        rows.append(row)
+        print(" ".join(str(row[c]) for c in columns), reason, flush=True)
+    if compared is None and not (args.all or args.record):
+        print(f"{RECORD.name} has no rows of triton {triton.__version__}: nothing compared")
     if args.json:
         args.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+    if args.record:
+        counts = {row["name"]: {key: row[key] for key in ("stg", "ctas", "per_logit")} for row in rows}
+        record[triton.__version__] = record.get(triton.__version__, {}) | counts
+        lines = {version: dict(sorted(of_version.items())) for version, of_version in sorted(record.items())}
+        RECORD.write_text(json.dumps(lines, indent=1) + "\n")
     return 0 if rows and all(row["ok"] for row in rows) else 1
 
 

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="the launchers import it")
 
@@ -72,6 +73,35 @@ def test_a_descriptor_is_never_of_an_expanded_row():
         with tuning.pretend(tuning.CHIPS["sm_90"]), recorded() as launches:
             linear_log_probs.linear_forward(given, entropy=False)
         assert launches[0].constants["DESCRIPTORS"] is described
+
+
+class Operations(TorchDispatchMode):
+    """What torch itself would start on a device: everything but views and empty tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        view = any(argument.alias_info and not argument.alias_info.is_write for argument in func._schema.arguments)
+        if "empty" not in name and not view:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "most"),
+    [(0, 1.0, 2), (50, 1.0, 4), (50, 0.9, 4), (1, 1.0, 4), (256, 0.9, 4), (0, 0.9, 8), (20_000, 1.0, 8)],
+)
+@pytest.mark.parametrize("vocabulary", [32001, 151936, 256000])
+@pytest.mark.parametrize("chip", [chip for chip in tuning.CHIPS.values()], ids=lambda chip: chip.name)
+def test_launches_of_a_step_of_sampling(chip, vocabulary, top_k, top_p, most):
+    index, logits = meta(64, dtype=torch.int64), meta(64, vocabulary, dtype=torch.bfloat16)
+    with tuning.pretend(chip), recorded() as launches, Operations() as started:
+        sampling.draw(logits, 0.7, top_k, top_p, 1, index, index)
+    assert len(launches) + len(started.names) <= most, (launches, started.names)
+    assert len(launches) >= 2
 
 
 def efficiency(chip: tuning.Chip, blocks: int, vocabulary: int, tile: tuning.Tile) -> float:

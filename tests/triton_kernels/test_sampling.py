@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import fastrlhf_kernels as kernels
 from fastrlhf_kernels import reference
+from fastrlhf_kernels.gpu import sampling
+from fastrlhf_kernels.gpu.launch import recorded
 from fastrlhf_kernels.gpu.sampling import LOWEST, ordered, uniform
 
 QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -49,7 +51,7 @@ def test_keys_sort_as_the_numbers_do(device):
     by_key = x[keys.long().argsort()]
     assert torch.equal(by_key, x.sort().values)
     assert int(keys[120]) == int(keys[121])  # 0 and -0
-    assert int(keys.min()) > LOWEST
+    assert int(keys.min()) > LOWEST.value
 
 
 @QUICK
@@ -71,6 +73,29 @@ def test_same_tokens_as_torch(device, n, vocabulary, scale, top_k, top_p, temper
     theirs = kernels.sample_tokens(logits, backend="torch", **options)
     assert torch.equal(ours.tokens, theirs.tokens)
     torch.testing.assert_close(ours.policy_log_probs, theirs.policy_log_probs, atol=3e-6, rtol=1e-5)
+    torch.testing.assert_close(ours.log_probs, theirs.log_probs, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 1}, {"top_k": 60}, {"top_k": 700, "top_p": 0.6}, {"top_p": 0.95}], ids=str
+)
+@pytest.mark.parametrize(("limit", "kernel"), [(8192, "_candidates"), (2048, "_candidates"), (32, "_histogram")])
+def test_thresholds_of_candidates_and_of_histograms(device, monkeypatch, options, limit, kernel):
+    """Rows of many ties (whole blocks at the bound), of suppressed stretches and of one value; more than a few choices.
+
+    The smaller a program's share, the smaller the blocks; where top-k does not fit one program it is found by passes.
+    """
+    monkeypatch.setattr(sampling, "CANDIDATES", limit)
+    torch.manual_seed(0)
+    logits = torch.randn(6, 1500, device=device) * 2
+    logits[1], logits[2], logits[3, 100:1400] = logits[1].round(), logits[2].bfloat16().float(), -torch.inf
+    logits[4], logits[5] = 1.5, (logits[5] > 2).float()
+    expected = "_histogram" if "top_k" not in options or (limit == 32 and options["top_k"] > 1) else kernel
+    with recorded(start=True) as launches:
+        ours = kernels.sample_tokens(logits, seed=5, backend="triton", **options)
+    assert (launches[1].kernel.fn.__name__ == expected) or (limit == 32 and options.get("top_k") == 1)
+    theirs = kernels.sample_tokens(logits, seed=5, backend="torch", **options)
+    assert torch.equal(ours.tokens, theirs.tokens)
     torch.testing.assert_close(ours.log_probs, theirs.log_probs, atol=3e-6, rtol=1e-5)
 
 

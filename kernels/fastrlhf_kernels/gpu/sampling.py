@@ -1,10 +1,15 @@
 """One token a row in Triton: block sums, top-k and top-p thresholds without a sort, inverse CDF from one uniform.
 
-1. `_sums`: maximum and sum of exponentials of every block of the vocabulary, one read of the logits.
-2. `_narrow`, only with top-k or top-p: 8 thresholds at a time on the logits' bits, read as ordered integers, down to
-   the last bit: at most 11 reads, which stay in the L2 cache.
-3. `_draw`: the block in which the uniform number falls, and the token in it. Sums over blocks run in float64.
-The random words are those of `reference.philox_4x32`, and no kernel waits for the host.
+1. `_sums`: maximum and sum of exponentials of every block of the vocabulary, one read of the logits; with top-k also
+   the maxima of smaller blocks.
+2. `_candidates`, with top-k: the k-th largest of those maxima is at most the k-th largest logit, so fewer than k blocks
+   hold all logits above it. One program a row finds both thresholds among them.
+   `_histogram`, with top-p alone (or a k too large for one program): three passes over the logits, which stay in the L2
+   cache, sum the mass of 2048 ranges of keys each (the logits' bits, read as ordered integers) and leave one range.
+3. `_sums` of what is kept, and `_draw`: the block in which the uniform number falls, and the token in it. Sums over
+   blocks run in float64.
+The random words are those of `reference.philox_4x32`, and no kernel waits for the host. Histograms are sums of
+integers: in whatever order programs add to them, they hold the same.
 """
 
 from __future__ import annotations
@@ -21,8 +26,11 @@ from . import tuning
 from .launch import launch
 from .terms import FLOOR, LN2, LOG2E, finite
 
-PASSES = 11  # of 3 bits: 2 ** 32 keys become one
-LOWEST = -(2**31)  # the key below all others: nothing is filtered
+SHIFTS = (21, 10, 0)  # of the bits of a key that the passes look at
+BINS = 2048
+UNIT = tl.constexpr(2.0**42)  # of mass, of which the largest logit has 1: sums of 2 ** 20 such fit 63 bits
+CANDIDATES = 8192  # logits, or maxima of blocks, that one program holds
+LOWEST = tl.constexpr(-(2**31))  # the key below all others
 
 
 class Source(NamedTuple):
@@ -42,11 +50,12 @@ class Blocks(NamedTuple):
 
 
 class Search(NamedTuple):
-    """Where the search for a threshold stands: bounds [B, 2], the measure that is wanted [B], and the sums at or above
-    8 thresholds of each part of a row, [B, parts, 8].
+    """Where the search for a threshold stands: the lowest key of the range that is left, what lies above the range, and
+    what is wanted [B]; and the sums of its parts [B, BINS].
     """
 
-    bounds: Tensor
+    lows: Tensor
+    aboves: Tensor
     wants: Tensor
     sums: Tensor
 
@@ -57,6 +66,12 @@ def ordered(x):
     x = tl.where(x == 0.0, 0.0, x)  # -0 is 0
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def number_of(key):
+    """The float32 of a key."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -88,14 +103,20 @@ def inverse(source):
 
 
 @triton.jit
-def _sums(source, floors, out, blocks, groups, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """ROWS blocks of COLUMNS logits of one row."""
+def _sums(source, floors, out, maxima, blocks, groups, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """ROWS blocks of COLUMNS logits of one row; maxima: the largest key of every WIDTH logits."""
     program = tl.program_id(0)  # divided in 32 bits: a division in 64 is a call
     row, block = (program // groups).to(tl.int64), (program % groups) * ROWS + tl.arange(0, ROWS)
     column = block[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     live = column < source.vocabulary
     x = tl.load(source.logits + row * source.stride + column, mask=live, other=float("-inf")).to(tl.float32)
     top = tl.max(x, 1)
+    if maxima is not None:
+        PARTS: tl.constexpr = COLUMNS // WIDTH
+        parts = tl.cdiv(source.vocabulary, WIDTH)
+        largest = tl.max(tl.reshape(ordered(x), (ROWS, PARTS, WIDTH)), 2)
+        part = block[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
+        tl.store(maxima + row * parts + part, largest, mask=part < parts)
     if floors is not None:
         x = tl.where(ordered(x) >= tl.load(floors + row), x, float("-inf"))
     e = tl.exp2((x - finite(top)[:, None]) * inverse(source))
@@ -105,32 +126,106 @@ def _sums(source, floors, out, blocks, groups, ROWS: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
-def _narrowed(search, row, top_p, splits, COUNT: tl.constexpr, SPLITS: tl.constexpr):
-    """The eighth of [low, high) that the last pass leaves, and the measure that is wanted at or above its low end."""
-    low, high = tl.load(search.bounds + row * 2), tl.load(search.bounds + row * 2 + 1)
-    wanted = tl.load(search.wants + row)
-    part, threshold = tl.arange(0, SPLITS), tl.arange(0, 8)
-    place = (row * splits + part[:, None]) * 8 + threshold[None, :]
-    above = tl.sum(tl.load(search.sums + place, mask=(part < splits)[:, None], other=0.0), 0)
-    if not COUNT:  # the first pass of top-p only sees how much mass there is
-        all_of_it = tl.sum(tl.where(threshold == 0, above, 0.0), 0)
-        wanted = tl.where(wanted < 0, all_of_it * top_p, wanted)
-    step = (high - low + 7) // 8
-    kept = (above >= wanted) & (low + threshold * step < high)
-    chosen = tl.max(tl.where(kept, threshold, 0), 0)
-    new_low = low + chosen * step
-    new_high = tl.minimum(new_low + step, high)
-    if COUNT:  # one logit is left: a threshold between it and the next one is as good
-        sign = tl.where(threshold == chosen, 1.0, tl.where(threshold == chosen + 1, -1.0, 0.0))
-        new_high = tl.where((tl.sum(above * sign, 0) == 1.0) & (chosen < 7), new_low + 1, new_high)
-    return new_low, new_high, wanted
+def _largest(keys, low, count):
+    """The largest key above `low` that `count` of the keys reach, or `low`; both as int64."""
+    high = tl.full((), 2147483648, tl.int64)
+    for _ in range(0, 32):
+        middle = low + (high - low) // 2
+        enough = (middle > low) & (tl.sum((keys >= middle.to(tl.int32)).to(tl.int32), 0) >= count)
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    return low
 
 
 @triton.jit
-def _narrow(
+def _block_logits(source, ids, row, begin, found, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
+    """(logits, keys) of the blocks in `ids` from `begin` on; the lowest key where there is none."""
+    slot = begin + tl.arange(0, SLOTS)
+    block = tl.load(ids + slot, mask=slot < found, other=0).to(tl.int64)
+    column = block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    live = (slot < found)[:, None] & (column < source.vocabulary)
+    x = tl.load(source.logits + row * source.stride + column, mask=live, other=float("-inf")).to(tl.float32)
+    return x, tl.where(live, ordered(x), LOWEST)
+
+
+@triton.jit
+def _mass(amounts, keys, low):
+    """The sum of the amounts of keys >= low, in float64 over the blocks."""
+    return tl.sum(tl.sum(tl.where(keys >= low.to(tl.int32), amounts, 0.0), 1).to(tl.float64), 0)
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def _candidates(
     source,
     tops,
+    maxima,
+    ids,
     floors,
+    blocks,
+    top_k,
+    top_p,
+    NUCLEUS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    MAXIMA: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The key of the lowest logit of a row that is kept: of its top_k, and (NUCLEUS) of the top_p of their mass.
+
+    The k-th largest maximum of a block is a bound from below: k logits reach it. Fewer than k blocks have a larger one,
+    and what lies above the bound lies in them. Logits at the bound may be anywhere, in blocks whose maximum it is.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    parts = tl.cdiv(source.vocabulary, WIDTH)
+    place = tl.arange(0, MAXIMA)
+    largest = tl.load(maxima + row * parts + place, mask=place < parts, other=LOWEST)
+    bound = _largest(largest, tl.full((), LOWEST, tl.int64), top_k)
+    above, at = largest > bound.to(tl.int32), largest == bound.to(tl.int32)
+    higher = tl.sum(above.to(tl.int32), 0)
+    slot = tl.where(above, tl.cumsum(above.to(tl.int32), 0), higher + tl.cumsum(at.to(tl.int32), 0)) - 1
+    found = higher + tl.sum(at.to(tl.int32), 0)
+    mine = ids + row * parts
+    tl.store(mine + slot, place, mask=above | at)
+    tl.debug_barrier()  # other threads read what was just written
+    x, keys = _block_logits(source, mine, row, 0, found, SLOTS, WIDTH)
+    floor = _largest(tl.reshape(keys, (SLOTS * WIDTH,)), bound, top_k)
+    if NUCLEUS:
+        block = tl.arange(0, BLOCKS)
+        top = finite(tl.max(tl.load(tops + row * blocks + block, mask=block < blocks, other=float("-inf")), 0))
+        amounts = tl.exp2((x - top) * inverse(source))
+        mass = _mass(amounts, keys, tl.maximum(floor, bound + 1))
+        if floor == bound:
+            ties = tl.zeros((), tl.int32)
+            for begin in range(0, found, SLOTS):
+                _, others = _block_logits(source, mine, row, begin, found, SLOTS, WIDTH)
+                ties += tl.sum(tl.sum((others == bound.to(tl.int32)).to(tl.int32), 1), 0)
+            amount = tl.exp2((number_of(bound.to(tl.int32)) - top) * inverse(source))
+            mass += ties.to(tl.float64) * amount.to(tl.float64)
+        wanted = mass * top_p
+        high = tl.full((), 2147483648, tl.int64)
+        for _ in range(0, 32):
+            middle = floor + (high - floor) // 2
+            enough = (middle > floor) & (_mass(amounts, keys, middle) >= wanted)
+            floor, high = tl.where(enough, middle, floor), tl.where(enough, high, middle)
+    tl.store(floors + row, floor.to(tl.int32))
+
+
+@triton.jit
+def _range_left(search, row, shift, BINS: tl.constexpr):
+    """(lowest key, what is above, what is wanted) of the one of BINS ranges in which the wanted sum is reached."""
+    place = tl.arange(0, BINS)
+    sums = tl.load(search.sums + row * BINS + place)
+    above, wanted = tl.load(search.aboves + row), tl.load(search.wants + row)
+    reached = (above + tl.cumsum(sums, 0, reverse=True)).to(tl.float64) >= wanted
+    chosen = tl.max(tl.where(reached, place, 0), 0)
+    low = tl.load(search.lows + row) + (chosen.to(tl.int64) << shift)
+    return low, above + tl.sum(tl.where(place > chosen, sums, 0), 0), wanted
+
+
+@triton.jit(do_not_specialize=["splits", "chunks", "shift", "old_shift"])
+def _histogram(
+    source,
+    floors,
+    kept,
     old,
     new,
     blocks,
@@ -138,51 +233,62 @@ def _narrow(
     chunks,
     top_k,
     top_p,
+    shift,
+    old_shift,
     COUNT: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BINS: tl.constexpr,
     BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Of one part of one row: how many logits (COUNT), or how much of the mass, is at or above each of 8 thresholds.
-
-    Kept are the logits at or above the largest threshold that has `wanted` at or above it: top_k logits, or top_p of
-    the mass at or above `floors` (the result of top-k). Each pass first reads where the one before it arrived: the
-    first has no `old`, and the last no `new`: it only writes the result.
+    """Of one part of one row: how many logits (COUNT), or how much of the mass of those at or above `floors` (whose
+    sums `kept` are), lie in each of BINS ranges of keys. A pass first reads where the one before it arrived.
     """
     program = tl.program_id(0)
     row, part = (program // splits).to(tl.int64), program % splits
+    block = tl.arange(0, BLOCKS)
+    tops = tl.load(kept.tops + row * blocks + block, mask=block < blocks, other=float("-inf"))
+    top = finite(tl.max(tops, 0))
+    least = tl.zeros((), tl.float32)
     if old is None:
-        low = tl.load(floors + row).to(tl.int64)
-        high = tl.full((), 2147483648, tl.int64)
+        low, above = tl.full((), LOWEST, tl.int64), tl.zeros((), tl.int64)
         wanted = tl.full((), 1.0, tl.float64) * top_k
-        if not COUNT:
-            wanted = wanted * 0.0 - 1.0
     else:
-        low, high, wanted = _narrowed(old, row, top_p, splits, COUNT, SPLITS)
-    if new is None:
-        tl.store(floors + row, low.to(tl.int32), mask=part == 0)
-    else:
-        tl.store(new.bounds + row * 2, low, mask=part == 0)
-        tl.store(new.bounds + row * 2 + 1, high, mask=part == 0)
-        tl.store(new.wants + row, wanted, mask=part == 0)
-        if high - low > 1:  # where nothing is left to find, no later pass looks at the sums
-            threshold = tl.arange(0, 8)
-            limit = low + threshold * ((high - low + 7) // 8)
-            above = tl.zeros((8,), tl.float64)
-            block = tl.arange(0, BLOCKS)
-            top = tl.max(tl.load(tops + row * blocks + block, mask=block < blocks, other=float("-inf")), 0)
-            for chunk in range(0, chunks):
-                column = (part * chunks + chunk) * COLUMNS + tl.arange(0, COLUMNS)
-                live = column < source.vocabulary
-                place = row * source.stride + column
-                x = tl.load(source.logits + place, mask=live, other=float("-inf")).to(tl.float32)
-                if COUNT:
-                    amount = live.to(tl.float32)
-                else:
-                    amount = tl.exp2((x - finite(top)) * inverse(source))
-                counted = (ordered(x).to(tl.int64)[None, :] >= limit[:, None]) & live[None, :]
-                above += tl.sum(tl.where(counted, amount[None, :], 0.0), 1).to(tl.float64)
-            tl.store(new.sums + (row * splits + part) * 8 + threshold, above)
+        low, above, wanted = _range_left(old, row, old_shift, BINS)
+    if not COUNT:
+        totals = tl.load(kept.totals + row * blocks + block, mask=block < blocks, other=0.0).to(tl.float64)
+        decay = tl.exp2(tl.maximum((finite(tops) - top) * inverse(source), FLOOR))
+        total = tl.sum(totals * tl.where(tops == float("-inf"), 0.0, decay).to(tl.float64), 0)
+        # so small that all of them together do not reach what may be left out
+        least = (total * (1.0 - top_p) * 0.5 / source.vocabulary).to(tl.float32)
+        if old is None:
+            wanted = total * top_p * UNIT
+    tl.store(new.lows + row, low, mask=part == 0)
+    tl.store(new.aboves + row, above, mask=part == 0)
+    tl.store(new.wants + row, wanted, mask=part == 0)
+    for chunk in range(0, chunks):
+        column = (part * chunks + chunk) * COLUMNS + tl.arange(0, COLUMNS)
+        live = column < source.vocabulary
+        x = tl.load(source.logits + row * source.stride + column, mask=live, other=float("-inf")).to(tl.float32)
+        key = ordered(x)
+        if floors is not None:
+            live = live & (key >= tl.load(floors + row))
+        if COUNT:
+            amount = live.to(tl.int64)
+        else:
+            e = tl.exp2((x - top) * inverse(source))
+            live = live & (e > least)
+            amount = (tl.where(live, e, 0.0).to(tl.float64) * UNIT).to(tl.int64)
+        distance = key.to(tl.int64) - low
+        bin = distance >> shift
+        tl.atomic_add(new.sums + row * BINS + bin, amount, mask=live & (distance >= 0) & (bin < BINS), sem="relaxed")
+
+
+@triton.jit
+def _settle(search, floors, BINS: tl.constexpr):
+    """The one key that the last pass leaves."""
+    row = tl.program_id(0).to(tl.int64)
+    low, _, _ = _range_left(search, row, 0, BINS)
+    tl.store(floors + row, low.to(tl.int32))
 
 
 @triton.jit
@@ -263,21 +369,29 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int
     groups = -(-blocks // per_program)
     make = partial(torch.empty, dtype=torch.float32, device=device)
 
-    def sums(floors: Tensor | None, totals: Tensor) -> Blocks:
-        out = Blocks(tops, totals)
-        arguments = (source, floors, out, blocks, groups)
-        launch(_sums, n * groups, device, *arguments, ROWS=per_program, COLUMNS=columns, warps=tile.warps)
+    filtered = temperature != 0 and (0 < top_k < vocabulary or top_p < 1)
+    top_k = top_k if filtered and top_k < vocabulary else 0
+    width = block_width(vocabulary, top_k, columns)
+    maxima = make(n, -(-vocabulary // width), dtype=torch.int32) if width else None
+    tops = make(n, blocks)
+
+    def sums(floors: Tensor | None, maxima: Tensor | None = None) -> Blocks:
+        out = Blocks(tops, make(n, blocks))
+        constants = {"ROWS": per_program, "COLUMNS": columns, "WIDTH": 1 if maxima is None else width}
+        arguments = (source, floors, out, maxima, blocks, groups)
+        launch(_sums, n * groups, device, *arguments, **constants, warps=tile.warps)
         return out
 
-    tops, floors = make(n, blocks), None
-    kept = plain = sums(None, make(n, blocks))
-    if temperature != 0 and (0 < top_k < vocabulary or top_p < 1):
-        floors = torch.full((n,), LOWEST, dtype=torch.int32, device=device)
-        if 0 < top_k < vocabulary:
-            threshold(source, tops, floors, top_k, 1.0)
-        if top_p < 1:
-            threshold(source, tops, floors, 0, top_p)
-        kept = sums(floors, make(n, blocks))
+    floors, kept = None, sums(None, maxima)
+    plain = kept
+    if maxima is not None:
+        floors = of_candidates(source, tops, maxima, width, top_k, top_p)
+    elif top_k:
+        floors = of_histograms(source, kept, None, top_k, 1.0)
+    if filtered and top_p < 1 and maxima is None:
+        kept = kept if floors is None else sums(floors)
+        floors = of_histograms(source, kept, floors, 0, top_p)
+    kept = kept if floors is None else sums(floors)
     results = (torch.empty(n, dtype=torch.int64, device=device), make(n), make(n))
     arguments = (source, floors, kept, plain, stream, offset, *results, blocks, seed)
     constants = {"GREEDY": temperature == 0, "COLUMNS": columns, "BLOCKS": triton.next_power_of_2(blocks)}
@@ -285,20 +399,47 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int
     return results
 
 
-def threshold(source: Source, tops: Tensor, floors: Tensor, top_k: int, top_p: float) -> None:
-    """Write into `floors` the key of the lowest logit that is kept: of the top-k, or of the top-p above `floors`."""
-    n, blocks = tops.shape
-    device, vocabulary = tops.device, source.vocabulary
+def block_width(vocabulary: int, top_k: int, most: int) -> int:
+    """Logits of the blocks whose maxima bound the top_k: as many as leave top_k blocks, and as one program holds the
+    logits of top_k of them and all maxima. 0: there is no such number, or no top_k.
+    """
+    width, slots = min(64, most), triton.next_power_of_2(max(1, top_k))
+    while width and top_k and (-(-vocabulary // width) < top_k or slots * width > CANDIDATES):
+        width //= 2
+    return width if top_k and width and -(-vocabulary // width) <= CANDIDATES else 0
+
+
+def of_candidates(source: Source, tops: Tensor, maxima: Tensor, width: int, top_k: int, top_p: float) -> Tensor:
+    """The key of the lowest logit that is kept [B], found by one program a row."""
+    n, parts = maxima.shape
+    ids, floors = torch.empty_like(maxima), torch.empty(n, dtype=torch.int32, device=maxima.device)
+    slots, most = triton.next_power_of_2(top_k), triton.next_power_of_2(parts)
+    constants = {"NUCLEUS": top_p < 1, "BLOCKS": triton.next_power_of_2(tops.shape[1])}
+    constants |= {"MAXIMA": most, "SLOTS": slots, "WIDTH": width}
+    arguments = (source, tops, maxima, ids, floors, tops.shape[1], top_k, float(top_p))
+    warps = max(1, min(16, max(most, slots * width) // 512))
+    launch(_candidates, n, maxima.device, *arguments, **constants, warps=warps)
+    return floors
+
+
+def of_histograms(source: Source, kept: Blocks, floors: Tensor | None, top_k: int, top_p: float) -> Tensor:
+    """The key of the lowest logit that is kept [B]: of the top_k, or of the top_p of the mass at or above `floors`."""
+    n, blocks = kept.tops.shape
+    device, vocabulary = kept.tops.device, source.vocabulary
     columns = min(512, 1 << max(4, (vocabulary - 1).bit_length()))
     chunks = -(-vocabulary // columns)
     splits = max(1, min(64, chunks, -(-4 * tuning.chip_of(device).multiprocessors // max(1, n))))
     chunks = -(-chunks // splits)
-    make = partial(torch.empty, dtype=torch.float64, device=device)
-    passes = [Search(make(n, 2, dtype=torch.int64), make(n), make(n, splits, 8)) for _ in range(2)]
-    constants = {"COUNT": top_k > 0, "COLUMNS": columns, "SPLITS": triton.next_power_of_2(splits)}
-    constants["BLOCKS"] = triton.next_power_of_2(blocks)
-    for step in range(PASSES + 1):
-        old = None if step == 0 else passes[step % 2]
-        new = None if step == PASSES else passes[1 - step % 2]
-        arguments = (source, tops, floors, old, new, blocks, splits, chunks, float(top_k), float(top_p))
-        launch(_narrow, n * splits, device, *arguments, **constants, warps=4)
+    make = partial(torch.empty, device=device)
+    sums = torch.zeros(len(SHIFTS), n, BINS, dtype=torch.int64, device=device)
+    constants = {"COUNT": top_k > 0, "COLUMNS": columns, "BINS": BINS, "BLOCKS": triton.next_power_of_2(blocks)}
+    old, old_shift = None, 0
+    for shift, of_pass in zip(SHIFTS, sums):
+        lows, aboves = make(n, dtype=torch.int64), make(n, dtype=torch.int64)
+        new = Search(lows, aboves, make(n, dtype=torch.float64), of_pass)
+        arguments = (source, floors, kept, old, new, blocks, splits, chunks, float(top_k), float(top_p))
+        launch(_histogram, n * splits, device, *arguments, shift, old_shift, **constants, warps=4)
+        old, old_shift = new, shift
+    found = make(n, dtype=torch.int32)
+    launch(_settle, n, device, old, found, BINS=BINS, warps=4)
+    return found
