@@ -338,7 +338,10 @@ def mean(widths: list[int]) -> float:
 
 
 def outside_products(sass: str) -> int:
-    """Instructions that are in no innermost loop (a jump backwards) which multiplies in tensor cores, without NOPs."""
+    """Instructions outside the shortest loops (jumps backwards) around tensor-core products, without NOPs.
+
+    The shortest: waits for a barrier stand behind the program's end and jump back into it, over all that lies between.
+    """
     lines = [(int(place, 16), text) for place, text in INSTRUCTION.findall(sass)]
     index = {place: number for number, (place, _) in enumerate(lines)}
     loops: list[range] = []
@@ -346,11 +349,11 @@ def outside_products(sass: str) -> int:
         jump = JUMP.search(text)
         target = int(jump[1], 16) if jump else place
         if target < place and target in index:
-            loop = range(index[target], number + 1)
-            if any(re.search(MMA, lines[one][1]) for one in loop):
-                loops.append(loop)
-    innermost = [loop for loop in loops if not any(set(other) < set(loop) for other in loops)]
-    inside = {number for loop in innermost for number in loop}
+            loops.append(range(index[target], number + 1))
+    inside: set[int] = set()
+    for number, (_, text) in enumerate(lines):
+        if re.search(MMA, text):
+            inside |= set(min((loop for loop in loops if number in loop), key=len, default=()))
     return sum(number not in inside and "NOP" not in text for number, (_, text) in enumerate(lines))
 
 

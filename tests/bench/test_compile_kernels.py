@@ -28,6 +28,8 @@ def test_instructions_outside_the_innermost_loop_of_products():
     """The loop over the vocabulary has the loop over the depth in it, and its softmax counts."""
     assert compile_kernels.outside_products(SASS) == 8  # 11, without the product, its jump and the NOP
     assert compile_kernels.outside_products(SASS.replace("HGMMA", "FFMA")) == 10
+    wait = SASS.replace("MOV R1, R2", "HGMMA R1, R2").replace("BRA 0x20", "BRA 0x0").replace("BRA 0x90", "BRA 0x10")
+    assert compile_kernels.outside_products(wait) == 6  # the jump from behind the end is no loop around the product
 
 
 def test_blocks_of_a_multiprocessor():

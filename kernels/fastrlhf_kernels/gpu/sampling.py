@@ -417,7 +417,8 @@ def of_candidates(source: Source, tops: Tensor, maxima: Tensor, width: int, top_
     constants = {"NUCLEUS": top_p < 1, "BLOCKS": triton.next_power_of_2(tops.shape[1])}
     constants |= {"MAXIMA": most, "SLOTS": slots, "WIDTH": width}
     arguments = (source, tops, maxima, ids, floors, tops.shape[1], top_k, float(top_p))
-    warps = max(1, min(16, max(most, slots * width) // 512))
+    threads = max(32, min(512, max(most, slots * width) // 16))
+    warps = max(1, threads // tuning.chip_of(maxima.device).warp)
     launch(_candidates, n, maxima.device, *arguments, **constants, warps=warps)
     return floors
 
