@@ -29,7 +29,7 @@ from .terms import FLOOR, LN2, LOG2E, finite
 SHIFTS = (21, 10, 0)  # of the bits of a key that the passes look at
 BINS = 2048
 UNIT = tl.constexpr(2.0**42)  # of mass, of which the largest logit has 1: sums of 2 ** 20 such fit 63 bits
-CANDIDATES = 8192  # logits, or maxima of blocks, that one program holds
+CANDIDATES = 8192  # logits, or maxima of blocks, that one program holds; half of it on AMD, where more spills
 LOWEST = tl.constexpr(-(2**31))  # the key below all others
 
 
@@ -371,7 +371,8 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int
 
     filtered = temperature != 0 and (0 < top_k < vocabulary or top_p < 1)
     top_k = top_k if filtered and top_k < vocabulary else 0
-    width = block_width(vocabulary, top_k, columns)
+    share = CANDIDATES * 32 // tuning.chip_of(device).warp
+    width = block_width(vocabulary, top_k, columns, share)
     maxima = make(n, -(-vocabulary // width), dtype=torch.int32) if width else None
     tops = make(n, blocks)
 
@@ -399,14 +400,14 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int
     return results
 
 
-def block_width(vocabulary: int, top_k: int, most: int) -> int:
+def block_width(vocabulary: int, top_k: int, most: int, share: int) -> int:
     """Logits of the blocks whose maxima bound the top_k: as many as leave top_k blocks, and as one program holds the
-    logits of top_k of them and all maxima. 0: there is no such number, or no top_k.
+    logits of top_k of them and all maxima (`share` of each). 0: there is no such number, or no top_k.
     """
     width, slots = min(64, most), triton.next_power_of_2(max(1, top_k))
-    while width and top_k and (-(-vocabulary // width) < top_k or slots * width > CANDIDATES):
+    while width and top_k and (-(-vocabulary // width) < top_k or slots * width > share):
         width //= 2
-    return width if top_k and width and -(-vocabulary // width) <= CANDIDATES else 0
+    return width if top_k and width and -(-vocabulary // width) <= share else 0
 
 
 def of_candidates(source: Source, tops: Tensor, maxima: Tensor, width: int, top_k: int, top_p: float) -> Tensor:
