@@ -20,19 +20,19 @@ from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.data.encode import Record
 from fastrlhf.data.feedback import Feedback
-from fastrlhf.models import centring
 from fastrlhf.models.backbone import load_scalar_backbone
 from fastrlhf.models.heads import sequence_scores
-from fastrlhf.models.held_out import FILE, HeldOut
 from fastrlhf.models.loading import make_trainable
 from fastrlhf.models.lora import REWARD
+from fastrlhf.models.reward_folder import BIAS_FILE, HELD_OUT_FILE, HeldOut, bias_text
 from fastrlhf.models.saving import padding_tokenizer
 from fastrlhf.preflight.stages import Supervised, prepare_supervised
 from fastrlhf.rl.scorers import score_rows
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches
 from fastrlhf.runtime.optim import TrainedRole, make_optimizer
-from fastrlhf.trainer import Stateful, Step, SupervisedTrainer, device_of, run_stage
+from fastrlhf.supervised import SupervisedTrainer
+from fastrlhf.trainer import Stateful, Step, device_of, run_stage
 
 CENTRED_ON = 1000  # replies; their mean is then known to 3 % of the deviation of scores
 MARGIN_EDGES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
@@ -66,7 +66,7 @@ class RewardTrainer(SupervisedTrainer):
 
     model: a causal LM (its trunk gets a new head) or a reward model to go on with; folder, hub id, GGUF file or a
     loaded one. data, eval_data: whatever `load_feedback` reads. sft_data: conversations, for center_rewards, which
-    draws CENTRED_ON of their replies (models/centring.py). compute_metrics: see eval_metrics.py. Raises UserError
+    draws CENTRED_ON of their replies (models/reward_folder.py). compute_metrics: see eval_metrics.py. Raises UserError
     before any training for bad input.
     """
 
@@ -213,9 +213,9 @@ class RewardTrainer(SupervisedTrainer):
         return {**super().parts(), "held_out": self.held_out}
 
     def beside_the_model(self) -> dict[str, str]:
-        texts = {FILE: self.held_out.text()}
+        texts = {HELD_OUT_FILE: self.held_out.text()}
         if self.sft_replies:
-            texts[centring.FILE] = self._centring()
+            texts[BIAS_FILE] = self._centring()
         return texts
 
     def _centring(self) -> str:
@@ -225,7 +225,7 @@ class RewardTrainer(SupervisedTrainer):
         scores = self.memory.attempt(lambda: score_rows(self.model, rows, self.memory.tokens))
         mean = float(scores.double().mean())
         self.tracker.note(f"center_rewards: {len(rows)} replies of sft_data score {mean:.3g} on average, now 0")
-        return centring.text_of(mean, len(rows))
+        return bias_text(mean, len(rows))
 
     def trained(self) -> dict[str, TrainedRole]:
         if self.adapters is None:

@@ -27,7 +27,8 @@ from fastrlhf.preflight.stages import Supervised, prepare_supervised
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches, pack
 from fastrlhf.runtime.optim import TrainedRole, make_optimizer
-from fastrlhf.trainer import SupervisedTrainer, device_of, run_stage
+from fastrlhf.supervised import SupervisedTrainer
+from fastrlhf.trainer import device_of, run_stage
 
 
 class SFTTrainer(SupervisedTrainer):

@@ -9,7 +9,7 @@ import pytest
 
 from fastrlhf import PPOConfig, PPOTrainer, cli
 from fastrlhf.models import loading, saving
-from fastrlhf.models.held_out import HeldOut
+from fastrlhf.models.reward_folder import HeldOut
 from fastrlhf.preflight.outline import sizes
 from tests import tiny
 

@@ -21,6 +21,7 @@ RULE = (
     ("quickstart", "label", "eval"),
     ("inference", "convert", "report", "plan", "doctor"),  # verbs of their own, never imported by training
     ("ppo", "reward_model", "sft"),
+    ("supervised",),
     ("trainer",),
     ("preflight",),
     ("eval_metrics",),

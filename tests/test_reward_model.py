@@ -15,7 +15,7 @@ from transformers import (
 
 from fastrlhf import RewardTrainer
 from fastrlhf.models.heads import sequence_scores
-from fastrlhf.models.held_out import HeldOut, held_out_of
+from fastrlhf.models.reward_folder import HeldOut, held_out_of
 from fastrlhf.reward_model import MARGIN_EDGES, margin_histogram, preference_loss, record_loss
 from tests import tiny
 from tests.reward_runs import (

@@ -31,9 +31,9 @@ from fastrlhf.data.sources import modelscope_folder
 from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models import adapter_folder, moss
 from fastrlhf.models.attention import attention_for, default_attention, has_attention, tell_foreign_attention
-from fastrlhf.models.centring import centre
 from fastrlhf.models.heads import check_head
 from fastrlhf.models.quantization import quantize_trunk
+from fastrlhf.models.reward_folder import centre
 from fastrlhf.models.saving import padding_token
 from fastrlhf.models.sources import load_pretrained, loaded, locate
 from fastrlhf.runtime.distributed import device as local_device

@@ -22,9 +22,9 @@ from fastrlhf.data.dataset import split_heldout
 from fastrlhf.data.encode import Encoded, EncodedPrompt, Encoder, Example, Progress, Record, check_centring, check_ptx
 from fastrlhf.data.templates import settle_template
 from fastrlhf.eval_metrics import NO_HELD_OUT, EvalMetrics, load_eval_metrics
-from fastrlhf.models.held_out import HeldOut
 from fastrlhf.models.loading import check_scalar_form, is_scalar_model, skeleton, tokenizer_for
 from fastrlhf.models.lora import target_layers
+from fastrlhf.models.reward_folder import HeldOut
 from fastrlhf.preflight.disk import Trained, check_folder, check_room, trained_bytes
 from fastrlhf.preflight.fits import check_ids, check_limit
 from fastrlhf.preflight.outline import sizes, supervised_steps

@@ -16,7 +16,7 @@ import torch
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.encode import EncodedPrompt
-from fastrlhf.models.held_out import HeldOut
+from fastrlhf.models.reward_folder import HeldOut
 from fastrlhf.rollout.result import ScoredRollout
 
 UNSCORABLE_SHARE = 0.5

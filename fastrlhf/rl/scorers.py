@@ -25,9 +25,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.templates import encode_prompt, encode_response, settle_template
 from fastrlhf.models.adapter_folder import AdapterFolder
-from fastrlhf.models.centring import bias_of
 from fastrlhf.models.heads import last_hidden, right_padded, sequence_scores
-from fastrlhf.models.held_out import HeldOut, held_out_of
 from fastrlhf.models.loading import (
     check_source,
     is_scalar_model,
@@ -38,6 +36,7 @@ from fastrlhf.models.loading import (
 )
 from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.offload import Offload
+from fastrlhf.models.reward_folder import HeldOut, bias_of, held_out_of
 from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.rl.functions import (
     MESSAGES,

@@ -14,7 +14,7 @@ import torch
 from fastrlhf import PPOConfig, UserError
 from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.data.feedback import Prompt
-from fastrlhf.models.held_out import HeldOut
+from fastrlhf.models.reward_folder import HeldOut
 from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.report import build_report
 from fastrlhf.rl.alarms import Alarms, r_squared

@@ -1,4 +1,11 @@
-"""What reward training measured on held-out rows: kept in the model's folder, where PPO looks for what to doubt."""
+"""What lies in a reward model's folder beside its weights: how good it is on held-out rows, and its centre.
+
+The first is what reward training measured; PPO looks there for what to doubt. The second is a constant that is added to
+every score read here. Ouyang et al. 2022 (sec. 3.5) and Huang et al. 2024 shift a reward model so that the replies that
+SFT learnt score 0 on average. Pairs fix a score up to a constant only, and a constant matters where scores meet a
+number: a score for replies without an end, a clip. Stock transformers leaves it out, so its scores differ by it; the
+file says so.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastrlhf.config.errors import UserError
 from fastrlhf.data.sources import modelscope_folder
 
-FILE = "held_out.json"
+HELD_OUT_FILE = "held_out.json"
 LEAST_ACCURACY = 0.6  # of ordered pairs; 0.5 is chance
 LEAST_CORRELATION = 0.31  # where rows have scores only: of two normal variables so correlated, 0.6 of all pairs agree
+BIAS_FILE = "score_bias.json"
+NOTE = "fastrlhf adds bias to the output of the head `score`; stock transformers does not"
 
 
 @dataclass
@@ -48,7 +60,7 @@ class HeldOut:
         vars(self).update(state)
 
     def text(self) -> str:
-        """The content of FILE."""
+        """The content of HELD_OUT_FILE."""
         return json.dumps(self.state(), indent=1) + "\n"
 
 
@@ -57,7 +69,7 @@ def held_out_of(source: str | PreTrainedModel) -> HeldOut | None:
     name = source.config._name_or_path if isinstance(source, PreTrainedModel) else source
     folder = modelscope_folder(str(name), "reward") or name
     try:
-        return _read(json.loads((Path(folder) / FILE).read_text(encoding="utf-8")))
+        return _read(json.loads((Path(folder) / HELD_OUT_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -70,3 +82,32 @@ def _read(record: dict[str, Any]) -> HeldOut:
     if not all(isinstance(count, int) and count >= 0 for count in counts) or not all(map(math.isfinite, shares)):
         raise ValueError(f"no record of held-out rows: {record}")
     return held_out
+
+
+def bias_text(mean: float, replies: int) -> str:
+    """The content of BIAS_FILE. mean: of the raw scores of so many SFT replies."""
+    return json.dumps({"bias": -mean, "sft_replies": replies, "note": NOTE}, indent=1) + "\n"
+
+
+def bias_of(folder: str | Path) -> Tensor | None:
+    """What is added to the scores of the model in a folder [1] fp32; None: nothing. UserError for a damaged file."""
+    path = Path(folder) / BIAS_FILE
+    try:
+        written = path.read_text(encoding="utf-8")
+    except OSError:  # there is none, or the source is no folder
+        return None
+    try:
+        bias = json.loads(written)["bias"]
+    except (ValueError, LookupError, TypeError):
+        bias = None
+    if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
+        raise UserError(f"{path}: holds no finite number `bias`; train the reward model anew with center_rewards=true")
+    return torch.tensor([float(bias)])
+
+
+def centre(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """Give the head `score` the bias of the folder that the model was read from, where there is one."""
+    bias = bias_of(folder)
+    if bias is not None:
+        model.score.bias = nn.Parameter(bias.to(model.score.weight), requires_grad=model.score.weight.requires_grad)
+    return model
