@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -258,7 +259,9 @@ class _PPO:
         phases["experience"] = self._phase(experience, away, "reference", head=(tokens, False))
         for name, which in self._passes().items():
             head = (tokens, True) if which["policy"] else None
-            work = lambda which=which: trainer.learner.accumulate(rollout.rows, made[0], rows, **which)  # noqa: E731
+            ptx = trainer.learner.ptx if which["policy"] else None
+            mixed = () if ptx is None else ptx.draw()
+            work = partial(trainer.learner.accumulate, rollout.rows, made[0], rows, mixed, **which)
             phases[name] = self._phase(work, away, None, head=head, trains=True)
             trainer.learner.drop_gradients()
         head = None if trainer.critic is None else trainer.critic.head

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,9 @@ class PretrainingMix:
         """The rows of the next optimizer step."""
         return [self.examples[i] for i in self.sampler.take(self.rows)]
 
-    def backward(self, model: PreTrainedModel, budget: int, examples: list[Example], response_tokens: Tensor) -> Tensor:
+    def backward(
+        self, model: PreTrainedModel, budget: int, examples: Sequence[Example], response_tokens: Tensor
+    ) -> Tensor:
         """Add the gradients of these rows -> their mean loss, nats a target token, without ptx_coef; of this rank's
         rows, so that the ranks' sum is the whole. budget: tokens of a micro-batch. response_tokens 0-d: mean tokens of
         the responses beside these rows."""

@@ -9,6 +9,7 @@ again from smaller micro-batches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,7 +200,7 @@ class Learner:
         rows: TokenRows,
         experience: ValueExperience,
         mini_batch: MiniBatch,
-        mixed: list[Example],
+        mixed: Sequence[Example] = (),
         *,
         policy: bool,
         critic: bool,

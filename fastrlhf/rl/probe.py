@@ -81,7 +81,8 @@ def _update(learner: Learner, prompt: int, response: int, joined: bool) -> int:
         passes.insert(0, {"policy": False, "critic": True})
     moments = [moments_to_come(optimizer, config) for optimizer in learner.optimizers()]
     for which in passes:
-        learner.accumulate(token_rows, experience, list(range(rows)), **which)
+        mixed = learner.ptx.draw() if which["policy"] and learner.ptx is not None else ()
+        learner.accumulate(token_rows, experience, list(range(rows)), mixed, **which)
         learner.drop_gradients()
     del moments
     return rows

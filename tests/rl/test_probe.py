@@ -64,6 +64,14 @@ def test_no_weight_no_moment_no_gradient_and_no_random_number_is_left(form):
     assert t.learner.policy_updates == t.learner.critic_updates == 0
 
 
+def test_the_pretraining_mix_is_part_of_the_update_and_none_of_its_rows_is_used_up(monkeypatch):
+    t = trainer(**FORMS["ptx"])
+    before, drawn, backward = t.learner.ptx.state(), [], t.learner.ptx.backward
+    monkeypatch.setattr(t.learner.ptx, "backward", lambda *given: drawn.append(len(given[2])) or backward(*given))
+    run_probe(t.learner, t.engine, joined=t.joined, note=lambda line: None)
+    assert drawn == [t.config.mini_batch_size] and t.learner.ptx.state() == before
+
+
 @pytest.mark.parametrize(
     ("tokens", "packing", "shape"),
     [(10_000, False, (4, 40)), (90, False, (2, 40)), (90, True, (1, 80)), (1, False, (1, 40)), (1, True, (1, 40))],
