@@ -22,11 +22,12 @@ from fastrlhf.models.attention import default_attention
 from fastrlhf.models.loading import class_of, is_scalar_model, read_config
 from fastrlhf.models.sources import loaded, locate
 from fastrlhf.plan.unknown import UnknownNumbers
-from fastrlhf.rollout.parity import digest, keep_parity, unfit
+from fastrlhf.rollout.parity import digest, keep_parity, trouble, unfit
 
 WORD = "a"  # of the texts that stand in for a run's rows
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 ALL_POSITIONS = 10**9
+TRIED_POSITIONS = 8
 
 
 def base_of(source: str, role: str) -> str:
@@ -74,8 +75,8 @@ def model_without_weights(
 
     model = live.unknown(make)
     model.config._name_or_path = str(Path(base))
-    if not scalar:  # trying it would need numbers
-        reason = unfit(model)
+    if not scalar:  # whether it decodes exactly would need numbers, whether it decodes at all does not
+        reason = unfit(model) or trouble(model, TRIED_POSITIONS, cached=True)
         keep_parity(model, [digest(model), ALL_POSITIONS, not reason, reason])
     return model
 

@@ -7,6 +7,7 @@ gradient's norm, whether two tensors are close), the number is 1: finite, positi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -15,10 +16,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from fastrlhf.config.errors import UserError
+from fastrlhf.config.outcome import outcome
 from fastrlhf.plan.counter import LiveBytes, tensors_in
 
 aten = torch.ops.aten
@@ -39,6 +43,8 @@ class UnknownNumbers(LiveBytes):
     def __enter__(self) -> UnknownNumbers:
         super().__enter__()
         self._stack.enter_context(_Lists())
+        # It logs, with a traceback, what is raised and told here.
+        self._stack.enter_context(mock.patch.object(logging.getLogger(fake_tensor.__name__), "disabled", True))
         # Of fake tensors torch swaps the insides, which it refuses for those that anything else refers to.
         self._stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
         return self
@@ -68,7 +74,15 @@ class UnknownNumbers(LiveBytes):
         if function in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             args = (args[0], _positions(args[1]), *args[2:])
         with self.fake:
-            return function(*args, **kwargs)
+            result, error = outcome(lambda: function(*args, **kwargs))
+        if isinstance(
+            error, (RuntimeError, NotImplementedError)
+        ):  # torch's rule for shapes is stricter than its kernel
+            why = str(error).strip().partition("\n")[0]
+            raise UserError(f"torch cannot tell what {function} takes without computing it here: {why}") from error
+        if error is not None:
+            raise error
+        return result
 
     def _known(self, function: Any, args: tuple, kwargs: dict, tensors: list[Tensor]) -> Any:
         """Computed, unless the result would be large or is to be unknown."""

@@ -94,7 +94,7 @@ def find_parity(model: PreTrainedModel, positions: int) -> Parity:
     for cached in (True, False):
         reason = unfit(model) if cached else ""
         if not reason:
-            reason = _trouble(model, positions, cached)
+            reason = trouble(model, positions, cached)
         if not reason:
             _known[model] = Parity(digest(model), positions, cached, "; ".join(reasons))
             return _known[model]
@@ -118,7 +118,7 @@ def unfit(model: PreTrainedModel) -> str:
     return f"it has {', '.join(sorted(kinds))}, which a cache of keys and values does not serve" if kinds else ""
 
 
-def _trouble(model: PreTrainedModel, positions: int, cached: bool) -> str:
+def trouble(model: PreTrainedModel, positions: int, cached: bool) -> str:
     """What is wrong with generating this way; nothing where it is exact."""
     try:
         difference = compare(model, positions, cached)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import BloomConfig, LlamaConfig, MixtralConfig
 
 from bench import plan as bench
 from fastrlhf import cli
@@ -207,3 +207,19 @@ def test_without_the_memory_of_a_gpu_there_is_a_peak_and_no_verdict(folder):
     plan: Plan = make_plan("reward", {"model": folder}, config, Target(), search=True)
     assert report.one_line(plan).startswith("memory: ") and "of a CPU at the update (fp32)" in report.one_line(plan)
     assert "give --gpu-memory" in report.lines_of(plan)[-1]
+
+
+def test_a_dry_run_goes_on_where_torch_knows_no_shape_or_the_model_decodes_without_a_cache(tmp_path):
+    """Experts in fp32, whose kernel has a rule for shapes that takes bf16 alone; Bloom, which refuses the cache."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    MixtralConfig(**shape, **heads, intermediate_size=32, num_local_experts=2).save_pretrained(tmp_path / "experts")
+    config = CONFIGS["sft"](max_tokens=16, mini_batch_size=2)
+    line = _memory_of("sft", {"model": str(tmp_path / "experts")}, config)
+    assert line.startswith("memory: not computed: torch cannot tell what aten._grouped_mm") or "computed, not" in line
+    BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4).save_pretrained(tmp_path / "bloom")
+    config = CONFIGS["ppo"](
+        rollout_batch_size=2, mini_batch_size=2, max_new_tokens=8, max_prompt_tokens=8, critic="shared_trunk"
+    )
+    line = _memory_of("ppo", {"policy": str(tmp_path / "bloom"), "reward": "rules.py:score"}, config)
+    assert line.endswith("(fp32); computed, not run")
