@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fastrlhf import cli
 from fastrlhf.checkpoint.fingerprints import absolute, path_of
@@ -17,7 +18,7 @@ from fastrlhf.data import sources
 from fastrlhf.data.dataset import load_conversations, load_prompts
 from fastrlhf.models.adapter_folder import adapter_config
 from fastrlhf.models.backbone import same_base
-from fastrlhf.models.loading import load_policy, load_tokenizer
+from fastrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from tests import tiny
 
 # The signatures are those of modelscope 1.40.
@@ -177,3 +178,12 @@ def test_other_forms_are_refused(text, value, says, monkeypatch):
     monkeypatch.setenv("FASTRLHF_USE_MODELSCOPE", value)
     with pytest.raises(UserError, match=says):
         modelscope_id(text)
+
+
+def test_the_centre_of_a_reward_model_is_read_there_too(hub):
+    """It is in every score; without it a score for replies without an end, or a clip, means something else."""
+    folder = hub / "models/tiny/rm"
+    scalar = LlamaForSequenceClassification(LlamaConfig(**tiny.SHAPE, num_labels=1))
+    scalar.save_pretrained(folder)
+    (folder / "score_bias.json").write_text('{"bias": 0.5}')
+    assert float(load_reward_model("modelscope:tiny/rm").score.bias.detach()) == 0.5

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.inputs import HUB_ID
 from fastrlhf.data.sources import modelscope_folder
 
 HELD_OUT_FILE = "held_out.json"
@@ -89,13 +91,13 @@ def bias_text(mean: float, replies: int) -> str:
     return json.dumps({"bias": -mean, "sft_replies": replies, "note": NOTE}, indent=1) + "\n"
 
 
-def bias_of(folder: str | Path) -> Tensor | None:
-    """What is added to the scores of the model in a folder [1] fp32; None: nothing. UserError for a damaged file."""
-    path = Path(folder) / BIAS_FILE
-    try:
-        written = path.read_text(encoding="utf-8")
-    except OSError:  # there is none, or the source is no folder
+def bias_of(source: str | Path) -> Tensor | None:
+    """What is added to the scores of the model in a folder or on a hub [1] fp32; None: nothing. UserError for a damaged
+    file."""
+    path = _bias_file(source)
+    if path is None or not path.is_file():
         return None
+    written = path.read_text(encoding="utf-8", errors="replace")
     try:
         bias = json.loads(written)["bias"]
     except (ValueError, LookupError, TypeError):
@@ -105,9 +107,19 @@ def bias_of(folder: str | Path) -> Tensor | None:
     return torch.tensor([float(bias)])
 
 
-def centre(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    """Give the head `score` the bias of the folder that the model was read from, where there is one."""
-    bias = bias_of(folder)
+def _bias_file(source: str | Path) -> Path | None:
+    """Where the BIAS_FILE of a model would lie; None: its hub has none."""
+    folder = modelscope_folder(str(source), "reward") or Path(source)
+    if folder.is_dir() or not HUB_ID.fullmatch(str(source)):
+        return folder / BIAS_FILE
+    missing = dict.fromkeys(("missing_entries", "connection_errors", "gated_repo"), False)  # the weights told of those
+    found = cached_file(str(source), BIAS_FILE, **{f"_raise_exceptions_for_{name}": no for name, no in missing.items()})
+    return None if found is None else Path(found)
+
+
+def centre(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
+    """Give the head `score` the bias that lies beside the weights that the model was read from, where there is one."""
+    bias = bias_of(source)
     if bias is not None:
         model.score.bias = nn.Parameter(bias.to(model.score.weight), requires_grad=model.score.weight.requires_grad)
     return model

@@ -14,6 +14,7 @@ from fastrlhf.config.recipe import load_recipe
 from fastrlhf.data.templates import encode_prompt
 from fastrlhf.inference import score
 from fastrlhf.models.loading import load_reward_model
+from fastrlhf.models.reward_folder import bias_of
 from tests import tiny
 from tests.runs import ANSWERS, PROMPTS, ROWS, leave_after, ppo_trainer, read, reward_trainer, same
 
@@ -128,3 +129,16 @@ def test_a_recipe_may_name_it():
     given = ["model=m", "data=d.jsonl", "sft_data=s.jsonl", "center_rewards=true", "output_dir=out"]
     named, config = load_recipe("reward", None, given)
     assert named["sft_data"] == "s.jsonl" and config == RewardConfig(center_rewards=True, output_dir="out")
+
+
+def test_the_centre_of_a_model_of_the_hub_is_looked_for_there(tmp_path, monkeypatch):
+    asked = []
+    (tmp_path / "score_bias.json").write_text('{"bias": -1.5}')
+
+    def cached_file(name: str, file: str, **_: bool) -> str | None:
+        asked.append((name, file))
+        return str(tmp_path / file) if name == "org/centred" else None
+
+    monkeypatch.setattr("fastrlhf.models.reward_folder.cached_file", cached_file)
+    assert float(bias_of("org/centred")) == -1.5 and bias_of("org/plain") is None and bias_of(tmp_path / "no") is None
+    assert asked == [("org/centred", "score_bias.json"), ("org/plain", "score_bias.json")]
