@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any, NamedTuple
 
+from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import INPUTS
 from fastrlhf.config.language import Words
 from fastrlhf.config.stages import CONFIGS
@@ -84,13 +85,26 @@ def _machine(stage: StageRun, words: Words) -> list[tuple[str, str]]:
 def config(stage: StageRun) -> dict[str, Any]:
     """The inputs, the fields that differ from their defaults, and the text of config.yaml."""
     given, fields, path = stage.config, CONFIGS[stage.name].model_fields, stage.dir / "config.yaml"
-    pairs = {name: (given[name], field.default) for name, field in fields.items() if name in given}
+    usual = _defaults(stage)
+    pairs = {name: (given[name], usual[name]) for name in fields if name in given}
     changed = [
         (name, _value(value), _value(default)) for name, (value, default) in pairs.items() if not _same(value, default)
     ]
     inputs = [(name, _value(given[name])) for name in INPUTS[stage.name] if name in given]
     text = path.read_bytes()[:CONFIG_BYTES].decode("utf-8", "replace") if path.is_file() else ""
     return {"inputs": inputs, "changed": changed, "text": text}
+
+
+def _defaults(stage: StageRun) -> dict[str, Any]:
+    """The defaults of a stage's fields; where one depends on other fields (auto), what they make of it."""
+    fields = CONFIGS[stage.name].model_fields
+    usual = {name: field.default for name, field in fields.items()}
+    auto = [name for name, field in fields.items() if field.default is None and field.validate_default]
+    try:
+        config = CONFIGS[stage.name](**{n: v for n, v in stage.config.items() if n in fields and n not in auto})
+    except (UserError, TypeError):  # written by hand, or by another version
+        return usual
+    return usual | {name: getattr(config, name) for name in auto}
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -171,6 +171,7 @@ def test_a_model_config_without_a_size_is_refused(name, folder, tmp_path):
 
 def test_a_gguf_file_has_no_sizes_without_its_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("fastrlhf.models.sources.installed", lambda package: True)
+    monkeypatch.setattr("fastrlhf.models.sources._missing_bytes", lambda *_: 0)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="is a GGUF file.*name a folder"):
         sized_config(str(tmp_path / "m.gguf"), "policy")

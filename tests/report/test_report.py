@@ -337,7 +337,7 @@ def test_changed_fields_stand_beside_their_defaults(finished):
     html = finished.read_text()
     assert re.search(r"learning_rate</td><td[^>]*><code>0.0003</code></td><td[^>]*><code>1e-06</code>", html)
     section = html[html.index('<section id="config">') : html.index("The whole config.yaml")]
-    assert "eval_every" in section and "gae_lambda" not in section
+    assert "eval_every" in section and "gae_lambda" not in section and "loss_aggregation" not in section
 
 
 def test_time_is_shared_out_by_phase(finished):
