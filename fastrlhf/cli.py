@@ -238,8 +238,16 @@ def _generate(verb: str, arguments: list[str]) -> int:
     parser.add_argument("model", metavar="FOLDER", help="model folder, hub id or GGUF file")
     parser.add_argument("--prompt", action="append", help="what to reply to; may be repeated")
     _add_sampling(parser, samples=1)
+    parser.set_defaults(n=None)  # so that one that is given is known
+    parser.add_argument(
+        "--best-of", metavar="N", type=int, help="sample N replies and keep the one that --reward prefers"
+    )
+    parser.add_argument("--reward", help=f"of --best-of: {_REWARD}")
     _add_files(parser, "a prompt")
     args = _parse(parser, arguments)
+    if args.best_of is not None or args.reward is not None:
+        return _generate_best(parser, args)
+    args.n = 1 if args.n is None else args.n
     rows = _asked(parser, args, "--prompt")
     inference = _load("inference")
     options = {name: getattr(args, name) for name in _SAMPLING}
@@ -247,14 +255,36 @@ def _generate(verb: str, arguments: list[str]) -> int:
     replies = ((row, reply.text) for row, several in zip(rows, sampled) for reply in several)
     if args.output is not None:
         return _write(args.output, [{**row.columns, "prompt": row.prompt, "response": r} for row, r in replies])
-    from fastrlhf.runtime.console import redact
-
     for row, reply in replies:
         if len(rows) * args.n > 1:
-            text = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
-            print(f"--- {redact(_shown(text))}")
+            _print_asked(row)
         print(_shown(reply), flush=True)
     return EXIT_DONE
+
+
+def _generate_best(parser: _Parser, args: argparse.Namespace) -> int:
+    best = _load("eval.best_of")
+    best.check(args.best_of, args.reward, args.n, args.temperature, args.top_k)
+    reward = _reward_of(args)
+    rows = _asked(parser, args, "--prompt")
+    args.n = args.best_of
+    tell = partial(print, file=sys.stderr, flush=True)
+    options = {name: getattr(args, name) for name in _SAMPLING}
+    made = best.best_of(args.model, rows, reward=reward, say=tell, **options)
+    if args.output is None:
+        for winner in made.winners:
+            _print_asked(winner.prompt, f" [reward {winner.reward:.6g}, mean of {args.n} {winner.mean:.6g}]")
+            print(_shown(winner.reply.text), flush=True)
+    for line in made.lines(args.model):
+        tell(line)
+    return EXIT_DONE if args.output is None else _write(args.output, made.rows(tell))
+
+
+def _print_asked(row: Prompt, note: str = "") -> None:
+    from fastrlhf.runtime.console import redact
+
+    text = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
+    print(f"--- {redact(_shown(text))}{note}")
 
 
 def _score(verb: str, arguments: list[str]) -> int:
@@ -292,13 +322,14 @@ def _scored(row: Prompt, response: str, score: float) -> dict[str, Any]:
     return {**columns, "prompt": row.prompt, "response": response, "score": score}
 
 
+_REWARD = "reward model, FILE.py:FUNCTION, or {model: CLASSIFIER, label: LABEL}"
 _SHOWN_AT_ONCE = 32  # prompts whose replies are sampled together and printed before the next
 _SAMPLING = ("n", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "raw")  # arguments of inference.sample
 
 
 def _add_sampling(parser: _Parser, *, samples: int) -> None:
     parser.add_argument(
-        "--samples", dest="n", type=int, default=samples, help="replies to a prompt (default %(default)s)"
+        "--samples", dest="n", type=int, default=samples, help=f"replies to a prompt (default {samples})"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (default 256)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
@@ -357,14 +388,14 @@ def _asked(parser: _Parser, args: argparse.Namespace, options: str) -> list[Prom
 
 
 def _eval(verb: str, arguments: list[str]) -> int:
-    from fastrlhf.config.recipe import input_value, path_problem
+    from fastrlhf.config.recipe import path_problem
 
     parser = _parser(verb, "FOLDER PROMPTS [--reward REWARD] [--against FOLDER] [options]")
     parser.add_argument("model", metavar="FOLDER", help="model folder, hub id or GGUF file")
     parser.add_argument(
         "prompts", metavar="PROMPTS", help="rows with a prompt: whatever ppo's prompts take; - is stdin"
     )
-    parser.add_argument("--reward", help="reward model, FILE.py:FUNCTION, or {model: CLASSIFIER, label: LABEL}")
+    parser.add_argument("--reward", help=_REWARD)
     parser.add_argument("--against", metavar="FOLDER", help="another model: win rate, with --reward as the judge")
     parser.add_argument("--refusals", metavar="FILE", help="patterns of a refusal, a regular expression a line")
     parser.add_argument("--keywords", metavar="FILE", help="words to look for in replies, one a line")
@@ -377,10 +408,7 @@ def _eval(verb: str, arguments: list[str]) -> int:
     _check_model("FOLDER", args.model)
     if args.against is not None:
         _check_model("--against", args.against)
-    reward = input_value(args.reward)
-    problem = path_problem(reward, "reward") if isinstance(reward, str) else None
-    if problem:
-        raise UserError(f"--reward: {problem}")
+    reward = _reward_of(args)
     if args.prompts != "-" and (problem := path_problem(args.prompts, "data")):
         raise UserError(f"PROMPTS: {problem}")
     _first_line(verb, f"{args.model}, {args.prompts}")
@@ -393,6 +421,17 @@ def _eval(verb: str, arguments: list[str]) -> int:
         say=partial(print, flush=True),
         tell=partial(print, file=sys.stderr, flush=True),
     )
+
+
+def _reward_of(args: argparse.Namespace) -> Any:
+    """What --reward says, as a recipe's `reward` does."""
+    from fastrlhf.config.recipe import input_value, path_problem
+
+    reward = input_value(args.reward)
+    problem = path_problem(reward, "reward") if isinstance(reward, str) else None
+    if problem:
+        raise UserError(f"--reward: {problem}")
+    return reward
 
 
 def _write(path: str, rows: list[dict[str, Any]]) -> int:
@@ -476,7 +515,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "ppo": (_stage, "align a model with a reward model or a Python reward function"),
     "recipes": (_recipes, "list the packaged recipes; with NAME, print that one"),
     "resume": (_resume, "go on with an interrupted run"),
-    "generate": (_generate, "print a model's replies to prompts"),
+    "generate": (_generate, "print a model's replies to prompts, or the best of N by a reward"),
     "score": (_score, "print a reward model's scores of responses"),
     "eval": (_eval, "measure a model's replies: refusals, keywords, scripts, repetition, length, reward, win rate"),
     "label": (_label, "judge replies in the browser: score, rank, edit; the file trains a reward model"),

@@ -133,16 +133,21 @@ def best_of_n_curve(groups: Sequence[Sequence[float | None]], most: int) -> list
     """groups: N scores of samples to each prompt -> rows {n, kl, reward} for n = 1, 2, 4, ... up to `most`.
 
     reward: mean over prompts of `expected_best`; None scores are no samples, and a prompt with fewer than n counts not.
-    kl = log n - (n - 1) / n in nats, of the best of n to one sample: where no two score alike, else an upper bound
-    (Stiennon et al. 2020; Hilton and Gao 2022; Beirami et al. 2024).
+    kl: `best_of_n_kl`.
     """
     rows, n = [], 1
     while n <= most:
         scored = [[s for s in group if s is not None] for group in groups]
         best = mean([expected_best(own, n) for own in scored if len(own) >= n])
-        rows.append({"n": n, "kl": math.log(n) - (n - 1) / n, "reward": best})
+        rows.append({"n": n, "kl": best_of_n_kl(n), "reward": best})
         n *= 2
     return rows
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1) / n, nats: the KL of the best of n samples to one sample where no two score alike, else an upper
+    bound of it (Stiennon et al. 2020; Hilton and Gao 2022; Beirami et al. 2024)."""
+    return math.log(n) - (n - 1) / n
 
 
 def expected_best(scores: Sequence[float], n: int) -> float:
