@@ -136,11 +136,13 @@ def _began(pid: int) -> str:
 def _is_taken(path: Path) -> bool:
     """Whether the process in a lock's text has it, where the file system does not say."""
     holder = _holder(path)
-    if holder is None or holder[0] == os.getpid():
+    if holder is None:
         return False
     pid, host, began = holder
-    if host != socket.gethostname():
+    if host != socket.gethostname():  # looked at first: in containers every process has the same few numbers
         return True
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -153,8 +155,8 @@ def _is_taken(path: Path) -> bool:
 def _in_use(target: Path, *, by_text: bool = False) -> str:
     holder = _holder(_path(target))
     who = "another process" if holder is None else f"process {holder[0]} on {holder[1]}"
+    option, kind = ("output_dir", "folder") if target.is_dir() else ("--output", "file")
     if by_text:
         gone = f"if that process is gone, remove {str(_path(target))!r}"
-        return f"output_dir: {str(target)!r} is in use by {who}, says its lock; {gone}"
-    option, kind = ("output_dir", "folder") if target.is_dir() else ("--output", "file")
+        return f"{option}: {str(target)!r} is in use by {who}, says its lock; {gone}"
     return f"{option}: {str(target)!r} is in use by {who}; wait for it, stop it, or name another {kind}"

@@ -227,6 +227,7 @@ def on_this_machine(pid: int, began: str | None = None) -> str:
         (lambda: on_this_machine(os.getppid(), began="1"), True),  # the number is another process's now
         (lambda: on_this_machine(2**22 + 1, began="1"), True),  # it is gone
         (lambda: "77 another-machine 5", False),
+        (lambda: f"{os.getpid()} another-container 5", False),  # where every process has the same few numbers
         (lambda: "", True),
     ],
 )
