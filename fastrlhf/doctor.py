@@ -25,6 +25,7 @@ from fastrlhf.checkpoint.quiet import quiet_loading
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig, RewardConfig, SFTConfig
 from fastrlhf.data.encode import Encoder
+from fastrlhf.data.rendering import render
 from fastrlhf.data.templates import (
     encode_conversation,
     encode_prompt,
@@ -220,10 +221,16 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[Line]:
         return
     yield Line(area, "chat template", False, notes[0])
     if tokenizer.chat_template:
-        asked, bare = (
-            tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=begin)
-            for begin in (True, False)
+        texts, line = _try(
+            lambda: [render(tokenizer, QUESTION, add_generation_prompt=begin) for begin in (True, False)],
+            area,
+            "generation prompt",
+            "mend the template, or use chat_template=default",
         )
+        if texts is None:
+            yield line
+            return
+        asked, bare = texts
         silent = asked == bare
         remedy = "have the template open the assistant's turn under add_generation_prompt" if silent else ""
         found = "none: a reply would go on in the user's turn" if silent else repr(asked.removeprefix(bare))[:40]

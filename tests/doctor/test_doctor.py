@@ -149,3 +149,11 @@ def test_peers_lists_the_bench_commands_and_wants_a_gpu(monkeypatch):
 def test_a_model_that_is_not_there(capsys):
     assert cli.main(["doctor", "./nowhere"]) == 2
     assert "MODEL: ./nowhere does not exist" in capsys.readouterr().err
+
+
+def test_a_template_that_refuses_to_open_a_reply_is_a_line():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ raise_exception('no reply') }}{% endif %}"
+    found = {line.what: line for line in doctor.check_tokenizer(tokenizer)}
+    assert found["generation prompt"].fault and "no reply" in found["generation prompt"].found
+    assert "chat_template=default" in found["generation prompt"].do
