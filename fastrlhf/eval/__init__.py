@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastrlhf import inference
@@ -44,7 +45,7 @@ def main(
     paths = {option: path for option, path in outputs.items() if path is not None}
     for option, path in paths.items():
         inference.check_output(path, overwrite, option)
-    if len(set(paths.values())) < len(paths):
+    if len({Path(path).expanduser().resolve() for path in paths.values()}) < len(paths):
         raise UserError(f"--report: {paths['--report']} is the file of --json too; name two files")
     patterns = REFUSALS if refusals is None else read_refusals(refusals)
     words = {} if keywords is None else read_keywords(keywords)

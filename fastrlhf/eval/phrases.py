@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fastrlhf.config import encodings
 from fastrlhf.config.errors import UserError, shown
 
 OPENING_CHARS = 200  # of a reply, in which a refusal is looked for: further on it is most often quoted or reported
@@ -104,11 +105,10 @@ def _lines(path: str, option: str, what: str) -> Sequence[tuple[int, str]]:
     if len(data) > LIST_BYTES:
         raise UserError(f"{option}: {path} is larger than {LIST_BYTES >> 20} MiB; expected {what} a line")
     try:
-        text = data.decode("utf-8-sig")
+        text = encodings.decode(data)
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{option}: {path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{option}: {path}:{line}: not UTF-8 text; {encodings.remedy(error)}") from error
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise UserError(f"{option}: {path} is empty; write {what} a line")

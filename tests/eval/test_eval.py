@@ -242,3 +242,8 @@ def test_a_mistake_is_one_line_before_any_sampling(run, name):
     code, _, err = run(*arguments, *([] if "8" in arguments or not arguments else SHORT[:2]))
     assert code == 2 and expected in err and len(err.splitlines()) == 1, err
     assert "sampled" not in err
+
+
+def test_one_file_under_two_names_is_refused_before_any_sampling(run, workplace):
+    code, _, err = run("ours", "prompts.jsonl", *SHORT, "--json", "both.x", "--report", workplace / "both.x")
+    assert code == 2 and "is the file of --json too; name two files" in err and not (workplace / "both.x").exists()

@@ -168,7 +168,11 @@ def test_lists_of_a_user(tmp_path):
     [
         (b"", "list.txt is empty; write a keyword a line"),
         (b" \n\n", "is empty"),
-        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"\xff\xfe", "list.txt:1: not UTF-8 text; it looks like UTF-16; save the file as UTF-8"),
+        (
+            "bomb\n敏感的词语\n".encode("gb18030"),
+            "list.txt:2: not UTF-8 text; it looks like GBK (GB18030) and then says",
+        ),
         (None, "cannot be read: No such file"),
         (b"x" * (1 << 20) + b"y", "is larger than 1 MiB"),
     ],
