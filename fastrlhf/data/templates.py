@@ -76,6 +76,7 @@ _PROBES = {  # a conversation in which a turn of the role stands
 }
 _known: WeakKeyDictionary = WeakKeyDictionary()
 _TAIL = 256  # characters at the end of a prompt in which its last control token is looked for
+MOST_HEADS = 1024  # texts behind a control token whose ids are kept: of nearly all templates there is one
 
 
 def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
@@ -416,8 +417,10 @@ def _turn(
     reply = full[(yield from _span(stop or "", full, text, prompt, message["content"]))]
     # From the prompt's last control token on: what stands before it has no part in the reply's ids.
     at = max((text.rfind(border, -_TAIL) for border in _borders(tokenizer, known)), default=-1)
-    head, head_ids = (text, prompt_ids) if at < 0 else (text[at:], known.ids.get(text[at:]))
+    head, head_ids = (text, prompt_ids) if at <= 0 else (text[at:], known.ids.get(text[at:]))
     if head_ids is None:
+        if len(known.ids) >= MOST_HEADS:  # the prompt itself stands behind the token: every row has another
+            known.ids.clear()
         head_ids = known.ids[head] = yield Ids(head)
     ids = yield from _behind(head_ids, (yield Ids(head + reply)), reply)
     complete = reply.endswith(stop) if stop else ids[-1:] == [known.eos]

@@ -277,3 +277,15 @@ def test_ptx_rows_may_be_as_long_as_a_prompt_and_its_reply():
     assert read.counts.line().endswith(
         f"2 used, dropped: 2 longer than max_prompt_tokens + max_new_tokens = {sizes[1]}"
     )
+
+
+@pytest.mark.parametrize(("before", "kept"), [("", 0), ("x", 2)])
+def test_the_ids_behind_a_control_token_are_kept_of_few_texts(before, kept, monkeypatch):
+    """Where the token stands before the prompt, as BOS does, every row has a text of its own behind it."""
+    monkeypatch.setattr(templates, "MOST_HEADS", 2)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = before + "<|end|>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    for i in range(5):
+        templates.encode_response(tokenizer, tiny.chat(f"the cat {i}"), "yes")
+    known = templates._known_of(tokenizer)
+    assert known.borders == ["<|end|>"] and 0 <= len(known.ids) <= kept
