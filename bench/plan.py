@@ -71,7 +71,7 @@ def words(count: int) -> str:
 def trainer_of(config: StageConfig, folder: str) -> Any:
     """A real trainer with random weights, on rows of the greatest length."""
     torch.manual_seed(0)
-    shape = LlamaConfig.from_pretrained(folder, num_labels=1)
+    shape = LlamaConfig.from_pretrained(folder, num_labels=1, trust_remote_code=False)
     auto = AutoModelForSequenceClassification if config.stage == "reward" else AutoModelForCausalLM
     model = auto.from_config(shape, attn_implementation="sdpa")
     rows = 16

@@ -52,7 +52,7 @@ def dry(workplace, monkeypatch, capsys):
         out, err = capsys.readouterr()
         assert code == 0, err
         said = [line[2:] for line in out.splitlines() if line.startswith("# ")]
-        about_rows = ("prompts: ", "ptx_data: ", "output_dir: ")
+        about_rows = ("prompts: ", "ptx_data: ", "output_dir: ", "memory: ")
         return dict(line.split(": ", 1) for line in said if not line.startswith(about_rows))
 
     return lines

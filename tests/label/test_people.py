@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import random
 import threading
 import time
@@ -30,7 +31,7 @@ class Person(threading.Thread):
             except urllib.error.HTTPError as refusal:
                 self.refused.append(refusal.read().decode())
                 raise
-            except OSError:  # the server is gone; its successor has the same address
+            except (OSError, http.client.HTTPException):  # the server is gone, perhaps in the middle of its answer
                 time.sleep(0.02)
 
     def run(self) -> None:

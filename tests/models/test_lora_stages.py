@@ -278,7 +278,8 @@ def test_all_roles_together_take_little_more_than_one_model(folders, reward, tmp
         reward = str(tmp_path / "rm")
     one = runs.ppo(folders["base"], reward, critic="shared_trunk", lora=1)
     assert one.ref_policy is None and one.critic.trunk is one.policy
-    assert model < runs.held_bytes(*runs.roles_of(one)) <= 1.1 * model
+    held = runs.held_bytes(*runs.roles_of(one)) - runs.held_bytes(one.critic.head)  # 4 H: large beside this model
+    assert model < held <= 1.1 * model
     apart = runs.ppo(folders["base"], folders["rm"], lora=None)
     assert runs.held_bytes(*runs.roles_of(apart)) > 3 * model  # those of reward model and critic have no output head
 

