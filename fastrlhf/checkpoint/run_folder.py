@@ -179,10 +179,13 @@ def _beside(path: Path) -> Path:
     """An empty folder beside a run folder, locked before anybody can see it under the run's name. What a start that was
     killed left there goes. UserError where it is in use, or holds anything else."""
     fresh = path.with_name(f".tmp-{path.name}")
-    fresh.mkdir(parents=True, exist_ok=True)
-    other = owned.foreign(fresh)
-    if fresh.is_symlink() or other is not None:
-        raise UserError(f"output_dir: {str(other or fresh)!r} was not written by a run; move it away")
+    other: Path | None = fresh
+    if not fresh.is_symlink() and (fresh.is_dir() or not fresh.exists()):
+        fresh.mkdir(parents=True, exist_ok=True)
+        folders = (path for path in fresh.iterdir() if path.is_dir())  # a start makes none
+        other = owned.foreign(fresh) or next(folders, None)
+    if other is not None:
+        raise UserError(f"output_dir: {str(other)!r} was not written by a run; move it away")
     lock.acquire(fresh)
     for file in fresh.iterdir():
         if file.name != lock.LOCK:

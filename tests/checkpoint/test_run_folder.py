@@ -154,6 +154,18 @@ def test_what_a_killed_start_left_beside_the_folder_goes_and_nothing_else(tmp_pa
     assert not beside.exists() and (tmp_path / "run" / "run.json").exists()
 
 
+@pytest.mark.parametrize("beside", [".tmp-run", ".tmp-run/checkpoints"])
+def test_a_file_or_a_folder_in_the_place_of_a_start_is_named(beside, tmp_path):
+    place = tmp_path / beside
+    if place.name == ".tmp-run":
+        place.write_text("mine")
+    else:
+        place.mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"{place.name}' was not written by a run; move it away"):
+        list(build("sft", output_dir=str(tmp_path / "run"), total_steps=1))
+    assert place.exists()
+
+
 def test_a_damaged_run_and_what_a_kill_left_of_a_save_are_overwritten(tmp_path):
     build("sft", output_dir=str(tmp_path), total_steps=2).train()
     (tmp_path / "checkpoints" / "step-000002" / "MANIFEST.json").write_text("{")
