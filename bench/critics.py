@@ -8,7 +8,6 @@ The interval of a difference is that of 10,000 bootstrap draws of runs (pairs of
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from fastrlhf.quickstart import verdict
 from fastrlhf.quickstart.judge import rule
 from fastrlhf.quickstart.run import inputs
 from fastrlhf.quickstart.settings import Settings
+from fastrlhf.runtime.records import read_records
 from fastrlhf.trainer import run_stage
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -52,8 +52,10 @@ def run(form: str, models: Settings, before: verdict.Before, seed: int) -> dict[
         raise SystemExit("interrupted")
     seconds = time.monotonic() - began
     figures, answers = verdict.compare(before, folder / "final", config)
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = [step for step in steps if "reward/mean" in step][-5:]
+    problems: list[str] = []
+    last = [step for step in read_records(folder / "metrics.jsonl", problems) if "reward/mean" in step][-5:]
+    if problems:
+        raise SystemExit("\n".join(problems))
     return {
         "critic": form,
         "model_seed": models.seed,
