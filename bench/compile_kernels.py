@@ -40,11 +40,13 @@ from bench.peers import environment
 from fastrlhf_kernels.gpu import (
     attention,
     gae,
+    layers,
     linear_log_probs,
     linear_ppo_loss,
     log_probs,
     ppo_losses,
     sampling,
+    scaling,
     tuning,
 )
 from fastrlhf_kernels.gpu.launch import Launch, recorded
@@ -193,11 +195,32 @@ def decode_shapes() -> Iterator[Callable[[], Any]]:
             yield attend
 
 
+def layer_shapes() -> Iterator[Callable[[], Any]]:
+    """What stands between a decoder layer's products, and the gradients that are scaled in a backward."""
+    for heads, groups, size, wide, dtype in ((14, 2, 64, 4864, torch.bfloat16), (9, 3, 64, 1536, torch.float32)):
+        q, k = (meta(64, 1, count, size, dtype=dtype).transpose(1, 2) for count in (heads, groups))
+        x, inner, turn = (meta(64, 1, n, dtype=dtype) for n in (heads * size, wide, size))
+        store, place = meta(64, 1024, groups, size, dtype=dtype), meta(64, dtype=torch.int64)
+
+        def layer(q=q, k=k, x=x, inner=inner, turn=turn, store=store, place=place):
+            layers.rms_norm(x, x[0, 0], 1e-6)
+            layers.silu_mul(inner, inner)
+            layers.rotate(q, k, turn, turn)
+            layers.store_tokens(k[:, :, 0], k[:, :, 0], store, store, place, place)
+
+        def scale(dtype=dtype):
+            for wanted in (dtype, torch.bfloat16):
+                scaling.scaled(meta(8192, 49152, dtype=dtype), meta(), wanted)
+
+        yield layer
+        yield scale
+
+
 def launches(chip: tuning.Chip, everything: bool) -> list[Launch]:
     """What the launchers would start on `chip`; without `everything` the first of each kernel and kind of product."""
     found: list[Launch] = []
     with tuning.pretend(chip), recorded() as records:
-        for call in (*shapes(), *several_labels(), *token_shapes(), *decode_shapes()):
+        for call in (*shapes(), *several_labels(), *token_shapes(), *decode_shapes(), *layer_shapes()):
             call()
         for record in records:
             same = [other for other in found if other.kernel is record.kernel]

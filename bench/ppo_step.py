@@ -65,7 +65,8 @@ class ChildFailed(RuntimeError):
 def child(pythons: dict[str, Path], spec: dict[str, Any]) -> Run:
     """-> a function that runs one side in its process."""
     root = Path(__file__).parent.parent.resolve()
-    path = os.pathsep.join([str(root), str(root / "kernels")])
+    given = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []  # what this process was told, too
+    path = os.pathsep.join([str(root), str(root / "kernels"), *given])
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1") if spec["device"] == "cpu" else {}
 
     def run(side: str) -> dict[str, Any]:

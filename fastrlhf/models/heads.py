@@ -99,12 +99,11 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 def head_logits(head: Head, hidden: Tensor) -> Tensor:
-    """Logits [B, V] in fp32, accumulated in fp32 whatever the dtype: for the few rows of a decoding step."""
+    """Logits [..., V] of hidden [..., H] in fp32, accumulated in fp32 whatever the dtype: for a few rows."""
     weight, bias = head.weight, head.bias
-    if hidden.dtype == torch.float32 == weight.dtype:
-        logits = F.linear(hidden, weight)
-    elif hidden.is_cuda:
-        logits = torch.mm(hidden, weight.t().to(hidden.dtype), out_dtype=torch.float32)
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        flat = torch.mm(hidden.flatten(0, -2), weight.t().to(hidden.dtype), out_dtype=torch.float32)
+        logits = flat.view(*hidden.shape[:-1], len(weight))
     else:
         logits = F.linear(hidden.float(), weight.float())
     if bias is not None:

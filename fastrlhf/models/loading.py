@@ -316,7 +316,7 @@ def scalar_model(
         raise UserError(NO_CLASSIFIER.format(type(trunk_of).__name__))
     if share:
         setattr(model, model.base_model_prefix, trunk_of.base_model)
-        model.score.to_empty(device="cpu")
+        model.score.to_empty(device=trunk_of.device)
     else:
         model.base_model.load_state_dict(trunk_of.base_model.state_dict())
     hidden = model.score.weight.shape[1]
@@ -326,7 +326,7 @@ def scalar_model(
     with torch.no_grad():
         model.score.weight.copy_(head)
     prepare(model)
-    return model if model.device == trunk_of.device else model.to(trunk_of.device)
+    return model if share else model.to(trunk_of.device)
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -77,8 +77,7 @@ def attend(
     window = sliding_window if sliding_window is not None and sliding_window < cache.longest else None
     if query.is_cuda and key.shape[3] == value.shape[3]:
         q, k, v = query[:, :, 0], key.transpose(1, 2), value.transpose(1, 2)
-        lengths = cache.lengths + 1
-        out = decode_attention(q, k, v, lengths, scale=scale, softcap=softcap, window=window, validate=False)
+        out = decode_attention(q, k, v, cache.seen, scale=scale, softcap=softcap, window=window, validate=False)
         return out[:, None], None
     return _softmax_attention(query, key, value, cache.mask(window, query.dtype), scale, softcap).transpose(1, 2), None
 

@@ -7,8 +7,10 @@ weights may be updated in place, moved or replaced between rollouts.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -27,20 +29,36 @@ def bucket_of(count: int, most: int) -> int:
     return min(most, between if power > 8 and between >= count else power)
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python frees nothing by itself: a graph that goes while another is recorded breaks the record. (torch.cuda.graph
+    collects first, and empties the allocator: most of the time of a capture, once a bucket and rollout.)"""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def cuda_capture() -> Capture:
     """-> a function that records a step: (replay, the tensor that each replay fills). The graphs share one pool."""
-    pool = torch.cuda.graph_pool_handle()
+    pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):  # compiles kernels, fills caches: what must not happen while recording
-                step()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            hidden = step()
+            step()  # compiles kernels, fills caches: what must not happen while recording
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with _no_collection():
+                graph.capture_begin(pool=pool)
+                try:
+                    hidden = step()
+                finally:
+                    graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
         return graph.replay, hidden
 
     return capture

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from fastrlhf_kernels.layers import store_tokens
+
 
 class Segment(NamedTuple):
     """`count` prompts of one length, beside each other in the packed row from column `start`; their slots."""
@@ -55,8 +57,8 @@ class _Layer(CacheLayerMixin):
                     rows = packed[start : start + length * len(slots)]
                     store[slots, :length] = rows.view(len(slots), length, *rows.shape[1:])
             return key_states, value_states
-        self.keys[cache.rows, cache.lengths] = key_states[:, :, 0]
-        self.values[cache.rows, cache.lengths] = value_states[:, :, 0]
+        token = (key_states[:, :, 0], value_states[:, :, 0])
+        store_tokens(*token, self.keys, self.values, cache.rows, cache.lengths)
         seen = (slice(len(cache.rows)), slice(cache.longest))
         return self.keys[seen].transpose(1, 2), self.values[seen].transpose(1, 2)
 
@@ -82,7 +84,7 @@ class SlotCache(Cache):
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
         self.slots, self.positions = slots, positions
         self.segments: list[Segment] | None = None
-        self.rows = self.lengths = None
+        self.rows = self.lengths = self.seen = None
         self.longest = 0
         self.calls = 0  # of the attention: one a layer and forward
         self._masks: dict[int | None, Tensor] = {}
@@ -102,6 +104,7 @@ class SlotCache(Cache):
         """rows: arange of the slots that decode; lengths [rows]: tokens each slot holds; longest: no length + 1 is
         more (a number that the host knows without waiting)."""
         self.segments, self.rows, self.lengths, self.longest = None, rows, lengths, longest
+        self.seen = lengths + 1  # with the new token, which looks at itself too
         self._masks.clear()
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from fastrlhf.config.errors import UserError
 from fastrlhf.models.heads import head_logits, hidden_states, lm_head
 from fastrlhf.rollout.attention import attending
+from fastrlhf.rollout.fused import fused
 from fastrlhf.rollout.kv_cache import SlotCache
 from fastrlhf.rollout.recompute import RecomputedTrunk, TokenCache
 from fastrlhf.rollout.trunk import CachedTrunk
@@ -142,9 +144,11 @@ def trunk_over(model: PreTrainedModel, cache: SlotCache | TokenCache) -> CachedT
     return RecomputedTrunk(model, cache) if isinstance(cache, TokenCache) else CachedTrunk(model, cache)
 
 
-def decoding(model: PreTrainedModel, cache: SlotCache | TokenCache):
+@contextmanager
+def decoding(model: PreTrainedModel, cache: SlotCache | TokenCache) -> Iterator[None]:
     """The context in which such a trunk runs."""
-    return nullcontext() if isinstance(cache, TokenCache) else attending(model, cache)
+    with fused(model), nullcontext() if isinstance(cache, TokenCache) else attending(model, cache):
+        yield
 
 
 def compare(model: PreTrainedModel, positions: int, cached: bool) -> Difference:

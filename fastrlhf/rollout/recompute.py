@@ -30,7 +30,7 @@ class TokenCache:
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """The first `length` tokens of a slot into others."""
-        self.tokens[targets, :length] = self.tokens[source, :length]
+        self.tokens[targets, :length] = self.tokens[source, :length].clone()  # CUDA takes no view of what it writes to
 
 
 class RecomputedTrunk:

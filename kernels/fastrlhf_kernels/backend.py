@@ -58,17 +58,17 @@ def _obstacle(tensors: tuple[Tensor | None, ...], name: str) -> str:
         return "float64 runs in torch only"
     kinds = {t.device.type for t in given}
     if kinds == {"cuda"}:
-        return "" if all(_capability(t.device.index) >= OLDEST for t in given) else "the GPU is older than sm_80"
+        return "" if all(_new_enough(t.device.index) for t in given) else "the GPU is older than sm_80"
     if kinds == {"cpu"} and INTERPRET:
         return "" if name == "triton" else "the tensors are on the CPU"
     what = " and ".join(sorted(kinds)) or "nothing"
     return f"the tensors are on {what} (its kernels run on a GPU, or on the CPU with TRITON_INTERPRET=1)"
 
 
-def _capability(device: int | None) -> tuple[int, int]:
-    return OLDEST if torch.version.hip else torch.cuda.get_device_capability(device)
+def _new_enough(device: int | None) -> bool:
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= OLDEST
 
 
 # What `torch.compiler.assume_constant_result` sets. It is not called: it imports torch._dynamo, a second and more, into
 # every process that imports this package.
-_capability._dynamo_marked_constant = True
+_new_enough._dynamo_marked_constant = True

@@ -216,6 +216,10 @@ class Operator:
                     dtype = inputs[name].dtype
                     if not in_place or type(given) is not Tensor:  # a traced backward must be functional
                         results[name] = (given * loss_gradient).to(dtype)
+                    elif arguments["triton"] and given.is_contiguous():
+                        from .gpu.scaling import scaled
+
+                        results[name] = scaled(given, loss_gradient, dtype)
                     elif given.dtype == dtype:
                         results[name] = given.mul_(loss_gradient)
                     else:  # one pass over [V, H], not one to multiply and one to round
@@ -236,7 +240,7 @@ def flat(arguments) -> list[Any]:
     """Structures spread into their fields."""
     inputs: list[Any] = []
     for value in arguments:
-        inputs += value if isinstance(value, tuple) else (value,)
+        inputs.extend(list(value) if isinstance(value, tuple) else [value])  # torch.compile of 2.11 adds lists only
     return inputs
 
 

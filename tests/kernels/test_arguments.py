@@ -133,7 +133,7 @@ def test_triton_is_taken_for_gpu_tensors_and_refused_where_it_cannot_run(monkeyp
     on_gpu = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda", 0))
     for name in ("FASTRLHF_BACKEND", "TRITON_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
-    machine(monkeypatch, TRITON=True, INTERPRET=False, _capability=lambda index: (9, 0))
+    machine(monkeypatch, TRITON=True, INTERPRET=False, _new_enough=lambda index: True)
     assert choose_backend("auto", on_gpu) == ("triton", "the tensors are on a GPU")
     assert choose_backend("auto", on_gpu, kernel=False).name == "torch"
     double = SimpleNamespace(dtype=torch.float64, device=on_gpu.device)
@@ -145,7 +145,7 @@ def test_triton_is_taken_for_gpu_tensors_and_refused_where_it_cannot_run(monkeyp
         choose_backend("triton", X)
     machine(monkeypatch, INTERPRET=True)
     assert choose_backend("triton", X).name == "triton" and choose_backend("auto", X).name == "torch"
-    machine(monkeypatch, _capability=lambda index: (7, 5))
+    machine(monkeypatch, _new_enough=lambda index: False)
     assert choose_backend("auto", on_gpu) == ("torch", "the GPU is older than sm_80")
     machine(monkeypatch, TRITON=False)
     assert choose_backend("auto", on_gpu).name == "torch"

@@ -135,7 +135,9 @@ def test_a_chunk_takes_one_sweep(device, options):
     with recorded(start=True) as launches:
         run(triton_ppo_loss, *arguments, lambda t: t.detach().clone())
     started = [launch.kernel.fn.__name__ for launch in launches]
-    assert started == (["_ppo"] if options == "kl_and_entropy" else ["_relative", "_again"])
+    assert [name for name in started if name != "_scale"] == (
+        ["_ppo"] if options == "kl_and_entropy" else ["_relative", "_again"]
+    )
 
 
 def test_rows_that_could_not_be_left_out_count_nothing(device):

@@ -91,6 +91,20 @@ def absorb(x, scale, top, total, weighted, ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def absorb_groups(x, scale, top, total, weighted, ENTROPY: tl.constexpr):
+    """`absorb` of x [R, G, K] into sums [R, G], with scale [R, 1]: a maximum and a decay for K logits."""
+    new = tl.maximum(top, tl.max(x, 2))
+    base = finite(new)
+    distance = (x - base[:, :, None]) * scale[:, :, None]
+    e = tl.exp2(distance)
+    shift = decayed(top, base, scale)
+    decay = tl.exp2(shift)
+    if ENTROPY:
+        weighted = decay * (weighted + total * shift) + tl.sum(tl.where(e > 0, e * distance, 0.0), 2)
+    return new, decay * total + tl.sum(e, 2), weighted
+
+
+@triton.jit
 def merge(top, total, weighted, scale, ENTROPY: tl.constexpr):
     """The sums of the lanes [R, C] as sums of the rows [R]."""
     highest = tl.max(top, 1)
