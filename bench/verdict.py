@@ -184,7 +184,8 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def make_missing(options: argparse.Namespace, seeds: Sequence[int]) -> dict[str, str]:
     """Make the SFT and reward models that are not there -> why those of a seed, "models:SEED", are missing still."""
-    missing = [seed for seed in seeds if not all((place(options, seed) / s / "final").is_dir() for s in MADE)]
+    needed = ("base", *(f"{stage}/final" for stage in MADE))
+    missing = [seed for seed in seeds if not all((place(options, seed) / folder).is_dir() for folder in needed)]
     names = [f"{MODELS}:{seed}" for seed in missing]
     if options.jobs == 1:
         for name in names:

@@ -67,8 +67,8 @@ def test_a_row_of_an_earlier_run_does_not_stand_for_a_failed_one(module, tmp_pat
 def made(tmp_path):
     """A folder where the models of seeds 0 and 1 seem to be."""
     for seed in (0, 1):
-        for stage in verdict.MADE:
-            (tmp_path / f"seed-{seed}" / stage / "final").mkdir(parents=True)
+        for folder in ("base", "sft/final", "reward/final"):
+            (tmp_path / f"seed-{seed}" / folder).mkdir(parents=True)
     return tmp_path
 
 
