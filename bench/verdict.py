@@ -70,6 +70,7 @@ SHORT_RISE = 0.1  # of the rule rate, in 288 replies: about 3 standard errors of
 
 BEST_OF, MODELS = f"best-of-{verdict.BEST_OF}", "models"  # runs beside those of recipes and critics
 MADE = ("sft", "reward")  # the stages of a seed's models
+FINAL = tuple(f"{stage}/final" for stage in MADE)  # what PPO needs of them; a recipe is compared with the base too
 
 
 def make_models(folder: Path, seed: int, *, short: bool = False, stages: Sequence[str] = MADE) -> Settings:
@@ -182,9 +183,8 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return row | {"passed": all(met for *_, met in bars(row, short=options.short))}
 
 
-def make_missing(options: argparse.Namespace, seeds: Sequence[int]) -> dict[str, str]:
+def make_missing(options: argparse.Namespace, seeds: Sequence[int], needed: Sequence[str] = FINAL) -> dict[str, str]:
     """Make the SFT and reward models that are not there -> why those of a seed, "models:SEED", are missing still."""
-    needed = ("base", *(f"{stage}/final" for stage in MADE))
     missing = [seed for seed in seeds if not all((place(options, seed) / folder).is_dir() for folder in needed)]
     names = [f"{MODELS}:{seed}" for seed in missing]
     if options.jobs == 1:
@@ -197,7 +197,7 @@ def make_missing(options: argparse.Namespace, seeds: Sequence[int]) -> dict[str,
 def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """-> (the figures of all runs that ended, in the order of `planned`; why each of the others has none)."""
     seeds = options.seeds[:1] if options.short else options.seeds
-    failed = make_missing(options, seeds)
+    failed = make_missing(options, seeds, FINAL if options.critics else ("base", *FINAL))
     rows: dict[str, Any] = {}
 
     def keep(known: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def test_a_row_of_an_earlier_run_does_not_stand_for_a_failed_one(module, tmp_pat
 def made(tmp_path):
     """A folder where the models of seeds 0 and 1 seem to be."""
     for seed in (0, 1):
-        for folder in ("base", "sft/final", "reward/final"):
+        for folder in verdict.FINAL:
             (tmp_path / f"seed-{seed}" / folder).mkdir(parents=True)
     return tmp_path
 
@@ -99,6 +99,8 @@ def recipe_row(name):
 
 
 def test_the_runs_of_recipes_are_gathered_in_the_order_of_the_seeds(made, monkeypatch, capsys):
+    for seed in (0, 1):
+        (made / f"seed-{seed}/base").mkdir()
     asked = stand_in(monkeypatch, verdict, recipe_row)
     arguments = ["--seeds", "1", "0", "--jobs", "4", "--work", str(made), "--json", str(made / "all.json")]
     changed = ["--recipes", "rloo", "ppo-max", "best-of-8", "--set", "rloo.kl_coef=0.1"]
@@ -116,7 +118,7 @@ def test_only_missing_models_are_made_and_a_seed_without_them_is_left_out(made, 
     asked = stand_in(monkeypatch, verdict, lambda name: None if name == "models:2" else recipe_row(name))
     arguments = ["--recipes", "grpo", "--seeds", "0", "2", "--jobs", "2", "--work", str(made)]
     assert verdict.main([*arguments, "--json", str(made / "all.json")]) == 1
-    assert list(asked) == ["models:2", "grpo:0"]
+    assert list(asked) == ["models:0", "models:2", "grpo:0"]  # seed 0 lacks the base model, which recipes need
     written = json.loads((made / "all.json").read_text())
     assert [row["seed"] for row in written["runs"]] == [0] and written["failed"] == {"models:2": "exit code 1"}
 
@@ -130,12 +132,12 @@ def critic_row(name):
 
 
 def test_a_pair_of_critics_that_lost_a_half_is_left_out_of_the_difference(made, monkeypatch):
-    stand_in(monkeypatch, verdict, critic_row)
+    asked = stand_in(monkeypatch, verdict, critic_row)
     arguments = ["--critics", "--seeds", "0", "1", "--ppo-seeds", "0", "--jobs", "9", "--work", str(made)]
     assert verdict.main([*arguments, "--json", str(made / "all.json")]) == 1
     written = json.loads((made / "all.json").read_text())
     assert len(written["runs"]) == 3 and written["difference"]["runs"] == 1 and written["difference"]["passed"]
-    assert list(written["failed"]) == ["shared_trunk:1:0"]
+    assert list(written["failed"]) == ["shared_trunk:1:0"] and not [name for name in asked if "models" in name]
 
 
 def test_the_child_writes_the_figures_of_its_run_alone(made, monkeypatch):
