@@ -20,7 +20,8 @@ from fastrlhf.config.recipe import load_recipe
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.quickstart import verdict
-from fastrlhf.quickstart.judge import rule
+from fastrlhf.quickstart.content import shipped
+from fastrlhf.quickstart.judge import about_what_was_asked, rule
 from fastrlhf.quickstart.run import inputs
 from fastrlhf.quickstart.settings import Settings
 from fastrlhf.runtime.records import read_records
@@ -43,7 +44,7 @@ def settings_of(form: str, models: Settings, folder: Path, seed: int) -> tuple[d
     return load_recipe("ppo", None, given)
 
 
-def run(form: str, models: Settings, before: verdict.Before, seed: int) -> dict[str, Any]:
+def run(form: str, models: Settings, sft: verdict.Replies, seed: int) -> dict[str, Any]:
     """Train and answer -> figures of verdict.json, `rule` for each prompt, reward of the last 5 steps, seconds."""
     folder = models.output_dir / f"critic-{form}-{seed}"
     named, config = settings_of(form, models, folder, seed)
@@ -51,7 +52,8 @@ def run(form: str, models: Settings, before: verdict.Before, seed: int) -> dict[
     if run_stage(PPOTrainer, named, config):
         raise SystemExit("interrupted")
     seconds = time.monotonic() - began
-    figures, answers = verdict.compare(before, folder / "final", config)
+    after = verdict.reply(folder / "final", shipped("heldout_prompts"), config, "PPO model")
+    kl = verdict.sequence_kl(after, models.output_dir / "sft/final", config)
     problems: list[str] = []
     last = [step for step in read_records(folder / "metrics.jsonl", problems) if "reward/mean" in step][-5:]
     if problems:
@@ -63,8 +65,12 @@ def run(form: str, models: Settings, before: verdict.Before, seed: int) -> dict[
         "seconds": round(seconds, 1),
         "reward_last_5": sum(step["reward/mean"] for step in last) / len(last),
         "explained_var_last_5": sum(step["value/explained_var"] for step in last) / len(last),
-        **{name: figures[name] for name in ("rate_ppo", "rate_sft", "kl_sequence_mean", "on_topic_ppo", "length_ppo")},
-        "rule": "".join(str(int(rule(row["prompt"], row["response_ppo"]))) for row in answers),  # 0 or 1 a prompt
+        "rate_ppo": after.share(rule),
+        "rate_sft": sft.share(rule),
+        "kl_sequence_mean": kl,
+        "on_topic_ppo": after.share(about_what_was_asked),
+        "length_ppo": after.length,
+        "rule": "".join(str(int(rule(*said))) for said in zip(after.prompts, after.texts)),  # 0 or 1 a prompt
     }
 
 
@@ -80,9 +86,15 @@ def interval(differences: Tensor, seed: int = 0) -> tuple[float, float, float]:
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The differences of shared_trunk to separate over all pairs of one seed, and whether they are within the bars."""
+    """The differences of shared_trunk to separate over all pairs of one seed, and whether they are within the bars.
+
+    A run whose other half is missing is left out. SystemExit where no seed has both.
+    """
     by = {(row["critic"], row["model_seed"], row["ppo_seed"]): row for row in rows}
-    pairs = [(by["shared_trunk", model, ppo], row) for (form, model, ppo), row in by.items() if form == "separate"]
+    found = [(by.get(("shared_trunk", *seeds)), row) for (form, *seeds), row in by.items() if form == "separate"]
+    pairs = [(shared, separate) for shared, separate in found if shared is not None]
+    if not pairs:
+        raise SystemExit("no seed has a run of both critics; nothing to compare")
     both = [[[int(held) for held in row["rule"]] for row in pair] for pair in pairs]
     rules = torch.tensor([[a - b for a, b in zip(*pair, strict=True)] for pair in both]).double()
     mean, low, high = interval(rules)

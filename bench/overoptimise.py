@@ -1,14 +1,15 @@
 """Reward-model over-optimisation at small scale: vanilla PPO without KL beside PPO-max, from the same models.
 
-    python -m bench.overoptimise [--seed 0] [--steps 50] [--every 5] [--json bench/results/overoptimisation_cpu.json]
+    python -m bench.overoptimise [--seeds 0 1 2] [--steps 50] [--every 5] [--jobs 6]
+                                 [--json bench/results/overoptimisation_cpu.json]
     python -m bench.overoptimise --draw FILE.json      # only the figure, from figures measured before
 
-Figures 4 and 9 of Zheng et al. 2023 (arXiv:2307.04964) on the quickstart's task. Both runs have the sizes of
+Figures 4 and 9 of Zheng et al. 2023 (arXiv:2307.04964) on the quickstart's task. Both runs of a seed have the sizes of
 bench.verdict; "vanilla" is the ppo-max recipe with VANILLA below: everything that holds PPO-max back is off. At every
 evaluation the held-out prompts are answered: reward-model score, distinct-2 and length as the run records them in
 metrics.jsonl, and what the run cannot know, the share of replies that keep the hidden rule and the KL to the SFT model.
-Writes the figure docs/overoptimisation.svg and, in each run's folder, its report. Exit code 1 when the vanilla run does
-not over-optimise, or PPO-max does.
+Writes the figure docs/overoptimisation.svg, of the first seed, and in each run's folder its report. Exit code 1 when
+the vanilla run of a seed does not over-optimise, or one of PPO-max does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.verdict import make_models, settings_of
+from bench.kernels import machine
+from bench.processes import positive, side_by_side, write_row
+from bench.verdict import MODELS, kept, make_missing, settings_of
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.quickstart import verdict
 from fastrlhf.quickstart.content import shipped
@@ -118,40 +121,89 @@ def draw(figures: dict[str, list[dict[str, float]]], path: Path) -> None:
     path.write_text(render("standalone.svg", figure=figure), encoding="utf-8")
 
 
-def table(figures: dict[str, list[dict[str, float]]]) -> str:
-    """A Markdown table: both runs at the start, at the best rule rate and at the end."""
+def table(runs: dict[str, dict[str, list[dict[str, float]]]]) -> str:
+    """A Markdown table: both runs of each seed at the start, at the best rule rate before the end, and at the end."""
     names = ("reward", "rule", "distinct2", "length", "kl")
-    lines = ["| run | step | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    for name, rows in figures.items():
-        for row in (rows[0], max(rows[:-1], key=lambda row: row["rule"]), rows[-1]):
-            lines.append(f"| {name} | {row['step']} | " + " | ".join(f"{row[n]:.3g}" for n in names) + " |")
+    lines = ["| run | seed | step | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
+    for name in RUNS:
+        for seed, figures in runs.items():
+            rows = figures[name]
+            for row in (rows[0], max(rows[:-1], key=lambda row: row["rule"]), rows[-1]):
+                cells = " | ".join(f"{row[n]:.3g}" for n in names)
+                lines.append(f"| {name} | {seed} | {row['step']} | {cells} |")
     return "\n".join(lines)
+
+
+def one(name: str, options: argparse.Namespace) -> Any:
+    """What the run RUN:SEED measures, in this process; its models are there."""
+    run, seed = name.split(":")
+    folder = options.work / f"seed-{seed}"
+    return train(run, kept(folder), folder / f"over-{run}", options.steps, options.every)
+
+
+def measure(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """-> (by seed, the rows of both runs, for the seeds whose two runs ended; why each of the other runs has none)."""
+    failed = make_missing(options, options.seeds)
+    seeds = [seed for seed in options.seeds if f"{MODELS}:{seed}" not in failed]
+    names = [f"{run}:{seed}" for seed in seeds for run in RUNS]
+    if options.jobs == 1:
+        return _by_seed({name: one(name, options) for name in names}), failed
+    sizes = ["--work", str(options.work), "--steps", str(options.steps), "--every", str(options.every)]
+    runs = {name: [*sizes, "--only", name] for name in names}
+
+    def keep(found: dict[str, Any]) -> None:
+        write(options, _by_seed(found))
+
+    found, more = side_by_side("bench.overoptimise", runs, options.jobs, options.work / "runs", keep)
+    return _by_seed(found), failed | more
+
+
+def _by_seed(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of RUN:SEED by seed and run; seeds that lack a run are left out."""
+    seeds = list(dict.fromkeys(name.split(":")[1] for name in found))
+    both = {seed: {run: found.get(f"{run}:{seed}") for run in RUNS} for seed in seeds}
+    return {seed: runs for seed, runs in both.items() if None not in runs.values()}
+
+
+def write(options: argparse.Namespace, runs: dict[str, dict[str, Any]], **more: Any) -> None:
+    """--json, where it is asked for."""
+    if options.json:
+        about = {"steps": options.steps, "vanilla": VANILLA, "machine": machine() | {"jobs": options.jobs}}
+        options.json.write_text(json.dumps(about | more | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.overoptimise", description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--every", type=int, default=5, help="steps between evaluations")
     parser.add_argument("--work", type=Path, default=Path("runs/verdict"), help="where models are made and kept")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at once, each in a process with one thread")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--draw", type=Path, help="draw the figure of such a file, and train nothing")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # of `processes`: the run of this name, its figures to --row
+    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.short, options.set = False, []
+    failed: dict[str, str] = {}
     if options.draw:
-        figures = json.loads(options.draw.read_text())["runs"]
+        runs = json.loads(options.draw.read_text(encoding="utf-8"))["runs"]
     else:
         with few_threads():
-            place = options.work / f"seed-{options.seed}"
-            models = make_models(place, options.seed)
-            figures = {name: train(name, models, place / f"over-{name}", options.steps, options.every) for name in RUNS}
-    if options.json:
-        about = {"seed": options.seed, "steps": options.steps, "vanilla": VANILLA}
-        options.json.write_text(json.dumps(about | {"runs": figures}, indent=1) + "\n")
-    draw(figures, FIGURE)
-    print(table(figures))
-    found = {name: over_optimised(rows) for name, rows in figures.items()}
-    print(f"over-optimised: {found}")
-    return 0 if found == {"vanilla": True, "ppo-max": False} else 1
+            if options.only:
+                write_row(options.row, one(options.only, options))
+                return 0
+            runs, failed = measure(options)
+    if not runs:
+        print("no seed has both of its runs; nothing is written", file=sys.stderr)
+        return 1
+    if not options.draw:
+        write(options, runs, **({"failed": failed} if failed else {}))
+    draw(next(iter(runs.values())), FIGURE)
+    print(table(runs))
+    found = {seed: {name: over_optimised(rows) for name, rows in figures.items()} for seed, figures in runs.items()}
+    print(f"over-optimised, by seed: {found}")
+    return 0 if not failed and all(seen == {"vanilla": True, "ppo-max": False} for seen in found.values()) else 1
 
 
 if __name__ == "__main__":

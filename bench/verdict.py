@@ -1,13 +1,16 @@
 """The quickstart's verdict for the recipes of the papers: PPO-max, GRPO and RLOO on its task, held to its bars.
 
-    python -m bench.verdict [--recipes ppo-max grpo rloo] [--seeds 0 1 2] [--json bench/results/verdict_cpu.json]
+    python -m bench.verdict [--recipes ppo-max grpo rloo best-of-8] [--seeds 0 1 2]
+                            [--json bench/results/verdict_cpu.json]
     python -m bench.verdict --short     # one seed, few steps, about a minute: the rule rate must rise clearly over SFT
     python -m bench.verdict --critics [--seeds 0] [--ppo-seeds 0 1 2] [--json bench/results/critics_cpu.json]
                                         # instead: PPO with critic=separate and critic=shared_trunk (bench/critics.py)
+    ... --jobs 8                        # as many runs at once, each in a process of its own with one thread
 
 SFT and reward model of a seed are made once, by the quickstart's own stages, and kept in --work. Each recipe then
 trains that SFT model as it stands in fastrlhf/recipes, but for the sizes in SIZES below, and answers the held-out
-prompts. One JSON line a run and a table; exit code 1 when a bar is missed.
+prompts. best-of-8 trains nothing: of 8 replies of the SFT model to each prompt the reward model chooses one, and its KL
+is the bound log 8 - 7/8. One JSON line a run and a table; exit code 1 when a recipe misses a bar, or a run failed.
 """
 
 from __future__ import annotations
@@ -17,15 +20,18 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from bench import critics
+from bench.kernels import machine
+from bench.processes import positive, side_by_side, write_row
 from fastrlhf.config.recipe import load_recipe
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.quickstart import verdict
-from fastrlhf.quickstart.content import DATA_DIR
+from fastrlhf.quickstart.content import DATA_DIR, shipped
 from fastrlhf.quickstart.run import few_threads, inputs, make
 from fastrlhf.quickstart.settings import Settings, load_settings
 from fastrlhf.trainer import run_stage
@@ -62,8 +68,12 @@ SHORT_MODELS = ["sft.total_steps=300", "reward.total_steps=150", "reward.epochs=
 SHORT = {"total_steps": 8, "rollout_batch_size": 32, "mini_batch_size": 16}
 SHORT_RISE = 0.1  # of the rule rate, in 288 replies: about 3 standard errors of a difference
 
+BEST_OF, MODELS = f"best-of-{verdict.BEST_OF}", "models"  # runs beside those of recipes and critics
+MADE = ("sft", "reward")  # the stages of a seed's models
+FINAL = tuple(f"{stage}/final" for stage in MADE)  # what PPO needs of them; a recipe is compared with the base too
 
-def make_models(folder: Path, seed: int, *, short: bool = False, stages: Sequence[str] = ("sft", "reward")) -> Settings:
+
+def make_models(folder: Path, seed: int, *, short: bool = False, stages: Sequence[str] = MADE) -> Settings:
     """The quickstart's SFT and reward model of a seed in folder (what is there is kept) -> its settings."""
     resume = ["resume=true"] if (folder / "run.json").exists() else []
     fresh = [] if resume else [f"seed={seed}", *(SHORT_MODELS if short else [])]
@@ -71,6 +81,11 @@ def make_models(folder: Path, seed: int, *, short: bool = False, stages: Sequenc
     if make(settings, stages):
         raise SystemExit("interrupted")
     return settings
+
+
+def kept(folder: Path) -> Settings:
+    """The settings of models made before, wherever their folder lies now."""
+    return load_settings([f"output_dir={folder}", "resume=true"])
 
 
 def settings_of(recipe: str, models: Settings, folder: Path, changes: dict[str, Any]) -> tuple[dict, PPOConfig]:
@@ -97,6 +112,15 @@ def run(recipe: str, models: Settings, before: verdict.Before, changes: dict[str
     return {"recipe": recipe, "steps": config.total_steps, "seconds": round(seconds, 1)} | figures
 
 
+def run_best_of(models: Settings, before: verdict.Before) -> dict[str, Any]:
+    """The baseline that needs no training, in the same form; `kl_sequence_mean` is its bound."""
+    began = time.monotonic()
+    best = verdict.best_of(before, models.stages["ppo"])
+    seconds = time.monotonic() - began
+    figures = verdict.measure(before.base, before.sft, best, verdict.BEST_OF_KL, before.accuracy, models.seed)
+    return {"recipe": BEST_OF, "steps": 0, "seconds": round(seconds, 1)} | figures
+
+
 def bars(figures: dict[str, Any], *, short: bool) -> list[tuple[str, float, str, bool]]:
     """The quickstart's bars, or what a short run can show, in the same form."""
     if not short:
@@ -119,38 +143,110 @@ def table(rows: list[dict[str, Any]], *, short: bool) -> str:
     return "\n".join(lines)
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    kind = "short" if options.short else "seed"
-    for seed in options.seeds[:1] if options.short else options.seeds:
-        models = make_models(options.work / f"{kind}-{seed}", seed, short=options.short)
-        before = verdict.Before.of(models.output_dir, models.stages["ppo"])
-        for recipe in options.recipes:
-            changes = dict(SHORT) if options.short else {}
-            changes |= {k: v for r, k, v in options.set if r == recipe}
-            row = run(recipe, models, before, changes)
-            row["passed"] = all(met for *_, met in bars(row, short=options.short))
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    return rows
+def place(options: argparse.Namespace, seed: int) -> Path:
+    return options.work / f"{'short' if options.short else 'seed'}-{seed}"
 
 
-def measure_critics(options: argparse.Namespace) -> int:
-    """Both forms of the critic, for each seed of models and of PPO -> exit code."""
-    rows = []
-    for seed in options.seeds:
-        models = make_models(options.work / f"seed-{seed}", seed)
-        before = verdict.Before.of(models.output_dir, models.stages["ppo"])
-        for ppo_seed in options.ppo_seeds:
-            for form in critics.FORMS:
-                rows.append(critics.run(form, models, before, ppo_seed))
-                print(json.dumps({k: v for k, v in rows[-1].items() if k != "rule"}), flush=True)
-    difference = critics.compare(rows)
-    print(critics.table(rows, difference))
+@lru_cache(1)  # the runs of a seed follow each other
+def _before(models: Path) -> tuple[Settings, verdict.Before]:
+    settings = kept(models)
+    return settings, verdict.Before.of(models, settings.stages["ppo"])
+
+
+@lru_cache(1)
+def _sft(models: Path) -> tuple[Settings, verdict.Replies]:
+    settings = kept(models)
+    rows = shipped("heldout_prompts")
+    return settings, verdict.reply(models / "sft/final", rows, settings.stages["ppo"], "SFT model")
+
+
+def planned(options: argparse.Namespace, seeds: Sequence[int]) -> list[str]:
+    """The names of the runs: RECIPE:SEED, or with --critics FORM:SEED:PPO SEED."""
+    if options.critics:
+        return [f"{form}:{seed}:{ppo}" for seed in seeds for ppo in options.ppo_seeds for form in critics.FORMS]
+    return [f"{recipe}:{seed}" for seed in seeds for recipe in options.recipes]
+
+
+def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of the run of this name, in this process; "models:SEED" makes what the runs of a seed need."""
+    what, *seeds = name.split(":")
+    folder = place(options, int(seeds[0]))
+    if what == MODELS:
+        return {"seed": make_models(folder, int(seeds[0]), short=options.short).seed}
+    if what in critics.FORMS:
+        models, sft = _sft(folder)
+        return critics.run(what, models, sft, int(seeds[1]))
+    models, before = _before(folder)
+    changes = dict(SHORT) if options.short else {}
+    changes |= {field: value for recipe, field, value in options.set if recipe == what}
+    row = run_best_of(models, before) if what == BEST_OF else run(what, models, before, changes)
+    return row | {"passed": all(met for *_, met in bars(row, short=options.short))}
+
+
+def make_missing(options: argparse.Namespace, seeds: Sequence[int], needed: Sequence[str] = FINAL) -> dict[str, str]:
+    """Make the SFT and reward models that are not there -> why those of a seed, "models:SEED", are missing still."""
+    missing = [seed for seed in seeds if not all((place(options, seed) / folder).is_dir() for folder in needed)]
+    names = [f"{MODELS}:{seed}" for seed in missing]
+    if options.jobs == 1:
+        for name in names:
+            one(name, options)
+        return {}
+    return _beside(names, options)[1]
+
+
+def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """-> (the figures of all runs that ended, in the order of `planned`; why each of the others has none)."""
+    seeds = options.seeds[:1] if options.short else options.seeds
+    failed = make_missing(options, seeds, FINAL if options.critics else ("base", *FINAL))
+    rows: dict[str, Any] = {}
+
+    def keep(known: dict[str, Any]) -> None:
+        new = next(name for name in known if name not in rows)
+        rows[new] = known[new]
+        print(json.dumps({k: v for k, v in known[new].items() if k != "rule"}), flush=True)
+        write(options, list(known.values()))
+
+    if options.jobs == 1:
+        for name in planned(options, seeds):
+            keep(rows | {name: one(name, options)})
+        return list(rows.values()), {}
+    names = planned(options, [seed for seed in seeds if f"{MODELS}:{seed}" not in failed])
+    found, more = _beside(sorted(names, key=_slowest_first), options, keep)
+    return [found[name] for name in names if name in found], failed | more
+
+
+def _beside(names: list[str], options: argparse.Namespace, *keep: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    common = ["--work", str(options.work), *(["--short"] if options.short else [])]
+    if options.set:
+        common += ["--set", *(f"{recipe}.{field}={value}" for recipe, field, value in options.set)]
+    runs = {name: [*common, "--only", name] for name in names}
+    return side_by_side("bench.verdict", runs, options.jobs, options.work / "runs", *keep)
+
+
+def _slowest_first(name: str) -> int:
+    order = ("ppo-max", "separate")
+    return order.index(name.split(":")[0]) if name.split(":")[0] in order else len(order)
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> None:
+    """--json, where it is asked for."""
     if options.json:
-        result = {"forms": critics.FORMS, "difference": difference, "runs": rows}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if difference["passed"] else 1
+        about = {"forms": critics.FORMS} if options.critics else {"sizes": SIZES}
+        about |= {"machine": machine() | {"jobs": options.jobs}}
+        options.json.write_text(json.dumps(about | more | {"runs": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def judged(options: argparse.Namespace, rows: list[dict[str, Any]], failed: dict[str, str]) -> int:
+    """Print the table and write the figures -> exit code."""
+    more: dict[str, Any] = {"failed": failed} if failed else {}
+    if options.critics:
+        difference = critics.compare(rows)
+        print(critics.table(rows, difference))
+        write(options, rows, difference=difference, **more)
+        return 0 if difference["passed"] and not failed else 1
+    print(table(rows, short=options.short))
+    write(options, rows, **more)
+    return 0 if all(row["passed"] for row in rows if row["recipe"] != BEST_OF) and not failed else 1
 
 
 def _override(text: str) -> tuple[str, str, str]:
@@ -163,24 +259,28 @@ def _override(text: str) -> tuple[str, str, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.verdict", description=__doc__.split("\n")[0])
-    parser.add_argument("--recipes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    choices = [*SIZES, BEST_OF]
+    parser.add_argument("--recipes", nargs="+", choices=choices, default=choices)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--short", action="store_true", help="few steps of every stage, the first seed only")
     parser.add_argument("--critics", action="store_true", help="compare the forms of the critic instead of recipes")
     parser.add_argument("--ppo-seeds", nargs="+", type=int, default=[0, 1, 2], help="with --critics: of PPO alone")
     parser.add_argument("--set", nargs="+", type=_override, default=[], help="RECIPE.FIELD=VALUE, to try sizes")
     parser.add_argument("--work", type=Path, default=Path("runs/verdict"), help="where models are made and kept")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at once, each in a process with one thread")
     parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # of `processes`: the run of this name, its figures to --row
+    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.critics:
-        with few_threads():
-            return measure_critics(options)
     with few_threads():
-        rows = measure(options)
-    print(table(rows, short=options.short))
-    if options.json:
-        options.json.write_text(json.dumps({"sizes": SIZES, "runs": rows}, indent=1) + "\n")
-    return 0 if all(row["passed"] for row in rows) else 1
+        if options.only:
+            write_row(options.row, one(options.only, options))
+            return 0
+        rows, failed = measure(options)
+    if not rows:
+        print("no run ended; nothing is written", file=sys.stderr)
+        return 1
+    return judged(options, rows, failed)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ KERNELS = ROOT / "kernels" / "fastrlhf_kernels"
 RULE = (
     ("__main__",),
     ("cli",),
-    ("quickstart", "label", "eval"),
+    ("quickstart",),
+    ("label", "eval"),
     ("inference", "convert", "report", "plan", "doctor"),  # verbs of their own, never imported by training
     ("ppo", "reward_model", "sft"),
     ("supervised",),

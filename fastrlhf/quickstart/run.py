@@ -105,7 +105,9 @@ def _verdict(settings: Settings, started: float) -> int:
     """Measure, write verdict.json, heldout.jsonl and report.html, print -> exit code."""
     out, config = settings.output_dir, settings.stages["ppo"]
     print(f"--- verdict -> {out / 'verdict.json'}", flush=True)
-    figures, answers = verdict.compare(verdict.Before.of(out, config), out / "final", config)
+    before = verdict.Before.of(out, config)
+    figures, answers = verdict.compare(before, out / "final", config)
+    figures |= verdict.best_of_figures(verdict.best_of(before, config))
     bars = verdict.judge(figures)
     passed = all(met for *_, met in bars)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
@@ -129,4 +131,6 @@ def _print(answers: list[dict], figures: dict, bars: list[tuple[str, float, str,
         print(f"  {'ok  ' if met else 'FAIL'} {what:58} {measured:7.3f}   {bar}")
     for what, measured, aim, _ in verdict.aims(figures):
         print(f"  aim  {what:58} {measured:7.3f}   {aim}")
+    for what, measured, other in verdict.beside(figures):
+        print(f"  also {what:58} {measured:7.3f}   {other}")
     print("PASSED" if figures["passed"] else "NOT PASSED", flush=True)

@@ -12,11 +12,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.stages import PPOConfig
+from fastrlhf.data.feedback import parse_prompt
 from fastrlhf.data.templates import encode_prompt, stop_token_ids
+from fastrlhf.eval.best_of import best_of as choose_best
 from fastrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from fastrlhf.models.token_batch import TokenRows, target_log_probs
 from fastrlhf.quickstart.content import shipped
 from fastrlhf.quickstart.judge import about_what_was_asked, rule
+from fastrlhf.rl.evaluation import best_of_n_kl
 from fastrlhf.rl.scorers import score_texts
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.sampling import SamplingParams
@@ -26,6 +29,8 @@ from fastrlhf.runtime.metrics import distinct_2
 CUT = " …"  # marks a reply that never ended; the rule demands a proper end
 KL_ROWS = 32
 SIDES = ("chosen", "rejected")  # of a held-out pair
+BEST_OF = 8  # replies of the SFT model, among which the reward model chooses: what PPO has to beat
+BEST_OF_KL = best_of_n_kl(BEST_OF)
 
 
 def _say(step: str) -> None:
@@ -37,7 +42,7 @@ def _say(step: str) -> None:
 class Replies:
     """What one model said to the held-out prompts, sampled as in PPO, the same random numbers for every model."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | None  # None: not asked again
     prompts: list[str]
     texts: list[str]
     prompt_ids: list[list[int]]
@@ -122,6 +127,30 @@ class Before:
         return cls(folder, rows, base, sft, pair_accuracy(folder / "reward/final", pairs))
 
 
+def best_of(before: Before, config: PPOConfig) -> Replies:
+    """Of BEST_OF replies of the SFT model to each held-out prompt, sampled as in PPO, the reward model's choice."""
+    _say(f"the SFT model's best of {BEST_OF} replies to each, by the reward model")
+    prompts = [parse_prompt(row, f"heldout_prompts, row {n}") for n, row in enumerate(before.rows)]
+    sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    sampling |= {"seed": derive_seed(config.seed, "verdict"), "raw": False}
+    source, reward = str(before.folder / "sft/final"), str(before.folder / "reward/final")
+    made = choose_best(source, prompts, n=BEST_OF, reward=reward, say=_say, **sampling)
+    replies = [winner.reply for winner in made.winners]
+    texts = [reply.text + ("" if reply.finished else CUT) for reply in replies]
+    return Replies(None, before.sft.prompts, texts, before.sft.prompt_ids, [reply.ids for reply in replies])
+
+
+def best_of_figures(best: Replies) -> dict[str, Any]:
+    """The figures of `best_of` in verdict.json; its KL is the bound that `best_of_n_kl` gives."""
+    return {
+        "best_of": BEST_OF,
+        "rate_best_of": best.share(rule),
+        "on_topic_best_of": best.share(about_what_was_asked),
+        "kl_best_of": BEST_OF_KL,
+        "length_best_of": best.length,
+    }
+
+
 def compare(before: Before, ppo: Path, config: PPOConfig) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """-> (the figures of `measure`, prompt and replies a held-out prompt) of the model in ppo."""
     after = reply(ppo, before.rows, config, "PPO model")
@@ -177,6 +206,17 @@ def aims(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
     return [
         ("SFT replies about what was asked, either manner", topic, ">= 0.95", topic >= 0.95),
         ("reward model, its worst kind of fault", worst, ">= 0.85", worst >= 0.85),
+    ]
+
+
+def beside(figures: dict[str, Any]) -> list[tuple[str, float, str]]:
+    """(what, measured, beside what it stands): the baseline that needs no training, and content without manner."""
+    f, n = figures, figures["best_of"]
+    topic = f"SFT {f['on_topic_sft']:.3f}, best of {n} {f['on_topic_best_of']:.3f}"
+    return [
+        (f"rule holds, best of {n} SFT replies by the reward model", f["rate_best_of"], f"PPO {f['rate_ppo']:.3f}"),
+        ("... its KL to the SFT model, nats a reply at most", f["kl_best_of"], f"PPO {f['kl_sequence_mean']:.3f}"),
+        ("PPO replies about what was asked, either manner", f["on_topic_ppo"], topic),
     ]
 
 

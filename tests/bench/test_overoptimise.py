@@ -37,7 +37,8 @@ def test_over_optimised_is_reward_up_and_quality_down(rewards, rules, diversity,
 
 
 def test_what_was_measured_shows_it_and_stands_in_the_docs():
-    assert over_optimised(MEASURED["vanilla"]) and not over_optimised(MEASURED["ppo-max"])
+    for runs in MEASURED.values():
+        assert over_optimised(runs["vanilla"]) and not over_optimised(runs["ppo-max"])
     page = (ROOT / "docs/overoptimisation.md").read_text(encoding="utf-8")
     assert table(MEASURED) in page
 
@@ -55,10 +56,10 @@ def test_the_figures_are_of_the_settings_that_are_shipped():
 def test_the_figure_draws_every_curve_of_both_runs(tmp_path):
     drawn = []
     for name in ("a.svg", "b.svg"):
-        draw(MEASURED, tmp_path / name)
+        draw(MEASURED["0"], tmp_path / name)
         drawn.append((tmp_path / name).read_text())
     assert drawn[0] == drawn[1]
     for text in ("Vanilla PPO, no KL", "PPO-max", "reward-model score", "distinct-2", "KL to the SFT model"):
         assert text in drawn[0]
-    points = sum(len(run) for run in MEASURED.values())
+    points = sum(len(run) for run in MEASURED["0"].values())
     assert drawn[0].count("<circle") >= 5 * points  # a mark for each of the five figures of an evaluation

@@ -13,11 +13,15 @@ from random import Random
 import pytest
 
 from bench.quickstart_data.__main__ import main as quickstart_data
-from fastrlhf import UserError, quickstart
-from fastrlhf.quickstart import judge
+from fastrlhf import UserError, inference, quickstart
+from fastrlhf.data.templates import encode_prompt
+from fastrlhf.models.loading import load_reward_model, load_tokenizer
+from fastrlhf.quickstart import judge, verdict
 from fastrlhf.quickstart.content import DATA_DIR, shipped
 from fastrlhf.quickstart.settings import load_settings
-from fastrlhf.quickstart.verdict import shuffled
+from fastrlhf.quickstart.verdict import Replies, shuffled
+from fastrlhf.rl.scorers import score_rows
+from fastrlhf.runtime.batching import derive_seed
 
 VERDICT_KEYS = set(
     [
@@ -32,6 +36,11 @@ VERDICT_KEYS = set(
         "rm_pair_accuracy",
         "length_sft",
         "length_ppo",
+        "best_of",
+        "rate_best_of",
+        "on_topic_best_of",
+        "kl_best_of",
+        "length_best_of",
         "seconds",
         "passed",
     ]
@@ -148,23 +157,41 @@ def test_the_verdict_stage_says_what_it_is_at_and_an_aim_is_no_failed_bar(short_
     printed = (short_run[0] / "printed.txt").read_text(encoding="utf-8")
     stage = printed.partition("--- verdict -> ")[2].partition("held-out prompts, 4 of")[0]
     steps = [line.removeprefix("verdict: ") for line in stage.splitlines() if line.startswith("verdict: ")]
-    assert len(steps) == 5 and [s.split()[1] for s in steps] == ["base", "SFT", "reward", "PPO", "KL"]
+    told = [s.split()[1] for s in steps if s.startswith("the ")]
+    assert told == ["base", "SFT", "reward", "PPO", "KL", "SFT", "reward"]  # the last two: best of 8
     bars = printed.partition("\nverdict, seed 3")[2].splitlines()[1:]
-    assert [line.split()[0] for line in bars if line.startswith("  ")][-2:] == ["aim", "aim"]
+    assert [line.split()[0] for line in bars if line.startswith("  ")][-5:] == ["aim", "aim", "also", "also", "also"]
     assert "low" not in {line.split()[0] for line in bars if line.startswith("  ")}
 
 
 def test_the_run_writes_verdict_replies_model_and_report(short_run):
     out, code = short_run
-    verdict = json.loads((out / "verdict.json").read_text())
-    assert set(verdict) >= VERDICT_KEYS and verdict["seed"] == 3
-    assert code == 1 and verdict["passed"] is False  # three steps align nothing, and the verdict says so
+    found = json.loads((out / "verdict.json").read_text())
+    assert set(found) >= VERDICT_KEYS and found["seed"] == 3
+    assert code == 1 and found["passed"] is False  # three steps align nothing, and the verdict says so
     answers = [json.loads(line) for line in (out / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(answers) == len(shipped("heldout_prompts"))
     assert set(answers[0]) == {"prompt", "response_sft", "response_ppo"}
     rate = sum(judge.rule(row["prompt"], row["response_ppo"]) for row in answers) / len(answers)
-    assert verdict["rate_ppo"] == pytest.approx(rate)
+    assert found["rate_ppo"] == pytest.approx(rate)
     assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_the_baseline_is_the_sft_model_s_reply_that_the_reward_model_likes_best(short_run):
+    out, _ = short_run
+    config, rows = load_settings([f"output_dir={out}", "resume=true"]).stages["ppo"], shipped("heldout_prompts")[::96]
+    prompts = [row["prompt"][0]["content"] for row in rows]
+    sft = Replies(None, prompts, [""] * 3, [[0]] * 3, [[0]] * 3)
+    chosen = verdict.best_of(verdict.Before(out, rows, sft, sft, {}), config)
+    assert chosen.prompts == prompts and len(chosen.texts) == len(chosen.response_ids) == 3
+    seed = derive_seed(config.seed, "verdict")
+    how = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": seed}
+    drawn = list(inference.sample(str(out / "sft/final"), [row["prompt"] for row in rows], n=8, **how))
+    model, tokenizer = load_reward_model(str(out / "reward/final")), load_tokenizer(str(out / "sft/final"))
+    for row, ids, replies in zip(rows, chosen.response_ids, drawn, strict=True):
+        asked = encode_prompt(tokenizer, row["prompt"])
+        scores = score_rows(model.eval(), [asked + reply.ids for reply in replies], 4096)
+        assert ids == replies[int(scores.argmax())].ids
 
 
 def test_the_model_runs_in_the_stock_pipeline(short_run):
