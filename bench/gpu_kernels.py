@@ -2,10 +2,12 @@
 
     python -m bench.gpu_kernels --json bench/results/kernels_gpu.json
 
-Medians of CUDA events with the L2 cache cleared before each repetition. The floor of a row is what this GPU needs for
-the same work without any of ours: for logits the bytes read and written over the measured copy bandwidth, for the head
-cuBLAS's time for the matrix products (3 for the fused loss, 4 for a forward and a backward that computes the logits
-anew). `fraction` is floor / ours. `--device cpu` with small sizes tries the script itself; its figures mean nothing.
+Medians of CUDA events with the L2 cache cleared before each repetition; where a call is a few launches, so that the
+host takes longer than the device, `graph` is the same call replayed from a CUDA graph: the device alone. The floor of a
+row is what this GPU needs for the same work without any of ours: for logits the bytes read and written over the
+measured copy bandwidth, for the head cuBLAS's time for the matrix products (3 for the fused loss, 4 for a forward and a
+backward that computes the logits anew). `fraction` is floor / ours. `--device cpu` with small sizes tries the script
+itself; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -47,6 +49,21 @@ def median_ms(call: Callable[[], object], device: torch.device, repetitions: int
             call()
             times.append((time.perf_counter() - start) * 1000)
     return statistics.median(times)
+
+
+def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
+    """The call as a CUDA graph; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -108,7 +125,7 @@ def head_rows(n: int, width: int, vocabulary: int, device: torch.device, options
 
 
 def logits_rows(n: int, vocabulary: int, device: torch.device, bandwidth: float) -> Iterator[Row]:
-    """Kernels on logits that exist, and the sampler."""
+    """Kernels on logits that exist."""
     logits = torch.randn(n, vocabulary, device=device).bfloat16().requires_grad_()
     labels = torch.randint(0, vocabulary, (n,), device=device)
     one, mask = torch.ones(n, device=device), torch.ones_like(labels)
@@ -124,10 +141,13 @@ def logits_rows(n: int, vocabulary: int, device: torch.device, bandwidth: float)
 
     yield "token_log_probs forward", read, forward
     yield "token_ppo_loss", 2 * read, fused
+
+
+def sampler_rows(vocabulary: int, device: torch.device, bandwidth: float) -> Iterator[Row]:
     rows = torch.randn(64, vocabulary, device=device)
     for name, filters in (("plain", {}), ("top_k=50", {"top_k": 50}), ("top_p=0.9", {"top_p": 0.9})):
         call = lambda filters=filters: kernels.sample_tokens(rows, seed=1, validate=False, **filters)  # noqa: E731
-        yield f"sample_tokens B=64 {name}", rows.numel() * 4 / bandwidth * 1000, call
+        yield f"sample_tokens {name}", rows.numel() * 4 / bandwidth * 1000, call
 
 
 def token_rows(device: torch.device, bandwidth: float) -> Iterator[Row]:
@@ -180,22 +200,28 @@ def main() -> int:
     bandwidth = copy_bandwidth(device, options.repetitions)
     print(figures["machine"], f"copy {bandwidth / 1e9:.0f} GB/s")
 
-    def table(title: str, rows: Iterator[Row]) -> None:
-        print(f"\n{title}\n{'':36}{'ms':>9}{'floor':>9}{'fraction':>10}{'extra MiB':>11}")
+    def table(title: str, rows: Iterator[Row], *, small: bool = False) -> None:
+        """small: the host is slower than the device."""
+        print(f"\n{title}\n{'':36}{'ms':>9}{'floor':>9}{'fraction':>10}{'extra MiB':>11}{'graph' if small else '':>9}")
         for name, floor, call in rows:
             milliseconds, extra = median_ms(call, device, options.repetitions), extra_bytes(call, device)
             memory = "-" if extra is None else f"{extra / 2**20:.0f}"
-            print(f"{name:36}{milliseconds:9.3f}{floor:9.3f}{floor / milliseconds:10.2f}{memory:>11}", flush=True)
-            figures["rows"].append(
-                {"shape": title, "name": name, "ms": milliseconds, "floor_ms": floor, "extra": extra}
-            )
+            row = {"shape": title, "name": name, "ms": milliseconds, "floor_ms": floor, "extra": extra}
+            line = f"{name:36}{milliseconds:9.3f}{floor:9.3f}{floor / milliseconds:10.2f}{memory:>11}"
+            replay = replayed(call, device) if small else None
+            if replay is not None:
+                row["graph_ms"] = median_ms(replay, device, options.repetitions)
+                line += f"{row['graph_ms']:9.3f}"
+            print(line, flush=True)
+            figures["rows"].append(row)
 
     for shape in options.shapes:
         n, width, vocabulary = (int(part) for part in shape.split("x"))
         table(f"N={n} H={width} V={vocabulary} bf16", head_rows(n, width, vocabulary, device, options))
     n, _, vocabulary = (int(part) for part in options.shapes[0].split("x"))
     table(f"N={n} V={vocabulary} bf16 logits", logits_rows(n, vocabulary, device, bandwidth))
-    table("tokens and decoding", token_rows(device, bandwidth))
+    table(f"sampling, B=64 V={vocabulary} fp32", sampler_rows(vocabulary, device, bandwidth), small=True)
+    table("tokens and decoding", token_rows(device, bandwidth), small=True)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0

@@ -56,10 +56,11 @@ def arm(name: str) -> Callable[..., torch.Tensor]:
 def _liger():
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo")
+    gpu = torch.cuda.is_available()
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=gpu, use_ref_model=False, loss_type="bnpo")
 
     def run(hidden, weight, labels, advantages, old):
-        rows = min(256, len(labels))  # its chunks are sequences: as many tokens in each as suits a CPU
+        rows = min(1024 if gpu else 256, len(labels))  # its chunks are sequences: as many tokens as suit the machine
 
         def cut(t):
             return t.view(-1, rows, *t.shape[1:])
