@@ -6,8 +6,9 @@
 Two workloads. fixed: one batch, every reply of `--new` tokens. ragged: four batches' worth of replies, lengths
 log-normal around half of `--new` with the longest 4 times the median; `generate` decodes batch after batch, the engine
 keeps as many slots and refills them. Both sides sample and are forced to the same lengths. The floor of a step is the
-bytes of the weights and of the keys and values in use, over the copy bandwidth measured in the same run; `floor` is the
-share of it that the decoding reached. `wasted` are row-steps beyond one a token. Sides take turns; ratios are medians
+larger of two times, both rates measured in the same run: the bytes of the weights and of the keys and values in use
+over the bandwidth of a copy, and two operations a weight and row over the rate of a large product of that dtype; the
+prompts add the second for their tokens. `floor` is the share of it that the whole generation reached. `wasted` are row-steps beyond one a token. Sides take turns; ratios are medians
 of the turns.
 """
 
@@ -30,7 +31,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from bench.gpu_kernels import about, copy_bandwidth
+from bench.gpu_kernels import about, copy_bandwidth, median_ms
 from bench.models import END, IDS, QWEN, policy_of
 from fastrlhf.rollout import decoder as decoding
 from fastrlhf.rollout.engine import RolloutEngine
@@ -119,17 +120,27 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def floor_seconds(model, prompt: int, lengths: list[int], batch: int, bandwidth: float) -> float:
-    """Reading the weights once a step of full batches, and each sequence's keys and values once a token."""
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+def product_rate(device: torch.device, dtype: torch.dtype, repetitions: int) -> float:
+    """Operations a second of a large square product."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return 2 * size**3 / (median_ms(lambda: a @ b, device, repetitions) / 1000)
+
+
+def floor_seconds(model, prompt: int, lengths: list[int], batch: int, bandwidth: float, rate: float) -> float:
+    """Reading the weights once a step of full batches, and each sequence's keys and values once a token, or computing
+    with them, whichever takes longer; and the prompts' products."""
+    weights = sum(p.numel() for p in model.parameters())
     if not model.config.tie_word_embeddings:  # the embeddings are looked up, not read
-        weights -= model.get_input_embeddings().weight.numel() * model.dtype.itemsize
+        weights -= model.get_input_embeddings().weight.numel()
     steps = max(max(lengths), sum(lengths) / batch)
     positions = sum(length * prompt + length * (length + 1) // 2 for length in lengths)
-    return (weights * steps + positions * cache_bytes_per_token(model)) / bandwidth
+    read = (weights * model.dtype.itemsize * steps + positions * cache_bytes_per_token(model)) / bandwidth
+    trunk = weights - model.get_output_embeddings().weight.numel()  # the head reads a prompt's last token only
+    return max(read, 2 * weights * sum(lengths) / rate) + 2 * trunk * prompt * len(lengths) / rate
 
 
-def measure(name: str, model, batch: int, options, bandwidth: float) -> list[dict[str, object]]:
+def measure(name: str, model, batch: int, options, bandwidth: float, rate: float) -> list[dict[str, object]]:
     device, rows = model.device, []
     for workload in ("fixed", "ragged"):
         count = batch if workload == "fixed" else 4 * batch
@@ -153,7 +164,7 @@ def measure(name: str, model, batch: int, options, bandwidth: float) -> list[dic
         row = {
             "model": name, "dtype": str(model.dtype).removeprefix("torch."), "batch": batch, "workload": workload,
             "replies": count, "tokens": sum(lengths), "tokens_per_s": sum(lengths) / median,
-            "floor": floor_seconds(model, options.prompt, lengths, batch, bandwidth) / median,
+            "floor": floor_seconds(model, options.prompt, lengths, batch, bandwidth, rate) / median,
             "wasted": stats["decode_row_steps"] / needed - 1, "prefill_tokens": stats["prefill_tokens"],
             "ratios": {peer: statistics.median(b / a for a, b in zip(times["engine"], times[peer], strict=True))
                        for peer in peers}, "seconds": times,
@@ -187,16 +198,25 @@ def main() -> int:
         options.dtype
     ]
     names = options.models or (list(QWEN) if cuda else ["tiny", "smollm2"])
-    bandwidth = copy_bandwidth(device, 10)
-    print(about(device), f"threads {torch.get_num_threads()}, copy {bandwidth / 1e9:.1f} GB/s, prompt {options.prompt}")
+    bandwidth, rate = copy_bandwidth(device, 10), product_rate(device, dtype, 10)
+    print(
+        about(device),
+        f"threads {torch.get_num_threads()}, copy {bandwidth / 1e9:.1f} GB/s, "
+        f"products {rate / 1e12:.2f} TFLOP/s, prompt {options.prompt}",
+    )
     rows = []
     for name in names:
         model = model_of(name, device, dtype)
         for batch in options.batch or ([16, 64, 256] if cuda else [16]):
-            rows += measure(name, model, batch, options, bandwidth)
+            rows += measure(name, model, batch, options, bandwidth, rate)
         del model
     if options.json:
-        figures = {"machine": about(device), "bandwidth": bandwidth, "options": vars(options) | {"json": None}}
+        figures = {
+            "machine": about(device),
+            "bandwidth": bandwidth,
+            "rate": rate,
+            "options": vars(options) | {"json": None},
+        }
         options.json.write_text(json.dumps(figures | {"rows": rows}, indent=1, default=str) + "\n")
     return 0
 
