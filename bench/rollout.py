@@ -8,8 +8,8 @@ log-normal around half of `--new` with the longest 4 times the median; `generate
 keeps as many slots and refills them. Both sides sample and are forced to the same lengths. The floor of a step is the
 larger of two times, both rates measured in the same run: the bytes of the weights and of the keys and values in use
 over the bandwidth of a copy, and two operations a weight and row over the rate of a large product of that dtype; the
-prompts add the second for their tokens. `floor` is the share of it that the whole generation reached. `wasted` are row-steps beyond one a token. Sides take turns; ratios are medians
-of the turns.
+prompts add the second for their tokens. `floor` is the share of it that the whole generation reached. `wasted` are
+row-steps beyond one a token. Sides take turns; ratios are medians of the turns.
 """
 
 from __future__ import annotations
