@@ -17,7 +17,9 @@ GPU = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("rows", [(4,), (1, 8)], ids=["a token a row", "a sequence"])
-@pytest.mark.parametrize("states, weights", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    "states, weights", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+)
 def test_logits_of_any_shape_and_dtype(rows, states, weights):
     with FakeTensorMode():
         hidden = torch.empty(*rows, 16, dtype=getattr(torch, states), device=GPU)

@@ -153,7 +153,7 @@ def joined(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
     sequence."""
     ids = torch.tensor([[token for row in rows for token in row]], dtype=torch.int64)
     positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
-    return ids.to(device), positions.to(device)
+    return ids.to(device, non_blocking=True), positions.to(device, non_blocking=True)
 
 
 def resolve_packing(wanted: bool | None, models: Sequence[PreTrainedModel]) -> bool:

@@ -72,8 +72,8 @@ def attend(
     cache = _active[-1]
     cache.calls += 1
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    if cache.segments is not None:
-        return _attend_inside_prompts(cache.segments, query, key, value, scale, sliding_window, softcap), None
+    if cache.packed is not None:
+        return attend_inside_prompts(cache.packed.segments, query, key, value, scale, sliding_window, softcap), None
     window = sliding_window if sliding_window is not None and sliding_window < cache.longest else None
     if query.is_cuda and key.shape[3] == value.shape[3]:
         q, k, v = query[:, :, 0], key.transpose(1, 2), value.transpose(1, 2)
@@ -82,19 +82,35 @@ def attend(
     return _softmax_attention(query, key, value, cache.mask(window, query.dtype), scale, softcap).transpose(1, 2), None
 
 
-def _attend_inside_prompts(segments: list[Segment], query, key, value, scale, window, softcap) -> Tensor:
-    """query [1, Hq, columns, D]: prompts of one length are a batch, and none needs padding."""
+def attend_inside_prompts(
+    segments: list[Segment],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """query [1, Hq, columns, D], key and value [1, Hkv, columns, D] of packed prompts -> [1, columns, Hq, D].
+
+    A segment is a batch. Behind a shorter prompt stand copies of its last token: no token looks at what comes later, so
+    only they see them, and they are dropped.
+    """
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    for start, length, slots in segments:
-        stop = start + length * len(slots)
-        q, k, v = (t[0, :, start:stop].unflatten(1, (len(slots), length)).transpose(0, 1) for t in (query, key, value))
+    for start, stop, prompts, longest, index, places in segments:
+        parts = [t[0, :, start:stop] for t in (query, key, value)]  # [H, columns, D]
+        if index is None:
+            q, k, v = (t.unflatten(1, (prompts, longest)).transpose(0, 1) for t in parts)
+        else:
+            q, k, v = (t.transpose(0, 1)[index].transpose(1, 2) for t in parts)
         mask = None
-        if softcap is not None or (window is not None and window < length):
-            index = torch.arange(length, device=query.device)
-            distance = index[:, None] - index
-            seen = (distance >= 0) & (distance < (window or length))
+        if softcap is not None or (window is not None and window < longest):
+            position = torch.arange(longest, device=query.device)
+            distance = position[:, None] - position
+            seen = (distance >= 0) & (distance < (window or longest))
             mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
-        out[start:stop] = _softmax_attention(q, k, v, mask, scale, softcap).transpose(1, 2).flatten(0, 1)
+        found = _softmax_attention(q, k, v, mask, scale, softcap).transpose(1, 2).flatten(0, 1)
+        out[start:stop] = found if places is None else found[places]
     return out[None]
 
 

@@ -21,11 +21,54 @@ from fastrlhf_kernels.layers import store_tokens
 
 
 class Segment(NamedTuple):
-    """`count` prompts of one length, beside each other in the packed row from column `start`; their slots."""
+    """Prompts that attend in one call: columns start to stop of the packed row, each prompt behind the one before.
+
+    index [prompts, longest] int64: the column of each token, counted from start, and behind a shorter prompt that of
+    any; places [stop - start] int64: where in the flattened index each column stands. None where all are as long.
+    """
 
     start: int
-    length: int
-    slots: Sequence[int]
+    stop: int
+    prompts: int
+    longest: int
+    index: Tensor | None
+    places: Tensor | None
+
+
+class Packed(NamedTuple):
+    """Prompts of a forward, in the order of their lengths in one row; slots and positions [columns] int64: where in the
+    cache each token goes."""
+
+    segments: list[Segment]
+    slots: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], slots: Sequence[int], device: torch.device, ragged: float) -> Packed:
+        """lengths: in order. ragged: how many times as long as its shortest the longest prompt of a segment may be.
+
+        Made on the host and copied at once: nothing in the forward waits, however many lengths there are.
+        """
+        counts = torch.tensor(lengths)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        starts = [0, *counts.cumsum(0).tolist()]
+        segments, first = [], 0
+        while first < len(lengths):
+            last = first
+            while last + 1 < len(lengths) and lengths[last + 1] <= ragged * lengths[first]:
+                last += 1
+            longest, count, start = lengths[last], last + 1 - first, starts[first]
+            index = places = None
+            if lengths[first] != longest:
+                begins = torch.tensor(starts[first : last + 1])[:, None] - start
+                column = torch.arange(longest)
+                index = begins + column.minimum(counts[first : last + 1, None] - 1)
+                places = (torch.arange(count)[:, None] * longest + column)[column < counts[first : last + 1, None]]
+                index, places = (t.to(device, non_blocking=True) for t in (index, places))
+            segments.append(Segment(start, starts[last + 1], count, longest, index, places))
+            first = last + 1
+        where = torch.tensor(slots).repeat_interleave(counts)
+        return cls(segments, *(t.to(device, non_blocking=True) for t in (where, positions)))
 
 
 class _Layer(CacheLayerMixin):
@@ -50,12 +93,9 @@ class _Layer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cache = self.cache
-        if cache.segments is not None:
+        if cache.packed is not None:
             for states, store in ((key_states, self.keys), (value_states, self.values)):
-                packed = states.transpose(1, 2).flatten(0, 1)  # [columns, heads, size]
-                for start, length, slots in cache.segments:
-                    rows = packed[start : start + length * len(slots)]
-                    store[slots, :length] = rows.view(len(slots), length, *rows.shape[1:])
+                store[cache.packed.slots, cache.packed.positions] = states.transpose(1, 2).flatten(0, 1)
             return key_states, value_states
         token = (key_states[:, :, 0], value_states[:, :, 0])
         store_tokens(*token, self.keys, self.values, cache.rows, cache.lengths)
@@ -63,10 +103,10 @@ class _Layer(CacheLayerMixin):
         return self.keys[seen].transpose(1, 2), self.values[seen].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (query_length if self.cache.segments is not None else self.cache.longest), 0
+        return (query_length if self.cache.packed is not None else self.cache.longest), 0
 
     def get_seq_length(self) -> int:
-        return 0 if self.cache.segments is not None else self.cache.longest - 1
+        return 0 if self.cache.packed is not None else self.cache.longest - 1
 
     def get_max_length(self) -> int:
         return self.cache.positions
@@ -77,13 +117,13 @@ class _Layer(CacheLayerMixin):
 class SlotCache(Cache):
     """The cache of all layers, and what their attention must know of the forward that runs.
 
-    `prefill(segments)` before a forward of packed prompts, `decode(...)` before one of a token a slot.
+    `prefill(packed)` before a forward of packed prompts, `decode(...)` before one of a token a slot.
     """
 
     def __init__(self, layers: int, slots: int, positions: int) -> None:
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
         self.slots, self.positions = slots, positions
-        self.segments: list[Segment] | None = None
+        self.packed: Packed | None = None
         self.rows = self.lengths = self.seen = None
         self.longest = 0
         self.calls = 0  # of the attention: one a layer and forward
@@ -97,13 +137,13 @@ class SlotCache(Cache):
         enough = slots <= self.slots and positions <= self.positions
         return enough and self.slots * self.positions <= 2 * slots * positions
 
-    def prefill(self, segments: list[Segment]) -> None:
-        self.segments = segments
+    def prefill(self, packed: Packed) -> None:
+        self.packed = packed
 
     def decode(self, rows: Tensor, lengths: Tensor, longest: int) -> None:
         """rows: arange of the slots that decode; lengths [rows]: tokens each slot holds; longest: no length + 1 is
         more (a number that the host knows without waiting)."""
-        self.segments, self.rows, self.lengths, self.longest = None, rows, lengths, longest
+        self.packed, self.rows, self.lengths, self.longest = None, rows, lengths, longest
         self.seen = lengths + 1  # with the new token, which looks at itself too
         self._masks.clear()
 

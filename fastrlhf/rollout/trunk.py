@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from fastrlhf.models.token_batch import joined
 from fastrlhf.rollout.attention import cache_argument, uses_interface
-from fastrlhf.rollout.kv_cache import Segment, SlotCache
+from fastrlhf.rollout.kv_cache import Packed, SlotCache
 
 PREFILL_TOKENS = 8192  # prompts of one forward; a longer prompt goes alone
+RAGGED = 2.0  # times the shortest prompt that attends in one call the longest may be: less than half is padding
 Prompt = tuple[int, ...]
 
 
@@ -37,11 +38,10 @@ class CachedTrunk:
 
     def _prefill(self, prompts: list[Prompt], slot_of: Mapping[Prompt, int]) -> dict[Prompt, Tensor]:
         """prompts: sorted by length."""
-        segments, start = [], 0
-        for length, same in groupby(prompts, len):
-            segments.append(Segment(start, length, [slot_of[prompt] for prompt in same]))
-            start += length * len(segments[-1].slots)
-        self.cache.prefill(segments)
+        # A GPU waits for launches, so prompts of like lengths attend together; a CPU would compute the padding.
+        ragged = RAGGED if self.model.device.type == "cuda" else 1.0
+        slots = [slot_of[prompt] for prompt in prompts]
+        self.cache.prefill(Packed.of([len(prompt) for prompt in prompts], slots, self.model.device, ragged))
         ids, positions = joined(prompts, self.model.device)
         rows, before = 1 if self.interface else len(prompts), self.cache.calls
         hidden = self._forward(ids.view(rows, -1), positions.view(rows, -1)).flatten(0, 1)

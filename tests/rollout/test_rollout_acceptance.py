@@ -61,7 +61,7 @@ def test_the_copies_of_a_prompt_hold_the_same_bits(llama):
 
     def look(**inputs: object) -> None:
         cache = cache_in(inputs)
-        if cache.segments is None and not stores:  # the first decoding step
+        if cache.packed is None and not stores:  # the first decoding step
             stores.extend(store.clone() for layer in cache.layers for store in (layer.keys, layer.values))
 
     with before_forwards(llama, look):
@@ -80,7 +80,7 @@ def test_what_lies_in_unused_slots_never_changes_a_row(llama):
 
     def poison(**inputs: object) -> None:
         cache = cache_in(inputs)
-        if cache.segments is not None:
+        if cache.packed is not None:
             return
         buckets.append(len(cache.lengths))
         for store in (store for layer in cache.layers for store in (layer.keys, layer.values)):
