@@ -69,10 +69,10 @@ class TokenBatch:
                 start = end
         joined = any(len(row) > 1 for row in rows)
         return cls(
-            input_ids.to(device),
-            torch.tensor(index, dtype=torch.int64, device=device),
-            torch.tensor(labels, dtype=torch.int64, device=device),
-            positions.to(device) if joined else None,
+            input_ids.to(device, non_blocking=True),  # else the host would wait for all that the device has to do
+            torch.tensor(index, dtype=torch.int64).to(device, non_blocking=True),
+            torch.tensor(labels, dtype=torch.int64).to(device, non_blocking=True),
+            positions.to(device, non_blocking=True) if joined else None,
         )
 
     def hidden(self, model: PreTrainedModel) -> Tensor:

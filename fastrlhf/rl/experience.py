@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -65,10 +65,21 @@ class ValueExperience:
     values: Tensor
     returns: Tensor
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Response tokens of each row: one look of the host at a rollout, so that no micro-batch needs another."""
+        return self.token_mask.sum(1).tolist()
+
+    def places(self, rows: Sequence[int]) -> Tensor:
+        """Where the response tokens of these rows stand in a flattened [B, T]: [N] int64."""
+        width = self.token_mask.shape[1]
+        places = torch.cat([torch.arange(row * width, row * width + self.lengths[row]) for row in rows])
+        return places.to(self.token_mask.device, non_blocking=True)
+
     def value_tokens(self, rows: Sequence[int]) -> TokenValues:
         """Return what the value loss reads of these rows."""
-        mask = self.token_mask[rows]
-        return TokenValues(*(t[rows][mask] for t in (self.response_mask, self.values, self.returns)))
+        places = self.places(rows)
+        return TokenValues(*(t.flatten()[places] for t in (self.response_mask, self.values, self.returns)))
 
 
 @dataclass(frozen=True)
@@ -85,10 +96,11 @@ class Experience(ValueExperience):
     def tokens(self, rows: Sequence[int], weights: Tensor | None, kl_weights: Tensor | None = None) -> TokenExperience:
         """Return what the policy loss reads of these rows. weights, kl_weights [B, T]: of the tokens in this
         mini-batch."""
-        mask = self.token_mask[rows]
+        places = self.places(rows)
+        row_mask = self.token_mask[torch.tensor(rows).to(places.device, non_blocking=True)]
         tensors = (self.response_mask, self.old_log_probs, self.ref_log_probs, self.advantages)
-        both = (None if w is None else w[rows][mask] for w in (weights, kl_weights))
-        return TokenExperience(mask, *(t[rows][mask] for t in tensors), *both)
+        both = (None if w is None else w.flatten()[places] for w in (weights, kl_weights))
+        return TokenExperience(row_mask, *(t.flatten()[places] for t in tensors), *both)
 
 
 def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -176,9 +176,11 @@ def cispo_loss(log_probs: Tensor, tokens: TokenExperience, config: PPOConfig, *,
 
 def _mean_of_row(values: Tensor, row_mask: Tensor) -> Tensor:
     """Give each of the tokens [N] the mean over its row; row_mask [B, T] says which token is whose."""
-    rows = torch.zeros(row_mask.shape, device=row_mask.device).masked_scatter(row_mask, values)
-    means = rows.sum(1, keepdim=True) / row_mask.sum(1, keepdim=True).clamp(min=1)
-    return means.expand_as(rows)[row_mask]
+    lengths = row_mask.sum(1)
+    row_of = torch.repeat_interleave(lengths, output_size=len(values))  # its size is known: nobody waits
+    column = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths)[row_of]
+    rows = values.new_zeros(row_mask.numel()).scatter(0, row_of * row_mask.shape[1] + column, values)
+    return (rows.view(row_mask.shape).sum(1) / lengths.clamp(min=1))[row_of]
 
 
 def kl_term(log_probs: Tensor, tokens: TokenExperience, config: PPOConfig, normalizer: Tensor | float) -> Tensor:

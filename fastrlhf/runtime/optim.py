@@ -154,9 +154,9 @@ class Optimizer:
 
     @torch.no_grad()
     def _copy_down(self) -> None:
-        for param, master in zip(self.params, self.masters, strict=True):
-            if master is not param:
-                param.copy_(master)
+        pairs = [(p, m) for p, m in zip(self.params, self.masters, strict=True) if m is not p]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # a launch for many tensors
 
     def master_tensors(self) -> dict[str, Tensor]:
         """The fp32 masters of low-precision parameters, for the checkpoint (empty for an fp32 model)."""
