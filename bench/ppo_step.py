@@ -216,7 +216,8 @@ def compare(options: argparse.Namespace, spec: dict[str, Any], run: Run) -> int:
     for sentence in wrong:
         print(f"MISSED  {sentence}")
     if options.json:
-        figures = {"machine": machine(), "versions": found[0][PEER]["versions"], "spec": spec, "ratios": rows,
+        about = machine() | {"device": found[0][PEER]["device"]}
+        figures = {"machine": about, "versions": found[0][PEER]["versions"], "spec": spec, "ratios": rows,
                    "missed": wrong, "rounds": found}  # fmt: skip
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 1 if wrong else 0

@@ -82,5 +82,6 @@ def report(clock: Clock, what: dict[str, object]) -> None:
             "transformers": transformers.__version__,
             "python": sys.version.split()[0],
         },
+        "device": torch.cuda.get_device_name(clock.device) if clock.device.type == "cuda" else "cpu",
     }
     print(json.dumps(figures | what))

@@ -17,7 +17,14 @@ ROOT = Path(__file__).parents[2]
 def report(seconds: float, peak: float, imports: float = 100.0) -> dict:
     """What a process prints: `seconds` split 1 : 2 : 3 over the phases."""
     phases = {name: seconds * share / 6 for name, share in zip(ppo_step.PHASES, (1, 2, 3), strict=True)}
-    return {"seconds": seconds, "peak_mib": peak, "imports_mib": imports, "phases": phases, "versions": {}}
+    return {
+        "seconds": seconds,
+        "peak_mib": peak,
+        "imports_mib": imports,
+        "phases": phases,
+        "versions": {},
+        "device": "cpu",
+    }
 
 
 def sequence(sides: dict[str, list[tuple[float, float]]]):
