@@ -218,10 +218,19 @@ def error_rows() -> Iterator[tuple[str, str, str, float, float]]:
             wide = [t.to(h.dtype) if h.dtype == torch.float64 else t for t in (old, advantages)]
             return lib.linear_ppo_loss(h, w, labels, *wide, mask, entropy_coef=0.01)[0]
 
+        def any_loss(lib, h, w, labels=labels, advantages=advantages):
+            def loss_fn(log_probs, entropy):  # of all tokens at once, as a sequence-level ratio is
+                return (log_probs.mean() + 11).exp() * (log_probs * advantages).mean() - 0.01 * entropy.mean()
+
+            if lib is kernels:
+                return lib.linear_loss(h, w, labels, loss_fn, return_entropy=True).loss
+            return loss_fn(*lib.linear_log_probs(h, w, labels, return_entropy=True))
+
         for name, function, inputs in (
             ("token_log_probs", from_logits, (logits,)),
             ("linear_log_probs", linear, (hidden, weight)),
             ("linear_ppo_loss", ppo, (hidden, weight)),
+            ("linear_loss", any_loss, (hidden, weight)),
         ):
             exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
             ours, exact = function(kernels, *inputs), function(reference, *exact_inputs)

@@ -76,7 +76,7 @@ class SFTTrainer(SupervisedTrainer):
         """Add this rank's gradients of an optimizer step, micro-batch by micro-batch -> their loss."""
         total, targets = torch.zeros((), device=self.device), target_count(examples)
         for batch in self.batches(examples):
-            loss = -target_log_probs(self.model, batch).sum() / targets
+            loss = -target_log_probs(self.model, batch, workspace=self.memory.workspace).sum() / targets
             loss.backward()
             total += loss.detach()
         return (total,)
@@ -126,7 +126,7 @@ class SFTTrainer(SupervisedTrainer):
         """The summed loss of this rank's held-out examples."""
         total = 0.0
         for batch in self.batches(self.eval_examples):
-            total += float(-target_log_probs(self.model, batch).sum())
+            total += float(-target_log_probs(self.model, batch, workspace=self.memory.workspace).sum())
         return total
 
     def _held_out_tokens(self) -> Tensor:
@@ -139,7 +139,7 @@ class SFTTrainer(SupervisedTrainer):
         for rows in self.groups(examples):
             batch = self.batch(examples, rows)
             hidden = batch.hidden(self.model)
-            log_probs = target_log_probs(self.model, batch, hidden=hidden)
+            log_probs = target_log_probs(self.model, batch, 1.0, hidden, self.memory.workspace)
             part = torch.stack([likeliest_tokens(self.model, hidden).double(), log_probs.double()])
             found[:, torch.cat([places[i] for row in rows for i in row])] = part.cpu()
         return found

@@ -37,6 +37,7 @@ from fastrlhf.checkpoint.store import Checkpoint, CheckpointStore
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.templates import stop_token_ids
+from fastrlhf.models.heads import agreed_workspace
 from fastrlhf.models.saving import write_model
 from fastrlhf.preflight.rows import Sentences
 from fastrlhf.runtime import distributed
@@ -353,6 +354,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
         seed_rng(config.seed)  # for user reward functions too; a resumed run gets its own state back below
         with distributed.lead_first():
             self.store, checkpoint = self.run_folder.open() if lead else self.run_folder.read()
+        self.memory.begin(agreed_workspace(self.device))  # a resumed run gets that of its first machine back below
         try:
             if checkpoint is not None:
                 _check_state(checkpoint)

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy
 import pytest
@@ -19,6 +20,8 @@ import torch
 from fastrlhf import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
 from fastrlhf.checkpoint.store import CheckpointStore
 from fastrlhf.config.errors import UserError
+from fastrlhf.models import heads, token_batch
+from fastrlhf.rl import losses
 from tests import tiny
 from tests.stage_runs import differing
 
@@ -193,3 +196,33 @@ def test_a_run_killed_before_its_first_byte_can_be_started_again(tmp_path: Path)
     ppo(run, total_steps=1).train()
     assert json.loads((run / "run.json").read_text())["verb"] == "ppo" and (run / "config.yaml").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("build", [sft, ppo])
+def test_a_run_keeps_the_workspace_of_the_machine_that_it_began_on(tmp_path, monkeypatch, build):
+    """It decides how the head's gradient is summed: on another card a resumed run adds in the same order."""
+    small, large = 4 * 64 * 1024, 1 << 30
+    seen: list[int] = []
+
+    def run(limit: int, folder: Path, **more: object) -> Any:
+        monkeypatch.setattr(heads, "default_workspace", lambda device: limit)
+        trainer = build(folder, **more)
+        next(iter(trainer))
+        return trainer
+
+    def watch(module: ModuleType, name: str) -> None:
+        original = getattr(module, name)
+
+        def call(*arguments: Any, workspace: int | None, **options: Any) -> Any:
+            seen.append(workspace)
+            return original(*arguments, workspace=workspace, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    watch(token_batch, "linear_log_probs")
+    watch(losses, "linear_ppo_loss")
+    run(small, tmp_path / "run")
+    resumed = run(large, tmp_path / "run", resume=True)
+    assert set(seen) == {small} and resumed.memory.workspace == small
+    run(large, tmp_path / "new")
+    assert set(seen) == {small, large}

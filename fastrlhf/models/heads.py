@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.runtime import distributed
 from fastrlhf.runtime.memory import ran_out
+from fastrlhf_kernels.workspace import default_workspace
 
 
 class Head(NamedTuple):
@@ -31,6 +33,12 @@ class Head(NamedTuple):
     def kwargs(self) -> dict:
         """The keyword arguments of the linear functions of `fastrlhf_kernels`."""
         return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+
+
+def agreed_workspace(device: torch.device) -> int:
+    """Return the bytes that the head's kernels may take in a run: their default, on the rank where it is least. It is
+    fixed when the run begins, since it decides in which order they add."""
+    return int(distributed.gather(torch.tensor([default_workspace(device)])).min())
 
 
 def lm_head(model: PreTrainedModel) -> Head:

@@ -81,15 +81,20 @@ class TokenBatch:
 
 
 def target_log_probs(
-    model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0, hidden: Tensor | None = None
+    model: PreTrainedModel,
+    batch: TokenBatch,
+    temperature: float = 1.0,
+    hidden: Tensor | None = None,
+    workspace: int | None = None,
 ) -> Tensor:
     """Return log p [N] fp32 of the target tokens at a temperature; no logits tensor is made.
 
-    hidden [N, H]: `batch.hidden(model)`, where it is known.
+    hidden [N, H]: `batch.hidden(model)`, where it is known. workspace: bytes, `MemoryBackoff.workspace` of a run.
     """
     head = lm_head(model)
     hidden = batch.hidden(model) if hidden is None else hidden
-    return linear_log_probs(hidden, head.weight, batch.labels, temperature=temperature, **head.kwargs())
+    options = {"temperature": temperature, "workspace": workspace, **head.kwargs()}
+    return linear_log_probs(hidden, head.weight, batch.labels, **options)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from fastrlhf.plan.phases import Measured, Phase, Target, measure
 from fastrlhf.runtime.distributed import BUCKET_ELEMENTS
 from fastrlhf.runtime.hardware import installed
 from fastrlhf.runtime.memory import AUTO_MICRO_BATCH_TOKENS
-from fastrlhf_kernels.workspace import head_workspace
+from fastrlhf_kernels.workspace import CPU_WORKSPACE, SHARE, head_workspace
 
 UNITS = {"GIB": 1 << 30, "GB": 10**9, "MIB": 1 << 20, "MB": 10**6, "TIB": 1 << 40, "TB": 10**12}
 CONTEXT = 600 << 20  # assumed: CUDA's context with the modules of torch, cuBLAS and Triton in it
@@ -142,7 +142,9 @@ def _need(measured: Measured, phase: Phase, config: StageConfig, target: Target)
     if phase.head is not None:
         rows, ppo = phase.head
         size = 2 if target.dtype(config.dtype) == "bf16" else 4
-        lines["workspace of the fused head"] = head_workspace(rows, *measured.shape, cuda=cuda, ppo=ppo, size=size)
+        limit = target.gpu // SHARE if cuda else CPU_WORKSPACE
+        head = {"cuda": cuda, "ppo": ppo, "size": size, "workspace": limit}
+        lines["workspace of the fused head"] = head_workspace(rows, *measured.shape, **head)
     if cuda:
         lines["allocator rounding"] = phase.rounded - phase.peak
         lines["CUDA context (assumed)"] = CONTEXT

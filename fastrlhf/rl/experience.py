@@ -269,9 +269,8 @@ def _forwards(
         batch, mask = rollout.rows.batch(rows, token_mask.device), token_mask[rows]
         if recompute:
             hidden = batch.hidden(roles.policy)
-            result.old_log_probs[rows] = scatter(
-                target_log_probs(roles.policy, batch, config.temperature, hidden), mask
-            )
+            log_probs = target_log_probs(roles.policy, batch, config.temperature, hidden, memory.workspace)
+            result.old_log_probs[rows] = scatter(log_probs, mask)
             if shared:
                 result.values[rows] = scatter(critic.read(hidden), mask)
         if critic is not None and not shared:
@@ -281,7 +280,8 @@ def _forwards(
                 [rollout.rows.whole(row) for row in rows], [rollout.finished[row] for row in rows]
             )
         with roles.reference() as model:
-            result.ref_log_probs[rows] = scatter(target_log_probs(model, batch, config.temperature), mask)
+            log_probs = target_log_probs(model, batch, config.temperature, workspace=memory.workspace)
+            result.ref_log_probs[rows] = scatter(log_probs, mask)
     return result
 
 

@@ -39,17 +39,22 @@ class PretrainingMix:
         return [self.examples[i] for i in self.sampler.take(self.rows)]
 
     def backward(
-        self, model: PreTrainedModel, budget: int, examples: Sequence[Example], response_tokens: Tensor
+        self,
+        model: PreTrainedModel,
+        budget: int,
+        examples: Sequence[Example],
+        response_tokens: Tensor,
+        workspace: int | None = None,
     ) -> Tensor:
         """Add the gradients of these rows -> their mean loss, nats a target token, without ptx_coef; of this rank's
         rows, so that the ranks' sum is the whole. budget: tokens of a micro-batch. response_tokens 0-d: mean tokens of
-        the responses beside these rows."""
+        the responses beside these rows. workspace: as of `target_log_probs`."""
         targets, total = target_count(examples), torch.zeros((), device=model.device)
         weight = self.coef * self._unit(targets / len(examples), response_tokens)
         mine = [examples[i] for i in assign_rows([len(e.ids) for e in examples])]
         for group in micro_batches([len(e.ids) for e in mine], budget):
             batch = TokenBatch.build([[target_row(mine[i])] for i in group], model.device)
-            loss = -target_log_probs(model, batch).sum() / targets
+            loss = -target_log_probs(model, batch, workspace=workspace).sum() / targets
             (weight * loss).backward()
             total += loss.detach()
         return total

@@ -226,7 +226,8 @@ class Learner:
                 hidden = self._hidden(batch, policy)
                 if policy:
                     tokens, head = experience.tokens(group, weights, kl_weights), lm_head(self.policy)
-                    loss, info = policy_loss(hidden, batch, tokens, config, head=head, normalizer=normalizer)
+                    divided = {"normalizer": normalizer, "workspace": self.memory.workspace}
+                    loss, info = policy_loss(hidden, batch, tokens, config, head=head, **divided)
                     losses.append(loss)
                     result.log_probs.append((group, info["log_probs"]))
                     result.policy += torch.stack([loss.detach(), *(info[name] for name in POLICY_STATS)])
@@ -238,7 +239,8 @@ class Learner:
                 sum(losses).backward()
         if mixed:
             rows_counted = experience.response_mask[mini_batch].any(1).sum().clamp(min=1)
-            result.ptx = self.ptx.backward(self.policy, self.memory.tokens, mixed, normalizer / rows_counted)
+            mean, memory = normalizer / rows_counted, self.memory
+            result.ptx = self.ptx.backward(self.policy, memory.tokens, mixed, mean, memory.workspace)
         return result
 
     def _hidden(self, batch: TokenBatch, policy: bool) -> Tensor:

@@ -17,6 +17,8 @@ mean of the same kind as the loss beside it (loss_aggregation), without the impo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,34 +65,49 @@ def aggregation_weights(experience: Experience, mini_batch: MiniBatch, config: P
 
 
 def policy_loss(
-    hidden: Tensor, batch: TokenBatch, tokens: TokenExperience, config: PPOConfig, *, head: Head, normalizer: Tensor
+    hidden: Tensor,
+    batch: TokenBatch,
+    tokens: TokenExperience,
+    config: PPOConfig,
+    *,
+    head: Head,
+    normalizer: Tensor,
+    workspace: int | None = None,
 ) -> PPOLoss:
     """Return the policy loss of a micro-batch, with its statistics and `log_probs` [N].
 
     hidden [N, H] predicts the N response tokens of `batch`, whose experience `tokens` is; head: of the policy.
-    normalizer: of the mini-batch, so that the losses of its micro-batches add up.
+    normalizer: of the mini-batch, so that the losses of its micro-batches add up. workspace: as of
+    `target_log_probs`.
     """
+    options = {"workspace": workspace, **head.kwargs()}
     exact = config.kl_gradient == "exact"
     own_kl = config.kl_in == "loss" and (tokens.kl_weights is not None or (exact and config.kl_estimator not in AS_K2))
     if config.ratio_level == "token" and config.policy_loss == "clip" and not own_kl:
-        return _fused_loss(hidden, batch, tokens, config, head, normalizer)
+        return _fused_loss(hidden, batch, tokens, config, head.weight, normalizer, options)
 
     def loss_fn(log_probs: Tensor, entropy: Tensor) -> PPOLoss:
         return loss_of_log_probs(log_probs, entropy, tokens, config, normalizer=normalizer)
 
-    options = {"temperature": config.temperature, "return_entropy": True, **head.kwargs()}
+    options |= {"temperature": config.temperature, "return_entropy": True}
     return PPOLoss(*linear_loss(hidden, head.weight, batch.labels, loss_fn, **options))
 
 
 def _fused_loss(
-    hidden: Tensor, batch: TokenBatch, tokens: TokenExperience, config: PPOConfig, head: Head, normalizer: Tensor
+    hidden: Tensor,
+    batch: TokenBatch,
+    tokens: TokenExperience,
+    config: PPOConfig,
+    weight: Tensor,
+    normalizer: Tensor,
+    options: dict[str, Any],
 ) -> PPOLoss:
     """From hidden states to loss and gradients in one sweep (one ratio a token; a KL whose gradient is that of k2, or
-    of the estimator as it stands)."""
+    of the estimator as it stands). weight [V, H], options: of the head."""
     kl_in_loss, exact = config.kl_in == "loss", config.kl_gradient == "exact"
     loss, stats = linear_ppo_loss(
         hidden,
-        head.weight,
+        weight,
         batch.labels,
         tokens.old_log_probs,
         tokens.advantages,
@@ -105,7 +122,7 @@ def _fused_loss(
         kl_estimator="k2" if exact else config.kl_estimator,
         entropy_coef=config.entropy_coef,
         normalizer=normalizer,
-        **head.kwargs(),
+        **options,
     )
     if kl_in_loss and exact and config.kl_estimator != "k2":  # the gradient is right, the value is that of k2
         log_probs = stats["log_probs"]

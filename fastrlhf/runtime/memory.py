@@ -47,12 +47,19 @@ class MemoryBackoff:
     """The tokens of a micro-batch, halved when memory runs out; at most `MOST_HALVINGS` times a run.
 
     report(kind, message, **fields) is told of every halving. Each rank halves its own; a checkpoint holds the lead's.
+    workspace: bytes that the head's kernels may take, the same on all ranks and after a resume, since it decides in
+    which order they add; None until a run begins, for what suits the device.
     """
 
     def __init__(self, config: StageConfig, device: torch.device, report: Callable[..., None]) -> None:
         self.config, self.report = config, report
         self.first_budget = token_budget(config.micro_batch_tokens, device)
         self.halvings = 0
+        self.workspace: int | None = None
+
+    def begin(self, workspace: int) -> None:
+        """Fix the workspace of a run."""
+        self.workspace = workspace
 
     @property
     def tokens(self) -> int:
@@ -93,11 +100,15 @@ class MemoryBackoff:
             LOG.warning("rank %d: %s", distributed.rank(), sentence)
         self.report("out_of_memory", sentence, before=before, after=self.tokens)
 
-    def state(self) -> dict[str, int]:
-        return {"halvings": self.halvings}
+    def state(self) -> dict[str, int | None]:
+        return {"halvings": self.halvings, "workspace": self.workspace}
 
-    def load_state(self, state: dict[str, int]) -> None:
-        self.halvings = state["halvings"]
+    def load_state(self, state: dict[str, int | None]) -> None:
+        """Raises ValueError for a workspace that no run has; a checkpoint without one leaves it as it is."""
+        workspace = state.get("workspace", self.workspace)
+        if workspace is not None and (type(workspace) is not int or workspace < 1):
+            raise ValueError(f"a workspace of {workspace!r} bytes")
+        self.halvings, self.workspace = state["halvings"], workspace
 
 
 def remedies(config: StageConfig) -> list[str]:

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from . import checks, ops
 from .backend import choose_backend
-from .operands import Head
-
-CPU_WORKSPACE = 128 << 20  # bytes
+from .workspace import row_bytes
 
 
 class LinearLoss(NamedTuple):
@@ -58,12 +56,15 @@ def linear_loss(
     returns a loss that no gradient reaches the log-probs from, and for a workspace below one row of logits.
     """
     head = checks.head(
-        hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate, several=True
+        *(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate),
+        workspace=workspace,
+        several=True,
     )
     triton = choose_backend(backend, hidden, weight).name == "triton"
     checks.labels_in_range(labels, weight.shape[0], labels != ignore_index, validate)
     _check_signature(loss_fn, return_entropy)
-    rows = _kept_rows(head, workspace)
+    row = row_bytes(len(head.weight), checks.wide(head.hidden, head.weight).itemsize)
+    rows = min(len(head.hidden), head.workspace // row)
     trained = (hidden, weight, bias, *(() if lora is None else lora[:2]))
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
     settings = (head, ignore_index, return_entropy, False)
@@ -77,29 +78,6 @@ def linear_loss(
         )
     kept = dict(zip(("log_probs", "token_entropy"), given)) | stats
     return LinearLoss(loss, {name: t.detach() if isinstance(t, Tensor) else t for name, t in kept.items()})
-
-
-def _kept_rows(head: Head, workspace: int | None) -> int:
-    """Of how many rows the logits are kept in `workspace` bytes."""
-    row = -(-len(head.weight) // 64) * 64 * checks.wide(head.hidden, head.weight).itemsize
-    if workspace is None:
-        gpu = head.hidden.is_cuda
-        workspace = _memory(head.hidden.device.index) // 32 if gpu else CPU_WORKSPACE
-    elif isinstance(workspace, bool) or not isinstance(workspace, int):
-        raise ValueError(f"workspace must be a number of bytes, got {type(workspace).__name__}")
-    if workspace < row:
-        raise ValueError(
-            f"workspace is {workspace} bytes, less than one row of logits, {row} bytes for a vocabulary of "
-            f"{len(head.weight)}; pass at least that"
-        )
-    return min(len(head.hidden), workspace // row)
-
-
-def _memory(device: int | None) -> int:
-    return torch.cuda.get_device_properties(torch.cuda.current_device() if device is None else device).total_memory
-
-
-_memory._dynamo_marked_constant = True  # as in backend.py
 
 
 def _check_signature(loss_fn: Callable[..., Any], return_entropy: bool) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .operands import Head, LossOptions, Rows, Tokens
+from .workspace import default_workspace, row_bytes
 
 Lora = tuple[Tensor, Tensor, float]  # A [r, H], B [V, r], scale
 ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -125,11 +126,22 @@ def no_transforms(*tensors: Tensor | None) -> None:
 
 
 def head(
-    hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate, *, several: bool = False
+    hidden,
+    weight,
+    labels,
+    bias,
+    temperature,
+    logit_scale,
+    logit_softcap,
+    lora,
+    validate,
+    *,
+    workspace: int | None = None,
+    several: bool = False,
 ) -> Head:
     """The arguments of the head, checked, with the leading dimensions flattened to rows.
 
-    several: there may be K labels a row, labels [..., K].
+    workspace: bytes, None for the device's default. several: there may be K labels a row, labels [..., K].
     """
     a, b, lora_scale = (None, None, 1.0) if lora is None else _lora(lora)
     floating(hidden=hidden, weight=weight, bias=bias, lora_A=a, lora_B=b)
@@ -162,7 +174,23 @@ def head(
     temperatures = None if temperatures is None else temperatures.reshape(-1)
     n = like.numel()
     rows, labels = hidden.reshape(n, width), labels.reshape(n, labels.shape[-1]) if several else labels.reshape(-1)
-    return Head(rows, weight, labels, bias, temperatures, temperature, logit_scale, logit_softcap, a, b, lora_scale)
+    scalars = (temperature, logit_scale, logit_softcap, a, b, lora_scale)
+    return Head(rows, weight, labels, bias, temperatures, *scalars, _workspace(workspace, hidden, weight))
+
+
+def _workspace(workspace: int | None, hidden: Tensor, weight: Tensor) -> int:
+    """Bytes for logits, enough for a row of them."""
+    if workspace is None:
+        return default_workspace(hidden.device)
+    if isinstance(workspace, bool) or not isinstance(workspace, int):
+        raise ValueError(f"workspace must be a number of bytes, got {type(workspace).__name__}")
+    row = row_bytes(len(weight), wide(hidden, weight).itemsize)
+    if workspace < row:
+        raise ValueError(
+            f"workspace is {workspace} bytes, less than one row of logits, {row} bytes for a vocabulary of "
+            f"{len(weight)}; pass at least that"
+        )
+    return workspace
 
 
 def _lora(lora: Lora) -> Lora:

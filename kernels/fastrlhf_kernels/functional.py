@@ -109,6 +109,7 @@ def linear_log_probs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     batch_invariant: bool = False,
+    workspace: int | None = None,
     backend: str = "auto",
     validate: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -118,8 +119,11 @@ def linear_log_probs(
     lora = (A [r, H], B [V, r], scale) adds scale * B A to the weight. Differentiable in hidden, weight, bias, A, B;
     the backward computes the logits anew, tile by tile, and accumulates in fp32. The same bits every run.
     batch_invariant=True: a token's log-prob is bitwise the same whatever else is in the batch (slower).
+    workspace: bytes for logits and their gradient (default: 1/32 of the GPU's memory; 128 MiB on a CPU). It decides how
+    sums are cut, and so their last bits. ValueError where it is less than a row of logits.
     """
-    head = checks.head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate)
+    operands = (hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate)
+    head = checks.head(*operands, workspace=workspace)
     triton = choose_backend(backend, hidden, weight).name == "triton"
     checks.labels_in_range(labels, weight.shape[0], labels != ignore_index, validate)
     settings = (head, ignore_index, return_entropy)
@@ -388,6 +392,7 @@ def linear_ppo_loss(
     kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
     normalizer: float | Tensor | None = None,
+    workspace: int | None = None,
     backend: str = "auto",
     validate: bool | None = None,
 ) -> PPOLoss:
@@ -398,9 +403,11 @@ def linear_ppo_loss(
     hidden, weight, bias and lora are computed here, in the forward sweep: three matrix products instead of four, two
     with a frozen weight, one when nothing needs a gradient. Rows under a false mask are not computed: their hidden
     states may be NaN and their labels anything. stats: those of `ppo_policy_loss`, `entropy`, and per token, in the
-    shape of labels, `log_probs` and `token_entropy`.
+    shape of labels, `log_probs` and `token_entropy`. workspace: bytes for the logits of a chunk of rows, as in
+    `linear_log_probs`; dW is the sum over the chunks.
     """
-    head = checks.head(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate)
+    operands = (hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, lora, validate)
+    head = checks.head(*operands, workspace=workspace)
     tokens = checks.tokens(old_log_probs, advantages, response_mask, weights, ref_log_probs, labels, "labels")
     triton = choose_backend(backend, hidden, weight).name == "triton"
     checks.labels_in_range(labels, weight.shape[0], tokens.mask, validate)

@@ -32,6 +32,7 @@ class Head(NamedTuple):
     lora_a: Tensor | None  # [r, H]
     lora_b: Tensor | None  # [V, r]
     lora_scale: float
+    workspace: int = 1 << 30  # bytes for logits; which default a device has: workspace.py
 
     def rows(self, rows: Tensor | slice | None) -> Head:
         """The head on some of the rows: their indices, a slice, or None for all."""

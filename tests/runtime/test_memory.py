@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, SFTConfig, UserError
-from fastrlhf.models import loading
+from fastrlhf.models import heads, loading
 from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.rl.experience import Experience, MiniBatch
+from fastrlhf.runtime import distributed
 from fastrlhf.runtime.memory import MOST_HALVINGS, MemoryBackoff, ran_out, remedies, token_budget
 from fastrlhf.runtime.optim import Optimizer
 from tests import tiny
@@ -417,3 +418,26 @@ def test_token_budget():
     assert token_budget(77, torch.device("cpu")) == 77
     assert token_budget(None, torch.device("cpu")) == token_budget(None, torch.device("mps")) == 8192
     assert token_budget(None, torch.device("cuda")) == 16384
+
+
+def test_the_workspace_of_a_run_is_the_least_of_all_ranks_and_stays(monkeypatch):
+    monkeypatch.setattr(heads, "default_workspace", lambda device: 7 << 20)
+    assert heads.agreed_workspace(CPU) == 7 << 20
+    sent = []
+    monkeypatch.setattr(
+        distributed, "gather", lambda own: sent.append(own) or torch.tensor([9 << 20, 5 << 20, 7 << 20])
+    )
+    assert heads.agreed_workspace(CPU) == 5 << 20 and sent[0].tolist() == [7 << 20]
+    backoff = MemoryBackoff(SFTConfig(), CPU, unheard)
+    assert backoff.workspace is None  # where no run is: what suits the device
+    backoff.begin(5 << 20)
+    saved = backoff.state()
+    resumed = MemoryBackoff(SFTConfig(), CPU, unheard)
+    resumed.begin(1 << 30)
+    resumed.load_state(saved)
+    assert saved == {"halvings": 0, "workspace": 5 << 20} and resumed.workspace == 5 << 20
+    resumed.load_state({"halvings": 1})  # of a checkpoint from before there was one
+    assert resumed.workspace == 5 << 20 and resumed.halvings == 1
+    for wrong in (0, -1, 2.5, "1GiB", True):
+        with pytest.raises(ValueError, match="a workspace of"):
+            resumed.load_state({"halvings": 0, "workspace": wrong})

@@ -131,14 +131,14 @@ def test_mixed_dtypes_are_summed_in_fp32(device):
 
 def test_slices_of_the_backward_do_not_change_the_gradient(device, monkeypatch):
     hidden, weight, labels, options = problem(device, bias=True, lora=True)
-    monkeypatch.setattr(linear_log_probs, "columns_at_once", lambda n, vocabulary: 256)
+    monkeypatch.setattr(linear_log_probs, "columns_at_once", lambda n, vocabulary, workspace: 256)
     compare(hidden, weight, labels, options)
 
 
 def test_a_slice_never_holds_more_than_the_contract_allows():
     for n in (1, 300, 2048, 8192, 70_000, 300_000):
         for vocabulary in (1, 1000, 49152, 151936, 256000):
-            columns = linear_log_probs.columns_at_once(n, vocabulary)
+            columns = linear_log_probs.columns_at_once(n, vocabulary, 1 << 31)
             assert 1 <= columns <= vocabulary
             assert n * columns <= max(max(2048, n // 4) * vocabulary, 128 * n)
             assert n * columns * 2 <= max(1 << 30, 128 * 2 * n)

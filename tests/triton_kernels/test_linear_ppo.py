@@ -60,7 +60,7 @@ def triton_ppo_loss(*arguments, **options):
 
 def in_chunks(monkeypatch, rows: int) -> None:
     """Have the launcher cut its rows, as it does where the workspace is small beside the vocabulary."""
-    monkeypatch.setattr(linear_ppo_loss, "chunk_rows", lambda n, vocabulary: min(n, rows))
+    monkeypatch.setattr(linear_ppo_loss, "chunk_rows", lambda n, vocabulary, workspace: min(n, rows))
 
 
 @pytest.mark.parametrize("chunk", [10_000, 16])
@@ -163,5 +163,5 @@ def test_rows_that_could_not_be_left_out_count_nothing(device):
 def test_a_chunk_keeps_within_its_workspace():
     for vocabulary in (1, 1000, 49152, 151936, 256000):
         for n in (1, 100, 8192, 70_000):
-            rows = linear_ppo_loss.chunk_rows(n, vocabulary)
-            assert 1 <= rows <= n and rows * vocabulary * 4 <= max(1 << 30, 128 * 4 * vocabulary)
+            rows = linear_ppo_loss.chunk_rows(n, vocabulary, 1 << 30)
+            assert 1 <= rows <= min(n, max(4096, n // 4)) and rows * vocabulary * 4 <= 1 << 30

@@ -33,27 +33,36 @@ class Tiles:
 
 
 def sweep_tiles(
-    n: int, vocabulary: int, hidden: int, *, cuda: bool, entropy: bool = False, batch_invariant: bool = False
+    n: int,
+    vocabulary: int,
+    hidden: int,
+    *,
+    cuda: bool,
+    entropy: bool = False,
+    batch_invariant: bool = False,
+    workspace: int = 1 << 30,
 ) -> Tiles:
-    """Tiles of the sweep over slices of the vocabulary: 48 MiB at most on CPU, the entropy's second tile included.
+    """Tiles of the sweep over slices of the vocabulary: 48 MiB at most on CPU, the entropy's second tile included, and
+    never more than the workspace.
 
     Large, because every parallel region ends in a barrier, and on a machine that others use too a barrier waits for
     a thread that is not running: fewer regions are worth more than tiles that fit a cache.
     """
     if batch_invariant:  # a fixed shape: what else is in the batch must not change the order of summation
         return Tiles(64, min(vocabulary, 16384))
-    budget = (256 if cuda else 48) * MIB // (8 if entropy else 4)
-    rows = max(1, min(n, 16384 if cuda else 2048))
+    budget = min((256 if cuda else 48) * MIB, workspace) // (8 if entropy else 4)
+    rows = max(1, min(n, 16384 if cuda else 2048, budget // 512))
     columns = min(max(512, budget // rows), max(512, 32 * MIB // 4 // hidden))  # bounds the fp32 copy of a slice too
     return Tiles(rows, max(1, min(vocabulary, columns // 64 * 64)))
 
 
-def chunk_tiles(vocabulary: int, *, cuda: bool) -> Tiles:
+def chunk_tiles(vocabulary: int, *, cuda: bool, workspace: int = 1 << 30) -> Tiles:
     """Tiles of the three-product sweep: `rows` tokens over the whole vocabulary, exponentials by `columns` of it.
 
-    128 MiB of fp32 logits at most (1 GiB on a GPU); fewer than 256 rows make thin matrix products.
+    128 MiB of fp32 logits at most (1 GiB on a GPU) and never more than the workspace; fewer than 256 rows make thin
+    matrix products.
     """
-    most = (1024 if cuda else 128) * MIB // 4 // vocabulary
+    most = min((1024 if cuda else 128) * MIB, workspace) // 4 // vocabulary
     rows = max(1, min(most, 2048 if cuda else max(256, 16 * MIB // 4 // vocabulary)))
     return Tiles(rows, min(vocabulary, max(512, (256 if cuda else 16) * MIB // 4 // rows)))
 
@@ -384,7 +393,8 @@ def linear_forward(
 ) -> tuple[Tensor | None, ...]:
     """log-prob, entropy (or None), maximum and sum of exponentials, each [n]; kept: as `sweep_forward` takes it."""
     n, cuda = len(head.labels), head.weight.is_cuda
-    tiles = sweep_tiles(n, *head.weight.shape, cuda=cuda, entropy=entropy, batch_invariant=batch_invariant)
+    fixed = {"batch_invariant": batch_invariant, "workspace": head.workspace}
+    tiles = sweep_tiles(n, *head.weight.shape, cuda=cuda, entropy=entropy, **fixed)
     part, labels = ScaledHead.build(head), head.labels.long()
     return sweep_forward(part, labels, tiles, entropy=entropy, pad=batch_invariant, kept=kept)
 
@@ -394,7 +404,8 @@ def linear_backward(
 ):
     """The HEAD_GRADIENTS for dL/dlogp = g and dL/dentropy = ge, each [n] or None; None where not needed."""
     n, weight, dtype = len(head.labels), head.weight, m.dtype
-    tiles = sweep_tiles(n, *weight.shape, cuda=weight.is_cuda, entropy=ge is not None)
+    cuda, entropic = weight.is_cuda, ge is not None
+    tiles = sweep_tiles(n, *weight.shape, cuda=cuda, entropy=entropic, workspace=head.workspace)
     g = m.new_zeros(head.labels.shape) if g is None else g.to(dtype)
     ge = None if ge is None else ge.to(dtype)
     part, labels = ScaledHead.build(head), head.labels.long()
@@ -403,7 +414,7 @@ def linear_backward(
 
 def linear_ppo(head: Head, tokens: Tokens, count: Tensor, options: LossOptions, need: Need):
     """(loss terms, log-probs, entropies) of the tokens, each [n], and the HEAD_GRADIENTS."""
-    tiles = chunk_tiles(len(head.weight), cuda=head.weight.is_cuda)
+    tiles = chunk_tiles(len(head.weight), cuda=head.weight.is_cuda, workspace=head.workspace)
     part, labels = ScaledHead.build(head), head.labels.long()
     *terms, gradients = ppo_sweep(part, labels, tokens, count, options, need, tiles)
     return *terms, gradients.finish()

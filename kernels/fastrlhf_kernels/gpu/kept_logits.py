@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import Rows
+from ..workspace import chunk_rows
 from . import tuning
 from .head import DenseHead, HeadArgs, block_gradient, padded
 from .labels import several_log_probs
 from .launch import launch
-from .linear_ppo_loss import chunk_rows
 from .log_probs import rows_forward
 from .terms import NONE_IGNORED, Incoming, Results
 
@@ -62,17 +62,17 @@ def from_logits(logits: Tensor, head: HeadArgs, out: Tensor, gain: Tensor, incom
     launch(_from_logits, programs, device, *arguments, ROWS=tile.rows, COLUMNS=tile.columns, warps=tile.warps)
 
 
-def logits_forward(head: DenseHead, entropy: bool, kept: Tensor | None) -> Results:
+def logits_forward(head: DenseHead, entropy: bool, kept: Tensor | None, workspace: int) -> Results:
     """As `linear_log_probs.linear_forward`, with labels [n] or [n, K], by products whose result is stored.
 
-    kept [k, V]: the logits of the first k rows, written here. The others are computed chunk by chunk and dropped.
+    kept [k, V]: the logits of the first k rows, written here. The others are computed in chunks and dropped.
     """
     n, vocabulary, device = len(head), len(head.weight), head.x.device
     make = partial(torch.empty, dtype=torch.float32, device=device)
     several, border = head.labels.ndim == 2, 0 if kept is None else len(kept)
     results = Results(make(head.labels.shape), make(n) if entropy else None, make(n), make(n))
     each, number = head.temperature
-    rows = chunk_rows(n - border, vocabulary)
+    rows = chunk_rows(n - border, vocabulary, workspace)
     scratch = padded(rows if border < n else 0, vocabulary, torch.float32, device)
     blocks = [slice(0, border)] if border else []
     blocks += [slice(first, min(n, first + rows)) for first in range(border, n, rows)]

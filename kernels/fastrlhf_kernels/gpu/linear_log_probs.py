@@ -132,9 +132,9 @@ def linear_forward(head: Head, *, entropy: bool, batch_invariant: bool = False, 
     kept [k, V] fp32: where the logits of the first k rows stay. With it, and with labels [n, K] (log-probs [n, K]), the
     logits pass through memory, see `logits_forward`.
     """
-    head = DenseHead(head)
+    workspace, head = head.workspace, DenseHead(head)
     if kept is not None or head.labels.ndim == 2:
-        return logits_forward(head, entropy, kept)
+        return logits_forward(head, entropy, kept, workspace)
     n, device = len(head), head.x.device
     make = partial(torch.empty, dtype=torch.float32, device=device)
     results = Results(make(n).fill_(torch.nan), make(n) if entropy else None, make(n), make(n))
@@ -169,12 +169,12 @@ def linear_backward(
     dx, dA and dB are fp32 sums; dW and dbias are in the dtype of the weight and fp32. kept [k, V]: the logits of the
     first k rows, which are not computed anew. With labels [n, K], g and log_probs (which only they need) are [n, K].
     """
-    head = DenseHead(head)
+    workspace, head = head.workspace, DenseHead(head)
     n, (vocabulary, width) = len(head), head.weight.shape
     weight, device = head.weight, head.x.device
     dtype = torch.promote_types(head.x.dtype, weight.dtype)
     slices = GradientSlices(head, g, ge, entropy, top, total, kept, log_probs)
-    columns_of_slice, gain = columns_at_once(n, vocabulary), slices.gain
+    columns_of_slice, gain = columns_at_once(n, vocabulary, workspace), slices.gain
     dx = torch.zeros(n, width, dtype=torch.float32, device=device) if need.hidden else None
     dw = torch.empty_like(weight) if need.weight else None
     dbias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if need.bias else None
@@ -249,12 +249,12 @@ class GradientSlices:
         return args, Incoming(*(None if t is None else t[cut] for t in self.incoming))
 
 
-def columns_at_once(n: int, vocabulary: int) -> int:
-    """Columns of a slice: 16,384; fewer where its gradient [n, columns] would pass SLICE_BYTES or max(2048, n / 4) rows
-    of the vocabulary. At least 128.
+def columns_at_once(n: int, vocabulary: int, workspace: int) -> int:
+    """Columns of a slice: 16,384; fewer where its gradient [n, columns] would pass SLICE_BYTES, the workspace or
+    max(2048, n / 4) rows of the vocabulary. At least 128.
     """
     n = max(1, n)
-    most = min(16384, SLICE_BYTES // 2 // n, max(2048, n // 4) * vocabulary // n)
+    most = min(16384, min(SLICE_BYTES, workspace) // 2 // n, max(2048, n // 4) * vocabulary // n)
     return min(vocabulary, max(128, most // 128 * 128))
 
 

@@ -21,12 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import Head, LossOptions, Need, Rows, Tokens
+from ..workspace import chunk_rows
 from .head import DenseHead, add_product, bend, padded, product
 from .launch import launch
 from .log_probs import Terms, rows_ppo, store_terms
 from .terms import LN2, LOG2E, Clip, finite, inverse_temperature, kl_index, token_terms
-
-WORKSPACE = 1 << 30  # bytes of the fp32 logits of a chunk
 
 
 class Range(NamedTuple):
@@ -177,11 +176,6 @@ def _again(x, w, chunk, losses, head, KL: tl.constexpr, COLUMNS: tl.constexpr, D
         _finish(chunk, losses, head, row, live, label, at_label, scale, inverse, offset, total, weighted, KL)
 
 
-def chunk_rows(n: int, vocabulary: int) -> int:
-    """Tokens of a chunk: as many as WORKSPACE holds at 4 bytes a logit, at least 128."""
-    return max(1, min(n, max(128, WORKSPACE // 4 // vocabulary // 128 * 128)))
-
-
 def _exponentials(head: DenseHead, cut: slice, z: Tensor, out: Tensor, losses: Losses, kl: int) -> Tensor:
     """The sweep over the logits z of some rows, and once more over those that are far -> the factors [n, 1]."""
     n, width = z.shape
@@ -201,7 +195,8 @@ def linear_ppo(head: Head, tokens: Tokens, count: Tensor, options: LossOptions, 
 
     count: 0-d fp32, what gradients are divided by.
     """
-    head, n, vocabulary = DenseHead(head), len(tokens.mask), len(head.weight)
+    workspace, n, vocabulary = head.workspace, len(tokens.mask), len(head.weight)
+    head = DenseHead(head)
     dtype, device = head.x.dtype if head.half else torch.float32, head.x.device
     late = dtype == torch.float16  # its smallest number is 6e-8: divide the sums, not the terms
     divisor, shift = torch.ones_like(count) if late else count, RANGES[dtype].shift
@@ -213,7 +208,7 @@ def linear_ppo(head: Head, tokens: Tokens, count: Tensor, options: LossOptions, 
     dbias = make(vocabulary) if need.bias else None
     dlora_b = make(*head.lora_b.shape) if need.lora else None
     dv = make(*head.v.shape) if head.v is not None and (need.hidden or need.lora) else None
-    rows = chunk_rows(n, vocabulary)
+    rows = chunk_rows(n, vocabulary, workspace)
     buffer = padded(rows, vocabulary, torch.float32, device)
     for first in range(0, n, rows):
         cut = slice(first, min(n, first + rows))

@@ -276,6 +276,7 @@ def _combine(sums, results, labels, temperature, n, splits, ignore_index, ROWS: 
     weighted = tl.load(sums.weighted + place, mask=valid, other=0.0)
     top, total, weighted = merge(top, total, weighted, scale[:, None], results.entropies is not None)
     log_prob = log_prob_of(tl.load(results.log_probs + rows, mask=live, other=0.0), top, total, scale)
+    tl.debug_barrier()  # of so few rows each is read by several threads, and written over by one of them
     store_results(results, rows, live, inside, log_prob, top, total, weighted)
 
 
