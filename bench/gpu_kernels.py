@@ -172,6 +172,12 @@ def copy_bandwidth(device: torch.device, repetitions: int) -> float:
     return 2 * a.numel() * 4 / (median_ms(lambda: b.copy_(a), device, repetitions) / 1000)
 
 
+def keep(path: Path | None, figures: dict[str, object]) -> None:
+    """Write what there is so far: a machine that is lent for minutes may be gone before the last row."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+
+
 def about(device: torch.device) -> dict[str, object]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = {"torch": torch.__version__, "commit": commit, "python": sys.version.split()[0]}
@@ -214,6 +220,7 @@ def main() -> int:
                 line += f"{row['graph_ms']:9.3f}"
             print(line, flush=True)
             figures["rows"].append(row)
+            keep(options.json, figures)
 
     for shape in options.shapes:
         n, width, vocabulary = (int(part) for part in shape.split("x"))
@@ -222,8 +229,6 @@ def main() -> int:
     table(f"N={n} V={vocabulary} bf16 logits", logits_rows(n, vocabulary, device, bandwidth))
     table(f"sampling, B=64 V={vocabulary} fp32", sampler_rows(vocabulary, device, bandwidth), small=True)
     table("tokens and decoding", token_rows(device, bandwidth), small=True)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 

@@ -207,7 +207,17 @@ def compare(options: argparse.Namespace, spec: dict[str, Any], run: Run) -> int:
     if options.device == "cuda" and not Path("/dev/nvidia0").exists():
         print("no GPU here", file=sys.stderr)
         return 3
-    found = rounds([PEER, *options.forms], options.repetitions, run, lambda line: print(line, flush=True))
+    ended: list[Any] = []
+
+    def show(line: str) -> None:
+        """A machine that is lent for minutes may be gone before the last process: what ended is kept at once."""
+        print(line, flush=True)
+        ended.append(json.loads(line))
+        if options.json:
+            partial = {"machine": machine() | {"device": ended[0]["device"]}, "spec": spec, "processes": ended}
+            options.json.write_text(json.dumps(partial, indent=1) + "\n")
+
+    found = rounds([PEER, *options.forms], options.repetitions, run, show)
     bars = BARS.get(options.model, {}) if options.device == "cpu" else {}
     rows, wrong = judge(found, options.forms, bars)
     for row in rows:

@@ -15,11 +15,10 @@ row-steps beyond one a token. Sides take turns; ratios are medians of the turns.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from bench.gpu_kernels import about, copy_bandwidth, median_ms
+from bench.gpu_kernels import about, copy_bandwidth, keep, median_ms
 from bench.models import END, IDS, QWEN, policy_of
 from fastrlhf.rollout import decoder as decoding
 from fastrlhf.rollout.engine import RolloutEngine
@@ -140,8 +139,8 @@ def floor_seconds(model, prompt: int, lengths: list[int], batch: int, bandwidth:
     return max(read, 2 * weights * sum(lengths) / rate) + 2 * trunk * prompt * len(lengths) / rate
 
 
-def measure(name: str, model, batch: int, options, bandwidth: float, rate: float) -> list[dict[str, object]]:
-    device, rows = model.device, []
+def measure(name: str, model, batch: int, options, bandwidth: float, rate: float) -> Iterator[dict[str, object]]:
+    device = model.device
     for workload in ("fixed", "ragged"):
         count = batch if workload == "fixed" else 4 * batch
         lengths = [options.new] * count if workload == "fixed" else ragged_lengths(count, options.new)
@@ -169,12 +168,11 @@ def measure(name: str, model, batch: int, options, bandwidth: float, rate: float
             "ratios": {peer: statistics.median(b / a for a, b in zip(times["engine"], times[peer], strict=True))
                        for peer in peers}, "seconds": times,
         }  # fmt: skip
-        rows.append(row)
+        yield row
         ratios = "  ".join(f"{ratio:.2f}x {peer}" for peer, ratio in row["ratios"].items())
         print(f"{name:14}{row['dtype']:9}{batch:5} {workload:7}{row['tokens_per_s']:10.0f} tok/s  floor "
               f"{row['floor']:.2f}  wasted {row['wasted']:+.1%}  prefill {row['prefill_tokens']:6}  {ratios}",
               flush=True)  # fmt: skip
-    return rows
 
 
 def main() -> int:
@@ -204,20 +202,15 @@ def main() -> int:
         f"threads {torch.get_num_threads()}, copy {bandwidth / 1e9:.1f} GB/s, "
         f"products {rate / 1e12:.2f} TFLOP/s, prompt {options.prompt}",
     )
-    rows = []
+    figures = {"machine": about(device), "bandwidth": bandwidth, "rate": rate}
+    figures |= {"options": vars(options) | {"json": None}, "rows": []}
     for name in names:
         model = model_of(name, device, dtype)
         for batch in options.batch or ([16, 64, 256] if cuda else [16]):
-            rows += measure(name, model, batch, options, bandwidth, rate)
+            for row in measure(name, model, batch, options, bandwidth, rate):
+                figures["rows"].append(row)
+                keep(options.json, figures)
         del model
-    if options.json:
-        figures = {
-            "machine": about(device),
-            "bandwidth": bandwidth,
-            "rate": rate,
-            "options": vars(options) | {"json": None},
-        }
-        options.json.write_text(json.dumps(figures | {"rows": rows}, indent=1, default=str) + "\n")
     return 0
 
 

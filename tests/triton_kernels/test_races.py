@@ -15,7 +15,7 @@ import triton.language as tl
 
 import fastrlhf_kernels as kernels
 from bench import races
-from fastrlhf_kernels import backend
+from fastrlhf_kernels import backend, layers
 from fastrlhf_kernels.gpu import log_probs, tuning
 from fastrlhf_kernels.operands import LossOptions, Rows, Tokens
 
@@ -108,16 +108,25 @@ def decode():
     return [kernels.decode_attention(q, k, v, torch.tensor([290]), scale=0.2, backend="triton")]
 
 
+def decoder_layer():
+    x, pool, place = made(2, 4, 3, 16), torch.zeros(2, 2, 5, 4, 16), torch.tensor([1, 0])
+    turn, weight = torch.rand(2, 3, 16), made(16)
+    layers.store_tokens(x[:, :, 0], x[:, :, 1], *pool, place, place, backend="triton")
+    turned = layers.rotate(x, x[:, :2], turn, turn, backend="triton")
+    return *turned, layers.rms_norm(x, weight, 1e-6, backend="triton"), layers.silu_mul(x, x, backend="triton"), pool
+
+
 CASES = {  # a call, and the kernels that it starts
     rows_of_logits: {"_forward", "_combine", "_backward"},
     ppo_over_its_logits: {"_ppo"},
     linear: {"_linear_forward", "_linear_backward", "_combine"},
-    linear_ppo: {"_relative", "_again"},
+    linear_ppo: {"_relative", "_again", "_scale"},
     any_loss: {"_forward", "_from_logits", "_linear_backward", "_add_labels"},
     advantages: {"_gae", "_whiten", "_shape_rewards", "_block_statistics"},
     losses_of_tokens: {"_policy", "_value", "_add_up"},
     sampling: {"_sums", "_candidates", "_histogram", "_settle", "_draw"},
     decode: {"_decode", "_combine_splits"},
+    decoder_layer: {"_rms_norm", "_silu_mul", "_rotate", "_store_tokens"},
 }
 
 
