@@ -6,11 +6,9 @@ for --dry-run alike, and counts what became of every row.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -56,7 +54,7 @@ class Record:
     @property
     def group(self) -> str:
         """What it answers."""
-        return json.dumps(self.feedback.prompt)
+        return repr(self.feedback.prompt)
 
     @property
     def longest(self) -> int:
@@ -108,12 +106,14 @@ def example_steps(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Step
         target, group = [True] * len(ids), row.text
     elif row.messages is not None:
         ids, target = yield from conversation_steps(tokenizer, row.messages)
-        group = json.dumps(list(takewhile(lambda m: m["role"] != "assistant", row.messages)))
+        roles = [message["role"] for message in row.messages]
+        group = repr(row.messages[: roles.index("assistant")])
     else:
         prompt, [response] = yield from replies_steps(tokenizer, row.prompt, [row.response])
         ids, target = prompt + response, [False] * len(prompt) + [True] * len(response)
-        group = json.dumps(row.prompt)
-    return Example(ids, [False, *target[1:]], group)
+        group = repr(row.prompt)
+    target[:1] = [False]
+    return Example(ids, target, group)
 
 
 def row_form(tokenizer: PreTrainedTokenizerBase, row: Conversation | Feedback | Prompt) -> Form:
@@ -163,7 +163,7 @@ class Encoder:
         def encode(item: Feedback) -> Steps[Record]:
             prompt, replies = yield from replies_steps(self.tokenizer, item.prompt, item.responses)
             rows = [prompt + reply for reply in replies]
-            if item.ranking is not None and all(row == rows[0] for row in rows):
+            if item.ranking is not None and all(reply == replies[0] for reply in replies):
                 raise DroppedRow("with equal replies")  # which differ by tokens that end them, or by blanks
             fits = max(map(len, rows)) <= config.max_tokens
             return Record(rows if fits else _cut_rows(rows, len(prompt), config, counts), item)
@@ -186,7 +186,7 @@ class Encoder:
             if len(ids) + len(response) > config.max_tokens:
                 raise DroppedRow(f"longer than max_tokens = {config.max_tokens}")
             target = [False] * len(ids) + [True] * len(response)
-            return Example(ids + response, target, json.dumps(prompt))
+            return Example(ids + response, target, repr(prompt))
 
         rows, counts = load_conversations(source, **reading(config, "sft_data"))
         return self.usable(rows, encode, counts, "sft_data", remedy="raise max_tokens")

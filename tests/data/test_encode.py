@@ -17,7 +17,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from fastrlhf import PPOConfig, RewardConfig, SFTConfig
 from fastrlhf.config.errors import UserError
-from fastrlhf.data import rendering, templates
+from fastrlhf.data import batches, rendering, templates
 from fastrlhf.data.batches import encode_many, encode_one
 from fastrlhf.data.checks import DroppedRow
 from fastrlhf.data.dataset import load_prompts
@@ -75,7 +75,8 @@ def test_ids_are_those_of_version_0_1_which_encoded_text_by_text(name):
 
 
 @pytest.mark.parametrize("name", ["chat", "bos and eos", "strips"])
-def test_a_row_alone_has_the_ids_that_it_has_among_others(name):
+def test_a_row_alone_has_the_ids_that_it_has_among_others(name, monkeypatch):
+    monkeypatch.setattr(batches, "TEXTS", 4)  # several calls of the tokenizer for each of several chunks
     tokenizer = encoder(name, PPOConfig).tokenizer
     pairs = [(prompt, reply) for prompt in cases.PROMPTS for reply in cases.REPLIES]
     random.Random(0).shuffle(pairs)
@@ -86,7 +87,7 @@ def test_a_row_alone_has_the_ids_that_it_has_among_others(name):
 
 
 def test_texts_go_to_the_tokenizer_in_lists():
-    """Not one by one: of 50 pairs the prompts are one list, and so is each of the replies."""
+    """Not one by one: of 50 pairs the prompts and the replies are one list."""
     calls = []
 
     class Watched(Called):
@@ -100,7 +101,7 @@ def test_texts_go_to_the_tokenizer_in_lists():
     calls.clear()
     pairs = [{"prompt": tiny.chat(f"the {n}"), "chosen": "yes", "rejected": "no"} for n in range(50)]
     assert len(Encoder(RewardConfig(), tokenizer).records(pairs, "data").items) == 50
-    assert calls == [50, 50, 50]
+    assert calls == [150]
 
 
 class Called(PreTrainedTokenizerFast):
@@ -218,6 +219,27 @@ def test_one_refused_conversation_does_not_touch_the_others_of_its_batch():
     assert [first, third] == [encode_one(tokenizer, prompt_steps(tokenizer, tiny.chat(p))) for p in "ac"]
 
 
+def test_a_refused_reply_is_the_error_of_its_row_and_of_no_other():
+    tokenizer = tiny.tokenizer()
+    refuse = "{% if messages[-1].content == 'b' %}{{ raise_exception('no b') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    pairs = [("a", "c"), ("c", "b"), ("c", "a")]
+    many = encode_many(tokenizer, pairs, lambda pair: replies_steps(tokenizer, tiny.chat("the cat"), pair))
+    first, second, third = (result for _, result in many)
+    assert isinstance(second, UserError) and "no b" in str(second)
+    assert first[1] == third[1][::-1]
+
+
+def test_what_a_conversation_sets_in_the_template_is_gone_before_the_next_of_its_batch():
+    tokenizer = tiny.tokenizer()
+    once = "{% if messages[0].content == 'a' %}{% set heard = 'a' %}{% endif %}{{ heard | default('nothing') }}"
+    tokenizer.chat_template = once + tokenizer.chat_template
+    chats = [tiny.chat(content) for content in "abab"]
+    alone = [rendering.render(tokenizer, chat, add_generation_prompt=True) for chat in chats]
+    assert alone[1].startswith("nothing")
+    assert rendering.render_many(tokenizer, chats, add_generation_prompt=True) == alone
+
+
 # ------------------------------------------------------------------------------------------------------ what is counted
 
 
@@ -277,15 +299,3 @@ def test_ptx_rows_may_be_as_long_as_a_prompt_and_its_reply():
     assert read.counts.line().endswith(
         f"2 used, dropped: 2 longer than max_prompt_tokens + max_new_tokens = {sizes[1]}"
     )
-
-
-@pytest.mark.parametrize(("before", "kept"), [("", 0), ("x", 2)])
-def test_the_ids_behind_a_control_token_are_kept_of_few_texts(before, kept, monkeypatch):
-    """Where the token stands before the prompt, as BOS does, every row has a text of its own behind it."""
-    monkeypatch.setattr(templates, "MOST_HEADS", 2)
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = before + "<|end|>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    for i in range(5):
-        templates.encode_response(tokenizer, tiny.chat(f"the cat {i}"), "yes")
-    known = templates._known_of(tokenizer)
-    assert known.borders == ["<|end|>"] and 0 <= len(known.ids) <= kept
