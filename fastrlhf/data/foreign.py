@@ -442,7 +442,8 @@ def pair_of(row: dict, where: str) -> Pair:
         else:
             full = (joined(prompt, reply, where, key) for key, reply in replies.items())
             pair = _pair_of_conversations(*full, where)
-    return pair._replace(prompt=with_context(pair.prompt, row, where))
+    whole = with_context(pair.prompt, row, where)
+    return pair if whole is pair.prompt else pair._replace(prompt=whole)
 
 
 def joined(prompt: str | Messages, reply: str | Messages, where: str, field: str) -> Messages:
