@@ -461,6 +461,7 @@ def parse_prompt(row: Any, where: str) -> Prompt:
         return Prompt(text_of(row, where, "prompt"), where=where)
     columns = row if isinstance(row, dict) else {}
     row = as_pair(_record(row, where), where, ties=True)
+    _check_weights(row, where)
     used = frozenset(prompt_columns(row))
     rest = {key: value for key, value in columns.items() if key not in used}
     prompt = _whole_prompt(row, where)
