@@ -10,6 +10,7 @@ reply in a rollout and a data set of a million rows.
 from __future__ import annotations
 
 import gc
+import operator
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -29,6 +30,7 @@ T, Row = TypeVar("T"), TypeVar("Row")
 ROWS = 512  # encoded together: enough for all cores, and a bad row is found soon
 CHUNKS = 4  # of ROWS at once: while the tokenizer has the texts of some, the template writes those of another
 TEXTS = 256  # given to the tokenizer in one call: what it says of more does not fit the processor's caches
+AHEAD = 32  # of ROWS with the tokenizer while their source is still being read
 CALLS = 2  # at once: while the ids of one become Python's, the tokenizer works for the other
 
 
@@ -132,13 +134,50 @@ def _called(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool)
     return list(tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]) if texts else []
 
 
+class Ahead(Generic[Row, T]):
+    """The first rows of a source that is still being read: their texts are with the tokenizer already, which works
+    beside this thread. No row's steps are sent ids before `encode_many` has all rows."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, encode: Callable[[Row], Steps[T]], size: int | None = None
+    ) -> None:
+        self._tokenizer, self._encode, self._size = tokenizer, encode, size or ROWS
+        self._rows: list[Row] = []
+        self._chunks: deque[_Chunk[Row, T]] = deque()
+        self._beside = ThreadPoolExecutor(CALLS)
+        self._works = backend_of(tokenizer) is not None  # another is called in this thread
+
+    def put(self, row: Row) -> None:
+        """The next row of the source."""
+        if not self._works or len(self._chunks) == AHEAD:
+            return
+        self._rows.append(row)
+        if len(self._rows) == self._size:
+            chunk = _Chunk(self._tokenizer, self._rows, self._encode, self._beside)
+            while chunk.waits_for_texts:
+                chunk.go_on()
+            self._chunks.append(chunk)
+            self._rows = []
+
+    def of(self, rows: list[Row]) -> deque[_Chunk[Row, T]]:
+        """The chunks that rows begin with; none where the source has come to other rows than those that were put."""
+        begun = chain.from_iterable(chunk.rows for chunk in self._chunks)
+        count = sum(len(chunk.rows) for chunk in self._chunks)
+        same = count <= len(rows) and all(map(operator.is_, begun, rows))
+        return self._chunks if same else deque()
+
+
 def encode_many(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], encode: Callable[[Row], Steps[T]], size: int = ROWS
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Row],
+    encode: Callable[[Row], Steps[T]],
+    size: int = ROWS,
+    ahead: Ahead[Row, T] | None = None,
 ) -> Iterator[tuple[Row, T | DroppedRow | UserError]]:
     """(row, what its steps return, or the DroppedRow or UserError they raise) in the order of the rows, `size` of them
-    together."""
-    remaining = iter(rows)
-    running: deque[_Chunk[Row, T]] = deque()
+    together. ahead: what was begun of them, with the same tokenizer and the same steps."""
+    running: deque[_Chunk[Row, T]] = deque() if ahead is None else ahead.of(rows)
+    remaining = islice(iter(rows), sum(len(chunk.rows) for chunk in running), None)
     with ThreadPoolExecutor(CALLS) as beside:
         while True:
             while len(running) < CHUNKS and (chunk := list(islice(remaining, size))):
@@ -175,6 +214,11 @@ class _Chunk(Generic[Row, T]):
     @property
     def done(self) -> bool:
         return not self._asking
+
+    @property
+    def waits_for_texts(self) -> bool:
+        """Whether its rows have asked for what the template writes, and for nothing else."""
+        return bool(self._asking) and all(kind is Rendered for kind, _ in self._answers)
 
     @property
     def ready(self) -> bool:

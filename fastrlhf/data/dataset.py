@@ -89,7 +89,7 @@ class Reading(TypedDict, total=False):
 
     skip_bad_rows: bad rows are counted as malformed instead of ending the run. columns, ignore_columns: see Columns.
     every_column: a mapping whose column no row has is an error. max_samples: rows behind the first so many are not
-    looked at.
+    looked at. seen: is told of each record when it is read; that it stays one of the source is not said.
     """
 
     skip_bad_rows: bool
@@ -97,6 +97,7 @@ class Reading(TypedDict, total=False):
     ignore_columns: Iterable[str] | None
     every_column: bool
     max_samples: int | None
+    seen: Callable[[Any], None] | None
 
 
 def reading(config: StageConfig, role: str) -> Reading:
@@ -120,6 +121,7 @@ def _load(
     ignore_columns: Iterable[str] | None = None,
     every_column: bool = True,
     max_samples: int | None = None,
+    seen: Callable[[Any], None] | None = None,
     judged: bool = True,
 ) -> Loaded[T]:
     """judged: rows with the same judgement_id are one, the last."""
@@ -138,6 +140,8 @@ def _load(
             if named is not row and isinstance(item, Prompt):
                 item = _with_columns(item, row)
             kept[counts.read if key is None else key] = item
+            if seen is not None:
+                seen(item)
         except DroppedRow as dropped:
             counts.add(dropped.reason)
         except BadRow as error:

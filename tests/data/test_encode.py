@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -217,6 +218,50 @@ def test_one_refused_conversation_does_not_touch_the_others_of_its_batch():
     first, second, third = (result for _, result in many)
     assert "no b" in str(second)
     assert [first, third] == [encode_one(tokenizer, prompt_steps(tokenizer, tiny.chat(p))) for p in "ac"]
+
+
+def test_the_first_texts_are_with_the_tokenizer_while_their_source_is_still_being_read(monkeypatch):
+    begun, encoded = threading.Event(), batches._encoded
+    monkeypatch.setattr(batches, "ROWS", 4)
+    monkeypatch.setattr(batches, "_encoded", lambda *texts: begun.set() or encoded(*texts))
+
+    def source():
+        for n in range(9):
+            yield {"prompt": tiny.chat(f"the cat {n}"), "chosen": "yes", "rejected": "no"}
+        assert begun.wait(timeout=60)
+
+    prepared = encoder("chat", RewardConfig)  # which has the tokenizer encode some texts of its own
+    encode_prompt(prepared.tokenizer, tiny.chat("the cat"))
+    begun.clear()
+    assert len(prepared.records(source(), "data").items) == 9
+
+
+JUDGED = [
+    {"prompt": tiny.chat(f"the cat {n % 3}"), "chosen": f"yes {n}", "rejected": "no", "judgement_id": f"{n % 4}"}
+    for n in range(9)
+]
+MARKED = [{"prompt": "the cat", "response": f"yes {n}", "score": 1 + n % 5, "unsafe": n == 7} for n in range(9)]
+
+
+@pytest.mark.parametrize("rows", [JUDGED, MARKED, cases.FEEDBACK], ids=["replaced", "added to", "as they stand"])
+def test_rows_that_were_begun_too_early_are_not_those_of_the_source(rows, monkeypatch):
+    """A later row of its judgement_id takes the place of one; a mark adds judgements behind the last."""
+    whole = encoder("chat", RewardConfig).records(rows, "data")
+    monkeypatch.setattr(batches, "ROWS", 2)
+    begun = encoder("chat", RewardConfig).records(rows, "data")
+    assert (begun.items, begun.counts, begun.forms) == (whole.items, whole.counts, whole.forms)
+
+
+def test_rows_that_are_cut_or_dropped_are_counted_once_where_they_were_begun_early(monkeypatch):
+    monkeypatch.setattr(batches, "ROWS", 2)
+    tokenizer, counted = tiny.tokenizer(), []
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(Encoder, "_ahead", lambda *_: None)
+        config = SFTConfig(max_tokens=12, overlong="truncate")
+        rows = [{"prompt": tiny.chat("cat " * (n % 5 + 1)), "response": "the moon " * (n % 3 + 1)} for n in range(1, 12)]
+        counted.append(Encoder(config, tokenizer).examples(rows, "data").counts)
+    assert counted[0] == counted[1] and counted[0].noted and counted[0].dropped
 
 
 def test_a_refused_reply_is_the_error_of_its_row_and_of_no_other():
