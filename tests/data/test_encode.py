@@ -259,7 +259,8 @@ def test_rows_that_are_cut_or_dropped_are_counted_once_where_they_were_begun_ear
         if not ahead:
             monkeypatch.setattr(Encoder, "_ahead", lambda *_: None)
         config = SFTConfig(max_tokens=12, overlong="truncate")
-        rows = [{"prompt": tiny.chat("cat " * (n % 5 + 1)), "response": "the moon " * (n % 3 + 1)} for n in range(1, 12)]
+        sizes = [(n % 5 + 1, n % 3 + 1) for n in range(11)]
+        rows = [{"prompt": tiny.chat("cat " * a), "response": "the moon " * b} for a, b in sizes]
         counted.append(Encoder(config, tokenizer).examples(rows, "data").counts)
     assert counted[0] == counted[1] and counted[0].noted and counted[0].dropped
 
