@@ -251,10 +251,11 @@ def _generate(verb: str, arguments: list[str]) -> int:
     rows = _asked(parser, args, "--prompt")
     inference = _load("inference")
     options = {name: getattr(args, name) for name in _SAMPLING}
-    sampled = inference.sample(args.model, [row.prompt for row in rows], at_once=_SHOWN_AT_ONCE, **options)
+    sampled = inference.sample(args.model, rows, at_once=_SHOWN_AT_ONCE, **options)
     replies = ((row, reply.text) for row, several in zip(rows, sampled) for reply in several)
     if args.output is not None:
-        return _write(args.output, [{**row.columns, "prompt": row.prompt, "response": r} for row, r in replies])
+        tell = partial(print, file=sys.stderr, flush=True)
+        return _write(args.output, inference.rows_of_replies(replies, tell))
     for row, reply in replies:
         if len(rows) * args.n > 1:
             _print_asked(row)

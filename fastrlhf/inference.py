@@ -25,7 +25,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import BadRow, DroppedRow, Messages, text_of
 from fastrlhf.data.columns import Columns
 from fastrlhf.data.dataset import Reading, load_prompts
-from fastrlhf.data.feedback import Prompt, parse_prompt
+from fastrlhf.data.feedback import Conversation, Prompt, parse_conversation, parse_prompt
 from fastrlhf.data.prompt_format import decide
 from fastrlhf.data.templates import encode_prompt, stop_token_ids
 from fastrlhf.models.loading import is_scalar_model, load_policy, load_reward_model, load_tokenizer, skeleton
@@ -44,6 +44,9 @@ PROGRESS_S = 2.0
 MOST_SAMPLES = 1024  # replies to a prompt: they are decoded together
 
 
+Asked = str | Messages | Prompt  # what is replied to
+
+
 class Reply(NamedTuple):
     """A sampled reply: its text, its token ids with the stop token that ended it, and whether one did."""
 
@@ -53,7 +56,7 @@ class Reply(NamedTuple):
 
 
 def check_sampling(
-    source: str, prompts: Sequence[str | Messages], *, role: str = "FOLDER", raw: bool = False, **sampling: float
+    source: str, prompts: Sequence[Asked], *, role: str = "FOLDER", raw: bool = False, **sampling: float
 ) -> None:
     """UserError for what `sample` would refuse, before any weights are loaded: whoever samples from two models tells of
     both first. role: how an error calls the model."""
@@ -68,10 +71,18 @@ def check_sampling(
     if model is None:  # a GGUF file: its sizes come with its weights
         return
     try:
-        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-        RolloutEngine(model, tokenizer).check_prompts(prompt_ids, params)
+        prompt_ids, names = _encoded(tokenizer, prompts)
+        RolloutEngine(model, tokenizer).check_prompts(prompt_ids, params, names)
     except ValueError as error:
         raise UserError(f"{role}: {error}") from error
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Asked]) -> tuple[list[list[int]], list[str]]:
+    """The ids of each prompt, and what an error calls it: by its row where it has one."""
+    asked = [prompt.prompt if isinstance(prompt, Prompt) else prompt for prompt in prompts]
+    places = [prompt.where if isinstance(prompt, Prompt) else "" for prompt in prompts]
+    names = [f"{where}: the prompt" if where else f"prompt {index}" for index, where in enumerate(places)]
+    return [encode_prompt(tokenizer, prompt) for prompt in asked], names
 
 
 def _check_writes(source: str, role: str) -> None:
@@ -87,10 +98,10 @@ def _check_samples(*, n: int = 1, **_: float) -> None:
 
 
 def sample(
-    source: str, prompts: Sequence[str | Messages], *, raw: bool = False, at_once: int | None = None, **sampling: float
+    source: str, prompts: Sequence[Asked], *, raw: bool = False, at_once: int | None = None, **sampling: float
 ) -> Iterator[list[Reply]]:
     """Yield the replies to each prompt in turn, decoded `at_once` prompts together (None: all), which changes none of
-    them; sampling: the fields of SamplingParams.
+    them; sampling: the fields of SamplingParams. A Prompt knows its row, which errors name.
 
     UserError, before the first reply, for a reward model, for settings that cannot be and for prompts that are empty or
     too long for the model.
@@ -100,11 +111,11 @@ def sample(
     try:
         params = SamplingParams(**sampling)
         tokenizer = reading_tokenizer(source, raw)
-        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        prompt_ids, names = _encoded(tokenizer, prompts)
         model = load_policy(source)
         params = replace(params, stop_token_ids=stop_token_ids(tokenizer, model.generation_config))
         engine = RolloutEngine(model, tokenizer)
-        engine.check_prompts(prompt_ids, params)
+        engine.check_prompts(prompt_ids, params, names)
         size = at_once or len(prompt_ids) or 1
         for first in range(0, len(prompt_ids), size):
             out = engine.generate(prompt_ids[first : first + size], params, first=first)
@@ -115,7 +126,7 @@ def sample(
 
 
 def sample_all(
-    source: str, prompts: Sequence[str | Messages], say: Callable[[str], None], *, n: int, **options: float
+    source: str, prompts: Sequence[Asked], say: Callable[[str], None], *, n: int, **options: float
 ) -> list[list[Reply]]:
     """The n replies to each prompt; `say` is told how far it is. options and errors: those of `sample`."""
     replies, began, said = [], time.monotonic(), 0.0
@@ -148,6 +159,64 @@ def reading_tokenizer(source: str, raw: bool) -> PreTrainedTokenizerBase:
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def row_for_sft(prompt: Prompt, reply: str, **marks: Any) -> tuple[dict[str, Any], str | None]:
+    """The row of a reply, and why SFT would not read it as this prompt and this reply; None: it does.
+
+    The row has the columns of the prompt, then prompt, response and marks. Columns are left out that SFT would take for
+    a reply, a judgement or a part of the prompt; where it would not read the reply alone, all of them.
+    """
+    said = {"prompt": prompt.prompt, "response": reply}
+    where = prompt.where or "command line"
+    try:
+        read = parse_conversation(said, where)
+    except BadRow as error:
+        return {**said, **marks}, str(error)
+    if not _is(read, prompt, reply):
+        problem = f'{where}: field "response" reads as a conversation of its own, or the prompt as another one'
+        return {**said, **marks}, problem
+    # One after the other: some columns have a meaning only beside another (both replies of a comparison).
+    row: dict[str, Any] = {}
+    for name, value in prompt.columns.items():
+        # Rows of one judgement_id are one: two replies would be.
+        if name not in said and name != "judgement_id" and _reads({**row, name: value, **said, **marks}, prompt, reply):
+            row[name] = value
+    return {**row, **said, **marks}, None
+
+
+def rows_of_replies(replies: Iterable[tuple[Prompt, str]], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """A row a reply, which SFT reads as this prompt and this reply; `say` is told of the columns that are left out for
+    its sake (see row_for_sft). A reply that it would not read, such as an empty one, is kept, with the columns that it
+    would read beside another."""
+    rows, left_out = [], set[str]()
+    for prompt, reply in replies:
+        row, problem = row_for_sft(prompt, reply)
+        if problem is not None:
+            row = {**row_for_sft(prompt, "a reply")[0], "response": reply}
+        left_out |= prompt.columns.keys() - row.keys()
+        rows.append(row)
+    if left_out:
+        say(columns_left_out(left_out))
+    return rows
+
+
+def columns_left_out(names: Iterable[str]) -> str:
+    """What people are told of them."""
+    return f"columns left out, which SFT would read beside prompt and response: {', '.join(sorted(names))}"
+
+
+def _reads(row: dict[str, Any], prompt: Prompt, reply: str) -> bool:
+    with suppress(BadRow, DroppedRow):
+        return _is(parse_conversation(row, prompt.where), prompt, reply)
+    return False
+
+
+def _is(read: Conversation, prompt: Prompt, reply: str) -> bool:
+    """Whether this is the prompt and the reply to it."""
+    if isinstance(prompt.prompt, str):
+        return (read.prompt, read.response) == (prompt.prompt, reply)
+    return read.messages == [*prompt.prompt, {"role": "assistant", "content": reply}]
 
 
 def read_prompts(source: str, **how: Unpack[Reading]) -> list[Prompt]:

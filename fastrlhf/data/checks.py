@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from fastrlhf.config.errors import UserError
@@ -67,7 +68,10 @@ def missing(where: str, field: str, row: Mapping[str, Any], expected: str) -> Ba
 
 def meant(field: str, row: Mapping[str, Any]) -> str | None:
     """The column that looks like a misspelt field and holds what the field may hold, or None."""
-    return next((name for name in row if _is_misspelt(field, str(name)) and _may_hold(field, row[name])), None)
+    for name in row:
+        if _is_misspelt(field, str(name)) and _may_hold(field, row[name]):
+            return name
+    return None
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {  # of the fields that hold no messages
@@ -91,6 +95,7 @@ def _may_hold(field: str, value: Any) -> bool:
     return isinstance(first, dict) and not {"role", "from"}.isdisjoint(first)
 
 
+@lru_cache(maxsize=4096)  # asked of every row
 def _is_misspelt(field: str, column: str) -> bool:
     """Whether a column's name is the field's with one slip of the pen, in other case, in the plural or without its end.
 
@@ -163,19 +168,28 @@ def _message(message: Any, where: str, field: str, index: int) -> dict[str, str]
     role = message.get(role_key)
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRow(where, f"{name}: {role_key} {role!r} is unknown; use system, user, assistant or tool")
+    is_plain = len(message) == 2 and content_key in message
+    if not is_plain:
+        _check_text_alone(message, where, name)
+    content = _content(message.get(content_key), where, f"{field}[{index}].{content_key}")
+    checked = {"role": _ROLES[role], "content": content}
+    if is_plain:
+        return checked
+    if not _is_learnt(message, where, name) and checked["role"] == "assistant":
+        checked["weight"] = 0
+    return checked | {
+        key: text_of(message[key], where, f"{field}[{index}].{key}") for key in REASONING if message.get(key)
+    }
+
+
+def _check_text_alone(message: dict, where: str, name: str) -> None:
+    """Raise BadRow where a message holds what cannot be written as text."""
     for key in ("tool_calls", "function_call"):
         if message.get(key):
             raise BadRow(where, f"{name}: {key} are not supported; write the call into the content")
     more = next((key for key in _MORE_THAN_TEXT if message.get(key)), None)
     if more is not None:
         raise BadRow(where, f"{name}: {more} are not supported; write what they say into the content, or remove them")
-    content = _content(message.get(content_key), where, f"{field}[{index}].{content_key}")
-    checked = {"role": _ROLES[role], "content": content}
-    if not _is_learnt(message, where, name) and checked["role"] == "assistant":
-        checked["weight"] = 0
-    return checked | {
-        key: text_of(message[key], where, f"{field}[{index}].{key}") for key in REASONING if message.get(key)
-    }
 
 
 def _is_learnt(message: dict, where: str, name: str) -> bool:

@@ -34,7 +34,7 @@ class Columns:
 
     def of(self, row: Any) -> Any:
         """The row under our names. A column that another name was mapped to is taken from where the mapping says."""
-        if not isinstance(row, Mapping) or not (self.mapping or self.ignored):
+        if not (self.mapping or self.ignored) or not isinstance(row, Mapping):
             return row
         values = {ours: value_at(row, theirs, _NOTHING) for ours, theirs in self.mapping.items()}
         values = {ours: value for ours, value in values.items() if value is not _NOTHING}
@@ -123,6 +123,7 @@ COMPARISONS = (
     Comparison("conversation_a", "conversation_b", "winner", _WINNER),
     Comparison("summaries.0.text", "summaries.1.text", "choice", _one_of(first=(0,), second=(1,))),
 )
+_VERDICTS = {comparison.verdict for comparison in COMPARISONS}
 
 
 def as_pair(row: dict, where: str, *, ties: bool = False) -> dict:
@@ -131,7 +132,7 @@ def as_pair(row: dict, where: str, *, ties: bool = False) -> dict:
     Raises BadRow for a verdict that is none, and DroppedRow where neither reply is better (ties: not for their sake,
     the prompt alone is wanted).
     """
-    if "chosen" in row or "rejected" in row:
+    if "chosen" in row or "rejected" in row or row.keys().isdisjoint(_VERDICTS):
         return row
     known = next((c for c in COMPARISONS if c.verdict in row and value_at(row, c.second) is not None), None)
     if known is None:

@@ -5,7 +5,6 @@ Every row is read, checked and counted: none disappears without a reason in Coun
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -90,7 +89,7 @@ class Reading(TypedDict, total=False):
 
     skip_bad_rows: bad rows are counted as malformed instead of ending the run. columns, ignore_columns: see Columns.
     every_column: a mapping whose column no row has is an error. max_samples: rows behind the first so many are not
-    looked at.
+    looked at. seen: is told of each record when it is read; that it stays one of the source is not said.
     """
 
     skip_bad_rows: bool
@@ -98,6 +97,7 @@ class Reading(TypedDict, total=False):
     ignore_columns: Iterable[str] | None
     every_column: bool
     max_samples: int | None
+    seen: Callable[[Any], None] | None
 
 
 def reading(config: StageConfig, role: str) -> Reading:
@@ -121,6 +121,7 @@ def _load(
     ignore_columns: Iterable[str] | None = None,
     every_column: bool = True,
     max_samples: int | None = None,
+    seen: Callable[[Any], None] | None = None,
     judged: bool = True,
 ) -> Loaded[T]:
     """judged: rows with the same judgement_id are one, the last."""
@@ -134,8 +135,13 @@ def _load(
             key = judgement_id(row) if judged else None
             if key is not None and kept.pop(key, None) is not None:
                 counts.add(REPLACED)
-            item = parse(names.of(row), where)
-            kept[counts.read if key is None else key] = _with_columns(item, row) if isinstance(item, Prompt) else item
+            named = names.of(row)
+            item = parse(named, where)
+            if named is not row and isinstance(item, Prompt):
+                item = _with_columns(item, row)
+            kept[counts.read if key is None else key] = item
+            if seen is not None:
+                seen(item)
         except DroppedRow as dropped:
             counts.add(dropped.reason)
         except BadRow as error:
@@ -190,13 +196,18 @@ def load_prompts(source: Any, **how: Unpack[Reading]) -> Loaded[Prompt]:
     Prompts that were cut and prompts that stand in the source more than once are kept and noted in Counts.
     """
     prompts, counts = _load(source, parse_prompt, "prompts", judged=False, **how)
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-    prompts = [replace(prompt, columns={name: prompt.columns.get(name) for name in names}) for prompt in prompts]
+    order = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+    prompts = [
+        prompt
+        if list(prompt.columns) == order
+        else replace(prompt, columns={name: prompt.columns.get(name) for name in order})
+        for prompt in prompts
+    ]
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.note:
             counts.noted[prompt.note] += 1
-        text = json.dumps(prompt.prompt, ensure_ascii=False)
+        text = repr(prompt.prompt)
         if text in seen:
             counts.noted[REPEATED] += 1
         seen.add(text)

@@ -6,11 +6,9 @@ for --dry-run alike, and counts what became of every row.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig, RewardConfig, SFTConfig
-from fastrlhf.data.batches import Steps, encode_many
+from fastrlhf.data.batches import Ahead, Steps, encode_many
 from fastrlhf.data.checks import BadRow, DroppedRow
 from fastrlhf.data.dataset import Counts, load_conversations, load_feedback, load_prompts, reading
 from fastrlhf.data.feedback import Conversation, Feedback, Prompt
@@ -56,7 +54,7 @@ class Record:
     @property
     def group(self) -> str:
         """What it answers."""
-        return json.dumps(self.feedback.prompt)
+        return repr(self.feedback.prompt)
 
     @property
     def longest(self) -> int:
@@ -108,12 +106,14 @@ def example_steps(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Step
         target, group = [True] * len(ids), row.text
     elif row.messages is not None:
         ids, target = yield from conversation_steps(tokenizer, row.messages)
-        group = json.dumps(list(takewhile(lambda m: m["role"] != "assistant", row.messages)))
+        roles = [message["role"] for message in row.messages]
+        group = repr(row.messages[: roles.index("assistant")])
     else:
         prompt, [response] = yield from replies_steps(tokenizer, row.prompt, [row.response])
         ids, target = prompt + response, [False] * len(prompt) + [True] * len(response)
-        group = json.dumps(row.prompt)
-    return Example(ids, [False, *target[1:]], group)
+        group = repr(row.prompt)
+    target[:1] = [False]
+    return Example(ids, target, group)
 
 
 def row_form(tokenizer: PreTrainedTokenizerBase, row: Conversation | Feedback | Prompt) -> Form:
@@ -153,8 +153,11 @@ class Encoder:
                 example = _fitted(example, config, counts)
             return replace(example, row=row) if keep_rows else example
 
-        rows, counts = load_conversations(source, format=config.format, **reading(config, role))
-        return self.usable(rows, encode, counts, role, remedy="raise max_tokens")
+        ahead = self._ahead(encode)
+        rows, counts = load_conversations(
+            source, format=config.format, **reading(config, role), seen=ahead and ahead.put
+        )
+        return self.usable(rows, encode, counts, role, remedy="raise max_tokens", ahead=ahead)
 
     def records(self, source: Any, role: str) -> Encoded[Record]:
         """Judgements; what is too long is dropped or cut and counted, never silently. Errors as `usable` has them."""
@@ -163,13 +166,16 @@ class Encoder:
         def encode(item: Feedback) -> Steps[Record]:
             prompt, replies = yield from replies_steps(self.tokenizer, item.prompt, item.responses)
             rows = [prompt + reply for reply in replies]
-            if item.ranking is not None and all(row == rows[0] for row in rows):
+            if item.ranking is not None and all(reply == replies[0] for reply in replies):
                 raise DroppedRow("with equal replies")  # which differ by tokens that end them, or by blanks
             fits = max(map(len, rows)) <= config.max_tokens
             return Record(rows if fits else _cut_rows(rows, len(prompt), config, counts), item)
 
-        rows, counts = load_feedback(source, score_range=config.score_range, **reading(config, role))
-        return self.usable(rows, encode, counts, role, remedy="raise max_tokens")
+        ahead = self._ahead(encode)
+        rows, counts = load_feedback(
+            source, score_range=config.score_range, **reading(config, role), seen=ahead and ahead.put
+        )
+        return self.usable(rows, encode, counts, role, remedy="raise max_tokens", ahead=ahead)
 
     def sft_replies(self, source: Any) -> Encoded[Example]:
         """sft_data of a reward model: the last reply of each row, read as those that it will judge. Rows without one
@@ -186,10 +192,11 @@ class Encoder:
             if len(ids) + len(response) > config.max_tokens:
                 raise DroppedRow(f"longer than max_tokens = {config.max_tokens}")
             target = [False] * len(ids) + [True] * len(response)
-            return Example(ids + response, target, json.dumps(prompt))
+            return Example(ids + response, target, repr(prompt))
 
-        rows, counts = load_conversations(source, **reading(config, "sft_data"))
-        return self.usable(rows, encode, counts, "sft_data", remedy="raise max_tokens")
+        ahead = self._ahead(encode)
+        rows, counts = load_conversations(source, **reading(config, "sft_data"), seen=ahead and ahead.put)
+        return self.usable(rows, encode, counts, "sft_data", remedy="raise max_tokens", ahead=ahead)
 
     def prompts(self, source: Any, role: str) -> Encoded[EncodedPrompt]:
         """PPO's prompts. UserError, naming the shortest, where none is short enough; else as `usable` has them."""
@@ -202,9 +209,10 @@ class Encoder:
                 raise DroppedRow(f"longer than max_prompt_tokens = {limit}")
             return EncodedPrompt(prompt, ids)
 
-        rows, counts = load_prompts(source, **reading(self.config, role))
+        ahead = self._ahead(encode)
+        rows, counts = load_prompts(source, **reading(self.config, role), seen=ahead and ahead.put)
         try:
-            return self.usable(rows, encode, counts, role)
+            return self.usable(rows, encode, counts, role, ahead=ahead)
         except NothingLeft:
             if not lengths:
                 raise
@@ -221,8 +229,13 @@ class Encoder:
                 raise DroppedRow(f"longer than max_prompt_tokens + max_new_tokens = {limit}")
             return example
 
-        rows, counts = load_conversations(source, **reading(self.config, "ptx_data"))
-        return self.usable(rows, encode, counts, "ptx_data", remedy="raise max_prompt_tokens")
+        ahead = self._ahead(encode)
+        rows, counts = load_conversations(source, **reading(self.config, "ptx_data"), seen=ahead and ahead.put)
+        return self.usable(rows, encode, counts, "ptx_data", remedy="raise max_prompt_tokens", ahead=ahead)
+
+    def _ahead(self, encode: Callable[[Located], Steps[E]]) -> Ahead[Located, E] | None:
+        """Begins with the rows of a source while it is being read; None: a sample will be taken of them."""
+        return Ahead(self.tokenizer, encode) if self.sample is None else None
 
     def usable(
         self,
@@ -232,8 +245,9 @@ class Encoder:
         role: str,
         *,
         remedy: str = "",
+        ahead: Ahead[Located, E] | None = None,
     ) -> Encoded[E]:
-        """Encode every row that can be used, and count the others.
+        """Encode every row that can be used, and count the others. ahead: what was begun of the rows.
 
         encode may raise DroppedRow, e.g. "longer than max_tokens = 32", or cut a row and note that in counts. What the
         chat template refuses (UserError) is a bad row, named by its place. Raises UserError at the first bad row (with
@@ -246,7 +260,7 @@ class Encoder:
             chosen = random.Random(f"sample {self.config.seed}").sample(range(sampled), self.sample)
             rows = [rows[index] for index in sorted(chosen)]
         items, forms = [], []
-        for number, (row, result) in enumerate(encode_many(self.tokenizer, rows, encode), 1):
+        for number, (row, result) in enumerate(encode_many(self.tokenizer, rows, encode, ahead=ahead), 1):
             if isinstance(result, DroppedRow):
                 counts.add(result.reason)
             elif isinstance(result, UserError):

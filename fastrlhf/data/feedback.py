@@ -134,16 +134,21 @@ def _record(row: Any, where: str) -> dict:
         row = {"messages": row}
     if not isinstance(row, dict):
         raise BadRow(where, f"a row must be a JSON object or a list of turns, found {show(row)}")
-    return {key: _unpacked(value) if key in _MESSAGES else value for key, value in row.items() if value is not None}
+    return {
+        key: _unpacked(value) if type(value) is str and key in _MESSAGES else value
+        for key, value in row.items()
+        if value is not None
+    }
 
 
 # Columns that some published files hold as JSON texts: what begins as a list of messages is one.
-_MESSAGES = ("messages", "conversations", "prompt", "chosen", "rejected", "completion", "response", "edited")
+_MESSAGES = {"messages", "conversations", "prompt", "chosen", "rejected", "completion", "response", "edited"}
+_MESSAGES_IN_JSON = re.compile(r"\s*\[\s*\{")
 
 
-def _unpacked(value: Any) -> Any:
-    """The messages that a text is in JSON; any other value as it is."""
-    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value):
+def _unpacked(value: str) -> str | Messages:
+    """The messages that a text is in JSON; any other text as it is."""
+    if not _MESSAGES_IN_JSON.match(value):
         return value
     try:
         messages = json.loads(value)
@@ -204,6 +209,8 @@ _WEIGHTS = ("weight", "loss_weight", "sample_weight", "loss_mask", "mask")
 
 def _check_weights(row: dict, where: str) -> None:
     """Raise BadRow where a column says that a row counts more or less than others, or in part: all count alike."""
+    if row.keys().isdisjoint(_WEIGHTS):
+        return
     name = next((name for name in _WEIGHTS if name in row and row[name] not in (1, "1", "", [])), None)
     if name is not None:
         remedy = "remove the rows that should not count, or leave the column out with ignore_columns"
@@ -230,9 +237,10 @@ def _marked(feedback: Feedback, row: dict, where: str) -> Feedback:
     replies = feedback.responses
     if feedback.kind == "edit":
         replies = _replies(row, where, "responses", 1) if "responses" in row else replies[1:]
-    unsafe = tuple(reply for reply, mark in zip(replies, marks_of(row, where, len(replies))) if mark)
-    seen = tuple(reply for reply in replies if reply not in feedback.responses)
-    if unsafe or seen:
+    marks = marks_of(row, where, len(replies))
+    if replies is not feedback.responses or any(marks):
+        unsafe = tuple(reply for reply, mark in zip(replies, marks) if mark)
+        seen = tuple(reply for reply in replies if reply not in feedback.responses)
         feedback = replace(feedback, unsafe=unsafe, seen=seen).lowered(unsafe)
     if feedback.ranking is not None and len(feedback.ranking) == 1:
         raise DroppedRow("rankings that are one tie")
@@ -453,6 +461,7 @@ def parse_prompt(row: Any, where: str) -> Prompt:
         return Prompt(text_of(row, where, "prompt"), where=where)
     columns = row if isinstance(row, dict) else {}
     row = as_pair(_record(row, where), where, ties=True)
+    _check_weights(row, where)
     used = frozenset(prompt_columns(row))
     rest = {key: value for key, value in columns.items() if key not in used}
     prompt = _whole_prompt(row, where)

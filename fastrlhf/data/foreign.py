@@ -205,6 +205,7 @@ _CONVERSATIONS = (
     PromptFormat(("user_prompt",), (str,), _user_prompt),
 )
 _FORMATS = (_OWN, *_CONVERSATIONS)
+_OF_CONVERSATIONS = {known.columns[0] for known in _CONVERSATIONS}
 
 
 def prompt_format(row: dict) -> PromptFormat | None:
@@ -219,6 +220,8 @@ def prompt_columns(row: dict) -> set[str]:
 
 def _formats_of(row: dict) -> list[PromptFormat]:
     """The formats that a row has columns of, the most telling first: a conversation before a prompt beside it."""
+    if row.keys().isdisjoint(_OF_CONVERSATIONS):
+        return [_OWN] if row.get("prompt") is not None else []
     first = prompt_format(row)
     if first is None:
         return []
@@ -232,15 +235,15 @@ def prompt_of(row: dict, where: str) -> str | Messages | None:
     A "prompt" is a string (used as it is) or messages or turns; every other format gives messages. Where a row has
     several, all must say the same, and the conversation is taken. Raises BadRow.
     """
-    prompt = _whole(row, where)
+    prompt = _whole(_formats_of(row), row, where)
     return None if prompt is None else with_context(prompt, row, where)
 
 
-def _whole(row: dict, where: str) -> str | Messages | None:
+def _whole(formats: list[PromptFormat], row: dict, where: str) -> str | Messages | None:
     """prompt_of without what the columns of the context add to it."""
-    if prompt_format(row) is None:
+    if not formats:
         return None
-    first, *others = _formats_of(row)
+    first, *others = formats
     prompt = first.read(row, where)
     for other in others:
         check_agreement(other.read(row, where), prompt, where, other.columns[0], first.columns[0])
@@ -252,8 +255,9 @@ def bare_prompt(row: dict, where: str) -> str | Messages | None:
 
     A conversation beside a "prompt" may have its reply at the end, which is no part of the prompt.
     """
-    prompt = _whole(row, where)
-    return asked(prompt) if prompt is not None and len(_formats_of(row)) > 1 else prompt
+    formats = _formats_of(row)
+    prompt = _whole(formats, row, where)
+    return asked(prompt) if prompt is not None and len(formats) > 1 else prompt
 
 
 def asked(conversation: str | Messages) -> str | Messages:
@@ -438,7 +442,8 @@ def pair_of(row: dict, where: str) -> Pair:
         else:
             full = (joined(prompt, reply, where, key) for key, reply in replies.items())
             pair = _pair_of_conversations(*full, where)
-    return pair._replace(prompt=with_context(pair.prompt, row, where))
+    whole = with_context(pair.prompt, row, where)
+    return pair if whole is pair.prompt else pair._replace(prompt=whole)
 
 
 def joined(prompt: str | Messages, reply: str | Messages, where: str, field: str) -> Messages:

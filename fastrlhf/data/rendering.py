@@ -77,6 +77,8 @@ def _shown(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
     """The messages as the template gets them. UserError for what it would not write."""
     if not tokenizer.chat_template:
         raise UserError('the tokenizer has no chat template: name one, e.g. chat_template="default"')
+    if _is_plain(messages):
+        return messages
     for number, message in enumerate(messages, 1):
         if _REASONING.isdisjoint(message):
             continue
@@ -91,6 +93,8 @@ def _shown(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
 
 def _bounded(text: str, messages: Messages) -> str:
     """UserError for a text that is far longer than what the messages hold."""
+    if len(text) <= TEMPLATE_CHARS:
+        return text
     if len(text) > TEMPLATE_CHARS + 4 * sum(len(str(value)) for message in messages for value in message.values()):
         size = f"{len(text):,} characters for a conversation of {len(messages)} messages"
         raise UserError(f"the chat template writes {size}; {REMEDY}")
@@ -136,16 +140,22 @@ def _applied(tokenizer: PreTrainedTokenizerBase, shown: Any, add_generation_prom
     template = compiled_of(tokenizer.get_chat_template())
     given = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     known = {**template.globals, **tokenizer.special_tokens_map, **given}
-    contexts = (template.new_context({**known, "messages": messages}, shared=True) for messages in conversations)
-    texts = ["".join(template.root_render_func(context)) for context in contexts]
+    context, texts = template.new_context(known, shared=True), []
+    for messages in conversations:
+        # One context for all, to make another takes longer than to write the text: what a conversation set is gone.
+        context.vars.clear()
+        context.exported_vars.clear()
+        context.parent["messages"] = messages
+        texts.append("".join(template.root_render_func(context)))
     return texts if several else texts[0]
 
 
 def _is_plain(messages: Messages) -> bool:
     """Whether a conversation holds roles and texts alone, which a template cannot do anything with but write them."""
-    return bool(messages) and all(
-        len(message) == 2 and type(message.get("role")) is type(message.get("content")) is str for message in messages
-    )
+    for message in messages:
+        if len(message) != 2 or type(message.get("role")) is not str or type(message.get("content")) is not str:
+            return False
+    return bool(messages)
 
 
 @lru_cache(maxsize=32)

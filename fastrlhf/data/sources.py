@@ -216,11 +216,15 @@ def _is_file_name(row: Any) -> bool:
     return isinstance(row, os.PathLike) or isinstance(row, str) and row.lower().endswith(DATA_SUFFIXES)
 
 
+_PLAIN = {str, int, float, bool, type(None)}
+
+
 def _plain(value: Any) -> Any:
     """Mappings as dicts, tuples and arrays as lists, numpy's scalars as Python's."""
-    if isinstance(value, (str, int, float, bool)) and type(value).__module__ == "builtins" or value is None:
+    kind = type(value)
+    if kind in _PLAIN:
         return value
-    if isinstance(value, Mapping):
+    if kind is dict or isinstance(value, Mapping):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]

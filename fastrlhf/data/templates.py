@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from fastrlhf.config import encodings
@@ -76,7 +76,6 @@ _PROBES = {  # a conversation in which a turn of the role stands
 }
 _known: WeakKeyDictionary = WeakKeyDictionary()
 _TAIL = 256  # characters at the end of a prompt in which its last control token is looked for
-MOST_HEADS = 1024  # texts behind a control token whose ids are kept: of nearly all templates there is one
 
 
 def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
@@ -184,7 +183,6 @@ class _Known:
         self.end: _End | None = None
         self.written: dict[str, _Written] = {}
         self.borders: list[str] | None = None
-        self.ids: dict[str, list[int]] = {}  # of texts behind a border
 
 
 def _known_of(tokenizer: PreTrainedTokenizerBase) -> _Known:
@@ -192,6 +190,14 @@ def _known_of(tokenizer: PreTrainedTokenizerBase) -> _Known:
     known = _known.get(tokenizer)
     if known is None or known.key != key:
         known = _known[tokenizer] = _Known(tokenizer, key)
+    return known
+
+
+def _ending(tokenizer: PreTrainedTokenizerBase) -> _Known:
+    """What is known of a tokenizer that can end a reply. UserError where it cannot."""
+    known = _known_of(tokenizer)
+    if known.eos is None:
+        _need_eos(tokenizer)
     return known
 
 
@@ -235,7 +241,7 @@ def _bare(tokenizer: PreTrainedTokenizerBase, known: _Known, messages: Messages)
             if not bare and known.bos and written.begins_with_bos:
                 content = content.removeprefix(known.bos) or content
             content = _without(content, written.heads, written.tails)
-        bare.append({**message, "content": content})
+        bare.append(message if content is message["content"] else {**message, "content": content})
     return bare
 
 
@@ -336,10 +342,9 @@ def _ended(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> Steps[list[int]]:
-    bare = yield Ids(text)
     if not tokenizer.num_special_tokens_to_add():
-        return bare
-    ids = yield Ids(text, special=True)
+        return (yield Ids(text))
+    bare, ids = yield [Ids(text), Ids(text, special=True)]
     # Some tokenizers put EOS behind every text; a prompt that ends the document would ask for nothing.
     appended = ids[-1:] == [tokenizer.eos_token_id] and ids[len(ids) - len(bare) :] != bare
     ids = ids[:-1] if appended else ids
@@ -365,27 +370,27 @@ def replies_steps(
     tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, responses: Sequence[str]
 ) -> Steps[tuple[list[int], list[list[int]]]]:
     """The steps of encode_prompt and of encode_response for each of the replies to that prompt -> ids of both."""
-    eos, asked = _need_eos(tokenizer), as_asked(tokenizer, prompt)
-    replies = []
+    known, asked = _ending(tokenizer), as_asked(tokenizer, prompt)
     if isinstance(asked, str):
+        replies = []
         stops = stop_token_ids(tokenizer)
         prompt_ids = yield from _plain(tokenizer, asked)
         for response in responses:
             response = _continued(tokenizer, asked, _ended(tokenizer, response))
             whole = yield from _plain(tokenizer, asked + response)
             ids = yield from _behind(prompt_ids, whole, response)
-            replies.append(ids if ids and ids[-1] in stops else [*ids, eos])
+            replies.append(ids if ids and ids[-1] in stops else [*ids, known.eos])
         return prompt_ids, replies
     if isinstance(prompt, str) and open_transcript(prompt) is not None:  # as the replies of transcripts are read
         responses = [response.strip() or response for response in responses]
         responses = [response.removeprefix("Assistant:").lstrip() or response for response in responses]
-    known = _known_of(tokenizer)
-    bare = _bare(tokenizer, known, asked)
-    text = yield Rendered(bare, True)
-    prompt_ids = yield Ids(text)
-    for response in responses:
-        [reply] = _bare(tokenizer, known, [{"role": "assistant", "content": response}])
-        replies.append((yield from _turn(tokenizer, known, text, prompt_ids, bare, reply)))
+    messages = [{"role": "assistant", "content": response} for response in responses]
+    _, prompt_ids, replies = yield from _turns(
+        tokenizer,
+        known,
+        _bare(tokenizer, known, asked),
+        [_bare(tokenizer, known, [message])[0] for message in messages],
+    )
     return prompt_ids, replies
 
 
@@ -403,28 +408,25 @@ def _behind(prompt_ids: list[int], whole: list[int], reply: str) -> Steps[list[i
     return whole[n:] if whole[:n] == prompt_ids else (yield Ids(reply))
 
 
-def _turn(
-    tokenizer: PreTrainedTokenizerBase,
-    known: _Known,
-    text: str,
-    prompt_ids: list[int],
-    prompt: Messages,
-    message: dict[str, Any],
-) -> Steps[list[int]]:
-    """A reply to messages whose rendered text and ids are known -> its ids."""
-    full = yield Rendered([*prompt, message], False)
+def _turns(
+    tokenizer: PreTrainedTokenizerBase, known: _Known, prompt: Messages, messages: Messages
+) -> Steps[tuple[str, list[int], list[list[int]]]]:
+    """Messages and replies to them, each by itself -> the text of the messages, its ids, and those of each reply."""
+    text, *fulls = yield [Rendered(prompt, True), *(Rendered([*prompt, message], False) for message in messages)]
     stop = _end(tokenizer, known).text
-    reply = full[(yield from _span(stop or "", full, text, prompt, message["content"]))]
-    # From the prompt's last control token on: what stands before it has no part in the reply's ids.
+    said = []
+    for full, message in zip(fulls, messages, strict=True):
+        said.append(full[(yield from _span(stop or "", full, text, prompt, message["content"]))])
+    # From the prompt's last control token on: what stands before it has no part in a reply's ids.
     at = max((text.rfind(border, -_TAIL) for border in _borders(tokenizer, known)), default=-1)
-    head, head_ids = (text, prompt_ids) if at <= 0 else (text[at:], known.ids.get(text[at:]))
-    if head_ids is None:
-        if len(known.ids) >= MOST_HEADS:  # the prompt itself stands behind the token: every row has another
-            known.ids.clear()
-        head_ids = known.ids[head] = yield Ids(head)
-    ids = yield from _behind(head_ids, (yield Ids(head + reply)), reply)
-    complete = reply.endswith(stop) if stop else ids[-1:] == [known.eos]
-    return ids if complete else [*ids, known.eos]
+    head = text[max(at, 0) :]
+    prompt_ids, head_ids, *wholes = yield [Ids(text), Ids(head), *(Ids(head + reply) for reply in said)]
+    replies = []
+    for reply, whole in zip(said, wholes, strict=True):
+        ids = yield from _behind(head_ids, whole, reply)
+        complete = reply.endswith(stop) if stop else ids[-1:] == [known.eos]
+        replies.append(ids if complete else [*ids, known.eos])
+    return text, prompt_ids, replies
 
 
 def _span(stop: str, full: str, head: str, before: Messages, content: str) -> Steps[slice]:
@@ -464,12 +466,9 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
 
 def conversation_steps(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Steps[tuple[list[int], list[bool]]]:
     """The steps of encode_conversation."""
-    _need_eos(tokenizer)
-    known = _known_of(tokenizer)
+    known = _ending(tokenizer)
     *prompt, last = _bare(tokenizer, known, messages)
-    text = yield Rendered(prompt, True)
-    prompt_ids = yield Ids(text)
-    response_ids = yield from _turn(tokenizer, known, text, prompt_ids, prompt, last)
+    text, prompt_ids, [response_ids] = yield from _turns(tokenizer, known, prompt, [last])
     stop = _end(tokenizer, known).text or ""
     mask = [False] * len(prompt_ids)
     spoken: dict[int, slice] = {}  # where the assistant's turns stand

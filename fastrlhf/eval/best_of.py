@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import fsum
 from typing import Any, NamedTuple
@@ -17,8 +16,7 @@ from typing import Any, NamedTuple
 from fastrlhf import inference
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
-from fastrlhf.data.checks import BadRow, DroppedRow
-from fastrlhf.data.feedback import Conversation, Prompt, parse_conversation
+from fastrlhf.data.feedback import Prompt
 from fastrlhf.eval.run import Judges, Say
 from fastrlhf.eval.statistics import estimate
 from fastrlhf.eval.table import plus_minus
@@ -71,7 +69,14 @@ class BestOf:
         """
         rows, columns, problems = [], Counter[str](), []
         for winner in self.winners:
-            row, problem = _row(winner, self.n)
+            marks = {
+                "reward": winner.reward,
+                "reward_mean": winner.mean,
+                "best_of": self.n,
+                "unscored": winner.unscored,
+                "finished": winner.reply.finished,
+            }
+            row, problem = inference.row_for_sft(winner.prompt, winner.reply.text, **marks)
             if problem is not None:
                 problems.append(problem)
                 continue
@@ -80,8 +85,7 @@ class BestOf:
         if not rows:
             raise UserError(f"--output: none of the {len(self.winners)} winners can be read by SFT: {problems[0]}")
         if columns:
-            listed = ", ".join(sorted(columns))
-            say(f"columns left out, which SFT would read beside prompt and response: {listed}")
+            say(inference.columns_left_out(columns))
         if problems:
             say(f"{len(problems)} of {len(self.winners)} winners left out, the first because of {problems[0]}")
         return rows
@@ -112,11 +116,10 @@ def best_of(
     reward: what `read_reward` reads. sampling: options of `inference.sample`. UserError, before any weights are loaded,
     for all that can be known then (see `evaluate` of run.py); after the scoring where no reply has a score.
     """
-    asked = [prompt.prompt for prompt in prompts]
     columns = {name for prompt in prompts for name in prompt.columns}
     parts = read_reward(reward, PPOConfig(), {"the prompts": columns})
-    inference.check_sampling(model, asked, n=n, raw=raw, **sampling)
-    replies = inference.sample_all(model, asked, say, n=n, raw=raw, **sampling)
+    inference.check_sampling(model, prompts, n=n, raw=raw, **sampling)
+    replies = inference.sample_all(model, prompts, say, n=n, raw=raw, **sampling)
     say(f"the reward scores {len(prompts) * n} replies")
     scores = Judges(parts, say, raw=raw).scores(model, prompts, replies)
     found = [
@@ -136,43 +139,3 @@ def choose(prompt: Prompt, replies: Sequence[Reply], scores: Sequence[float | No
         return None
     score, reply = max(known, key=lambda pair: pair[0])  # the first of several
     return Winner(prompt, reply, score, fsum(score for score, _ in known) / len(known), len(scores) - len(known))
-
-
-def _row(winner: Winner, n: int) -> tuple[dict[str, Any], str | None]:
-    """The row of a winner, and why SFT would not read it as this prompt and this reply; None: it does."""
-    said = {"prompt": winner.prompt.prompt, "response": winner.reply.text}
-    marks = {
-        "reward": winner.reward,
-        "reward_mean": winner.mean,
-        "best_of": n,
-        "unscored": winner.unscored,
-        "finished": winner.reply.finished,
-    }
-    where = winner.prompt.where or "command line"
-    try:
-        read = parse_conversation(said, where)
-    except BadRow as error:
-        return said, str(error)
-    if not _is(read, winner):
-        return said, f'{where}: field "response" reads as a conversation of its own, or the prompt as another one'
-    # One after the other: some columns have a meaning only beside another (both replies of a comparison).
-    row: dict[str, Any] = {}
-    for name, value in winner.prompt.columns.items():
-        # Rows of one judgement_id are one: two winners would be.
-        if name not in said and name != "judgement_id" and _reads({**row, name: value, **said, **marks}, winner):
-            row[name] = value
-    return {**row, **said, **marks}, None
-
-
-def _reads(row: dict[str, Any], winner: Winner) -> bool:
-    with suppress(BadRow, DroppedRow):
-        return _is(parse_conversation(row, winner.prompt.where), winner)
-    return False
-
-
-def _is(read: Conversation, winner: Winner) -> bool:
-    """Whether this is the winner's prompt and reply."""
-    prompt, text = winner.prompt.prompt, winner.reply.text
-    if isinstance(prompt, str):
-        return (read.prompt, read.response) == (prompt, text)
-    return read.messages == [*prompt, {"role": "assistant", "content": text}]

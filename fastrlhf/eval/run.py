@@ -74,17 +74,16 @@ def evaluate(
     """
     if against is not None and reward is None:
         raise UserError("--against: a win rate needs a judge; give --reward FOLDER or FILE.py:FUNCTION too")
-    asked = [prompt.prompt for prompt in prompts]
     columns = {name for prompt in prompts for name in prompt.columns}
     parts = None if reward is None else read_reward(reward, PPOConfig(), {"the prompts": columns})
     models = {"FOLDER": model} if against is None else {"FOLDER": model, "--against": against}
     for role, folder in models.items():
-        inference.check_sampling(folder, asked, role=role, **sampling)
+        inference.check_sampling(folder, prompts, role=role, **sampling)
     names = _names(list(models.values()))
     said = {}
     for name, folder in zip(names, models.values(), strict=True):
         say(f"{name}: {len(prompts)} prompts, {sampling['n']} replies to each")
-        said[name] = inference.sample_all(folder, asked, say, **sampling)
+        said[name] = inference.sample_all(folder, prompts, say, **sampling)
     scores: dict[str, list[float | None]] = {}
     if parts is not None:
         judges = Judges(parts, say, raw=sampling["raw"])

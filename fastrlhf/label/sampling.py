@@ -49,13 +49,13 @@ def _check(path: Path, settings: dict[str, Any], policy: str) -> None:
 
 def _sample(prompts: str, policy: str, path: Path, settings: dict[str, Any], say: Say) -> None:
     inference.check_output(str(path), overwrite=False)
-    asked = list({json.dumps(row.prompt): row.prompt for row in load_prompts(prompts)[0]}.values())
+    asked = list({json.dumps(row.prompt): row for row in load_prompts(prompts)[0]}.values())
     options = {name: value for name, value in settings.items() if name != "policy"}
     replies = inference.sample_all(policy, asked, say, **options)
     digest = weights_hash(policy)
     about = {"model": policy, "model_hash": digest, "sampled_with": settings}
     rows = [
-        {"prompt": prompt, "response": reply.text, "response_ids": reply.ids, **about}
+        {"prompt": prompt.prompt, "response": reply.text, "response_ids": reply.ids, **about}
         for prompt, sampled in zip(asked, replies, strict=True)
         for reply in sampled
         if unusable(reply.text) is None

@@ -216,8 +216,11 @@ class RolloutEngine:
         ends.append(getattr(self.tokenizer, "eos_token_id", None))
         return sorted({token for token in ends if token is not None})
 
-    def check_prompts(self, prompt_ids: list[list[int]], params: SamplingParams) -> None:
-        """Raise what `generate` refuses before any forward. params: with its stop_token_ids."""
+    def check_prompts(
+        self, prompt_ids: list[list[int]], params: SamplingParams, names: Sequence[str] | None = None
+    ) -> None:
+        """Raise what `generate` refuses before any forward. params: with its stop_token_ids. names: what an error calls
+        each prompt; None: "prompt 0" and so on."""
         config = self.model.config.get_text_config()
         vocabulary = lm_head(self.model).weight.shape[0]
         for token in params.stop_token_ids:
@@ -226,26 +229,27 @@ class RolloutEngine:
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         positions, switch = _position_limits(config)
         for index, prompt in enumerate(prompt_ids):
+            name = names[index] if names is not None else f"prompt {index}"
             if len(prompt) == 0:
-                raise UserError(f"prompt {index} is empty; a reply needs at least one token to start from")
+                raise UserError(f"{name} is empty; a reply needs at least one token to start from")
             token = min(prompt) if min(prompt) < 0 else max(prompt)
             if not 0 <= token < embeddings:
-                raise UserError(f"prompt {index} holds token {token}, outside the vocabulary of {embeddings} tokens")
+                raise UserError(f"{name} holds token {token}, outside the vocabulary of {embeddings} tokens")
             need = len(prompt) + params.max_new_tokens
             if need > positions:
                 raise UserError(
-                    f"prompt {index} has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}: {need} is "
+                    f"{name} has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}: {need} is "
                     f"more than the model's {positions} positions"
                 )
             if need > switch:
                 raise UserError(
-                    f"prompt {index} needs {need} positions: from {switch} on {type(self.model).__name__} turns all "
+                    f"{name} needs {need} positions: from {switch} on {type(self.model).__name__} turns all "
                     f"positions another way (rope_type {config.rope_parameters['rope_type']!r}), which cached keys "
                     "cannot follow; use shorter prompts or a smaller max_new_tokens"
                 )
             if self.max_batch_tokens is not None and need > self.max_batch_tokens:
                 raise UserError(
-                    f"max_batch_tokens={self.max_batch_tokens} is too small for prompt {index}: one sequence needs "
+                    f"max_batch_tokens={self.max_batch_tokens} is too small for {name}: one sequence needs "
                     f"{need} tokens of cache ({need * self._bytes_per_token()} bytes)"
                 )
 

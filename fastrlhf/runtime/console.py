@@ -273,6 +273,7 @@ class RowProgress:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._last, self._role = clock, clock(), ""
+        self._interval = LIVE_INTERVAL_S
         self._bar: Progress | None = None
 
     def __call__(self, role: str, done: int, total: int) -> None:
@@ -280,9 +281,10 @@ class RowProgress:
         now = self._clock()
         if role != self._role:
             self._role, self._last = role, now
+            self._interval = BAR_INTERVAL_S if _wants_live() else LIVE_INTERVAL_S
         if done == total:
             self._end()
-        elif now - self._last >= (BAR_INTERVAL_S if _wants_live() else LIVE_INTERVAL_S):
+        elif now - self._last >= self._interval:
             self._last = now
             self._show(role, done, total)
 

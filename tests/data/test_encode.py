@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from fastrlhf import PPOConfig, RewardConfig, SFTConfig
 from fastrlhf.config.errors import UserError
-from fastrlhf.data import rendering, templates
+from fastrlhf.data import batches, rendering, templates
 from fastrlhf.data.batches import encode_many, encode_one
 from fastrlhf.data.checks import DroppedRow
 from fastrlhf.data.dataset import load_prompts
@@ -75,7 +76,8 @@ def test_ids_are_those_of_version_0_1_which_encoded_text_by_text(name):
 
 
 @pytest.mark.parametrize("name", ["chat", "bos and eos", "strips"])
-def test_a_row_alone_has_the_ids_that_it_has_among_others(name):
+def test_a_row_alone_has_the_ids_that_it_has_among_others(name, monkeypatch):
+    monkeypatch.setattr(batches, "TEXTS", 4)  # several calls of the tokenizer for each of several chunks
     tokenizer = encoder(name, PPOConfig).tokenizer
     pairs = [(prompt, reply) for prompt in cases.PROMPTS for reply in cases.REPLIES]
     random.Random(0).shuffle(pairs)
@@ -86,7 +88,7 @@ def test_a_row_alone_has_the_ids_that_it_has_among_others(name):
 
 
 def test_texts_go_to_the_tokenizer_in_lists():
-    """Not one by one: of 50 pairs the prompts are one list, and so is each of the replies."""
+    """Not one by one: of 50 pairs the prompts and the replies are one list."""
     calls = []
 
     class Watched(Called):
@@ -100,7 +102,7 @@ def test_texts_go_to_the_tokenizer_in_lists():
     calls.clear()
     pairs = [{"prompt": tiny.chat(f"the {n}"), "chosen": "yes", "rejected": "no"} for n in range(50)]
     assert len(Encoder(RewardConfig(), tokenizer).records(pairs, "data").items) == 50
-    assert calls == [50, 50, 50]
+    assert calls == [150]
 
 
 class Called(PreTrainedTokenizerFast):
@@ -218,6 +220,72 @@ def test_one_refused_conversation_does_not_touch_the_others_of_its_batch():
     assert [first, third] == [encode_one(tokenizer, prompt_steps(tokenizer, tiny.chat(p))) for p in "ac"]
 
 
+def test_the_first_texts_are_with_the_tokenizer_while_their_source_is_still_being_read(monkeypatch):
+    begun, encoded = threading.Event(), batches._encoded
+    monkeypatch.setattr(batches, "ROWS", 4)
+    monkeypatch.setattr(batches, "_encoded", lambda *texts: begun.set() or encoded(*texts))
+
+    def source():
+        for n in range(9):
+            yield {"prompt": tiny.chat(f"the cat {n}"), "chosen": "yes", "rejected": "no"}
+        assert begun.wait(timeout=60)
+
+    prepared = encoder("chat", RewardConfig)  # which has the tokenizer encode some texts of its own
+    encode_prompt(prepared.tokenizer, tiny.chat("the cat"))
+    begun.clear()
+    assert len(prepared.records(source(), "data").items) == 9
+
+
+JUDGED = [
+    {"prompt": tiny.chat(f"the cat {n % 3}"), "chosen": f"yes {n}", "rejected": "no", "judgement_id": f"{n % 4}"}
+    for n in range(9)
+]
+MARKED = [{"prompt": "the cat", "response": f"yes {n}", "score": 1 + n % 5, "unsafe": n == 7} for n in range(9)]
+
+
+@pytest.mark.parametrize("rows", [JUDGED, MARKED, cases.FEEDBACK], ids=["replaced", "added to", "as they stand"])
+def test_rows_that_were_begun_too_early_are_not_those_of_the_source(rows, monkeypatch):
+    """A later row of its judgement_id takes the place of one; a mark adds judgements behind the last."""
+    whole = encoder("chat", RewardConfig).records(rows, "data")
+    monkeypatch.setattr(batches, "ROWS", 2)
+    begun = encoder("chat", RewardConfig).records(rows, "data")
+    assert (begun.items, begun.counts, begun.forms) == (whole.items, whole.counts, whole.forms)
+
+
+def test_rows_that_are_cut_or_dropped_are_counted_once_where_they_were_begun_early(monkeypatch):
+    monkeypatch.setattr(batches, "ROWS", 2)
+    tokenizer, counted = tiny.tokenizer(), []
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(Encoder, "_ahead", lambda *_: None)
+        config = SFTConfig(max_tokens=12, overlong="truncate")
+        sizes = [(n % 5 + 1, n % 3 + 1) for n in range(11)]
+        rows = [{"prompt": tiny.chat("cat " * a), "response": "the moon " * b} for a, b in sizes]
+        counted.append(Encoder(config, tokenizer).examples(rows, "data").counts)
+    assert counted[0] == counted[1] and counted[0].noted and counted[0].dropped
+
+
+def test_a_refused_reply_is_the_error_of_its_row_and_of_no_other():
+    tokenizer = tiny.tokenizer()
+    refuse = "{% if messages[-1].content == 'b' %}{{ raise_exception('no b') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    pairs = [("a", "c"), ("c", "b"), ("c", "a")]
+    many = encode_many(tokenizer, pairs, lambda pair: replies_steps(tokenizer, tiny.chat("the cat"), pair))
+    first, second, third = (result for _, result in many)
+    assert isinstance(second, UserError) and "no b" in str(second)
+    assert first[1] == third[1][::-1]
+
+
+def test_what_a_conversation_sets_in_the_template_is_gone_before_the_next_of_its_batch():
+    tokenizer = tiny.tokenizer()
+    once = "{% if messages[0].content == 'a' %}{% set heard = 'a' %}{% endif %}{{ heard | default('nothing') }}"
+    tokenizer.chat_template = once + tokenizer.chat_template
+    chats = [tiny.chat(content) for content in "abab"]
+    alone = [rendering.render(tokenizer, chat, add_generation_prompt=True) for chat in chats]
+    assert alone[1].startswith("nothing")
+    assert rendering.render_many(tokenizer, chats, add_generation_prompt=True) == alone
+
+
 # ------------------------------------------------------------------------------------------------------ what is counted
 
 
@@ -277,15 +345,3 @@ def test_ptx_rows_may_be_as_long_as_a_prompt_and_its_reply():
     assert read.counts.line().endswith(
         f"2 used, dropped: 2 longer than max_prompt_tokens + max_new_tokens = {sizes[1]}"
     )
-
-
-@pytest.mark.parametrize(("before", "kept"), [("", 0), ("x", 2)])
-def test_the_ids_behind_a_control_token_are_kept_of_few_texts(before, kept, monkeypatch):
-    """Where the token stands before the prompt, as BOS does, every row has a text of its own behind it."""
-    monkeypatch.setattr(templates, "MOST_HEADS", 2)
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = before + "<|end|>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    for i in range(5):
-        templates.encode_response(tokenizer, tiny.chat(f"the cat {i}"), "yes")
-    known = templates._known_of(tokenizer)
-    assert known.borders == ["<|end|>"] and 0 <= len(known.ids) <= kept

@@ -36,6 +36,8 @@ def test_a_column_that_weighs_rows_is_refused_where_it_says_anything(parse_row, 
     for value in (0, 0.5, False, [1, 0, 1]):
         with pytest.raises(BadRow, match=rf'{WHERE}: field "{column}" is .*every row counts alike; .*ignore_columns'):
             parse_row({**row, column: value}, WHERE)
+        with pytest.raises(BadRow, match=rf'{WHERE}: field "{column}" is .*every row counts alike; .*ignore_columns'):
+            parse_prompt({**row, column: value}, WHERE)
 
 
 @pytest.mark.parametrize("parse_row", [parse_conversation, parse_feedback, parse_prompt])

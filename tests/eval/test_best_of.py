@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from fastrlhf import cli
+from fastrlhf import cli, inference
 from fastrlhf.data.checks import BadRow, DroppedRow
 from fastrlhf.data.feedback import Prompt, parse_conversation
 from fastrlhf.eval.best_of import BestOf, Winner, choose
@@ -106,6 +106,37 @@ def test_on_the_screen_each_winner_has_its_prompt_and_its_rewards(run, tmp_path)
     assert run("score", "rm", *scored)[0] == 0
     whole = [row for row in rows_of(tmp_path / "scores.jsonl") if row["finished"]]
     assert all(row["score"] == pytest.approx(row["reward"], abs=0.5) for row in whole)  # `score` reads texts
+
+
+def test_sft_reads_every_reply_of_generate_from_the_file_as_it_is(run, tmp_path):
+    files = ("--prompts", "prompts.jsonl", "--samples", 2, "--output", tmp_path / "replies.jsonl")
+    code, _, err = run("generate", "base", *SHORT, *files)
+    left_out = ", ".join(sorted(BESIDE.keys() - {"id"}))
+    assert code == 0 and f"columns left out, which SFT would read beside prompt and response: {left_out}\n" in err
+    rows = rows_of(tmp_path / "replies.jsonl")
+    assert len(rows) == 8
+    for row in rows:
+        read = parse_conversation(row, "here")
+        reply = read.response if isinstance(row["prompt"], str) else read.messages[-1]["content"]
+        assert reply == row["response"] != "yes" and row["id"] == 7
+
+
+def test_a_reply_that_sft_would_not_read_is_kept_with_the_columns_that_it_would(capsys):
+    [row] = inference.rows_of_replies([(Prompt("the cat", BESIDE), " ")], print)
+    assert row == {"id": 7, "prompt": "the cat", "response": " "}
+    assert "columns left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "verb", [("generate",), ("generate", "--best-of", 2, "--reward", "rules.py:letters"), ("eval",)]
+)
+def test_a_prompt_that_is_too_long_is_named_by_its_row(run, tmp_path, verb):
+    rows = [{"prompt": "the cat"}, {"prompt": "the cat " * 600}]
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = (long,) if verb == ("eval",) else ("--prompts", long)
+    code, _, err = run(verb[0], "base", *asked, *SHORT, *verb[1:])
+    assert code == 2 and f"{long}:2: the prompt has " in err and "positions" in err
 
 
 def test_sft_learns_the_winners_from_the_file_as_it_is(run, tmp_path):

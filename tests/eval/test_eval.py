@@ -228,7 +228,7 @@ MISTAKES = {
     "no samples": (["ours", "prompts.jsonl", "--samples", "0"], "n must be at least 1"),
     "a prompt that is too long": (
         ["ours", "prompts.jsonl", "--against", "short", "--reward", "rm", "--max-new-tokens", "8"],
-        "--against: prompt 1 has",
+        "--against: prompts.jsonl:2: the prompt has",
     ),
     "json over prompts": (["ours", "prompts.jsonl", "--json", "prompts.jsonl"], "--json: prompts.jsonl exists; name"),
     "one file for both": (["ours", "prompts.jsonl", "--json", "a", "--report", "a"], "is the file of --json too"),
