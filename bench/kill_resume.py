@@ -71,10 +71,10 @@ COMMON = {
     "dtype": "fp32",
 }
 FIELDS: dict[str, dict[str, Any]] = {
-    "sft": {"eval_fraction": 0.2, "total_steps": 14, "mini_batch_size": 6, "packing": True},
-    "reward": {"eval_fraction": 0.2, "total_steps": 14, "mini_batch_size": 6},
+    "sft": {"eval_fraction": 0.2, "total_steps": 8, "mini_batch_size": 6, "packing": True},
+    "reward": {"eval_fraction": 0.2, "total_steps": 8, "mini_batch_size": 6},
     "ppo": {
-        "total_steps": 7,
+        "total_steps": 5,
         "rollout_batch_size": 8,
         "mini_batch_size": 4,
         "samples_per_prompt": 2,

@@ -1,11 +1,13 @@
 """What the ranks of tests/runtime/test_ranks.py run: `python -m tests.rank_runs FOLDER RANKS:FORM,FORM...`.
 
 The ranks are forked from one process that has imported torch and transformers, which takes longer than their runs. The
-environment is torchrun's; torchrun itself starts the ranks of the tests that kill one. The lead writes.
+environment is torchrun's; torchrun itself starts the ranks of the test that kills one. The lead writes. Last, two ranks
+of `fastrlhf ppo` in FOLDER/mistake, whose reward function raises.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -14,13 +16,13 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, cli
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.guards import Interrupted
 from tests import tiny
@@ -28,8 +30,8 @@ from tests import tiny
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 PAIRS = [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in PROMPTS]
 RANKED = [{"prompt": p, "responses": ["yes", "no", "thank you"], "ranking": [2, [0, 1]]} for p in PROMPTS]
-PPO = {"total_steps": 3, "rollout_batch_size": 10, "samples_per_prompt": 2, "mini_batch_size": 5, "max_new_tokens": 10,
-       "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "eval_every": 3, "micro_batch_tokens": 60,
+PPO = {"total_steps": 2, "rollout_batch_size": 10, "samples_per_prompt": 2, "mini_batch_size": 5, "max_new_tokens": 10,
+       "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "eval_every": 2, "micro_batch_tokens": 60,
        "reward_scaling": "running_norm", "gae_lambda": 1.0, "lr_schedule": "cosine"}  # fmt: skip
 FORMS = {
     "separate": {},
@@ -46,7 +48,7 @@ FORMS = {
     },
     "rloo": {"advantage": "rloo", "critic_learning_rate": 0, "kl_in": "loss", "loss_aggregation": "sequence_mean"},
 }
-SUPERVISED = {"total_steps": 3, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 3, "micro_batch_tokens": 40}
+SUPERVISED = {"total_steps": 2, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 2, "micro_batch_tokens": 40}
 
 
 def reward(prompts: list[str], responses: list[str]) -> list[float | None]:
@@ -147,6 +149,13 @@ def check_signal(out: Path) -> None:
     assert (out / "through" / "metrics.jsonl").read_bytes() == (out / "signalled" / "metrics.jsonl").read_bytes()
 
 
+def command(place: Path, *arguments: str) -> None:
+    """The command line's own run in a folder; what this rank says there, and its exit code, go to said-RANK."""
+    os.chdir(place)
+    with open(f"said-{os.environ['RANK']}", "w", encoding="utf-8") as said, contextlib.redirect_stderr(said):
+        print("exit code", cli.main([*arguments]), file=said)
+
+
 def main(out: Path, forms: Iterable[str]) -> None:
     if distributed.size() == 2:  # of one process tests/test_resume.py says it
         check_resume(out)
@@ -166,13 +175,13 @@ def main(out: Path, forms: Iterable[str]) -> None:
             save_file({n: after[n] - before[n] for n in after}, out / f"{form}.safetensors")
 
 
-def fork(ranks: int, out: Path, forms: Iterable[str]) -> None:
-    """Run the forms in so many ranks. Ends the process where one of them fails."""
+def fork(ranks: int, work: Callable[..., None], *arguments: object) -> None:
+    """Do the work in so many ranks. Ends the process where one of them fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=as_rank, args=(rank, ranks, port, out, forms)) for rank in range(ranks)]
+    processes = [context.Process(target=as_rank, args=(rank, ranks, port, work, *arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
@@ -181,7 +190,7 @@ def fork(ranks: int, out: Path, forms: Iterable[str]) -> None:
         sys.exit(f"{ranks} ranks ended with {[process.exitcode for process in processes]}")
 
 
-def as_rank(rank: int, ranks: int, port: int, out: Path, forms: Iterable[str]) -> None:
+def as_rank(rank: int, ranks: int, port: int, work: Callable[..., None], *arguments: object) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -190,13 +199,14 @@ def as_rank(rank: int, ranks: int, port: int, out: Path, forms: Iterable[str]) -
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    main(out, forms)
+    work(*arguments)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    place = Path(sys.argv[1])
     for group in sys.argv[2:]:
         count, _, named = group.partition(":")
-        folder = Path(sys.argv[1]) / count
-        folder.mkdir()
-        fork(int(count), folder, named.split(","))
+        (place / count).mkdir()
+        fork(int(count), main, place / count, named.split(","))
+    fork(2, command, place / "mistake", "ppo", "r.yaml", "reward=mine.py:broken")

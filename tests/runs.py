@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -132,13 +133,22 @@ def leave_after(t: Trainer, steps: int) -> None:
             break
 
 
+def train_keeping(t: Trainer, steps: int, kept: Path) -> Trainer:
+    """Train to the end -> t. `kept` becomes its run folder as it was after so many steps, which is what a kill there
+    leaves; tests/test_resume.py kills, and leaves the loop too."""
+    for step, _ in enumerate(t, 1):
+        if step == steps:
+            shutil.copytree(t.config.output_dir, kept)
+    return t
+
+
 def resumed_equals_whole(
     folder: Path, steps: int, *, make: Callable[..., Trainer] = ppo_trainer, **fields: object
 ) -> dict[str, bytes]:
-    """Run through, and again with a new trainer after `steps` steps; every byte of the end must agree -> these."""
+    """Run through; go on with a new trainer from what was there after `steps` steps; every byte of the end must agree
+    -> these."""
     fields = {"save_every": 1, **fields}
-    make(**fields, output_dir=str(folder / "whole")).train()
-    leave_after(make(**fields, output_dir=str(folder / "parts")), steps)
+    train_keeping(make(**fields, output_dir=str(folder / "whole")), steps, folder / "parts")
     torch.manual_seed(99)
     again = make(**fields, output_dir=str(folder / "parts"), resume=True)
     assert again.steps_done == steps

@@ -192,12 +192,14 @@ def test_imports_only_torch(monkeypatch):
     monkeypatch.delenv("FASTRLHF_BACKEND", raising=False)
     code = """
 import sys
-for name in ("triton", "transformers", "datasets", "numpy.testing", "bitsandbytes", "flash_attn", "fastrlhf"):
+others = ("triton", "transformers", "datasets", "numpy.testing", "bitsandbytes", "flash_attn", "pydantic", "fastrlhf")
+for name in others:
     sys.modules[name] = None
 import torch, fastrlhf_kernels as k
 before = set(sys.modules)
 weight = torch.randn(9, 4, requires_grad=True)
 k.linear_log_probs(torch.randn(3, 4), weight, torch.tensor([1, 2, 8])).sum().backward()
+assert k.token_log_probs(torch.randn(3, 7), torch.tensor([0, 1, 2])).shape == (3,)
 print(sorted(k.__all__), weight.grad.shape == weight.shape, k.sample_tokens(torch.zeros(2, 5), seed=1).tokens.shape)
 print("compiler loaded:", "torch._dynamo" in before)
 """

@@ -18,7 +18,7 @@ from fastrlhf.rl.scorers import AdapterScorer
 from fastrlhf.sft import main as sft_main
 from tests import lora_runs as runs
 from tests import tiny
-from tests.runs import experience_of
+from tests.runs import experience_of, train_keeping
 
 MODELS = pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
 STAGES = pytest.mark.parametrize("stage", [runs.sft, runs.reward_model])
@@ -66,10 +66,7 @@ def test_the_first_loss_is_that_of_full_training():
 def test_checkpoints_hold_the_adapter_alone_and_resume_exactly(stage, tmp_path):
     fields = {"save_every": 1, "total_steps": 4}
     through = stage(tiny.llama(), **fields, output_dir=str(tmp_path / "through"))
-    through.train()
-    for number, _ in enumerate(stage(tiny.llama(), **fields, output_dir=str(tmp_path / "resumed")), 1):
-        if number == 2:
-            break
+    train_keeping(through, 2, tmp_path / "resumed")
     again = stage(tiny.llama(), **fields, output_dir=str(tmp_path / "resumed"), resume=True)
     assert again.steps_done == 2
     again.train()
@@ -310,9 +307,7 @@ def test_the_critic_starts_from_the_reward_adapter(folders):
 def test_ppo_with_every_adapter_resumes_exactly(folders, tmp_path, form):
     fields = {**form, "save_every": 1, "total_steps": 3}
     through = runs.ppo(folders["sft"], folders["rm"], **fields, output_dir=str(tmp_path / "through"))
-    through.train()
-    for _ in runs.ppo(folders["sft"], folders["rm"], **fields, output_dir=str(tmp_path / "resumed")):
-        break
+    train_keeping(through, 1, tmp_path / "resumed")
     again = runs.ppo(folders["sft"], folders["rm"], **fields, output_dir=str(tmp_path / "resumed"), resume=True)
     assert again.steps_done == 1
     again.train()

@@ -20,6 +20,7 @@ from fastrlhf.models.quantization import BLOCK, QuantizedLinear, quantization_no
 from fastrlhf.models.token_batch import target_log_probs
 from tests import lora_runs as runs
 from tests import tiny
+from tests.runs import train_keeping
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
@@ -129,10 +130,7 @@ def test_generation_reads_the_quantised_layers(kind):
 def test_a_resumed_run_ends_with_the_same_bytes(build, kind, tmp_path):
     """The base is quantised again from its folder, to the same bytes; checkpoints hold no part of it."""
     base, fields = runs.base(tmp_path / "base"), {"quantize": kind, "save_every": 1, "total_steps": 3}
-    through = build(base, **fields, output_dir=str(tmp_path / "through"))
-    through.train()
-    for _ in build(base, **fields, output_dir=str(tmp_path / "resumed")):
-        break
+    train_keeping(build(base, **fields, output_dir=str(tmp_path / "through")), 1, tmp_path / "resumed")
     again = build(base, **fields, output_dir=str(tmp_path / "resumed"), resume=True)
     assert again.steps_done == 1
     again.train()

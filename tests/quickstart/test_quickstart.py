@@ -18,6 +18,7 @@ from fastrlhf.data.templates import encode_prompt
 from fastrlhf.models.loading import load_reward_model, load_tokenizer
 from fastrlhf.quickstart import judge, verdict
 from fastrlhf.quickstart.content import DATA_DIR, shipped
+from fastrlhf.quickstart.run import TRAINERS, make
 from fastrlhf.quickstart.settings import load_settings
 from fastrlhf.quickstart.verdict import Replies, shuffled
 from fastrlhf.rl.scorers import score_rows
@@ -137,6 +138,7 @@ def test_the_rule_is_importable_without_torch():
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
+    """A run left between its stages and its verdict, and resumed -> folder, exit code, PPO's weights before."""
     out = tmp_path_factory.mktemp("quickstart") / "run"
     short = [
         "sft.total_steps=3",
@@ -146,11 +148,13 @@ def short_run(tmp_path_factory):
         "ppo.total_steps=1",
     ]
     small = ["ppo.rollout_batch_size=4", "ppo.mini_batch_size=4", "ppo.max_new_tokens=8", "ppo.eval_every=0"]
+    assert make(load_settings([f"output_dir={out}", "seed=3", *short, *small]), TRAINERS) == 0
+    left = (out / "ppo/final/model.safetensors").read_bytes()
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = quickstart.main([f"output_dir={out}", "seed=3", *short, *small])
+        code = quickstart.main([f"output_dir={out}", "resume=true"])
     (out / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
-    return out, code
+    return out, code, left
 
 
 def test_the_verdict_stage_says_what_it_is_at_and_an_aim_is_no_failed_bar(short_run):
@@ -165,7 +169,7 @@ def test_the_verdict_stage_says_what_it_is_at_and_an_aim_is_no_failed_bar(short_
 
 
 def test_the_run_writes_verdict_replies_model_and_report(short_run):
-    out, code = short_run
+    out, code, _ = short_run
     found = json.loads((out / "verdict.json").read_text())
     assert set(found) >= VERDICT_KEYS and found["seed"] == 3
     assert code == 1 and found["passed"] is False  # three steps align nothing, and the verdict says so
@@ -178,7 +182,7 @@ def test_the_run_writes_verdict_replies_model_and_report(short_run):
 
 
 def test_the_baseline_is_the_sft_model_s_reply_that_the_reward_model_likes_best(short_run):
-    out, _ = short_run
+    out, *_ = short_run
     config, rows = load_settings([f"output_dir={out}", "resume=true"]).stages["ppo"], shipped("heldout_prompts")[::96]
     prompts = [row["prompt"][0]["content"] for row in rows]
     sft = Replies(None, prompts, [""] * 3, [[0]] * 3, [[0]] * 3)
@@ -197,7 +201,7 @@ def test_the_baseline_is_the_sft_model_s_reply_that_the_reward_model_likes_best(
 def test_the_model_runs_in_the_stock_pipeline(short_run):
     from transformers import pipeline
 
-    out, _ = short_run
+    out, *_ = short_run
     run = pipeline("text-generation", model=str(out / "final"), device="cpu")
     text = run("你好，世界！", max_new_tokens=4)[0]["generated_text"]
     assert text.startswith("你好，世界！")
@@ -206,10 +210,12 @@ def test_the_model_runs_in_the_stock_pipeline(short_run):
 
 
 def test_resume_of_a_finished_run_keeps_its_models(short_run):
-    out, _ = short_run
-    before = (out / "final" / "model.safetensors").read_bytes()
-    quickstart.main([f"output_dir={out}", "resume=true"])
-    assert (out / "final" / "model.safetensors").read_bytes() == before
+    out, _, left = short_run
+    for folder in ("ppo/final", "final"):
+        assert (out / folder / "model.safetensors").read_bytes() == left
+    printed = (out / "printed.txt").read_text(encoding="utf-8")
+    kept = [line.split(":")[0] for line in printed.splitlines() if "done before, kept" in line]
+    assert kept == ["sft", "reward", "ppo"]
 
 
 def test_a_wrong_field_is_named_before_anything_runs(tmp_path):

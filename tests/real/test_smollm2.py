@@ -1,10 +1,11 @@
 """The real model, a few steps: the recipe smollm2-cpu shortened, and reward models from real feedback.
 
-Its GGUF file takes half a minute to unpack: that is done once, and the stages start from the folder it becomes.
+Its GGUF file takes long to unpack: that is done once, and the stages start from the folder it becomes.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -31,7 +32,13 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def unpacked():
-    return load_policy(GGUF, "fp32"), load_tokenizer(GGUF)
+    """transformers reads the file three times, and asks for the table of its names once a tensor: once is enough."""
+    import gguf
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        return load_policy(GGUF, "fp32"), load_tokenizer(GGUF)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +47,15 @@ def folder(unpacked, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("smollm2")
     write_model(folder, model, tokenizer, stop_token_ids(tokenizer, model.generation_config))
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def two_layers(folder, tmp_path_factory) -> str:
+    """The first two layers of thirty, with the real vocabulary, tokenizer and template."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=2), load_tokenizer(folder)
+    cut = tmp_path_factory.mktemp("two-layers")
+    write_model(cut, model, tokenizer, stop_token_ids(tokenizer, model.generation_config))
+    return str(cut)
 
 
 def test_the_gguf_file_answers_and_becomes_a_folder(unpacked, folder):
@@ -73,12 +89,20 @@ def test_two_ppo_steps_then_generate(folder, tmp_path, capsys):
     assert "Paris" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["hh_harmless_1000.jsonl.gz", "dpo_zh_demo.json"])
-def test_two_reward_steps_on_real_feedback_then_score(folder, name, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "model"), [("hh_harmless_1000.jsonl.gz", "folder"), ("dpo_zh_demo.json", "two_layers")]
+)
+def test_two_reward_steps_on_real_feedback_then_score(name, model, request, tmp_path, capsys):
     if not REAL.is_dir():
         pytest.skip("../shared/data is not here")
     out, recipe = tmp_path / "run", tmp_path / "reward.yaml"
-    fields = {"model": folder, "data": str(REAL / name), "total_steps": 2, "mini_batch_size": 2, "max_tokens": 96}
+    fields = {
+        "model": request.getfixturevalue(model),
+        "data": str(REAL / name),
+        "total_steps": 2,
+        "mini_batch_size": 2,
+        "max_tokens": 96,
+    }
     recipe.write_text(json.dumps(fields | {"overlong": "truncate", "allow_drop": 1}))  # JSON is YAML
     never = ["eval_fraction=0", "eval_every=0", "save_every=0"]
     assert main(["reward", str(recipe), f"output_dir={out}", *never]) == 0

@@ -62,11 +62,13 @@ def test_every_form_learns_and_what_is_frozen_keeps_its_bytes(form):
 
     fields = {"total_steps": 12, "ppo_epochs": 6, "kl_coef": 0.0, "rollout_batch_size": 32, "mini_batch_size": 32}
     fields |= {"runaway_kl": None}  # nothing holds it, and a random reference says every token alike
+    if "lora" in FORMS[form]:  # adapters on a tiny random model move its rewards less than chance does
+        fields |= {"total_steps": 3, "ppo_epochs": 2}
     t = trainer(**FORMS[form], **fields, reward=letters)
     before = plain_weights(t)
     steps = [step.metrics for step in t]
     rewards = [metrics["reward/mean"] for metrics in steps]
-    if "lora" not in FORMS[form]:  # adapters on a tiny random model move its rewards less than chance does
+    if "lora" not in FORMS[form]:
         assert sum(rewards[6:]) > sum(rewards[:6]) + 0.3
     assert steps[-1]["kl/ref"] > 0 and float(last_layer(t).weight.detach().abs().sum()) > 0
     kept = all(torch.equal(before[k], v) for k, v in plain_weights(t).items())
