@@ -114,13 +114,14 @@ def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]], difference: dict[str, Any]) -> str:
-    """A Markdown table: a line a form, runs in the order of their seeds."""
+    """A Markdown table: a line a form and seed of the models, runs in the order of PPO's seeds."""
     names = {"rate_ppo": "rule rate", "kl_sequence_mean": "KL, nats a reply", "reward_last_5": "reward, last 5 steps"}
     names |= {"explained_var_last_5": "explained variance", "seconds": "seconds"}
-    lines = ["| critic | " + " | ".join(names.values()) + " |", "|---|" + "---|" * len(names)]
-    for form in FORMS:
-        runs = [row for row in rows if row["critic"] == form]
-        lines.append(f"| {form} | " + " | ".join(" / ".join(f"{r[n]:.3g}" for r in runs) for n in names) + " |")
+    lines = ["| critic | models | " + " | ".join(names.values()) + " |", "|---|---|" + "---|" * len(names)]
+    for form, seed in dict.fromkeys((row["critic"], row["model_seed"]) for row in rows):
+        runs = [row for row in rows if (row["critic"], row["model_seed"]) == (form, seed)]
+        cells = (" / ".join(f"{r[n]:.3g}" for r in runs) for n in names)
+        lines.append(f"| {form} | seed {seed} | " + " | ".join(cells) + " |")
     low, high = difference["rule_interval_90"]
     rule_rate, reward = f"{difference['rule_difference']:+.3f}", f"{difference['reward_difference']:+.2f}"
     of = f"{difference['runs']} runs of {difference['prompts']} prompts"

@@ -424,6 +424,38 @@ def _eval(verb: str, arguments: list[str]) -> int:
     )
 
 
+def _reward_eval(verb: str, arguments: list[str]) -> int:
+    from fastrlhf.config.recipe import path_problem
+
+    parser = _parser(verb, "FOLDER DATA [--train FILE] [options]")
+    parser.add_argument("model", metavar="FOLDER", help="reward model: a folder or hub id")
+    parser.add_argument("data", metavar="DATA", help="rows that people judged: whatever reward's data takes")
+    parser.add_argument(
+        "--train", metavar="FILE", help="rows that the bag of words learns from (default: DATA, cross-validated)"
+    )
+    parser.add_argument("--score-range", metavar="LOW,HIGH", help="the annotators' scale (default 1,5)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    parser.add_argument("--overwrite", action="store_true", help="replace a --json that exists")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the resamples and of the parts (default 0)")
+    _add_reading(parser, "DATA")
+    args = _parse(parser, arguments)
+    _check_model("FOLDER", args.model)
+    for name, path in (("DATA", args.data), ("--train", args.train)):
+        if path is not None and (problem := path_problem(path, "data")):
+            raise UserError(f"{name}: {problem}")
+    fields = {name: getattr(args, name) for name in (*_READING, "score_range")}
+    config = _load("config.stages").RewardConfig(**{name: value for name, value in fields.items() if value is not None})
+    _first_line(verb, f"{args.model}, {args.data}")
+    return _load("eval.reward_model").main(
+        **{name: getattr(args, name) for name in ("model", "data", "train", "overwrite", "raw", "seed")},
+        output=args.json,
+        score_range=config.score_range,
+        reading={name: getattr(config, name) for name in _READING},
+        say=partial(print, flush=True),
+        tell=partial(print, file=sys.stderr, flush=True),
+    )
+
+
 def _reward_of(args: argparse.Namespace) -> Any:
     """What --reward says, as a recipe's `reward` does."""
     from fastrlhf.config.recipe import input_value, path_problem
@@ -519,6 +551,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "generate": (_generate, "print a model's replies to prompts, or the best of N by a reward"),
     "score": (_score, "print a reward model's scores of responses"),
     "eval": (_eval, "measure a model's replies: refusals, keywords, scripts, repetition, length, reward, win rate"),
+    "reward-eval": (_reward_eval, "how far a reward model agrees with people: by kind, annotator, length; baselines"),
     "label": (_label, "judge replies in the browser: score, rank, edit; the file trains a reward model"),
     "convert": (_convert, "make a folder that transformers loads of MOSS's, MOSS-RLHF's or pickled weights"),
     "plan": (_plan, "the memory that a recipe's run will take, from its models' configurations alone"),

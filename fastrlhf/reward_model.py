@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.agreement.figures import figures
+from fastrlhf.agreement.pairs import can_tell
+from fastrlhf.agreement.words import first_sentence
 from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.data.encode import Record
@@ -171,6 +174,8 @@ class RewardTrainer(SupervisedTrainer):
         if len({target for _, target in given}) > 1:
             metrics["correlation/eval"] = float(torch.corrcoef(torch.tensor(given, dtype=torch.float64).T)[0, 1])
         self._remember(metrics, len(margins))
+        if self.steps_done == self.total_steps and distributed.is_lead():
+            self._agreement([s.tolist() for s, _ in both])
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics([s.tolist() for s, _ in both], [f for _, f in both], metrics)
         return metrics
@@ -187,6 +192,15 @@ class RewardTrainer(SupervisedTrainer):
         )
         if self.steps_done == self.total_steps:
             self._alarm()
+
+    def _agreement(self, scores: list[list[float]]) -> None:
+        """The figures of `fastrlhf reward-eval` on the held-out rows, as an event; the bag of words learns from the
+        rows that the model did."""
+        records, training = [r.feedback for r in self.eval_records], [r.feedback for r in self.items]
+        if not can_tell(records):
+            return
+        report = figures(records, scores, training=training, seed=self.config.seed)
+        self.tracker.event("agreement", f"held-out rows: {first_sentence(report)}", figures=report)
 
     def _alarm(self) -> None:
         doubt = self.held_out.doubt()

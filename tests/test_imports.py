@@ -26,7 +26,7 @@ RULE = (
     ("supervised",),
     ("trainer",),
     ("preflight",),
-    ("eval_metrics",),
+    ("eval_metrics", "agreement"),
     ("rl",),
     ("rollout",),
     ("models",),

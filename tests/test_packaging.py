@@ -149,7 +149,7 @@ def test_every_third_party_import_is_declared(metadata):
             found |= {n.split(".")[0] for n in imports(path.read_text(encoding="utf-8"), module)}
     third_party = found - set(sys.stdlib_module_names) - {"fastrlhf", "fastrlhf_kernels", "__future__"}
     declared = {n.lower().replace("-", "_") for n in re.findall(r"^Requires-Dist: ([\w.-]+)", metadata, re.MULTILINE)}
-    provides = {"yaml": "pyyaml"}
+    provides = {"yaml": "pyyaml", "sklearn": "scikit_learn"}
     # typing_extensions comes with pydantic, numpy, packaging and tokenizers with transformers, huggingface_hub and
     # pyarrow with datasets.
     missing = {n for n in third_party if provides.get(n, n) not in declared} - {

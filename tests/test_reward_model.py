@@ -344,6 +344,10 @@ def test_it_learns_a_simple_preference(tmp_path):
     *_, last = t
     assert last.metrics["accuracy/eval"] == 1.0 and last.metrics["loss/eval"] < 0.1
     assert last.metrics["accuracy/train"] == 1.0
+    (told,) = events(tmp_path / "run", "agreement")  # of the last evaluation alone
+    assert told["step"] == 40 and told["figures"]["pairs"] == {"pairs": 20, "accuracy": 1.0, "interval": [1.0, 1.0]}
+    assert told["message"].startswith("held-out rows: The reward model ")
+    assert told["figures"]["baselines"]["a constant"]["above"] == 0.5
     best = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "best")
     assert best.config.num_labels == 1
 

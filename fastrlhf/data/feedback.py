@@ -66,7 +66,8 @@ class Feedback:
     pair: responses (chosen, rejected), ranking ((0,), (1,)), margin or None. edit: responses (edited,
     original), ranking ((0,), (1,)). ranking: groups of indices into responses, best first, ties in one group.
     score: scores in [-1, 1], one a response, mapped linearly from score_range. where is "file:line". unsafe: replies
-    that the row marks so; seen: replies to the prompt that the row has beside those it judges.
+    that the row marks so; seen: replies to the prompt that the row has beside those it judges. annotator, source: the
+    row's columns of these names, as texts; None: it has none.
     """
 
     kind: Kind
@@ -78,6 +79,8 @@ class Feedback:
     where: str = ""
     unsafe: tuple[str, ...] = ()
     seen: tuple[str, ...] = ()
+    annotator: str | None = None
+    source: str | None = None
 
     def ordered_pairs(self) -> list[tuple[int, int]]:
         """(better, worse) index pairs that it implies; of scores those of responses with different ones."""
@@ -233,7 +236,10 @@ def _standing(row: dict) -> dict:
 
 
 def _marked(feedback: Feedback, row: dict, where: str) -> Feedback:
-    """The judgement with the row's own marks of unsafe replies applied; DroppedRow where nothing is preferred then."""
+    """The judgement with the row's own marks of unsafe replies applied, who gave it and where it is from; DroppedRow
+    where nothing is preferred then."""
+    names = {name: str(row[name]) for name in ("annotator", "source") if isinstance(row.get(name), (str, int))}
+    feedback = replace(feedback, **names) if names else feedback
     replies = feedback.responses
     if feedback.kind == "edit":
         replies = _replies(row, where, "responses", 1) if "responses" in row else replies[1:]

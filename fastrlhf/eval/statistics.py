@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-RESAMPLES, CHUNK = 2000, 100
-INTERVAL = (0.025, 0.975)
+from fastrlhf.agreement.bootstrap import draws, interval, ratio
+
 Values = Sequence[float | None]  # a reply each, prompt-major; None: not known
 
 
@@ -35,9 +35,9 @@ def estimate(values: Values, samples: int) -> dict[str, float | None]:
 def compare(ours: Values, theirs: Values, samples: int, seed: int) -> dict[str, Any]:
     """Each reply against the other model's to the same prompt by the same random numbers; the higher score wins.
 
-    rate: wins and half the ties among the pairs in which both have a score; interval: 95 %, between percentiles of
-    RESAMPLES bootstrap samples of the prompts (Efron 1979); difference: `estimate` of score minus score. UserError
-    nowhere: rate and interval are None where no pair is scored.
+    rate: wins and half the ties among the pairs in which both have a score; interval: 95 %, of resampled prompts
+    (agreement/bootstrap.py); difference: `estimate` of score minus score. UserError nowhere: rate and interval are None
+    where no pair is scored.
     """
     differences = [None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True)]
     known = [d for d in differences if d is not None]
@@ -51,14 +51,5 @@ def compare(ours: Values, theirs: Values, samples: int, seed: int) -> dict[str, 
 def _bootstrap(differences: Values, samples: int, seed: int) -> list[float] | None:
     """The interval of the win rate over resampled prompts; None for a single prompt."""
     rows = [[d for d in differences[i : i + samples] if d is not None] for i in range(0, len(differences), samples)]
-    rows = [row for row in rows if row]
-    if len(rows) < 2:
-        return None
-    won = torch.tensor([sum((d > 0) + 0.5 * (d == 0) for d in row) for row in rows], dtype=torch.float64)
-    pairs = torch.tensor([len(row) for row in rows], dtype=torch.float64)
-    draw = torch.Generator().manual_seed(seed)
-    rates = []
-    for _ in range(0, RESAMPLES, CHUNK):
-        index = torch.randint(len(rows), (CHUNK, len(rows)), generator=draw)
-        rates.append(won[index].sum(1) / pairs[index].sum(1))
-    return torch.cat(rates).quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
+    sums = [(sum((d > 0) + 0.5 * (d == 0) for d in row), len(row)) for row in rows if row]
+    return interval(draws(torch.tensor(sums, dtype=torch.float64), ratio, seed))

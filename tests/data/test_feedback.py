@@ -22,7 +22,8 @@ def parse(row, score_range=(1.0, 5.0)):
 
 def test_a_pair_keeps_its_margin_and_its_messages():
     row = {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?", "margin": 2, "annotator": "a7"}
-    assert parse(row) == Feedback("pair", "Hi", ("Hello!", "What?"), ((0,), (1,)), None, 2.0, WHERE)
+    expected = Feedback("pair", "Hi", ("Hello!", "What?"), ((0,), (1,)), None, 2.0, WHERE, annotator="a7")
+    assert parse(row) == expected
     assert parse({**row, "margin": None}).margin is None
     assert parse({**row, "prompt": MESSAGES}).prompt == MESSAGES
 

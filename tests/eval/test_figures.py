@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fastrlhf.agreement.bootstrap import RESAMPLES
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.feedback import Prompt
 from fastrlhf.eval.figures import figures_of, judge
@@ -23,7 +24,7 @@ from fastrlhf.eval.phrases import (
     refusal_in,
 )
 from fastrlhf.eval.scripts import HAN, JAPANESE, KOREAN, MIXED, NONE, script_of
-from fastrlhf.eval.statistics import RESAMPLES, compare, estimate
+from fastrlhf.eval.statistics import compare, estimate
 from fastrlhf.inference import Reply
 from fastrlhf.rl.evaluation import win_rate
 from fastrlhf.runtime.metrics import distinct, distinct_2, ngrams

@@ -18,7 +18,6 @@ from fastrlhf.data.templates import encode_prompt
 from fastrlhf.models.loading import load_reward_model, load_tokenizer
 from fastrlhf.quickstart import judge, verdict
 from fastrlhf.quickstart.content import DATA_DIR, shipped
-from fastrlhf.quickstart.run import TRAINERS, make
 from fastrlhf.quickstart.settings import load_settings
 from fastrlhf.quickstart.verdict import Replies, shuffled
 from fastrlhf.rl.scorers import score_rows

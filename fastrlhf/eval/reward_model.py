@@ -1,0 +1,90 @@
+"""The work of `fastrlhf reward-eval`: a reward model's scores of rows that people judged -> how far to believe it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastrlhf import inference
+from fastrlhf._version import __version__
+from fastrlhf.agreement.figures import figures
+from fastrlhf.agreement.pairs import can_tell
+from fastrlhf.agreement.words import lines
+from fastrlhf.config.errors import UserError
+from fastrlhf.data.dataset import load_feedback
+from fastrlhf.data.feedback import Feedback
+from fastrlhf.models.loading import is_scalar_model, load_reward_model
+from fastrlhf.preflight.fits import check_ids, positions_of
+from fastrlhf.rl.scorers import encode_pairs, score_rows
+from fastrlhf.runtime.memory import token_budget
+
+Say = Callable[[str], None]  # prints one line for people
+
+
+def main(
+    model: str,
+    data: str,
+    *,
+    train: str | None,
+    output: str | None,
+    overwrite: bool,
+    score_range: tuple[float, float],
+    reading: Mapping[str, Any],
+    raw: bool,
+    seed: int,
+    say: Say,
+    tell: Say,
+) -> int:
+    """Score, measure, print, and write `output` -> exit code.
+
+    train: rows that the bag of words learns from. reading: how rows are read. say: prints a line of the result, tell:
+    one of the progress. UserError, before the weights are loaded, for a folder that is no reward model and for rows
+    that cannot be read or tell nothing.
+    """
+    if not is_scalar_model(model):
+        raise UserError(f"FOLDER: {model!r} is no reward model (one score a text); train one with fastrlhf reward")
+    if output is not None:
+        inference.check_output(output, overwrite, "--json")
+    records = read(data, score_range, reading, tell)
+    training = None if train is None else read(train, score_range, reading, tell)
+    if not can_tell(records):
+        raise UserError(f"DATA: {data}: no row orders two replies, and all {len(records)} rows give the same score")
+    report = {"fastrlhf": __version__, "model": model, "data": data, "train": train, "seed": seed}
+    report |= figures(records, scores_of(model, records, raw=raw, tell=tell), training=training, seed=seed)
+    for line in lines(report):
+        say(line)
+    if output is not None:
+        inference.write_file(output, json.dumps(report, ensure_ascii=False, indent=1) + "\n", "--json")
+    return 0
+
+
+def read(source: str, score_range: tuple[float, float], reading: Mapping[str, Any], tell: Say) -> list[Feedback]:
+    """The judgements of a source, as reward training reads them; what became of its rows is told."""
+    records, counts = load_feedback(source, score_range=score_range, **reading)
+    tell(f"{source}: {counts.line()}")
+    return records
+
+
+def scores_of(model: str, records: list[Feedback], *, raw: bool, tell: Say) -> list[list[float]]:
+    """The raw scores of each record's responses, encoded as reward training encodes them."""
+    tokenizer = inference.reading_tokenizer(model, raw)
+    both = [(record.prompt, text) for record in records for text in record.responses]
+    rows = encode_pairs(tokenizer, [prompt for prompt, _ in both], [text for _, text in both])
+    loaded = load_reward_model(model)
+    check_ids(loaded, max(map(max, rows)))
+    _check_positions(positions_of(loaded), records, [len(row) for row in rows])
+    tell(f"the reward model scores {len(rows)} replies")
+    found = iter(score_rows(loaded.eval(), rows, token_budget(None, loaded.device)).tolist())
+    return [[next(found) for _ in record.responses] for record in records]
+
+
+def _check_positions(positions: int | None, records: list[Feedback], lengths: list[int]) -> None:
+    """UserError for the first reply that the model cannot read whole."""
+    owners = (record for record in records for _ in record.responses)
+    for record, length in zip(owners, lengths, strict=True):
+        if positions is not None and length > positions:
+            raise UserError(
+                f"{record.where}: prompt and reply have {length} tokens and the model has {positions} positions; leave "
+                "the row out"
+            )
