@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from fastrlhf.config.recipe import load_recipe
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.quickstart import verdict
-from fastrlhf.quickstart.content import shipped
+from fastrlhf.quickstart.content import WORDINGS, shipped
 from fastrlhf.quickstart.judge import about_what_was_asked, rule
 from fastrlhf.quickstart.run import inputs
 from fastrlhf.quickstart.settings import Settings
@@ -113,6 +114,17 @@ def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def by_wording(rows: Sequence[dict[str, Any]]) -> str:
+    """The mean rule rate of each form in frames that training has and in new wording, in a line."""
+    wordings = [prompt["wording"] for prompt in shipped("heldout_prompts")]
+    said = []
+    for form in dict.fromkeys(row["critic"] for row in rows):
+        held = [z for row in rows if row["critic"] == form for z in zip(row["rule"], wordings, strict=True)]
+        means = (mean(float(kept) for kept, own in held if own == wording) for wording in WORDINGS)
+        said.append(f"{form} " + " / ".join(f"{value:.3f}" for value in means))
+    return f"rule rate, {' / '.join(WORDINGS)} wording: {', '.join(said)}"
+
+
 def table(rows: Sequence[dict[str, Any]], difference: dict[str, Any]) -> str:
     """A Markdown table: a line a form and seed of the models, runs in the order of PPO's seeds."""
     names = {"rate_ppo": "rule rate", "kl_sequence_mean": "KL, nats a reply", "reward_last_5": "reward, last 5 steps"}
@@ -129,4 +141,5 @@ def table(rows: Sequence[dict[str, Any]], difference: dict[str, Any]) -> str:
         f"\nshared_trunk less separate, {of}: rule rate {rule_rate} (90 % interval {low:+.3f} .. {high:+.3f}), "
         f"reward {reward}, KL {difference['kl_ratio']:.2f}x, time {difference['seconds_ratio']:.2f}x"
     )
+    lines.append(f"\n{by_wording(rows)}")
     return "\n".join(lines)

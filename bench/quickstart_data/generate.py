@@ -26,7 +26,7 @@ from bench.quickstart_data.wording import (
     QUESTIONS,
     VAGUE,
 )
-from fastrlhf.quickstart.content import FACETS, LANGUAGES, TOPICS
+from fastrlhf.quickstart.content import FACETS, LANGUAGES, TOPICS, WORDINGS
 
 SEED = 7
 SFT_PER_CELL, FEEDBACK_PER_CELL, PPO_PER_CELL = 48, 150, 12  # a cell: one language, topic and facet; there are 24
@@ -252,14 +252,15 @@ def generate() -> dict[str, list[dict]]:
         familiar, fresh = _prompts(cell)
         random.shuffle(familiar)
         random.shuffle(fresh)
-        heldout = [prompts.pop() for prompts in (familiar, fresh) for _ in range(6)]  # new combinations, new frames
-        for_pairs += [(prompt, cell) for prompt in heldout[:2] + heldout[-2:]]
+        # New combinations of frames that training has, and frames that it has not.
+        heldout = [(prompts.pop(), wording) for prompts, wording in zip((familiar, fresh), WORDINGS) for _ in range(6)]
+        for_pairs += [(prompt, cell) for prompt, _ in heldout[:2] + heldout[-2:]]
         take = [familiar.pop() for _ in range(SFT_PER_CELL + FEEDBACK_PER_CELL + PPO_PER_CELL)]
         files["sft.jsonl"] += [_sft_row(p, cell, random) for p in take[:SFT_PER_CELL]]
         feedback = take[SFT_PER_CELL : SFT_PER_CELL + FEEDBACK_PER_CELL]
         files["feedback.jsonl"] += [_feedback_row(p, cell, random) for p in feedback]
         files["ppo_prompts.jsonl"] += [{"prompt": _message(p)} for p in take[-PPO_PER_CELL:]]
-        files["heldout_prompts.jsonl"] += [{"prompt": _message(p)} for p in heldout]
+        files["heldout_prompts.jsonl"] += [{"prompt": _message(p), "wording": wording} for p, wording in heldout]
     files["heldout_pairs.jsonl"] = _heldout_pairs(for_pairs, random)
     for name in ("sft.jsonl", "feedback.jsonl", "ppo_prompts.jsonl"):
         random.shuffle(files[name])

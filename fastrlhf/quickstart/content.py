@@ -17,6 +17,8 @@ from fastrlhf.runtime.records import read_records
 DATA_DIR = Path(__file__).parent / "data"
 LANGUAGES = ("en", "zh")
 FACETS = ("care", "choose")
+# Of held-out prompts. familiar: question and context both stand in training prompts, not together; new: one does not.
+WORDINGS = ("familiar", "new")
 # Words that tell which of the two questions is asked. Every question template holds one of them.
 FACET_WORDS = {
     "en": {

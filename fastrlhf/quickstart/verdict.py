@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,7 +17,7 @@ from fastrlhf.data.templates import encode_prompt, stop_token_ids
 from fastrlhf.eval.best_of import best_of as choose_best
 from fastrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from fastrlhf.models.token_batch import TokenRows, target_log_probs
-from fastrlhf.quickstart.content import shipped
+from fastrlhf.quickstart.content import WORDINGS, shipped
 from fastrlhf.quickstart.judge import about_what_was_asked, rule
 from fastrlhf.rl.evaluation import best_of_n_kl
 from fastrlhf.rl.scorers import score_texts
@@ -44,13 +44,16 @@ class Replies:
 
     model: PreTrainedModel | None  # None: not asked again
     prompts: list[str]
+    wordings: list[str]  # of WORDINGS
     texts: list[str]
     prompt_ids: list[list[int]]
     response_ids: list[list[int]]
 
-    def share(self, test: Any) -> float:
-        """Share of the replies for which test(prompt, reply) holds."""
-        return sum(map(test, self.prompts, self.texts)) / len(self.texts)
+    def share(self, test: Any, wording: str | None = None) -> float:
+        """Share of the replies for which test(prompt, reply) holds, all or those to prompts of a wording."""
+        said = zip(self.prompts, self.texts, self.wordings, strict=True)
+        held = [test(prompt, text) for prompt, text, own in said if wording in (None, own)]
+        return sum(held) / len(held)
 
     @property
     def length(self) -> float:
@@ -78,7 +81,8 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: lis
     out = RolloutEngine(model, tokenizer).generate(ids, params)
     said = zip(out.response_ids, out.finished, strict=True)
     texts = [tokenizer.decode(r, skip_special_tokens=True) + ("" if done else CUT) for r, done in said]
-    return Replies(model, [row["prompt"][0]["content"] for row in rows], texts, ids, out.response_ids)
+    prompts, wordings = [row["prompt"][0]["content"] for row in rows], [row["wording"] for row in rows]
+    return Replies(model, prompts, wordings, texts, ids, out.response_ids)
 
 
 @torch.no_grad()
@@ -137,7 +141,7 @@ def best_of(before: Before, config: PPOConfig) -> Replies:
     made = choose_best(source, prompts, n=BEST_OF, reward=reward, say=_say, **sampling)
     replies = [winner.reply for winner in made.winners]
     texts = [reply.text + ("" if reply.finished else CUT) for reply in replies]
-    return Replies(None, before.sft.prompts, texts, before.sft.prompt_ids, [reply.ids for reply in replies])
+    return replace(before.sft, model=None, texts=texts, response_ids=[reply.ids for reply in replies])
 
 
 def best_of_figures(best: Replies) -> dict[str, Any]:
@@ -172,6 +176,7 @@ def measure(
         "rate_before_sft": base.share(rule),
         "rate_sft": sft.share(rule),
         "rate_ppo": ppo.share(rule),
+        **{f"rate_ppo_{wording}": ppo.share(rule, wording) for wording in WORDINGS},
         "rate_ppo_shuffled": sum(rule(ppo.prompts[i], text) for i, text in zip(others, ppo.texts)) / len(others),
         "kl_sequence_mean": kl,
         "distinct2_sft": distinct_2(sft.texts),
@@ -201,9 +206,13 @@ def judge(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
 
 
 def aims(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
-    """What the first two stages should reach for PPO to rest on; shown beside the bars, in the same form."""
+    """What should be reached but decides nothing: PPO by wording, and of the first two stages what PPO rests on; shown
+    beside the bars, in the same form."""
     topic, worst = figures["on_topic_sft"], min(figures["rm_pair_accuracy_by_fault"].values())
+    familiar, new = (figures[f"rate_ppo_{wording}"] for wording in WORDINGS)
     return [
+        ("rule holds after PPO, frames that training has", familiar, ">= 0.95", familiar >= 0.95),
+        ("... wording that no training prompt has", new, ">= 0.88", new >= 0.88),
         ("SFT replies about what was asked, either manner", topic, ">= 0.95", topic >= 0.95),
         ("reward model, its worst kind of fault", worst, ">= 0.85", worst >= 0.85),
     ]

@@ -128,7 +128,13 @@ def critic_row(name):
         return None
     form, model, ppo = name.split(":")
     figures = {"reward_last_5": 3.0, "kl_sequence_mean": 4.0, "seconds": 60.0, "explained_var_last_5": 0.5}
-    return {"critic": form, "model_seed": int(model), "ppo_seed": int(ppo), "rule": "1101", "rate_ppo": 0.75} | figures
+    return {
+        "critic": form,
+        "model_seed": int(model),
+        "ppo_seed": int(ppo),
+        "rule": "1101" * 72,
+        "rate_ppo": 0.75,
+    } | figures
 
 
 def test_a_pair_of_critics_that_lost_a_half_is_left_out_of_the_difference(made, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -17,7 +18,8 @@ from fastrlhf import UserError, inference, quickstart
 from fastrlhf.data.templates import encode_prompt
 from fastrlhf.models.loading import load_reward_model, load_tokenizer
 from fastrlhf.quickstart import judge, verdict
-from fastrlhf.quickstart.content import DATA_DIR, shipped
+from fastrlhf.quickstart.content import DATA_DIR, TOPICS, shipped
+from fastrlhf.quickstart.run import TRAINERS, make
 from fastrlhf.quickstart.settings import load_settings
 from fastrlhf.quickstart.verdict import Replies, shuffled
 from fastrlhf.rl.scorers import score_rows
@@ -30,6 +32,8 @@ VERDICT_KEYS = set(
         "rate_sft",
         "rate_ppo",
         "rate_ppo_shuffled",
+        "rate_ppo_familiar",
+        "rate_ppo_new",
         "kl_sequence_mean",
         "distinct2_sft",
         "distinct2_ppo",
@@ -88,6 +92,27 @@ def test_all_four_kinds_in_both_languages():
 
     counts = Counter((kind(row), judge.language_of(prompt_of(row))) for row in shipped("feedback"))
     assert len(counts) == 8 and min(counts.values()) > 50 and len(shipped("feedback")) > 1500
+
+
+def test_half_of_the_held_out_prompts_are_of_new_wording_and_the_other_half_s_frames_are_known():
+    trained = [prompt_of(row) for name in ("sft", "feedback", "ppo_prompts") for row in shipped(name)]
+    held_out = shipped("heldout_prompts")
+    assert Counter(row["wording"] for row in held_out) == {"familiar": 144, "new": 144}
+    for language in judge.LANGUAGES:
+        topics = sorted((topic.name for topic in TOPICS[language]), key=len, reverse=True)
+
+        def frame(text, topics=topics):
+            return re.sub("|".join(topics), "X", re.sub(r"\ban? ", "a ", text))
+
+        def parts(text, language=language):  # a context is a sentence of its own, where there is one
+            sentences = re.findall(r".+?[.?!。？！]+", frame(text))
+            return [" ".join(sentences[1:]).strip(), sentences[0]] if len(sentences) > 1 else [sentences[0]]
+
+        known = {part for text in trained if judge.language_of(text) == language for part in parts(text)}
+        for row in held_out:
+            text = prompt_of(row)
+            if judge.language_of(text) == language:
+                assert all(part in known for part in parts(text)) == (row["wording"] == "familiar"), text
 
 
 def test_held_out_prompts_are_new():
@@ -163,7 +188,7 @@ def test_the_verdict_stage_says_what_it_is_at_and_an_aim_is_no_failed_bar(short_
     told = [s.split()[1] for s in steps if s.startswith("the ")]
     assert told == ["base", "SFT", "reward", "PPO", "KL", "SFT", "reward"]  # the last two: best of 8
     bars = printed.partition("\nverdict, seed 3")[2].splitlines()[1:]
-    assert [line.split()[0] for line in bars if line.startswith("  ")][-5:] == ["aim", "aim", "also", "also", "also"]
+    assert [line.split()[0] for line in bars if line.startswith("  ")][-7:] == ["aim"] * 4 + ["also"] * 3
     assert "low" not in {line.split()[0] for line in bars if line.startswith("  ")}
 
 
@@ -184,7 +209,8 @@ def test_the_baseline_is_the_sft_model_s_reply_that_the_reward_model_likes_best(
     out, *_ = short_run
     config, rows = load_settings([f"output_dir={out}", "resume=true"]).stages["ppo"], shipped("heldout_prompts")[::96]
     prompts = [row["prompt"][0]["content"] for row in rows]
-    sft = Replies(None, prompts, [""] * 3, [[0]] * 3, [[0]] * 3)
+    wordings = [row["wording"] for row in rows]
+    sft = Replies(None, prompts, wordings, [""] * 3, [[0]] * 3, [[0]] * 3)
     chosen = verdict.best_of(verdict.Before(out, rows, sft, sft, {}), config)
     assert chosen.prompts == prompts and len(chosen.texts) == len(chosen.response_ids) == 3
     seed = derive_seed(config.seed, "verdict")
