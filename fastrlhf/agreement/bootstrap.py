@@ -10,7 +10,8 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-RESAMPLES, CHUNK = 2000, 100
+RESAMPLES = 2000
+CHUNK, CHUNK_ROWS = 100, 2_000_000  # resamples at once, and prompts in all of them: the memory of a draw
 INTERVAL = (0.025, 0.975)
 
 
@@ -29,8 +30,9 @@ def draws(sums: Tensor, statistic: Callable[[Tensor], Tensor], seed: int) -> Ten
     if count < 2:
         return None
     generator, found = torch.Generator().manual_seed(seed), []
-    for _ in range(0, RESAMPLES, CHUNK):
-        index = torch.randint(count, (CHUNK, count), generator=generator)
+    chunk = max(1, min(CHUNK, CHUNK_ROWS // count))
+    for start in range(0, RESAMPLES, chunk):
+        index = torch.randint(count, (min(chunk, RESAMPLES - start), count), generator=generator)
         found.append(statistic(sums[index].sum(1)))
     return torch.cat(found)
 

@@ -67,7 +67,8 @@ def read(source: str, score_range: tuple[float, float], reading: Mapping[str, An
 
 
 def scores_of(model: str, records: list[Feedback], *, raw: bool, tell: Say) -> list[list[float]]:
-    """The raw scores of each record's responses, encoded as reward training encodes them."""
+    """The raw scores of each record's responses, encoded as reward training encodes them. UserError for what the model
+    cannot read, and for a score that is not finite."""
     tokenizer = inference.reading_tokenizer(model, raw)
     both = [(record.prompt, text) for record in records for text in record.responses]
     rows = encode_pairs(tokenizer, [prompt for prompt, _ in both], [text for _, text in both])
@@ -75,7 +76,12 @@ def scores_of(model: str, records: list[Feedback], *, raw: bool, tell: Say) -> l
     check_ids(loaded, max(map(max, rows)))
     _check_positions(positions_of(loaded), records, [len(row) for row in rows])
     tell(f"the reward model scores {len(rows)} replies")
-    found = iter(score_rows(loaded.eval(), rows, token_budget(None, loaded.device)).tolist())
+    scores = score_rows(loaded.eval(), rows, token_budget(None, loaded.device))
+    if not scores.isfinite().all():
+        owners = [record.where for record in records for _ in record.responses]
+        first = owners[int((~scores.isfinite()).nonzero()[0])]
+        raise UserError(f"FOLDER: {model!r} gives {first} a score that is not finite; its weights are of no use")
+    found = iter(scores.tolist())
     return [[next(found) for _ in record.responses] for record in records]
 
 

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from fastrlhf.agreement import baselines
+from fastrlhf.agreement import baselines, bootstrap
 from fastrlhf.agreement.bootstrap import draws, interval, moments, pearson, ratio, sums_by
 from fastrlhf.agreement.figures import calibration, figures
 from fastrlhf.agreement.pairs import length_of
@@ -36,6 +36,14 @@ def test_the_interval_of_a_share_is_that_of_resampled_prompts():
     low10, high10 = interval(draws(10 * sums, ratio, 0))
     assert (low10, high10) == pytest.approx((low, high))
     assert draws(sums[:1], ratio, 0) is None and interval(None) is None
+
+
+def test_many_prompts_are_drawn_in_smaller_chunks(monkeypatch):
+    sums = torch.tensor([[float(n % 3 == 0), 1.0] for n in range(90)], dtype=torch.float64)
+    whole = draws(sums, ratio, 5)
+    monkeypatch.setattr(bootstrap, "CHUNK_ROWS", 700)  # 7 at once, and 5 in the last
+    assert len(draws(sums, ratio, 5)) == len(whole) == bootstrap.RESAMPLES
+    assert interval(draws(sums, ratio, 5)) == pytest.approx(interval(whole), abs=0.02)
 
 
 def test_clusters_are_summed_where_they_appear_again():

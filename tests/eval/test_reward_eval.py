@@ -29,7 +29,10 @@ def workplace(tmp_path_factory) -> Path:
     torch.manual_seed(1)
     LlamaForSequenceClassification(LlamaConfig(**tiny.SHAPE, num_labels=1)).save_pretrained(root / "rm")
     tiny.llama().save_pretrained(root / "policy")
-    for name in ("rm", "policy"):
+    broken = LlamaForSequenceClassification(LlamaConfig(**tiny.SHAPE, num_labels=1))
+    torch.nn.init.constant_(broken.score.weight, float("nan"))
+    broken.save_pretrained(root / "broken")
+    for name in ("rm", "policy", "broken"):
         tiny.tokenizer().save_pretrained(root / name)
     write(root / "rows.jsonl", ROWS)
     return root
@@ -107,6 +110,7 @@ def test_every_option_stands_in_the_docs(run):
             [SCORE, SCORE | {"response": "x"}],
             "no row orders two replies, and all 2 rows give the same",
         ),
+        (("broken", "rows.jsonl"), None, "FOLDER: 'broken' gives rows.jsonl:1 a score that is not finite"),
         (("rm", "same.jsonl", "--score-range", "5,1"), [SCORE], "score_range = 5,1: the lowest score must be below"),
         (("rm", "none.jsonl"), None, "DATA: "),
         (("rm", "rows.jsonl", "--train", "none.jsonl"), None, "--train: "),
