@@ -147,6 +147,12 @@ VERDICT = {
     "seconds": 251.0,
     "passed": True,
     "on_topic_sft": 0.97,
+    "on_topic_ppo": 0.96,
+    "best_of": 8,
+    "rate_best_of": 0.915,
+    "kl_best_of": 1.2044,
+    "rate_ppo_familiar": 0.98,
+    "rate_ppo_new": 0.88,
     "rm_pair_accuracy_by_fault": {"rude": 0.95, "off topic": 0.88},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,9 +243,27 @@ def _quickstart_tiles(verdict: dict[str, Any], words: Words) -> list[Tile]:
     topic = get("on_topic_sft")
     shown = "n/a" if math.isnan(topic) else f"{_percent(topic)}{' ✓' * (topic >= 0.95)}"
     tiles.append(Tile(words("SFT replies on topic"), (shown,), words("aim: at least 95% of held-out replies")))
+    tiles += _baseline_tiles(get, words)
     seconds = get("seconds")
     if not math.isnan(seconds):
         tiles.append(Tile(words("Time"), (duration(seconds),), words("the whole pipeline")))
+    return tiles
+
+
+def _baseline_tiles(get: Callable[[str], float], words: Words) -> list[Tile]:
+    """What stands beside the bars; a verdict of an earlier version has none of it."""
+    tiles = []
+    best, kl, n = get("rate_best_of"), get("kl_best_of"), get("best_of")
+    if not math.isnan(best + kl + n):
+        note = words("rule holds, chosen by reward; at most {kl} nats, no PPO", kl=figure_of(kl))
+        tiles.append(Tile(words("Best of {n} SFT replies", n=int(n)), (_percent(best),), note))
+    familiar, new = get("rate_ppo_familiar"), get("rate_ppo_new")
+    if not math.isnan(familiar + new):
+        shown = f"{_percent(familiar)} / {_percent(new)}"
+        tiles.append(Tile(words("Rule, familiar / new wording"), (shown,), words("after PPO; aims: 95% and 88%")))
+    topic = get("on_topic_ppo")
+    if not math.isnan(topic):
+        tiles.append(Tile(words("PPO replies on topic"), (_percent(topic),), words("content without manner")))
     return tiles
 
 

@@ -137,6 +137,12 @@ CHINESE = {
     "bar: at most {limit}": "标准：至多 {limit}",
     "SFT replies on topic": "SFT 回复切题",
     "aim: at least 95% of held-out replies": "目标：留出集回复至少 95%",
+    "Best of {n} SFT replies": "{n} 条 SFT 回复中最好的一条",
+    "rule holds, chosen by reward; at most {kl} nats, no PPO": "符合规则，由奖励模型挑选；至多 {kl} nats，不做 PPO",
+    "Rule, familiar / new wording": "符合规则，熟悉 / 新的措辞",
+    "after PPO; aims: 95% and 88%": "PPO 之后；目标：95% 与 88%",
+    "PPO replies on topic": "PPO 回复切题",
+    "content without manner": "只看内容，不看态度",
     "the whole pipeline": "整个流程",
     # The figures (charts.py).
     "mean score": "平均得分",

@@ -128,6 +128,19 @@ def test_a_missed_bar_is_marked(tmp_path, changed, expected):
     assert f'<div class="tile bad"><div class="name">{expected}' in html
 
 
+def test_what_stands_beside_the_bars_is_shown_where_the_verdict_has_it(tmp_path):
+    write_stage(tmp_path / "sft", "sft", 2)
+    (tmp_path / "verdict.json").write_text(json.dumps(VERDICT))
+    html = build_report(tmp_path).read_text()
+    assert 'Best of 8 SFT replies</div><div class="value">91.5%<' in html and "at most 1.20 nats" in html
+    assert 'Rule, familiar / new wording</div><div class="value">98% / 88%<' in html
+    assert 'PPO replies on topic</div><div class="value">96%<' in html
+    missing = {"best_of", "rate_best_of", "kl_best_of", "rate_ppo_familiar", "rate_ppo_new", "on_topic_ppo"}
+    (tmp_path / "verdict.json").write_text(json.dumps({k: v for k, v in VERDICT.items() if k not in missing}))
+    html = build_report(tmp_path).read_text()
+    assert "Best of" not in html and "wording" not in html and "PPO replies on topic" not in html
+
+
 def test_an_aim_that_was_not_reached_is_no_failed_bar(tmp_path):
     write_stage(tmp_path / "sft", "sft", 2)
     missed = {"on_topic_sft": 0.94, "rm_pair_accuracy_by_fault": {"rude": 0.99, "vague": 0.7}}
