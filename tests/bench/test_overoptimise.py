@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 
 from bench.overoptimise import VANILLA, draw, over_optimised, table
-from bench.verdict import SIZES
+from bench.verdict import BEST_OF, SIZES
+from bench.verdict import table as verdict_table
+from fastrlhf.report.page import figure_of
+from fastrlhf.report.verdict import OVER_OPTIMISED
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "bench/results/overoptimisation_cpu.json").read_text())
 MEASURED = RECORDED["runs"]
+PAGE = (ROOT / "docs/overoptimisation.md").read_text(encoding="utf-8")
+RUNS = (*SIZES, BEST_OF)
 
 
 def rows(rewards, rules, diversity):
@@ -39,18 +44,28 @@ def test_over_optimised_is_reward_up_and_quality_down(rewards, rules, diversity,
 def test_what_was_measured_shows_it_and_stands_in_the_docs():
     for runs in MEASURED.values():
         assert over_optimised(runs["vanilla"]) and not over_optimised(runs["ppo-max"])
-    page = (ROOT / "docs/overoptimisation.md").read_text(encoding="utf-8")
-    assert table(MEASURED) in page
+    assert table(MEASURED) in PAGE
 
 
-def test_the_figures_are_of_the_settings_that_are_shipped():
+def test_the_page_quotes_the_report_s_own_sentence():
+    first, last = MEASURED["0"]["vanilla"][0], MEASURED["0"]["vanilla"][-1]
+    before, after = (figure_of(row["distinct2"]) for row in (first, last))
+    assert OVER_OPTIMISED.format(before=before, after=after).strip() in " ".join(PAGE.split())
+
+
+def test_the_verdict_s_figures_are_of_the_sizes_that_are_shipped():
     assert RECORDED["vanilla"] == VANILLA
     verdicts = json.loads((ROOT / "bench/results/verdict_cpu.json").read_text())
-    measured = {recipe: dict(sizes) for recipe, sizes in verdicts["sizes"].items()}
-    assert measured["ppo-max"].pop("warmup_steps") == 12  # the page says that the recipe had one then
-    page = (ROOT / "docs/overoptimisation.md").read_text(encoding="utf-8")
-    assert "not measured again yet: `ppo-max` then clipped rewards at 10 standard deviations" in page
-    assert measured == SIZES and all(run["passed"] for run in verdicts["runs"])
+    assert verdicts["sizes"] == SIZES and "failed" not in verdicts
+    assert {(run["recipe"], run["seed"]) for run in verdicts["runs"]} == {(r, s) for r in RUNS for s in (0, 1, 2)}
+    assert verdict_table(verdicts["runs"], short=False) in PAGE
+    assert all(run["passed"] for run in verdicts["runs"] if run["recipe"] != BEST_OF)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rates = {run["recipe"] == BEST_OF: [] for run in verdicts["runs"]}
+    for run in verdicts["runs"]:
+        rates[run["recipe"] == BEST_OF].append(run["rate_ppo"])
+    assert f"rule rate {min(rates[False]):.2f} to {max(rates[False]):.2f}; the best of" in readme
+    assert f"without training, has {' / '.join(f'{rate:.3f}' for rate in rates[True])} at less KL" in readme
 
 
 def test_the_figure_draws_every_curve_of_both_runs(tmp_path):
