@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrlhf.rollout.attention import attend_inside_prompts
 from fastrlhf.rollout.kv_cache import Packed
@@ -41,3 +42,27 @@ def test_a_prompt_sees_no_other():
 def test_every_token_has_its_place_in_the_cache():
     packed = Packed.of([2, 3, 3], [7, 4, 9], CPU, 2.0)
     assert packed.slots.tolist() == [7, 7, 4, 4, 4, 9, 9, 9] and packed.positions.tolist() == [0, 1, 0, 1, 2, 0, 1, 2]
+
+
+class Operators(TorchDispatchMode):
+    """How many operators compute or copy."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_many_lengths_are_few_launches():
+    """32 prompts of 26 lengths: the attention of a layer."""
+    lengths = [10 + 190 * i // 25 for i in range(26)]
+    lengths = sorted(lengths + lengths[:6])
+    query, key, value = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
+    counts = {}
+    for ragged in (1.0, 2.0):
+        segments = Packed.of(lengths, list(range(32)), CPU, ragged).segments
+        with Operators() as operators:
+            attend_inside_prompts(segments, query, key, value, 0.3)
+        counts[ragged] = operators.count
+    assert counts == {1.0: 53, 2.0: 25}
