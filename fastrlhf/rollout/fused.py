@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}  
 
 
 class Swap(NamedTuple):
-    """`owner.name` becomes `ours`; it is an attribute of the owner itself (`own`) or of its class."""
+    """The attribute `name` of the owner becomes `ours`. Neither keeps the owner alive, nor the model behind it."""
 
-    owner: Any
+    owner: ReferenceType[Any]
     name: str
     ours: Callable[..., Any]
-    own: bool
 
 
 _known: WeakKeyDictionary[PreTrainedModel, tuple[tuple[Any, ...], list[Swap]]] = WeakKeyDictionary()
@@ -42,18 +41,18 @@ _known: WeakKeyDictionary[PreTrainedModel, tuple[tuple[Any, ...], list[Swap]]] =
 @contextmanager
 def fused(model: PreTrainedModel) -> Iterator[None]:
     """The model's parts are ours in this context, where they can be, and its own behind it, also after an error."""
-    swaps = swaps_of(model)
-    before = [getattr(swap.owner, swap.name) for swap in swaps]
+    owners = [(owner, swap) for swap in swaps_of(model) if (owner := swap.owner()) is not None]
+    before = [vars(owner).get(swap.name) for owner, swap in owners]  # None: it is its class's
     try:
-        for swap in swaps:
-            setattr(swap.owner, swap.name, swap.ours)
+        for owner, swap in owners:
+            setattr(owner, swap.name, swap.ours)
         yield
     finally:
-        for swap, original in zip(swaps, before, strict=True):
-            if swap.own:
-                setattr(swap.owner, swap.name, original)
+        for (owner, swap), original in zip(owners, before, strict=True):
+            if original is None:
+                delattr(owner, swap.name)
             else:
-                delattr(swap.owner, swap.name)
+                setattr(owner, swap.name, original)
 
 
 def swaps_of(model: PreTrainedModel) -> list[Swap]:
@@ -79,7 +78,7 @@ def _modules(model: PreTrainedModel) -> Iterator[Swap]:
         if kind not in agrees:
             agrees[kind] = _same(module.forward, ours, _numbers(model, 2, 3, width))
         if agrees[kind]:
-            yield Swap(module, "forward", ours, False)
+            yield Swap(ref(module), "forward", ours)
 
 
 def _norm(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], int, tuple[Any, ...]] | None:
@@ -89,8 +88,10 @@ def _norm(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], int, tuple[Any
     if not named or not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
         return None
 
-    def ours(x: Tensor, *, module: nn.Module = module) -> Tensor:
-        return rms_norm(x, module.weight, eps)
+    its = ref(module)
+
+    def ours(x: Tensor) -> Tensor:
+        return rms_norm(x, its().weight, eps)
 
     return ours, len(weight), (type(module), len(weight), weight.dtype, eps)
 
@@ -105,8 +106,11 @@ def _mlp(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], int, tuple[Any,
     if "silu" not in type(act).__name__.lower():
         return None
 
-    def ours(x: Tensor, *, module: nn.Module = module) -> Tensor:
-        return module.down_proj(silu_mul(module.gate_proj(x), module.up_proj(x)))
+    its = ref(module)
+
+    def ours(x: Tensor) -> Tensor:
+        mlp = its()
+        return mlp.down_proj(silu_mul(mlp.gate_proj(x), mlp.up_proj(x)))
 
     parts = tuple(type(part) for part in (gate, up, down))
     return ours, width, (type(module), parts, width, getattr(gate, "out_features", None))
@@ -124,7 +128,7 @@ def _rotations(model: PreTrainedModel) -> Iterator[Swap]:
         angles = torch.cat([angles, angles], -1)
         inputs = (_numbers(model, 2, 4, 3, size), _numbers(model, 2, 2, 3, size), angles.cos(), angles.sin())
         if size % 2 == 0 and _same(original, rotate, *inputs):
-            yield Swap(sys.modules[name], ROTATION, partial(_rotated, original), True)
+            yield Swap(ref(sys.modules[name]), ROTATION, partial(_rotated, original))
 
 
 def _rotated(original: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **options: Any):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -31,7 +34,7 @@ def qwen3() -> Qwen3ForCausalLM:
 
 
 def names(swaps) -> list[str]:
-    return sorted(type(s.owner).__name__ if s.name == "forward" else s.name for s in swaps)
+    return sorted(type(s.owner()).__name__ if s.name == "forward" else s.name for s in swaps)
 
 
 def test_every_part_of_known_form_is_swapped_and_says_the_same(device):
@@ -57,6 +60,20 @@ def test_the_model_is_its_own_again_after_an_error(device):
         raise RuntimeError("interrupted")
     assert modeling_llama.apply_rotary_pos_emb is original
     assert not [m for m in model.modules() if "forward" in vars(m)]
+
+
+def test_it_may_nest_and_keeps_no_model_alive(device):
+    model = tiny.llama(num_hidden_layers=1).to(device)
+    with fused(model):
+        with fused(model):
+            pass
+        assert [m for m in model.modules() if "forward" in vars(m)]
+    assert not [m for m in model.modules() if "forward" in vars(m)]
+    model.model.layers[0].mlp.whole = [model]  # as an adapter's layer may
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_computes_otherwise_stays(device):
