@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama import modeling_llama
 
 from fastrlhf import RolloutEngine, SamplingParams
 from fastrlhf.models.heads import hidden_states
 from fastrlhf.rollout.fused import fused, swaps_of
+from fastrlhf.rollout.parity import decoding, make_cache, trunk_over
 from fastrlhf_kernels import backend
 from fastrlhf_kernels.gpu.launch import recorded
 from tests import tiny
@@ -111,3 +114,33 @@ def test_generation_goes_through_them(device):
     rows = torch.tensor([[5, 9, 3, *replies[0]]], device=device)
     with torch.no_grad():
         assert model(rows[:, :-1]).logits[0, 2:].argmax(-1).tolist() == replies[0]
+
+
+class Operators(TorchDispatchMode):
+    """What computes or copies, but for the tensors that the kernels' launchers make."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        if not func.is_view and not name.startswith(("empty", "new_empty", "_unsafe_view")):
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layers_step_is_sixteen_launches(device):
+    """Seven products, two sums, two norms, rotation, gate, cache, attention: 40 operators without the kernels."""
+    counts = []
+    for layers in (1, 3):
+        model = tiny.llama(num_hidden_layers=layers).to(device)
+        cache, place = make_cache(model, True, 2, 8), torch.zeros(2, dtype=torch.int64, device=device)
+        with torch.no_grad(), decoding(model, cache):
+            trunk = trunk_over(model, cache)
+            trunk.step(place + 5, place + 1, 4)
+            with recorded() as launches, Operators() as operators:  # recorded, not started: its inside is not counted
+                trunk.step(place + 5, place + 1, 4)
+        counts.append((len(launches), operators.names.total()))
+    launched, computed = ((more - few) / 2 for few, more in zip(*counts, strict=True))
+    assert launched == (6 if torch.cuda.is_available() else 5) and launched + computed <= 16, operators.names
