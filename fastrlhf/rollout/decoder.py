@@ -97,8 +97,9 @@ class Decoder:
         self.stats["prefill_tokens"] += sum(map(len, new))
         self.stats["waves"] += 1
         states |= self.trunk.prefill(new)
-        for prompt, slot in new.items():  # its other samples start from a copy
-            self.cache.copy(slot, groups[prompt][1:], len(prompt))
+        others = [(slot, other) for prompt, slot in new.items() for other in groups[prompt][1:]]  # start from a copy
+        if others:
+            self.cache.copy(*zip(*others, strict=True), max(len(p) for p in new if len(groups[p]) > 1))
         if waiting and waiting[0].prompt in groups:
             self._keep(waiting[0].prompt, groups[waiting[0].prompt][0], states)
         added = torch.stack([states[row.prompt] for row in rows])
@@ -115,7 +116,7 @@ class Decoder:
     def _keep(self, prompt: Prompt, slot: int, states: dict[Prompt, Tensor]) -> None:
         self.stash, keeper = (prompt, states[prompt]), self.cache.slots - 1
         if slot != keeper:
-            self.cache.copy(slot, [keeper], len(prompt))
+            self.cache.copy([slot], [keeper], len(prompt))
 
     def _unstash(self, groups: dict[Prompt, list[int]]) -> dict[Prompt, Tensor]:
         """The stashed prompt into the slots of its samples -> its hidden state, or nothing; the stash is empty then."""
@@ -123,7 +124,8 @@ class Decoder:
         if stash is None or stash[0] not in groups:
             return {}
         prompt, hidden = stash
-        self.cache.copy(keeper, [slot for slot in groups[prompt] if slot != keeper], len(prompt))
+        targets = [slot for slot in groups[prompt] if slot != keeper]
+        self.cache.copy([keeper] * len(targets), targets, len(prompt))
         return {prompt: hidden}
 
     # ------------------------------------------------------------------------------------------------ tokens
@@ -189,11 +191,10 @@ class Decoder:
         sources = sorted({*range(kept, count)} - {*holes})  # as many: what is kept of the slots behind
         on_cpu = self.slots.lengths.device.type == "cpu"
         for target, source in zip(targets, sources, strict=True):
-            length = int(self.slots.lengths[source]) if on_cpu else self.longest
-            self.cache.copy(source, [target], length)
             self.rows[target] = self.rows[source]
         del self.rows[kept:]
         if targets:
+            self.cache.copy(sources, targets, int(self.slots.lengths[sources].max()) if on_cpu else self.longest)
             self.slots.move(targets, sources)
         if not self.rows:
             self.longest = 0

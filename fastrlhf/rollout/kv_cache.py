@@ -158,12 +158,16 @@ class SlotCache(Cache):
             self._masks[window] = mask[:, None, None]
         return self._masks[window]
 
-    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """The first `length` positions of a slot into others: a prompt for its other samples, or a slot that moves."""
+    def copy(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """The first `length` positions of each source into the slot beside it: prompts for their other samples, slots
+        that move. No slot is both. All in two launches a store, however many there are."""
+        if not sources:
+            return
+        device = self.layers[0].keys.device
+        taken, written = (torch.tensor(slots).to(device, non_blocking=True) for slots in (sources, targets))
         for layer in self.layers:
             for store in (layer.keys, layer.values):
-                for target in targets:
-                    store[target, :length] = store[source, :length]
+                store[written, :length] = store[taken, :length]
 
 
 def cache_bytes_per_token(model: PreTrainedModel) -> int:

@@ -192,7 +192,7 @@ def _decoded(
         states = trunk.prefill(slot_of)
         for slot, prompt in enumerate(prompts):
             if slot_of[prompt] != slot:
-                cache.copy(slot_of[prompt], [slot], len(prompt))
+                cache.copy([slot_of[prompt]], [slot], len(prompt))
         columns = [torch.stack([states[prompt] for prompt in prompts])]
         for step in range(steps):
             lengths = torch.tensor([size + step for size in sizes], device=device)

@@ -28,9 +28,10 @@ class TokenCache:
         """Whether it serves a rollout of this size."""
         return slots <= self.slots and positions <= self.positions and self.tokens.device == model.device
 
-    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """The first `length` tokens of a slot into others."""
-        self.tokens[targets, :length] = self.tokens[source, :length].clone()  # CUDA takes no view of what it writes to
+    def copy(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """The first `length` tokens of each source into the slot beside it."""
+        if sources:
+            self.tokens[targets, :length] = self.tokens[sources, :length]
 
 
 class RecomputedTrunk:

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrlhf.rollout.attention import attend_inside_prompts
-from fastrlhf.rollout.kv_cache import Packed
+from fastrlhf.rollout.kv_cache import Packed, SlotCache
 
 LENGTHS = [1, 1, 2, 3, 3, 5, 7, 7, 15, 16, 40]
 CPU = torch.device("cpu")
@@ -66,3 +66,19 @@ def test_many_lengths_are_few_launches():
             attend_inside_prompts(segments, query, key, value, 0.3)
         counts[ragged] = operators.count
     assert counts == {1.0: 53, 2.0: 25}
+
+
+def test_all_samples_of_all_prompts_are_copied_at_once():
+    """As many launches for five slots as for one, and each gets its own."""
+    cache, counts = SlotCache(3, 12, 6), []
+    for layer in cache.layers:
+        layer.lazy_initialization(torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4))
+        layer.keys.copy_(torch.arange(12.0).view(12, 1, 1, 1).expand_as(layer.keys))
+    for sources, targets in (([0], [6]), ([1, 1, 1, 2, 3], [7, 8, 9, 10, 11]), ([], [])):
+        with Operators() as operators:
+            cache.copy(sources, targets, 4)
+        counts.append(operators.count)
+    assert counts[0] == counts[1] > 0 == counts[2]
+    for layer in cache.layers:
+        assert layer.keys[6:, 0, 0, 0].tolist() == [0, 1, 1, 1, 2, 3]
+        assert layer.keys[6:, 4, 0, 0].tolist() == [6, 7, 8, 9, 10, 11]  # behind the length nothing is written
