@@ -207,8 +207,9 @@ def sample_support(z: Tensor, top_k: int, top_p: float) -> Tensor:
         keep = z >= z.sort(descending=True).values[top_k - 1]
     p = torch.softmax(torch.where(keep, z, -torch.inf).double(), -1)
     if top_p < 1:
-        mass_before = torch.where(z[None, :] > z[:, None], p, 0).sum(1)
-        keep = keep & (mass_before < top_p)
+        kept = keep.nonzero()[:, 0]  # [kept, V] is small where top_k is, [V, V] is not
+        mass_before = torch.where(z[None, :] > z[kept, None], p, 0).sum(1)
+        keep = torch.zeros_like(keep).index_put((kept,), mass_before < top_p)
     return keep
 
 

@@ -14,6 +14,8 @@ import fastrlhf_kernels
 from fastrlhf import cli, doctor
 from fastrlhf.config.errors import UserError
 from fastrlhf.doctor import Line
+from fastrlhf.plan.counter import LiveBytes
+from fastrlhf_kernels import reference
 from tests import runs, tiny
 
 
@@ -157,3 +159,30 @@ def test_a_template_that_refuses_to_open_a_reply_is_a_line():
     found = {line.what: line for line in doctor.check_tokenizer(tokenizer)}
     assert found["generation prompt"].fault and "no reply" in found["generation prompt"].found
     assert "chat_template=default" in found["generation prompt"].do
+
+
+def test_no_copy_of_a_large_head_is_made_in_float64_and_no_table_of_the_vocabulary_by_itself():
+    """V = 150,000 with H = 4096 would take 4.9 GB for each copy, and 180 GB for the table."""
+    model = tiny.llama(vocab_size=20_000, hidden_size=256)
+    head = model.get_input_embeddings().weight.nbytes
+    with LiveBytes() as live:
+        lines = list(doctor.check_kernels(model))
+    assert red(lines) == {} and len(lines) == 13
+    assert live.peak < 4 * head
+
+
+@pytest.mark.parametrize("name", ["linear_log_probs", "linear_ppo_loss"])
+def test_gradients_in_blocks_are_those_of_the_whole_specification(name, monkeypatch):
+    monkeypatch.setattr(doctor, "BLOCK", 7)
+    draw = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(n, 6, generator=draw, dtype=torch.float64) for n in (4, 30))
+    flat = [torch.randn(4, generator=draw, dtype=torch.float64) for _ in range(2)]
+    rest = (torch.tensor([1, 29, 0, 7]), *([] if name == "linear_log_probs" else [*flat, torch.ones(4).bool()]))
+    monkeypatch.setattr(fastrlhf_kernels, name, getattr(reference, name))
+    assert doctor._gradients_off(name, states, weight, rest) < 1e-14
+
+    def doubled(hidden, weight, *rest):
+        return getattr(reference, name)(hidden, torch.cat([weight[:21], 2 * weight[21:] - weight[21:].detach()]), *rest)
+
+    monkeypatch.setattr(fastrlhf_kernels, name, doubled)  # the same loss, another gradient in a later block
+    assert doctor._gradients_off(name, states, weight, rest) > 1e-3
