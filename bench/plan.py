@@ -26,7 +26,7 @@ from fastrlhf.config.base import StageConfig
 from fastrlhf.config.stages import CONFIGS
 from fastrlhf.plan.counter import LiveBytes
 from fastrlhf.plan.models import WORD, stand_in_tokenizer
-from fastrlhf.plan.phases import Target, measure
+from fastrlhf.plan.phases import Measurer, Target
 
 LIMIT = 0.05
 SHAPE = {
@@ -110,7 +110,7 @@ def planned_peaks(config: StageConfig, folder: str) -> dict[str, int]:
     """The same, of the plan."""
     role = "policy" if config.stage == "ppo" else "model"
     inputs = {role: folder, "reward": "module:length_reward"}
-    phases = measure(config.stage, inputs, config, Target(), None).phases
+    phases = Measurer(config.stage, inputs, Target())(config).phases
     peaks = {"advantages" if name == "experience" else name: phase.peak for name, phase in phases.items()}
     updates = [name for name in peaks if name.startswith("update")]
     return {**{n: p for n, p in peaks.items() if n not in updates}, "update": max(peaks[name] for name in updates)}

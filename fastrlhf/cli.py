@@ -16,7 +16,7 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -126,16 +126,32 @@ def _stage(verb: str, arguments: list[str]) -> int:
         return EXIT_DONE
     model = inputs["policy" if verb == "ppo" else "model"]
     _first_line(verb, f"{source or model} -> {config.output_dir}")
-    return _load(STAGES[verb]).main(inputs, config)
+    return _run_stage(verb, inputs, config)
+
+
+def _run_stage(verb: str, inputs: dict[str, Any], config: Any) -> int:
+    """The run; on a GPU, the peak that it will have is printed before weights are loaded, and the run takes the size of
+    its micro-batches from it where that is auto and no checkpoint holds it."""
+    stage = _load(STAGES[verb])
+    if not _load("runtime.hardware").gpu_alone():
+        return stage.main(inputs, config)
+
+    @cache
+    def tokens() -> int | None:
+        report = _load("plan.report")
+        line, most = report.before_a_run(verb, inputs, config, report.target_of(None))
+        print(line, flush=True)
+        return most
+
+    if not config.resume:
+        tokens()
+    return stage.main(inputs, config, tokens)
 
 
 def _memory_of(verb: str, inputs: dict[str, Any], config: Any) -> str:
     """The peak that a run will have, in a line; why it is not known, where it is not."""
-    report, estimate = _load("plan.report"), _load("plan.estimate")
-    try:
-        return report.one_line(estimate.make_plan(verb, inputs, config, report.target_of(None), search=False))
-    except UserError as error:
-        return f"memory: not computed: {error}"
+    report = _load("plan.report")
+    return report.before_a_run(verb, inputs, config, report.target_of(None))[0]
 
 
 def _plan(verb: str, arguments: list[str]) -> int:
@@ -230,7 +246,7 @@ def _resume(verb: str, arguments: list[str]) -> int:
         raise UserError(f"{recipe_file} is missing, which says what the run was started with; {remedy}")
     inputs, config = recipe.load_recipe(stage, recipe_file, as_before + _accepted(args))
     recipe.check_paths(stage, inputs, config)
-    return _load(STAGES[stage]).main(inputs, config)
+    return _run_stage(stage, inputs, config)
 
 
 def _generate(verb: str, arguments: list[str]) -> int:

@@ -39,7 +39,7 @@ from fastrlhf.rollout.sampling import SamplingParams
 from fastrlhf.runtime.batching import Sampler, derive_seed
 from fastrlhf.runtime.metrics import mean, throughput
 from fastrlhf.runtime.optim import TrainedRole
-from fastrlhf.trainer import Stateful, Step, TensorPart, Trainer, device_of, run_stage
+from fastrlhf.trainer import PlannedTokens, Stateful, Step, TensorPart, Trainer, device_of, run_stage
 
 EVAL_PROMPTS_SHOWN = 4
 
@@ -331,6 +331,6 @@ def _longest(config: PPOConfig, prompts: Sequence[EncodedPrompt], policy: PreTra
     return int(min(longest, position_limits(policy)))
 
 
-def main(inputs: dict[str, Any], config: PPOConfig) -> int:
+def main(inputs: dict[str, Any], config: PPOConfig, tokens: PlannedTokens | None = None) -> int:
     """`fastrlhf ppo`: train and write output_dir/final -> exit code."""
-    return run_stage(PPOTrainer, inputs, config)
+    return run_stage(PPOTrainer, inputs, config, tokens)

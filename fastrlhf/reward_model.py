@@ -35,7 +35,7 @@ from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches
 from fastrlhf.runtime.optim import TrainedRole, make_optimizer
 from fastrlhf.supervised import SupervisedTrainer
-from fastrlhf.trainer import Stateful, Step, device_of, run_stage
+from fastrlhf.trainer import PlannedTokens, Stateful, Step, device_of, run_stage
 
 CENTRED_ON = 1000  # replies; their mean is then known to 3 % of the deviation of scores
 MARGIN_EDGES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
@@ -254,6 +254,6 @@ def margin_histogram(margins: Sequence[float]) -> dict[str, int]:
     return {f"{a:g}..{b:g}": sum(a <= m < b for m in margins) for a, b in zip(edges, edges[1:])}
 
 
-def main(inputs: dict[str, Any], config: RewardConfig) -> int:
+def main(inputs: dict[str, Any], config: RewardConfig, tokens: PlannedTokens | None = None) -> int:
     """`fastrlhf reward`: train and write output_dir/final -> exit code."""
-    return run_stage(RewardTrainer, inputs, config)
+    return run_stage(RewardTrainer, inputs, config, tokens)

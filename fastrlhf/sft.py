@@ -28,7 +28,7 @@ from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches, pack
 from fastrlhf.runtime.optim import TrainedRole, make_optimizer
 from fastrlhf.supervised import SupervisedTrainer
-from fastrlhf.trainer import device_of, run_stage
+from fastrlhf.trainer import PlannedTokens, device_of, run_stage
 
 
 class SFTTrainer(SupervisedTrainer):
@@ -160,6 +160,6 @@ class SFTTrainer(SupervisedTrainer):
         return {"model": self.adapters.trained(POLICY, self.optimizer)}
 
 
-def main(inputs: dict[str, Any], config: SFTConfig) -> int:
+def main(inputs: dict[str, Any], config: SFTConfig, tokens: PlannedTokens | None = None) -> int:
     """`fastrlhf sft`: train and write output_dir/final -> exit code."""
-    return run_stage(SFTTrainer, inputs, config)
+    return run_stage(SFTTrainer, inputs, config, tokens)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABCMeta, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ from fastrlhf.runtime.tracking import Tracker
 from fastrlhf.runtime.updates import UpdateGuard
 
 EXIT_INTERRUPTED = 75
+PlannedTokens = Callable[[], int | None]
 _NONE = type(None)
 STATE = {  # what state.json of a checkpoint holds
     **{"step": (int,), "last_step": (int, _NONE), "best": (int, float, _NONE), "config": (dict,), "parts": (dict,)},
@@ -446,13 +447,18 @@ def device_of(model: object) -> torch.device:
     return model.device if isinstance(model, PreTrainedModel) else distributed.device()
 
 
-def run_stage(trainer: type[Trainer], inputs: dict[str, Any], config: StageConfig) -> int:
+def run_stage(
+    trainer: type[Trainer], inputs: dict[str, Any], config: StageConfig, tokens: PlannedTokens | None = None
+) -> int:
     """Run a whole stage for the command line: train, write output_dir/final (with lora and a base that is not quantised
     output_dir/adapter too; else final is the adapter) -> exit code 0, or 75 when interrupted, or when the
-    disk is full, with a checkpoint to go on from."""
+    disk is full, with a checkpoint to go on from. tokens: what `micro_batch_tokens: auto` is, None for the device's
+    default; asked where no checkpoint says it."""
     if config.output_dir is None:
         raise UserError("output_dir: name the run folder, for example output_dir=runs/first")
     stage = trainer(config, **inputs)
+    if tokens is not None:
+        stage.memory.choose(tokens)
     try:
         stage.train()
         with distributed.lead_first():  # nobody leaves before it is written

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import lora_options
 from fastrlhf.config.stages import PPOConfig
-from fastrlhf.plan.phases import Measured, Phase, Target, measure
+from fastrlhf.plan.phases import Measured, Measurer, Phase, Target
 from fastrlhf.runtime.distributed import BUCKET_ELEMENTS
 from fastrlhf.runtime.hardware import installed
 from fastrlhf.runtime.memory import AUTO_MICRO_BATCH_TOKENS
@@ -23,6 +24,7 @@ CUBLAS = 32 << 20  # torch's cuBLAS workspace of a stream on sm_90 and later; 8 
 GRAPH_NODE = 2048  # assumed: bytes of a recorded launch
 LAUNCHES = 40  # of a layer in a decoding step
 BUCKETS = 14  # CUDA graphs of a rollout at most
+AUTO_SHARE = 0.9  # of the memory that micro_batch_tokens: auto fills; what fragmentation takes no plan knows
 CLOSE = 0.97  # of the memory: a micro-batch that fills so much is large enough
 FREE_SHARE = 2  # a rollout's cache takes half of what is free
 
@@ -69,6 +71,7 @@ class Plan:
     measured: Measured
     needs: dict[str, Need]
     changes: list[Change]
+    tokens: int  # of a micro-batch: what the recipe says, or auto is
     most_rows: int | None = None
     most_slots: int | None = None
 
@@ -90,36 +93,45 @@ class Plan:
 def make_plan(stage: str, inputs: Mapping[str, Any], config: StageConfig, target: Target, *, search: bool) -> Plan:
     """Plan a stage's memory. search: look for what fits, and for what would make it fit; it runs the parts again, some
     ten times. UserError as `measure` has it."""
-    config = _for(config, target)
-    measured, needs = _needs(stage, inputs, config, target)
-    plan = Plan(stage, target, target.dtype(config.dtype), measured, needs, [])
-    if target.gpu is None or not search:
+    auto = config.micro_batch_tokens is None
+    config, measure = _for(config, target), Measurer(stage, inputs, target)
+    plan = _plan(measure, config)
+    peak_of = partial(_peak_of_rows, measure, config, plan.measured.length)
+    if target.gpu is None:
         return plan
-    changes = [] if plan.fits else list(_changes(stage, inputs, config, target))
+    if auto and plan.peak > (room := int(AUTO_SHARE * target.gpu)):
+        rows = _most_rows(plan, peak_of, room, plan.measured.rows) or 1
+        config = config.model_copy(update={"micro_batch_tokens": rows * plan.measured.length})
+        plan = _plan(measure, config)
+    if not search:
+        return plan
+    most_rows = _most_rows(plan, peak_of, target.gpu, plan.measured.count)
+    changes = [] if plan.fits else list(_changes(measure, config))
+    return replace(plan, changes=changes, most_rows=most_rows, most_slots=_most_slots(plan))
 
-    def peak_of(rows: int) -> int:
-        return _peak(stage, inputs, config.model_copy(update={"micro_batch_tokens": rows * measured.length}), target)
 
-    return replace(plan, changes=changes, most_rows=_most_rows(plan, peak_of), most_slots=_most_slots(plan))
+def _plan(measure: Measurer, config: StageConfig) -> Plan:
+    measured, needs = _needs(measure, config)
+    target = measure.target
+    dtype = target.dtype(config.dtype)
+    return Plan(measure.stage, target, dtype, measured, needs, [], config.micro_batch_tokens)
 
 
 def _for(config: StageConfig, target: Target) -> StageConfig:
-    """`auto` as the target resolves it."""
+    """`auto` at its most on the target."""
     tokens = config.micro_batch_tokens or AUTO_MICRO_BATCH_TOKENS["cpu" if target.gpu is None else "cuda"]
     return config.model_copy(update={"micro_batch_tokens": tokens})
 
 
-def _needs(
-    stage: str, inputs: Mapping[str, Any], config: StageConfig, target: Target
-) -> tuple[Measured, dict[str, Need]]:
-    measured = measure(stage, inputs, config, target, None)
+def _needs(measure: Measurer, config: StageConfig) -> tuple[Measured, dict[str, Need]]:
+    measured, target = measure(config), measure.target
     needs = {name: _need(measured, phase, config, target) for name, phase in measured.phases.items()}
     if measured.slots and target.gpu is not None:  # a rollout takes as many slots as half of the free memory holds
         rollout = measured.phases["rollout"]
         free = target.gpu - (needs["rollout"].total - rollout.cache)
         slots = max(1, min(measured.slots, free // FREE_SHARE // measured.slot_bytes))
         if slots < measured.slots:
-            measured = measure(stage, inputs, config, target, slots)
+            measured = measure(config, slots)
             needs = {name: _need(measured, phase, config, target) for name, phase in measured.phases.items()}
     return measured, needs
 
@@ -161,18 +173,22 @@ def _need(measured: Measured, phase: Phase, config: StageConfig, target: Target)
 # ------------------------------------------------------------------------------------------------ what fits, what would
 
 
-def _peak(stage: str, inputs: Mapping[str, Any], config: StageConfig, target: Target) -> int:
-    return max(need.total for need in _needs(stage, inputs, config, target)[1].values())
+def _peak(measure: Measurer, config: StageConfig) -> int:
+    return max(need.total for need in _needs(measure, config)[1].values())
 
 
-def _most_rows(plan: Plan, peak_of: Callable[[int], int]) -> int | None:
-    """Sequences of the largest micro-batch that fits, between one and the mini-batch; None: not even one does.
+def _peak_of_rows(measure: Measurer, config: StageConfig, length: int, rows: int) -> int:
+    return _peak(measure, config.model_copy(update={"micro_batch_tokens": rows * length}))
+
+
+def _most_rows(plan: Plan, peak_of: Callable[[int], int], room: int, last: int) -> int | None:
+    """Sequences of the largest micro-batch that fits into `room` bytes, from one to `last`; None: not even one does.
 
     Memory is about linear in them: a line through two that are known, and a look at what it says.
     """
-    room, here, last = plan.target.gpu, plan.measured.rows, plan.measured.count
+    here = plan.measured.rows
     known = {here: plan.peak}
-    other = last if plan.fits else 1
+    other = last if plan.peak <= room else 1
     if other != here:
         known[other] = peak_of(other)
     low, high = min(known), max(known)
@@ -199,7 +215,7 @@ def _most_slots(plan: Plan) -> int | None:
     return max(0, free // plan.measured.slot_bytes)
 
 
-def _changes(stage: str, inputs: Mapping[str, Any], config: StageConfig, target: Target) -> Iterator[Change]:
+def _changes(measure: Measurer, config: StageConfig) -> Iterator[Change]:
     """The switches that this run does not use, the least costly first, each on top of those before it, up to the one
     that makes it fit."""
     for switch, fields, package in _switches(config):
@@ -207,9 +223,9 @@ def _changes(stage: str, inputs: Mapping[str, Any], config: StageConfig, target:
             yield Change(switch, None, f"needs the package {package} here too, to be computed")
             continue
         config = config.model_copy(update=fields)
-        peak = _peak(stage, inputs, config, target)
+        peak = _peak(measure, config)
         yield Change(switch, peak)
-        if peak <= target.gpu:
+        if peak <= measure.target.gpu:
             return
 
 

@@ -22,12 +22,11 @@ from fastrlhf.models.attention import default_attention
 from fastrlhf.models.loading import class_of, is_scalar_model, read_config
 from fastrlhf.models.sources import loaded, locate
 from fastrlhf.plan.unknown import UnknownNumbers
-from fastrlhf.rollout.parity import digest, keep_parity, trouble, unfit
+from fastrlhf.rollout.parity import digest, keep_parity, refusal, unfit
 
 WORD = "a"  # of the texts that stand in for a run's rows
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 ALL_POSITIONS = 10**9
-TRIED_POSITIONS = 8
 
 
 def base_of(source: str, role: str) -> str:
@@ -76,7 +75,7 @@ def model_without_weights(
     model = live.unknown(make)
     model.config._name_or_path = str(Path(base))
     if not scalar:  # whether it decodes exactly would need numbers, whether it decodes at all does not
-        reason = unfit(model) or trouble(model, TRIED_POSITIONS, cached=True)
+        reason = unfit(model) or refusal(model)
         keep_parity(model, [digest(model), ALL_POSITIONS, not reason, reason])
     return model
 

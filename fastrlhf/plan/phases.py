@@ -42,7 +42,6 @@ from fastrlhf.rollout.sampling import SamplingParams
 from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.sft import SFTTrainer
 
-GROUPS = 2  # micro-batches: of the first the gradients are there when the second begins, as in all later ones
 ELSEWHERE = {  # fields that say what is read, written or shown: none of it is planned
     "output_dir": None, "resume": False, "overwrite": False, "accept_changed": None, "eval_every": 0, "save_every": 0,
     "columns": None, "ignore_columns": None, "max_samples": None, "chat_template": None, "prompt_format": "raw",
@@ -101,17 +100,33 @@ class Measured:
     notes: list[str] = field(default_factory=list)
 
 
-def measure(stage: str, inputs: Mapping[str, Any], config: StageConfig, target: Target, slots: int | None) -> Measured:
-    """Run a stage's parts without numbers. slots: sequences that decode together; None: all of a step's.
+class Measurer:
+    """Measures one stage of one recipe. What it has built serves other sizes of micro-batches and rollouts too."""
 
-    UserError as the trainers have it, for a model whose size is not known, and for one that cannot be run so.
-    """
-    config = _of_one(config, target).model_copy(update={"dtype": target.dtype(config.dtype)})
-    live = UnknownNumbers()
-    with live:
-        if isinstance(config, PPOConfig):
-            return _PPO(live, inputs, config, slots).measured()
-        return _supervised(live, stage, inputs, config)
+    def __init__(self, stage: str, inputs: Mapping[str, Any], target: Target) -> None:
+        self.stage, self.inputs, self.target = stage, inputs, target
+        self._built: tuple[StageConfig, _Supervised | _PPO] | None = None
+
+    def __call__(self, config: StageConfig, slots: int | None = None) -> Measured:
+        """Run the stage's parts without numbers, in micro-batches of `micro_batch_tokens`. slots: sequences that decode
+        together; None: all of a step's.
+
+        UserError as the trainers have it, for a model whose size is not known, and for one that cannot be run so.
+        """
+        tokens = config.micro_batch_tokens
+        config = _of_one(config, self.target).model_copy(update={"dtype": self.target.dtype(config.dtype)})
+        config = config.model_copy(update={"micro_batch_tokens": None})
+        if self._built is None or self._built[0] != config:
+            live = UnknownNumbers()
+            with live:
+                if isinstance(config, PPOConfig):
+                    self._built = config, _PPO(live, self.inputs, config)
+                else:
+                    self._built = config, _Supervised(live, self.stage, self.inputs, config)
+        built = self._built[1]
+        with built.live:
+            built.trainer.memory.first_budget = tokens or built.trainer.memory.first_budget
+            return built.measured(slots)
 
 
 def _of_one(config: StageConfig, target: Target) -> StageConfig:
@@ -147,37 +162,50 @@ def _built(live: UnknownNumbers, config: StageConfig, source: str, role: str, sc
 # ---------------------------------------------------------------------------------------------------------- SFT, reward
 
 
-def _supervised(live: UnknownNumbers, stage: str, inputs: Mapping[str, Any], config: Any) -> Measured:
-    source = str(inputs["model"])
-    reward = stage == "reward"
-    model = _built(live, config, source, "model" if reward else "policy", scalar=reward)
-    rows = [{"prompt": WORD, "chosen": WORD, "rejected": f"{WORD} {WORD}"}] if reward else [{"text": f"{WORD} {WORD}"}]
-    with _building():
-        kind = RewardTrainer if reward else SFTTrainer
-        trainer = kind(_stand_in(config), model=model, tokenizer=stand_in_tokenizer(), data=rows)
-    length = min(config.max_tokens, positions_of(model) or config.max_tokens)
-    moments = [moments_to_come(trainer.optimizer, config)]
-    if reward:
-        item = Record([[1] * length] * 2, PAIR)
-        items = [item] * config.mini_batch_size
-        groups = list(trainer.micro_batches(items))
-        first = [record for group in groups[:GROUPS] for record in group]
-        size = 2 * len(groups[0])
-    else:
-        item = Example([1] * length, [False] + [True] * (length - 1), "")
-        items = [item] * config.mini_batch_size
-        groups = list(trainer.groups(items))
-        size = sum(map(len, groups[0]))
-        first = items[: sum(len(row) for group in groups[:GROUPS] for row in group)]
-    trainer.model.train()  # as a step does
-    with live.phase():
-        trainer.accumulate(first)
-    head = None if reward else (size * (length - 1), False)
-    update = Phase(live.peak, live.rounded_peak, head=head, trains=True)
-    held = _held_by_roles({"model": trainer.model}, [trainer.optimizer], config)
-    del moments
-    count = config.mini_batch_size * (1 + reward)
-    return Measured(held, {"update": update}, size, count, length, **_shape(trainer.model, [trainer.optimizer]))
+class _Supervised:
+    """A trainer of SFT or of a reward model without numbers."""
+
+    def __init__(self, live: UnknownNumbers, stage: str, inputs: Mapping[str, Any], config: Any) -> None:
+        self.live, self.config, self.reward = live, config, stage == "reward"
+        model = _built(live, config, str(inputs["model"]), "model" if self.reward else "policy", scalar=self.reward)
+        pair = {"prompt": WORD, "chosen": WORD, "rejected": f"{WORD} {WORD}"}
+        rows = [pair] if self.reward else [{"text": f"{WORD} {WORD}"}]
+        with _building():
+            kind = RewardTrainer if self.reward else SFTTrainer
+            self.trainer = kind(_stand_in(config), model=model, tokenizer=stand_in_tokenizer(), data=rows)
+        self.length = min(config.max_tokens, positions_of(model) or config.max_tokens)
+        self.moments = [moments_to_come(self.trainer.optimizer, config)]
+        self.trainer.model.train()  # as a step does
+
+    def measured(self, slots: int | None) -> Measured:
+        trainer, length, count = self.trainer, self.length, self.config.mini_batch_size
+        if self.reward:
+            items = [Record([[1] * length] * 2, PAIR)] * count
+            groups = list(trainer.micro_batches(items))
+            first, size, count = groups[0], 2 * len(groups[0]), 2 * count
+        else:
+            items = [Example([1] * length, [False] + [True] * (length - 1), "")] * count
+            groups = list(trainer.groups(items))
+            size = sum(map(len, groups[0]))
+            first = items[:size]
+        with self.live.phase(), _gradients_of_others(self.live, [trainer.optimizer], len(groups)):
+            trainer.accumulate(first)
+        head = None if self.reward else (size * (length - 1), False)
+        update = Phase(self.live.peak, self.live.rounded_peak, head=head, trains=True)
+        held = _held_by_roles({"model": trainer.model}, [trainer.optimizer], self.config)
+        return Measured(held, {"update": update}, size, count, length, **_shape(trainer.model, [trainer.optimizer]))
+
+
+@contextmanager
+def _gradients_of_others(live: UnknownNumbers, optimizers: Sequence[Optimizer], groups: int) -> Iterator[None]:
+    """Inside, the gradients of the micro-batches before are there, where a mini-batch has several; none is after."""
+    if groups > 1:
+        for optimizer in optimizers:
+            for master in optimizer.masters:
+                master.grad = live.unknown(partial(torch.zeros_like, master, requires_grad=False))
+    yield
+    for optimizer in optimizers:
+        optimizer.zero_grad()
 
 
 # ------------------------------------------------------------------------------------------------------------------ PPO
@@ -186,7 +214,7 @@ def _supervised(live: UnknownNumbers, stage: str, inputs: Mapping[str, Any], con
 class _PPO:
     """A PPO trainer without numbers, and its phases one after the other."""
 
-    def __init__(self, live: UnknownNumbers, inputs: Mapping[str, Any], config: PPOConfig, slots: int | None) -> None:
+    def __init__(self, live: UnknownNumbers, inputs: Mapping[str, Any], config: PPOConfig) -> None:
         self.live, self.config, self.notes = live, config, []
         policy = _built(live, config, str(inputs["policy"]), "policy", scalar=False)
         others = {
@@ -209,7 +237,8 @@ class _PPO:
         self.prompt, self.response = longest(config, self.trainer.engine)
         self.length = self.prompt + self.response
         self.count = config.rollout_batch_size
-        self.slots = max(1, min(self.count, MOST_SLOTS, slots or self.count))
+        self.rollouts: dict[int, Phase] = {}  # by their slots
+        self.updates: dict[int, dict[str, Phase]] = {}  # the other phases, by the tokens of a micro-batch
         self.moments = [moments_to_come(optimizer, config) for optimizer in self.trainer.learner.optimizers()]
 
     def _reward(self, reward: Any) -> Any:
@@ -230,40 +259,16 @@ class _PPO:
             return _no_reward
         return _built(self.live, self.config, source, "reward", scalar=True)
 
-    def measured(self) -> Measured:
+    def measured(self, slots: int | None) -> Measured:
         trainer, roles = self.trainer, self.trainer.roles
-        phases = {"rollout": self._rollout()}
-        rollout = self._stand_in_rollout()
-        groups = rollout.rows.micro_batches(list(range(self.config.mini_batch_size)), trainer.memory.tokens)
-        rows = sorted(row for group in groups[:GROUPS] for row in group)
-        away = {role: storage_bytes(parameters_of(model)) for role, model in self._parked().items()}
-        phases["score"] = self._phase(lambda: trainer.scorer(self._part(rollout, len(rows))), away, "reward")
-        made: list[Any] = []
-
-        def experience() -> None:
-            scores = Scores([1.0] * self.count, None)
-            made.append(
-                make_experience(
-                    rollout,
-                    scores,
-                    roles,
-                    self.config,
-                    kl_coef=self.config.kl_coef,
-                    moments=trainer.moments,
-                    first_epoch=[rows],
-                    memory=trainer.memory,
-                )[0]
-            )
-
-        tokens = len(groups[0]) * self.response
-        phases["experience"] = self._phase(experience, away, "reference", head=(tokens, False))
-        for name, which in self._passes().items():
-            head = (tokens, True) if which["policy"] else None
-            ptx = trainer.learner.ptx if which["policy"] else None
-            mixed = () if ptx is None else ptx.draw()
-            work = partial(trainer.learner.accumulate, rollout.rows, made[0], rows, mixed, **which)
-            phases[name] = self._phase(work, away, None, head=head, trains=True)
-            trainer.learner.drop_gradients()
+        slots = max(1, min(self.count, MOST_SLOTS, slots or self.count))
+        if slots not in self.rollouts:
+            self.rollouts[slots] = self._rollout(slots)
+        rollout, tokens = self._stand_in_rollout(), trainer.memory.tokens
+        groups = rollout.rows.micro_batches(list(range(self.config.mini_batch_size)), tokens)
+        if tokens not in self.updates:
+            self.updates[tokens] = self._updates(rollout, sorted(groups[0]), len(groups))
+        phases = {"rollout": self.rollouts[slots], **self.updates[tokens]}
         head = None if trainer.critic is None else trainer.critic.head
         models = {
             "policy": trainer.policy,
@@ -280,11 +285,36 @@ class _PPO:
             rows=len(groups[0]),
             count=self.config.mini_batch_size,
             length=self.length,
-            slots=self.slots,
-            slot_bytes=phases["rollout"].cache // self.slots,
+            slots=slots,
+            slot_bytes=phases["rollout"].cache // slots,
             notes=self.notes,
             **_shape(trainer.policy, optimizers),
         )
+
+    def _updates(self, rollout: Rollout, rows: list[int], groups: int) -> dict[str, Phase]:
+        """Every phase but the rollout, with one micro-batch of `rows`, of `groups` in a mini-batch."""
+        trainer, phases = self.trainer, {}
+        away = {role: storage_bytes(parameters_of(model)) for role, model in self._parked().items()}
+        phases["score"] = self._phase(lambda: trainer.scorer(self._part(rollout, len(rows))), away, "reward")
+        made: list[Any] = []
+
+        def experience() -> None:
+            options = {"kl_coef": self.config.kl_coef, "moments": trainer.moments, "memory": trainer.memory}
+            scores = Scores([1.0] * self.count, None)
+            made.append(make_experience(rollout, scores, trainer.roles, self.config, first_epoch=[rows], **options)[0])
+
+        tokens = len(rows) * self.response
+        phases["experience"] = self._phase(experience, away, "reference", head=(tokens, False))
+        learner = trainer.learner
+        for name, which in self._passes().items():
+            head = (tokens, True) if which["policy"] else None
+            mixed = learner.ptx.draw() if which["policy"] and learner.ptx is not None else ()
+            trained = [learner.policy_optimizer] if which["policy"] else []
+            trained += [learner.value_optimizer] if which["critic"] else []
+            work = partial(learner.accumulate, rollout.rows, made[0], rows, mixed, **which)
+            with _gradients_of_others(self.live, trained, groups):
+                phases[name] = self._phase(work, away, None, head=head, trains=True)
+        return phases
 
     def _parked(self) -> dict[str, Any]:
         """The models that wait in host memory."""
@@ -319,10 +349,10 @@ class _PPO:
         waiting = sum(size for role, size in away.items() if here is None or not role.startswith(here))
         return Phase(self.live.peak, self.live.rounded_peak, parked=waiting, head=head, trains=trains)
 
-    def _rollout(self) -> Phase:
+    def _rollout(self, slots: int) -> Phase:
         """The prompts of all slots and their first token; then, over the same cache, a token behind full rows."""
         trainer, config = self.trainer, self.config
-        positions = self.slots * self.length
+        positions = slots * self.length
         head = trainer.engine.value_head
         engine = RolloutEngine(trainer.policy, trainer.tokenizer, max_batch_tokens=positions, value_head=head)
         ids = trainer.policy.get_input_embeddings().weight.shape[0]
@@ -337,7 +367,7 @@ class _PPO:
         )
         with self.live.phase():
             engine.generate(prompts, params)
-            _last_token(engine, self.slots, self.length)
+            _last_token(engine, slots, self.length)
         engine.release()
         away = sum(storage_bytes(parameters_of(model)) for model in self._parked().values())
         cached = known_parity(trainer.policy).cached

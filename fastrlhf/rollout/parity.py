@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,6 +32,7 @@ from fastrlhf.rollout.recompute import RecomputedTrunk, TokenCache
 from fastrlhf.rollout.trunk import CachedTrunk
 from fastrlhf.runtime.memory import ran_out
 
+T = TypeVar("T")
 STEPS = 4  # tokens decoded behind each prompt
 EXACT_LIMIT = 1e-3  # nats, of any token's log-prob, in fp32
 ROUNDED_LIMIT = 0.15  # nats, in bf16 and fp16: the mean over a row of what its own tokens are off by
@@ -122,14 +123,28 @@ def unfit(model: PreTrainedModel) -> str:
 
 def trouble(model: PreTrainedModel, positions: int, cached: bool) -> str:
     """What is wrong with generating this way; nothing where it is exact."""
+    difference, failure = _tried(lambda: compare(model, positions, cached))
+    if difference is None:
+        return failure
+    return "" if difference.agrees else f"its decoding differs from its plain forward by {difference}"
+
+
+def refusal(model: PreTrainedModel) -> str:
+    """Why decoding over a cache fails on a prompt of a token and one more; nothing where it runs. Its numbers are not
+    looked at."""
+    row, cache = torch.zeros(2, dtype=torch.int64), make_cache(model, True, 1, 2)
+    return _tried(lambda: _decoded(model, [row], [1], 1, cache))[1]
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, str]:
+    """-> (what work gives, ""), or (None, how decoding failed)."""
     try:
-        difference = compare(model, positions, cached)
+        return work(), ""
     except UNSUPPORTED as error:
         if ran_out(error):
             raise
         lines = str(error).strip().splitlines() or [""]
-        return f"its decoding fails ({type(error).__name__}: {lines[0]})"
-    return "" if difference.agrees else f"its decoding differs from its plain forward by {difference}"
+        return None, f"its decoding fails ({type(error).__name__}: {lines[0]})"
 
 
 def make_cache(model: PreTrainedModel, cached: bool, slots: int, positions: int) -> SlotCache | TokenCache:

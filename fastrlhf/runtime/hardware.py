@@ -11,6 +11,7 @@ import torch
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.runtime.distributed import device as local_device
+from fastrlhf.runtime.distributed import size
 
 FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "pip install flash-attn"),
@@ -29,6 +30,11 @@ def resolve_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
         device = device or local_device()
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def gpu_alone() -> bool:
+    """Whether this process is the whole run and has a GPU."""
+    return size() == 1 and local_device().type == "cuda"
 
 
 def installed(module: str) -> bool:

@@ -48,7 +48,9 @@ class MemoryBackoff:
 
     report(kind, message, **fields) is told of every halving. Each rank halves its own; a checkpoint holds the lead's.
     workspace: bytes that the head's kernels may take, the same on all ranks and after a resume, since it decides in
-    which order they add; None until a run begins, for what suits the device.
+    which order they add; None until a run begins, for what suits the device. chosen: tokens that a plan of the memory
+    gives where the configuration says auto, kept after a resume too; None: it says how many, or the device's default
+    is taken.
     """
 
     def __init__(self, config: StageConfig, device: torch.device, report: Callable[..., None]) -> None:
@@ -56,6 +58,16 @@ class MemoryBackoff:
         self.first_budget = token_budget(config.micro_batch_tokens, device)
         self.halvings = 0
         self.workspace: int | None = None
+        self.chosen: int | None = None
+
+    def choose(self, plan: Callable[[], int | None]) -> None:
+        """Take the tokens that plan() gives, unless the configuration or a checkpoint says how many."""
+        if self.config.micro_batch_tokens is None and self.chosen is None:
+            self._take(plan())
+
+    def _take(self, tokens: int | None) -> None:
+        self.chosen = tokens
+        self.first_budget = tokens or self.first_budget
 
     def begin(self, workspace: int) -> None:
         """Fix the workspace of a run."""
@@ -101,14 +113,18 @@ class MemoryBackoff:
         self.report("out_of_memory", sentence, before=before, after=self.tokens)
 
     def state(self) -> dict[str, int | None]:
-        return {"halvings": self.halvings, "workspace": self.workspace}
+        return {"halvings": self.halvings, "workspace": self.workspace, "chosen": self.chosen}
 
     def load_state(self, state: dict[str, int | None]) -> None:
-        """Raises ValueError for a workspace that no run has; a checkpoint without one leaves it as it is."""
-        workspace = state.get("workspace", self.workspace)
-        if workspace is not None and (type(workspace) is not int or workspace < 1):
-            raise ValueError(f"a workspace of {workspace!r} bytes")
+        """Raises ValueError for a workspace or a budget that no run has; a checkpoint without one leaves it as it
+        is."""
+        workspace, chosen = state.get("workspace", self.workspace), state.get("chosen", self.chosen)
+        for count, what in ((workspace, "a workspace of {!r} bytes"), (chosen, "micro-batches of {!r} tokens")):
+            if count is not None and (type(count) is not int or count < 1):
+                raise ValueError(what.format(count))
         self.halvings, self.workspace = state["halvings"], workspace
+        if self.config.micro_batch_tokens is None:
+            self._take(chosen)
 
 
 def remedies(config: StageConfig) -> list[str]:

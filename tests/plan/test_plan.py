@@ -19,8 +19,10 @@ from fastrlhf.plan import estimate, report
 from fastrlhf.plan.counter import LiveBytes, allocated
 from fastrlhf.plan.estimate import Plan, make_plan, parse_size
 from fastrlhf.plan.models import sized_config
-from fastrlhf.plan.phases import Measured, Phase, Target
+from fastrlhf.plan.phases import Measured, Measurer, Phase, Target
 from fastrlhf.plan.unknown import UnknownNumbers
+from fastrlhf.runtime import hardware
+from tests import tiny
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
 
@@ -72,13 +74,20 @@ def test_unknown_numbers_are_one_and_the_others_are_computed():
 def faked(monkeypatch, peak_of) -> None:
     """Phases of a made-up size: what the search does with them is what is tried."""
 
-    def measure(stage, inputs, config, target, slots):
+    class Measurer:
+        def __init__(self, stage, inputs, target):
+            self.stage, self.target = stage, target
+
+        def __call__(self, config, slots=None):
+            return measure(config)
+
+    def measure(config):
         rows = max(1, min(config.mini_batch_size, config.micro_batch_tokens // 100))
         held = {"model: parameters": 100, "gradients": 50, "optimizer": 200}
         phase = Phase(peak_of(config, rows), peak_of(config, rows), trains=True)
         return Measured(held, {"update": phase}, rows, config.mini_batch_size, 100, (10, 4), 2, 10)
 
-    monkeypatch.setattr(estimate, "measure", measure)
+    monkeypatch.setattr(estimate, "Measurer", Measurer)
 
 
 BESIDE = estimate.CONTEXT + estimate.CUBLAS
@@ -92,6 +101,63 @@ def test_the_largest_micro_batch_is_found_and_tried(monkeypatch):
     tight = make_plan("sft", {}, config, Target(BESIDE + 1002), search=True)
     assert not tight.fits and tight.most_rows == 1
     assert make_plan("sft", {}, config, Target(BESIDE + 1000), search=True).most_rows is None
+
+
+def test_auto_is_the_largest_micro_batch_that_leaves_a_tenth_of_the_gpu_and_is_as_it_was_on_a_cpu(monkeypatch):
+    faked(monkeypatch, lambda config, rows: (1 << 30) + rows * (1 << 24))
+    config = CONFIGS["sft"](mini_batch_size=512)
+    most = make_plan("sft", {}, config, Target(80 << 30), search=False)
+    assert most.tokens == 16384 and most.measured.rows == 163
+    room = BESIDE + (1 << 30) + 40 * (1 << 24)
+    tight = make_plan("sft", {}, config, Target(int(room / estimate.AUTO_SHARE) + 1), search=False)
+    assert tight.tokens == 4000 and tight.measured.rows == 40 and tight.peak == room
+    assert "with micro-batches of 4000 tokens" in report.one_line(tight)
+    none = make_plan("sft", {}, config, Target(BESIDE), search=False)
+    assert none.tokens == 100 and none.fits is False  # the least there is; the run may need less than its limits
+    assert make_plan("sft", {}, config, Target(), search=False).tokens == 8192
+    stated = config.model_copy(update={"micro_batch_tokens": 9000})
+    assert make_plan("sft", {}, stated, Target(room), search=False).tokens == 9000
+
+
+def test_one_measurer_serves_several_sizes_and_gives_what_a_new_one_gives(folder):
+    inputs, target = {"policy": folder, "reward": "module:f"}, Target(2 << 30)
+    measure = Measurer("ppo", inputs, target)
+    small = {"rollout_batch_size": 6, "mini_batch_size": 6, "max_prompt_tokens": 12, "max_new_tokens": 4}
+    config = CONFIGS["ppo"](**{**bench.PPO, **small, "micro_batch_tokens": 32})
+    wide = config.model_copy(update={"micro_batch_tokens": 64})
+    first, second, again = measure(config), measure(wide), measure(config, 4)
+    assert second == Measurer("ppo", inputs, target)(wide) and again == Measurer("ppo", inputs, target)(config, 4)
+    assert first.phases["update of the policy"].peak < second.phases["update of the policy"].peak
+
+
+def test_a_run_on_a_gpu_says_its_peak_first_and_takes_its_micro_batches_from_it_and_a_resumed_one_those_of_the_first(
+    folder, tmp_path, monkeypatch, capsys
+):
+    """The GPU is made up: its memory is all that the plan takes of it."""
+    model = tmp_path / "model"
+    tiny.llama().save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    (tmp_path / "d.jsonl").write_text('{"text": "the cat sat on the mat"}\n' * 8)
+    needed = make_plan(
+        "sft",
+        {"model": str(model)},
+        CONFIGS["sft"](max_tokens=64, micro_batch_tokens=128),
+        Target(1 << 30),
+        search=False,
+    )
+    memory = int(needed.peak / estimate.AUTO_SHARE) + (1 << 14)
+    monkeypatch.setattr(hardware, "gpu_alone", lambda: True)
+    monkeypatch.setattr(report, "target_of", lambda given: Target(memory))
+    given = [f"model={model}", f"data={tmp_path}/d.jsonl", "format=text", "eval_fraction=0", "max_tokens=64"]
+    given += ["total_steps=1", "mini_batch_size=8", "dtype=bf16", f"output_dir={tmp_path}/run"]
+    assert cli.main(["sft", *given]) == 0
+    out = capsys.readouterr().out
+    assert "with micro-batches of 128 tokens" in out and out.index("memory: ") < out.index("in all: ")
+    (state,) = (tmp_path / "run").glob("checkpoints/*/state.json")
+    assert json.loads(state.read_text())["parts"]["memory"]["chosen"] == 128
+    monkeypatch.setattr(report, "target_of", lambda given: Target(1 << 40))
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    assert "memory: " not in capsys.readouterr().out  # it is not even asked
 
 
 def test_switches_come_in_the_order_of_their_cost_each_on_top_of_the_others_until_it_fits(monkeypatch):

@@ -454,9 +454,29 @@ def test_the_workspace_of_a_run_is_the_least_of_all_ranks_and_stays(monkeypatch)
     resumed = MemoryBackoff(SFTConfig(), CPU, unheard)
     resumed.begin(1 << 30)
     resumed.load_state(saved)
-    assert saved == {"halvings": 0, "workspace": 5 << 20} and resumed.workspace == 5 << 20
+    assert saved == {"halvings": 0, "workspace": 5 << 20, "chosen": None} and resumed.workspace == 5 << 20
     resumed.load_state({"halvings": 1})  # of a checkpoint from before there was one
     assert resumed.workspace == 5 << 20 and resumed.halvings == 1
     for wrong in (0, -1, 2.5, "1GiB", True):
         with pytest.raises(ValueError, match="a workspace of"):
             resumed.load_state({"halvings": 0, "workspace": wrong})
+
+
+def test_micro_batches_that_a_plan_chose_are_those_of_the_resumed_run_too():
+    began, asked = MemoryBackoff(SFTConfig(), CPU, unheard), []
+    began.choose(lambda: 640)
+    assert began.tokens == 640
+    resumed = MemoryBackoff(SFTConfig(), CPU, unheard)
+    resumed.load_state(began.state())
+    resumed.choose(lambda: asked.append(1) or 7)
+    assert resumed.tokens == 640 and not asked
+    stated = MemoryBackoff(SFTConfig(micro_batch_tokens=99), CPU, unheard)
+    stated.load_state(began.state())
+    stated.choose(lambda: asked.append(1) or 7)
+    assert stated.tokens == 99 and not asked
+    unknown = MemoryBackoff(SFTConfig(), CPU, unheard)
+    unknown.load_state({"halvings": 0, "workspace": 1})  # of a checkpoint from before there was one
+    unknown.choose(lambda: None)
+    assert unknown.tokens == token_budget(None, CPU)
+    with pytest.raises(ValueError, match="micro-batches of '9' tokens"):
+        resumed.load_state({"halvings": 0, "chosen": "9"})
