@@ -186,7 +186,8 @@ def counted(folder: str, config: PPOConfig) -> dict[str, Counts]:
         last_token(*arguments)
 
     with mock.patch.object(phases, "UnknownNumbers", live), mock.patch.object(phases, "_last_token", decode):
-        names = list(phases.measure("ppo", {"policy": folder, "reward": folder}, config, phases.Target(), None).phases)
+        measure = phases.Measurer("ppo", {"policy": folder, "reward": folder}, phases.Target())
+        names = list(measure(config).phases)
     names = ["prefill", "decode", *("reward" if name == "score" else name for name in names[1:])]
     return dict(zip(names, made[-1].seen, strict=True))
 
