@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -207,6 +208,32 @@ def test_the_memory_limit_ends_with_its_block() -> None:
     with pytest.raises(MemoryError), memory_limit(64 << 20):
         bytearray(256 << 20)
     assert len(bytearray(256 << 20)) == 256 << 20
+
+
+@pytest.mark.parametrize("reused", [False, True], ids=["closed", "another file's"])
+def test_the_memory_limit_outlives_the_file_that_tells_it(tmp_path: Path, reused: bool) -> None:
+    """Daemons close all files that they find, and the next one that is opened has the number."""
+    with memory_limit(1 << 30):
+        pass
+    (tmp_path / "other").write_text("not a number " * 9)
+    numbers = [n for n in map(int, os.listdir("/proc/self/fd")) if _target(n).endswith("/statm")]
+    assert numbers
+    with open(tmp_path / "other") as other:
+        for number in numbers:
+            os.dup2(other.fileno(), number)
+        for number in [] if reused else numbers:
+            os.close(number)
+        with pytest.raises(MemoryError), memory_limit(64 << 20):
+            bytearray(256 << 20)
+    for number in numbers if reused else []:
+        os.close(number)
+
+
+def _target(number: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{number}")
+    except OSError:  # that of the listing
+        return ""
 
 
 # ------------------------------------------------------------------------------------------------------------- rewards

@@ -52,6 +52,16 @@ def _sizes(_: int) -> int:
     return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
 
+def _size_now() -> int:
+    """Bytes of the process's address space. OSError where the system does not tell."""
+    try:
+        text = os.pread(_sizes(os.getpid()), 64, 0)
+        return int(text.split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):  # somebody closed the file, and its number may be another file's by now
+        _sizes.cache_clear()
+    return int(os.pread(_sizes(os.getpid()), 64, 0).split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
 @contextmanager
 def memory_limit(size: int) -> Iterator[None]:
     """MemoryError in the block where the process takes `size` more bytes than it has now. No limit on systems that do
@@ -59,7 +69,7 @@ def memory_limit(size: int) -> Iterator[None]:
     try:
         import resource
 
-        now = int(os.pread(_sizes(os.getpid()), 64, 0).split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        now = _size_now()
     except (ImportError, OSError):
         yield
         return
