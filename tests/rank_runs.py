@@ -16,6 +16,7 @@ import random
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -154,6 +155,10 @@ def command(place: Path, *arguments: str) -> None:
     os.chdir(place)
     with open(f"said-{os.environ['RANK']}", "w", encoding="utf-8") as said, contextlib.redirect_stderr(said):
         print("exit code", cli.main([*arguments]), file=said)
+    # The first rank holds the store by which they agree who speaks. torchrun holds it until all ranks have ended.
+    ended, files = time.monotonic() + 60, [Path(f"said-{rank}") for rank in range(int(os.environ["WORLD_SIZE"]))]
+    while time.monotonic() < ended and not all(f.exists() and "exit code" in f.read_text("utf-8") for f in files):
+        time.sleep(0.05)
 
 
 def main(out: Path, forms: Iterable[str]) -> None:
