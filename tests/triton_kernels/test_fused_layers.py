@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama import modeling_llama
 
@@ -19,6 +17,7 @@ from fastrlhf.rollout.parity import decoding, make_cache, trunk_over
 from fastrlhf_kernels import backend
 from fastrlhf_kernels.gpu.launch import recorded
 from tests import tiny
+from tests.operators import Operators
 
 IDS = torch.tensor([[5, 9, 3, 7, 11]])
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
@@ -114,20 +113,6 @@ def test_generation_goes_through_them(device):
     rows = torch.tensor([[5, 9, 3, *replies[0]]], device=device)
     with torch.no_grad():
         assert model(rows[:, :-1]).logits[0, 2:].argmax(-1).tolist() == replies[0]
-
-
-class Operators(TorchDispatchMode):
-    """What computes or copies, but for the tensors that the kernels' launchers make."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[1]
-        if not func.is_view and not name.startswith(("empty", "new_empty", "_unsafe_view")):
-            self.names[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_layers_step_is_sixteen_launches(device):

@@ -26,7 +26,7 @@ from .terms import (
     Results,
     Sums,
     Temperature,
-    absorb_groups,
+    absorb,
     combine,
     entropy_of,
     finite,
@@ -84,7 +84,7 @@ def sweep(start, stride, live, first, last, scale, ENTROPY: tl.constexpr, ROWS: 
         column = low + tl.arange(0, COLUMNS)
         valid = live[:, None] & (column < last)[None, :]
         x = tl.reshape(load_block(start, stride, column, valid, float("-inf")), (ROWS, GROUPS, GROUP))
-        top, total, weighted = absorb_groups(x, scale[:, None], top, total, weighted, ENTROPY)
+        top, total, weighted = absorb(x, scale[:, None], top, total, weighted, ENTROPY)
     return merge(top, total, weighted, scale[:, None], ENTROPY)
 
 

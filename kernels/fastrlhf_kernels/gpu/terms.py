@@ -76,23 +76,9 @@ def decayed(top, base, scale):
 
 @triton.jit
 def absorb(x, scale, top, total, weighted, ENTROPY: tl.constexpr):
-    """One block of logits into the running sums: top = max x, total = sum e, weighted = sum e * log2 e
-    with e = 2 ** ((x - top) * scale). Element by element: the lanes meet once, in `merge`.
+    """One block of logits x [R, G, K] into the running sums [R, G]: top = max x, total = sum e, weighted = sum e log2 e
+    with e = 2 ** ((x - top) * scale), scale [R, 1]. K logits share a maximum and a decay; the lanes meet in `merge`.
     """
-    new = tl.maximum(top, x)
-    base = finite(new)
-    distance = (x - base) * scale
-    e = tl.exp2(distance)
-    shift = decayed(top, base, scale)
-    decay = tl.exp2(shift)
-    if ENTROPY:
-        weighted = decay * (weighted + total * shift) + tl.where(e > 0, e * distance, 0.0)
-    return new, decay * total + e, weighted
-
-
-@triton.jit
-def absorb_groups(x, scale, top, total, weighted, ENTROPY: tl.constexpr):
-    """`absorb` of x [R, G, K] into sums [R, G], with scale [R, 1]: a maximum and a decay for K logits."""
     new = tl.maximum(top, tl.max(x, 2))
     base = finite(new)
     distance = (x - base[:, :, None]) * scale[:, :, None]
