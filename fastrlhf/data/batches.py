@@ -30,7 +30,7 @@ T, Row = TypeVar("T"), TypeVar("Row")
 ROWS = 512  # encoded together: enough for all cores, and a bad row is found soon
 CHUNKS = 4  # of ROWS at once: while the tokenizer has the texts of some, the template writes those of another
 TEXTS = 256  # given to the tokenizer in one call: what it says of more does not fit the processor's caches
-AHEAD = 32  # of ROWS with the tokenizer while their source is still being read
+AHEAD = 96  # of ROWS with the tokenizer while their source is still being read
 CALLS = 2  # at once: while the ids of one become Python's, the tokenizer works for the other
 
 
