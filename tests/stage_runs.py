@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +9,6 @@ from torch import Tensor
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from fastrlhf.checkpoint.state import optimizer_tensors
-from fastrlhf.rl.experience import Experience, MiniBatch, make_experience, plan_epochs
-from fastrlhf.rl.scorers import Scores
-from fastrlhf.rollout.result import Rollout
 from tests import tiny
 from tests.runs import PROMPTS, letters
 
@@ -46,16 +41,6 @@ def build(
     return (kind or trainer)(config(**{**common, **fields}), **inputs_of(stage) | (inputs or {}))
 
 
-def experience_of(
-    t: PPOTrainer, rollout: Rollout, scores: Scores | None = None
-) -> tuple[Experience, list[list[MiniBatch]], dict[str, float]]:
-    """What `t.step` makes of a rollout before it updates, with the mini-batches of its epochs and the metrics."""
-    epochs = plan_epochs(t.config, len(rollout.rows), t.steps_done)
-    how = {"kl_coef": t.kl_controller.coef, "moments": t.moments, "first_epoch": epochs[0], "memory": t.memory}
-    experience, metrics = make_experience(rollout, scores or t.scorer(rollout), t.roles, t.config, **how)
-    return experience, epochs, metrics
-
-
 def everything(t: Trainer) -> dict[str, Tensor]:
     """Weights, optimizer state and fp32 masters of all that is trained."""
     found: dict[str, Tensor] = {}
@@ -73,13 +58,3 @@ def unequal(x: dict[str, Tensor], y: dict[str, Tensor]) -> list[str]:
 
 def differing(a: Trainer, b: Trainer) -> list[str]:
     return unequal(everything(a), everything(b))
-
-
-def leave_after(t: Trainer, steps: int) -> None:
-    for number, _ in enumerate(t, 1):
-        if number == steps:
-            break
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -23,7 +23,8 @@ from fastrlhf.runtime.console import Console, redact
 from tests import tiny
 from tests.checkpoints import store_with
 from tests.checkpoints import tiny as tiny_model
-from tests.stage_runs import build, leave_after
+from tests.runs import leave_after
+from tests.stage_runs import build
 
 
 @pytest.fixture

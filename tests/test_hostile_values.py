@@ -33,7 +33,8 @@ from fastrlhf.rl.scorers import read_reward
 from fastrlhf.runtime.console import redact
 from fastrlhf.runtime.tracking import Tracker
 from tests import tiny
-from tests.stage_runs import build, leave_after
+from tests.runs import leave_after
+from tests.stage_runs import build
 
 TOKEN = "hf_" + "a1B2" * 8
 

@@ -18,7 +18,7 @@ from fastrlhf.rl.losses import token_weights
 from fastrlhf.rl.scorers import Scores
 from fastrlhf.rollout.result import Rollout
 from tests import tiny
-from tests.stage_runs import experience_of
+from tests.runs import experience_of
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 

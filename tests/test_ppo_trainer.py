@@ -11,7 +11,7 @@ from fastrlhf import RewardConfig, RewardTrainer, UserError
 from fastrlhf.models import loading, saving
 from fastrlhf.rl.scorers import Scores, score_texts
 from tests import tiny
-from tests.stage_runs import experience_of
+from tests.runs import experience_of
 from tests.test_ppo import PROMPTS, config, same, trainer, weights
 
 # -------------------------------------------------------------------------------------------- reward model and critic

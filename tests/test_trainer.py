@@ -22,7 +22,8 @@ from fastrlhf.config.recipe import load_recipe
 from fastrlhf.runtime.guards import Interrupted
 from fastrlhf.trainer import EXIT_INTERRUPTED, run_stage
 from tests import tiny
-from tests.stage_runs import COMMON, PAIRS, PROMPTS, STAGES, Trainer, build, differing, leave_after, read
+from tests.runs import PROMPTS, leave_after, read
+from tests.stage_runs import COMMON, PAIRS, STAGES, Trainer, build, differing
 
 resource = pytest.importorskip("resource")
 

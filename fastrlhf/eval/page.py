@@ -32,6 +32,7 @@ def page_of(evaluation: Evaluation) -> str:
     return render(
         "eval.html",
         t=Words("en", {}),
+        language="en",
         title=names[0],
         text_limit=TEXT_LIMIT,
         facts="  ·  ".join(map(str, facts)),

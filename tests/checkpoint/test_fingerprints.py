@@ -18,7 +18,8 @@ from fastrlhf import PPOConfig, PPOTrainer, UserError, cli
 from fastrlhf.checkpoint.fingerprints import Fingerprints
 from fastrlhf.trainer import Trainer
 from tests import tiny
-from tests.stage_runs import build, leave_after
+from tests.runs import leave_after
+from tests.stage_runs import build
 
 REWARD = "def length(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
 

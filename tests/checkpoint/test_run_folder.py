@@ -19,7 +19,8 @@ from fastrlhf import UserError
 from fastrlhf.checkpoint import lock
 from fastrlhf.checkpoint.run_folder import prepare_folder
 from tests import tiny
-from tests.stage_runs import build, leave_after, read
+from tests.runs import leave_after, read
+from tests.stage_runs import build
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -11,7 +11,8 @@ from fastrlhf import PPOConfig, PPOTrainer
 from fastrlhf.models import heads, loading, saving
 from fastrlhf.models.offload import Offload
 from tests import tiny
-from tests.stage_runs import differing, read
+from tests.runs import read
+from tests.stage_runs import differing
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 CPU = torch.device("cpu")

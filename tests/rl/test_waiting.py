@@ -7,9 +7,9 @@ from collections import Counter
 from functools import partial
 
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.operators import waits_for_the_gpu
 from tests.runs import experience_of, ppo_trainer
 
 FORMS = {
@@ -32,19 +32,10 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.found: Counter[str] = Counter()
 
-    def wait(self, name: str) -> None:
-        if not any(frame.filename.endswith(self.ELSEWHERE) for frame in traceback.extract_stack()):
-            self.found[name] += 1
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[1]
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"):
-            self.wait(name)
-        indexing = name in ("index", "index_put", "index_put_", "_index_put_impl_")
-        if indexing and any(t is not None and t.dtype == torch.bool for t in args[1]):
-            self.wait("boolean index")
-        if name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
-            self.wait(name)
+        name = waits_for_the_gpu(func, args, kwargs)
+        if name and not any(frame.filename.endswith(self.ELSEWHERE) for frame in traceback.extract_stack()):
+            self.found[name] += 1
         return func(*args, **(kwargs or {}))
 
 

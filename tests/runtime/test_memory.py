@@ -21,8 +21,8 @@ from fastrlhf.runtime import distributed
 from fastrlhf.runtime.memory import MOST_HALVINGS, MemoryBackoff, ran_out, remedies, token_budget
 from fastrlhf.runtime.optim import Optimizer
 from tests import tiny
-from tests.runs import PROMPTS, letters
-from tests.stage_runs import build, differing, everything, experience_of, leave_after, read, unequal
+from tests.runs import PROMPTS, experience_of, leave_after, letters, read
+from tests.stage_runs import build, differing, everything, unequal
 
 CPU = torch.device("cpu")
 BUDGET = 52  # tokens: 2 or 3 micro-batches a mini-batch

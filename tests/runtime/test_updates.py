@@ -17,8 +17,8 @@ from fastrlhf.rl.extras import PretrainingMix
 from fastrlhf.rollout.result import Rollout
 from fastrlhf.runtime.updates import UpdateGuard
 from tests import tiny
-from tests.runs import last_layer, letters
-from tests.stage_runs import differing, everything, experience_of, read, unequal
+from tests.runs import experience_of, last_layer, letters, read
+from tests.stage_runs import differing, everything, unequal
 
 COMMON = {"mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 0, "lr_schedule": "constant"}
 ROWS = {

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrlhf_kernels as kernels
 from fastrlhf_kernels import loss_ops, ops
 from fastrlhf_kernels.gpu.launch import recorded
+from tests.operators import waits_for_the_gpu
 
 
 class Waits(TorchDispatchMode):
@@ -26,10 +27,9 @@ class Waits(TorchDispatchMode):
         if func.namespace == "fastrlhf":  # run its body under this mode; calling it would hide the body
             with self:
                 return getattr(ops if hasattr(ops, name) else loss_ops, name).run(*args)
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
-            self.waits[name] += 1
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            self.waits["boolean index"] += sum(t is not None and t.dtype == torch.bool for t in args[1])
+        waits = waits_for_the_gpu(func, args, kwargs)
+        if waits:
+            self.waits[waits] += 1
         if name in ("mm", "addmm", "addmm_"):
             self.multiplied += args[-2].numel() * args[-1].shape[1]
         return func(*args, **(kwargs or {}))
