@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrlhf.checkpoint.records import read_records
 from fastrlhf.config.recipe import load_recipe
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.ppo import PPOTrainer
@@ -25,7 +26,6 @@ from fastrlhf.quickstart.content import WORDINGS, shipped
 from fastrlhf.quickstart.judge import about_what_was_asked, rule
 from fastrlhf.quickstart.run import inputs
 from fastrlhf.quickstart.settings import Settings
-from fastrlhf.runtime.records import read_records
 from fastrlhf.trainer import run_stage
 
 FORMS: dict[str, dict[str, Any]] = {

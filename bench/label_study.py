@@ -33,6 +33,7 @@ from bench.ppo_step import machine
 from bench.quickstart_data.people import PEOPLE, judge_all
 from bench.verdict import make_models
 from fastrlhf.checkpoint.atomic import replace_folder
+from fastrlhf.checkpoint.records import json_line
 from fastrlhf.data.dataset import load_feedback, load_prompts
 from fastrlhf.data.feedback import Feedback
 from fastrlhf.label.sampling import sampled_items
@@ -46,7 +47,6 @@ from fastrlhf.quickstart.settings import Settings
 from fastrlhf.reward_model import RewardTrainer
 from fastrlhf.runtime.batching import derive_seed
 from fastrlhf.runtime.metrics import distinct_2
-from fastrlhf.runtime.records import json_line
 from fastrlhf.trainer import run_stage
 
 SAMPLES = 4

@@ -23,6 +23,7 @@ from typing import Any
 from bench.kernels import machine
 from bench.processes import positive, side_by_side, write_row
 from bench.verdict import MODELS, kept, make_missing, settings_of
+from fastrlhf.checkpoint.records import read_records
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.quickstart import verdict
 from fastrlhf.quickstart.content import shipped
@@ -33,7 +34,6 @@ from fastrlhf.report import build_report
 from fastrlhf.report.figures import Panel, Scale, Series, curve_panel
 from fastrlhf.report.page import render
 from fastrlhf.report.verdict import DIVERSITY_KEPT
-from fastrlhf.runtime.records import read_records
 
 VANILLA = {
     "kl_coef": 0,

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint.atomic import fsync
+from fastrlhf.checkpoint.records import json_line
 from fastrlhf.config import encodings
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.checks import BadRow, DroppedRow, Messages, text_of
@@ -33,7 +34,6 @@ from fastrlhf.rl.scorers import score_texts
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.result import reply_texts
 from fastrlhf.rollout.sampling import SamplingParams
-from fastrlhf.runtime.records import json_line
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

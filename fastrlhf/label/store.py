@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.checkpoint.atomic import fsync
+from fastrlhf.checkpoint.records import json_line, parse
 from fastrlhf.config.errors import UserError
 from fastrlhf.label.items import Say
-from fastrlhf.runtime.records import json_line, parse
 
 
 class AppendLog:

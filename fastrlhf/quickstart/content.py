@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastrlhf.checkpoint.records import read_records
 from fastrlhf.config.errors import UserError
-from fastrlhf.runtime.records import read_records
 
 DATA_DIR = Path(__file__).parent / "data"
 LANGUAGES = ("en", "zh")

@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fastrlhf.checkpoint.records import parse, read_records
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.recipe import read_recipe
-from fastrlhf.runtime.records import parse, read_records
 
 TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 STAGES = ("sft", "reward", "ppo")  # in the order of the pipeline

@@ -8,13 +8,13 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any, NamedTuple
 
+from fastrlhf.checkpoint.records import read_records
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import INPUTS
 from fastrlhf.config.language import Words
 from fastrlhf.config.stages import CONFIGS
 from fastrlhf.report.folder import StageRun, is_histogram, is_number, phase_seconds
 from fastrlhf.report.page import figure_of
-from fastrlhf.runtime.records import read_records
 
 SAMPLES_SHOWN = 8
 HELDOUT_SHOWN = 12

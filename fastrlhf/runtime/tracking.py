@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from fastrlhf.checkpoint.records import read_records
 from fastrlhf.config.errors import UserError
 from fastrlhf.runtime.console import Console, clean, number, redact
-from fastrlhf.runtime.records import read_records
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary

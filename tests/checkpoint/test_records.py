@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastrlhf.runtime.records import read_records
+from fastrlhf.checkpoint.records import read_records
 
 GOOD = b'{"step": 1, "a": "\xe4\xbd\xa0\xe5\xa5\xbd"}\n'
 
