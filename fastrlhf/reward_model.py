@@ -33,7 +33,8 @@ from fastrlhf.preflight.stages import Supervised, prepare_supervised
 from fastrlhf.rl.scorers import score_rows
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches
-from fastrlhf.runtime.optim import TrainedRole, make_optimizer
+from fastrlhf.runtime.optim import TrainedRole
+from fastrlhf.runtime.zero import make_optimizer
 from fastrlhf.supervised import SupervisedTrainer
 from fastrlhf.trainer import PlannedTokens, Stateful, Step, device_of, run_stage
 

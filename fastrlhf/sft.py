@@ -26,7 +26,8 @@ from fastrlhf.models.token_batch import TokenBatch, likeliest_tokens, resolve_pa
 from fastrlhf.preflight.stages import Supervised, prepare_supervised
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches, pack
-from fastrlhf.runtime.optim import TrainedRole, make_optimizer
+from fastrlhf.runtime.optim import TrainedRole
+from fastrlhf.runtime.zero import make_optimizer
 from fastrlhf.supervised import SupervisedTrainer
 from fastrlhf.trainer import PlannedTokens, device_of, run_stage
 

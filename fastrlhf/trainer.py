@@ -25,14 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint.atomic import CheckpointError, export_folder
 from fastrlhf.checkpoint.run_folder import RunFolder, check_output_dir, identity
-from fastrlhf.checkpoint.state import (
-    load_optimizer_tensors,
-    load_parts,
-    optimizer_tensors,
-    restore_rng,
-    rng_tensors,
-    seed_rng,
-)
+from fastrlhf.checkpoint.state import load_parts, restore_rng, rng_tensors, seed_rng
 from fastrlhf.checkpoint.store import Checkpoint, CheckpointStore
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
@@ -385,6 +378,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
             return
         end = self._end
         random = _rng_of_every_rank()
+        states = {name: role.optimizer.checkpoint(name) for name, role in self.trained().items()}
         if not distributed.is_lead():
             return
         for note in self.run_folder.hashed():
@@ -395,8 +389,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
         groups = {name: group for name, group in groups.items() if group}
         tensors, optimizers = {**random, **groups}, {}
         for name, role in trained.items():
-            saved, optimizers[name] = optimizer_tensors(role.optimizer.inner, name)
-            tensors[f"optimizer_{name}"] = {**saved, **role.optimizer.master_tensors()}
+            tensors[f"optimizer_{name}"], optimizers[name] = states[name]
             if role.parts is not None:
                 tensors[f"weights_{name}"] = {key: tensor.detach() for key, tensor in role.parts.items()}
         state = {
@@ -423,10 +416,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
                 checkpoint.load_model(name, role.model)
             else:
                 load_parts(role.parts, checkpoint.tensors(f"weights_{name}"), str(checkpoint.path))
-            tensors = checkpoint.tensors(f"optimizer_{name}")
-            role.optimizer.load_masters(tensors)
-            inner = {key: value for key, value in tensors.items() if not key.startswith("master.")}
-            load_optimizer_tensors(role.optimizer.inner, inner, state["optimizers"][name])
+            role.optimizer.restore(checkpoint.tensors(f"optimizer_{name}"), state["optimizers"][name])
         mine = _rng_name(distributed.rank())  # a run may go on with more ranks than it had
         restore_rng(checkpoint.tensors(mine if f"{mine}.safetensors" in checkpoint.files else "rng"))
         self.steps_done, self.best = state["step"], state["best"]

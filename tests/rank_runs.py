@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -65,16 +66,19 @@ def judge(prompts: list[str], responses: list[str], baselines: list[str]) -> lis
 
 
 def build(form: str):
+    """The trainer of a form; FORM+zero: with parallel = zero."""
+    form, _, parallel = form.partition("+")
+    shared = {"parallel": parallel or "ddp"}
     tokenizer = tiny.tokenizer()
     if form == "sft":
         rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
         return SFTTrainer(
-            SFTConfig(**SUPERVISED), model=tiny.llama(), tokenizer=tokenizer, data=rows, eval_data=rows[:3]
+            SFTConfig(**SUPERVISED, **shared), model=tiny.llama(), tokenizer=tokenizer, data=rows, eval_data=rows[:3]
         )
     if form == "reward":
-        config = RewardConfig(**SUPERVISED)
+        config = RewardConfig(**SUPERVISED, **shared)
         return RewardTrainer(config, model=tiny.llama(), tokenizer=tokenizer, data=PAIRS + RANKED, eval_data=PAIRS[:3])
-    config = PPOConfig(**{**PPO, **FORMS[form]})
+    config = PPOConfig(**{**PPO, **FORMS[form]}, **shared)
     held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:4]}
     if form == "extras":
         held["ptx_data"] = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
@@ -92,7 +96,7 @@ def weights(trainer) -> dict[str, torch.Tensor]:
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> int:
-    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors.values())).digest()
+    digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in tensors.values())).digest()
     return int.from_bytes(digest[:7], "big")
 
 
@@ -108,11 +112,11 @@ def noisy(prompts: list[str], responses: list[str]) -> list[float]:
     return [len(r) + random.random() for r in responses]
 
 
-def noisy_run(folder: Path, **fields: object) -> PPOTrainer:
+def noisy_run(folder: Path, *, policy: torch.nn.Module | None = None, **fields: object) -> PPOTrainer:
     config = PPOConfig(
         **{**PPO, "total_steps": 4, "eval_every": 0, "save_every": 2, "output_dir": str(folder), **fields}
     )
-    return PPOTrainer(config, policy=tiny.llama(), tokenizer=tiny.tokenizer(), reward=noisy, prompts=PROMPTS)
+    return PPOTrainer(config, policy=policy or tiny.llama(), tokenizer=tiny.tokenizer(), reward=noisy, prompts=PROMPTS)
 
 
 def check_resume(out: Path) -> None:
@@ -128,6 +132,29 @@ def check_resume(out: Path) -> None:
     assert fingerprint(weights(through)) == fingerprint(weights(again))
     distributed.wait_for_all()
     assert (out / "through" / "metrics.jsonl").read_bytes() == (out / "resumed" / "metrics.jsonl").read_bytes()
+
+
+def check_zero(out: Path) -> None:
+    """The same with parallel = zero and bf16 weights; what step 2 left stays in zero-left, for one process."""
+    ways = {"parallel": "zero", "policy": tiny.llama().bfloat16()}
+    through = noisy_run(out / "zero-through", **ways)
+    through.train()
+    ways["policy"] = tiny.llama().bfloat16()
+    first = iter(noisy_run(out / "zero-left", **ways))
+    next(first), next(first)
+    first.close()
+    distributed.wait_for_all()
+    if distributed.is_lead():
+        shutil.copytree(out / "zero-left", out / "zero-resumed")
+    distributed.wait_for_all()
+    ways["policy"] = tiny.llama().bfloat16()
+    again = noisy_run(out / "zero-resumed", resume=True, **ways)
+    again.train()
+    assert fingerprint(weights(through)) == fingerprint(weights(again))
+    optimizers = [o for t in (through, again) for o in t.learner.optimizers()]
+    assert all(sum(m.numel() for m in o.masters) < 0.6 * sum(p.numel() for p in o.params) for o in optimizers)
+    distributed.wait_for_all()
+    assert (out / "zero-through/metrics.jsonl").read_bytes() == (out / "zero-resumed/metrics.jsonl").read_bytes()
 
 
 def check_signal(out: Path) -> None:
@@ -165,12 +192,13 @@ def main(out: Path, forms: Iterable[str]) -> None:
     if distributed.size() == 2:  # of one process tests/test_resume.py says it
         check_resume(out)
         check_signal(out)
+        check_zero(out)
     for form in forms:
         trainer = build(form)
         before = weights(trainer)
         steps = []
         for step in trainer:
-            ids = step.rollout.response_ids if form in FORMS else None
+            ids = step.rollout.response_ids if form.partition("+")[0] in FORMS else None
             steps.append({"ids": ids, "metrics": step.metrics})
         after = weights(trainer)
         prints = distributed.gather(torch.tensor([fingerprint(after)])).tolist()

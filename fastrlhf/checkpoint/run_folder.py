@@ -29,7 +29,7 @@ INLINE_ITEMS = 100  # a longer list is data handed over in Python, not part of a
 # memory and change no more than rounding.
 MAY_CHANGE = {"output_dir", "resume", "overwrite", "accept_changed", "save_every", "total_steps", "epochs"}
 MAY_CHANGE |= {"probe", "offload", "gradient_checkpointing", "micro_batch_tokens", "reward_timeout", "reward_retries"}
-MAY_CHANGE |= {"allow_drop"}
+MAY_CHANGE |= {"allow_drop", "parallel"}
 MAY_CHANGE |= {"chat_template"}  # its text is compared, among the inputs
 
 

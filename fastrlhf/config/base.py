@@ -35,6 +35,8 @@ class StageConfig(BaseModel):
     """optimizer steps over which the learning rate rises from 0 to its peak"""
     max_grad_norm: float = Field(1.0, gt=0)
     """gradients are scaled down to this global 2-norm"""
+    parallel: Literal["ddp", "zero"] = "ddp"
+    """of several ranks, each holds all of an optimizer (ddp) or its share (zero: fp32 masters and AdamW's moments)"""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     """AdamW; the 8-bit ones need bitsandbytes: pip install 'fastrlhf[8bit]'"""
     micro_batch_tokens: int | None = Field(None, ge=1)
@@ -155,6 +157,9 @@ class StageConfig(BaseModel):
             wrong.append(f"adam_betas = {spelled(self.adam_betas)}: both must be in [0, 1)")
         if self.quantize is not None and self.lora is None:
             wrong.append(f"quantize = {self.quantize}: quantised weights cannot be trained; set lora too")
+        if self.parallel == "zero" and self.optimizer != "adamw":
+            blocks = "holds its moments in blocks of whole weights, which zero cuts into shares"
+            wrong.append(f"optimizer = {self.optimizer}: {blocks}; use optimizer = adamw or parallel = ddp")
         return wrong
 
 

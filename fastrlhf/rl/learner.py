@@ -30,8 +30,9 @@ from fastrlhf.rl.roles import Roles
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.memory import MemoryBackoff
 from fastrlhf.runtime.metrics import Stats, explained_variance, mismatch_metrics
-from fastrlhf.runtime.optim import Optimizer, StepResult, TrainedRole, lr_at, make_optimizer
+from fastrlhf.runtime.optim import Optimizer, StepResult, TrainedRole, lr_at
 from fastrlhf.runtime.updates import UpdateGuard
+from fastrlhf.runtime.zero import make_optimizer
 
 POLICY_STATS = ("approx_kl", "clip_frac", "entropy", "ratio")
 VALUE_STATS = ("clip_frac", "sum_sq_error", "sum_return", "sum_return_sq", "count")

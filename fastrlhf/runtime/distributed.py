@@ -100,6 +100,31 @@ def any_of(flag: bool) -> bool:
     return bool(seen.item())
 
 
+def anywhere(flags: Sequence[bool]) -> list[bool]:
+    """For each flag whether it is set in any rank; all give as many."""
+    if size() == 1:
+        return list(flags)
+    seen = torch.tensor([float(flag) for flag in flags])
+    all_reduce_sum(seen)
+    return [count > 0 for count in seen.tolist()]
+
+
+def sum_scattered(flat: Tensor) -> Tensor:
+    """Sum a tensor [ranks * n] over the ranks -> this rank's n elements of it."""
+    mine = flat.new_empty(len(flat) // size())
+    with _together():
+        dist.reduce_scatter_tensor(mine, flat)
+    return mine
+
+
+def gather_equal(part: Tensor) -> Tensor:
+    """The ranks' tensors [n] behind each other, [ranks * n]; n is the same for all."""
+    whole = part.new_empty(size() * len(part))
+    with _together():
+        dist.all_gather(list(whole.split(len(part))), part)
+    return whole
+
+
 def gather(tensor: Tensor) -> Tensor:
     """The ranks' tensors [n_r, ...] behind each other; n_r may differ, the rest may not."""
     return tensor if size() == 1 else torch.cat(gather_each(tensor))
@@ -143,9 +168,9 @@ def all_reduce_gradients(parameters: Sequence[Tensor]) -> None:
     """Sum the gradients over the ranks. One that no rank has stays None; a rank without rows counts as zeros."""
     if size() == 1:
         return
-    present = torch.tensor([float(p.grad is not None) for p in parameters])
-    all_reduce_sum(present)
-    wanted = [p for p, found in zip(parameters, present.tolist(), strict=True) if found]
+    wanted = [
+        p for p, found in zip(parameters, anywhere([p.grad is not None for p in parameters]), strict=True) if found
+    ]
     for p in wanted:
         if p.grad is None:
             p.grad = torch.zeros_like(p)

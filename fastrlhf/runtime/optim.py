@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastrlhf.config.base import StageConfig
+from fastrlhf.checkpoint.state import load_optimizer_tensors, optimizer_tensors
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.hardware import bitsandbytes
 from fastrlhf.runtime.memory import MemoryBackoff
@@ -77,15 +77,23 @@ class Optimizer:
         self.max_grad_norm, self.memory = max_grad_norm, memory
         parameters = model.parameters() if isinstance(model, nn.Module) else model.values()
         self.params = [p for p in parameters if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.params]
+        self.masters = self._make_masters()
         self.inner = _build(
             name, self.masters, lr=learning_rate, betas=tuple(betas), eps=eps, weight_decay=weight_decay
         )
-        for param, master in zip(self.params, self.masters, strict=True):
-            if master is not param:
+        for param, owner in zip(self.params, self._owners_of_gradients(), strict=True):
+            if owner is not param:
                 if hasattr(param, "_to_master"):
                     param._to_master.remove()
-                param._to_master = param.register_post_accumulate_grad_hook(_to_master(master))
+                param._to_master = param.register_post_accumulate_grad_hook(_add_to(owner))
+
+    def _make_masters(self) -> list[nn.Parameter]:
+        """What the inner optimizer trains, in fp32."""
+        return [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.params]
+
+    def _owners_of_gradients(self) -> Sequence[Any]:
+        """Of each parameter that whose `grad` adds up its micro-batches in fp32."""
+        return self.masters
 
     def step(self, learning_rate: float) -> StepResult:
         """`gradient_norm`, then `apply`."""
@@ -93,8 +101,17 @@ class Optimizer:
 
     def gradient_norm(self) -> float:
         """Add up the ranks' gradients and clip them to max_grad_norm (0: no clipping) -> their norm before that."""
+        self._add_up_ranks()
+        norm = self._total_norm([p.grad for p in self.masters if p.grad is not None])
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
+        return float(norm)
+
+    def _add_up_ranks(self) -> None:
         distributed.all_reduce_gradients(self.masters)
-        return float(self._clip())
+
+    def _total_norm(self, grads: list[Tensor]) -> Tensor:
+        return nn.utils.get_total_norm(grads) if grads else torch.zeros(())
 
     def apply(self, learning_rate: float, norm: float) -> StepResult:
         """Update, unless the gradient norm is not finite: then the gradients are dropped."""
@@ -143,16 +160,6 @@ class Optimizer:
             param.grad = None
 
     @torch.no_grad()
-    def _clip(self) -> Tensor:
-        grads = [p.grad for p in self.masters if p.grad is not None]
-        if not grads:
-            return torch.zeros(())
-        norm = nn.utils.get_total_norm(grads)
-        if self.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
-        return norm
-
-    @torch.no_grad()
     def _copy_down(self) -> None:
         pairs = [(p, m) for p, m in zip(self.params, self.masters, strict=True) if m is not p]
         if pairs:
@@ -163,33 +170,25 @@ class Optimizer:
         pairs = enumerate(zip(self.params, self.masters, strict=True))
         return {f"master.{i}": m.detach() for i, (p, m) in pairs if m is not p}
 
+    def checkpoint(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """State and masters for a checkpoint, as (tensors, JSON), the same for any number of ranks and any `parallel`.
+        All ranks call it; what the lead gets is whole."""
+        tensors, data = optimizer_tensors(self.inner, prefix)
+        return {**tensors, **self.master_tensors()}, data
+
+    def restore(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        """Put back what `checkpoint` took. UserError where it is of another model or optimizer."""
+        self.load_masters(tensors)
+        self._load_state({key: value for key, value in tensors.items() if not key.startswith("master.")}, data)
+
+    def _load_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        load_optimizer_tensors(self.inner, tensors, data)
+
     @torch.no_grad()
     def load_masters(self, tensors: dict[str, Tensor]) -> None:
         for index, (param, master) in enumerate(zip(self.params, self.masters, strict=True)):
             if master is not param:
                 master.copy_(tensors[f"master.{index}"])
-
-
-def make_optimizer(
-    config: StageConfig,
-    model: nn.Module | Mapping[str, nn.Parameter],
-    memory: MemoryBackoff,
-    *,
-    learning_rate: float,
-    max_grad_norm: float | None = None,
-) -> Optimizer:
-    """Build the optimizer that a stage's config names, over a model or parameters by name. max_grad_norm None: the
-    config's."""
-    return Optimizer(
-        model,
-        name=config.optimizer,
-        learning_rate=learning_rate,
-        max_grad_norm=config.max_grad_norm if max_grad_norm is None else max_grad_norm,
-        betas=config.adam_betas,
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        memory=memory,
-    )
 
 
 class TrainedRole(NamedTuple):
@@ -206,10 +205,10 @@ class TrainedRole(NamedTuple):
     adapter: Callable[[Path], None] | None = None
 
 
-def _to_master(master: nn.Parameter):  # noqa: ANN202
+def _add_to(owner: Any):  # noqa: ANN202
     def move(param: Tensor) -> None:
         grad = param.grad.float()
-        master.grad = grad if master.grad is None else master.grad.add_(grad)
+        owner.grad = grad if owner.grad is None else owner.grad.add_(grad)
         param.grad = None
 
     return move

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from fastrlhf import cli
-from fastrlhf.runtime import batching, distributed
+from fastrlhf.runtime import batching, distributed, zero
 from tests import rank_runs, tiny
 
 ROOT = Path(__file__).parents[2]
 FORMS = [*rank_runs.FORMS, "sft", "reward"]
-SHOWN = {1: FORMS, 2: FORMS, 3: ["separate", "extras", "reward"]}  # a number that divides nothing
+ZERO = ["separate+zero", "lora+zero", "sft+zero", "reward+zero"]
+SHOWN = {1: FORMS, 2: [*FORMS, *ZERO], 3: ["separate", "extras", "reward", "shared_trunk+zero"]}  # 3 divides nothing
 
 
 def started(*command: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess:
@@ -49,7 +50,8 @@ def runs(tmp_path_factory) -> dict[int | str, Path]:
 @pytest.mark.parametrize(("ranks", "form"), [(ranks, form) for ranks in (2, 3) for form in SHOWN[ranks]])
 def test_ranks_give_what_one_process_gives(runs, form, ranks):
     """10 responses of 5 prompts in mini-batches of 5: neither divides by the ranks."""
-    one, many = (json.loads((runs[n] / f"{form}.json").read_text()) for n in (1, ranks))
+    whole = form.removesuffix("+zero")
+    one, many = (json.loads((runs[n] / f"{name}.json").read_text()) for n, name in ((1, whole), (ranks, form)))
     assert len(one) == len(many) == (5 if form == "extras" else 2)
     for a, b in zip(one, many, strict=True):
         assert a["ids"] == b["ids"]
@@ -61,9 +63,44 @@ def test_ranks_give_what_one_process_gives(runs, form, ranks):
                 assert b["metrics"][name] == pytest.approx(value, rel=1e-5, abs=5e-6), (
                     name
                 )  # kl/ref: sums of differences
-    moved, other = (load_file(runs[n] / f"{form}.safetensors") for n in (1, ranks))
+    moved, other = (load_file(runs[n] / f"{name}.safetensors") for n, name in ((1, whole), (ranks, form)))
     gap = math.sqrt(sum(float((moved[n] - other[n]).square().sum()) for n in moved))
     assert gap <= 1e-3 * math.sqrt(sum(float(t.square().sum()) for t in moved.values()))
+
+
+def test_one_process_goes_on_from_what_shares_were_saved_as(runs):
+    """Of two ranks with zero: weights, masters and moments of the checkpoint come back whole, and are saved so."""
+    left = runs[2] / "zero-left"
+    trainer = rank_runs.noisy_run(left, resume=True, parallel="ddp", policy=tiny.llama().bfloat16())
+    assert trainer.steps_done == 2
+    for name, role in trainer.trained().items():
+        saved = load_file(left / "checkpoints" / "step-000002" / f"optimizer_{name}.safetensors")
+        back, _ = role.optimizer.checkpoint(name)
+        assert back.keys() == saved.keys() and any(key.startswith("master.") for key in saved)
+        assert all(torch.equal(back[key], saved[key]) for key in saved)
+        for param, master in zip(role.optimizer.params, role.optimizer.masters, strict=True):
+            assert torch.equal(param, master.to(param.dtype))
+    trainer.train()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_every_element_is_one_rank_s(ranks, monkeypatch):
+    monkeypatch.setattr(zero, "BUCKET_ELEMENTS", 50)
+    sizes = [7, 1, 90, 3, 3, 49, 2, 64]
+    dtypes = [torch.float32] * 3 + [torch.bfloat16] * 3 + [torch.float32] * 2
+    seen = [[0] * size for size in sizes]
+    for rank in range(ranks):
+        for bucket in zero.buckets_of(sizes, dtypes, ranks, rank):
+            assert len({dtypes[index] for index in bucket.parameters}) == 1
+            total = sum(sizes[index] for index in bucket.parameters)
+            assert total <= 50 or len(bucket.parameters) == 1
+            assert bucket.part == -(-total // ranks)
+            for piece in bucket.mine:
+                begins = sum(sizes[index] for index in bucket.parameters if index < piece.parameter)
+                assert rank * bucket.part + piece.at == begins + piece.start
+                for element in range(piece.start, piece.stop):
+                    seen[piece.parameter][element] += 1
+    assert all(set(counts) == {1} for counts in seen)
 
 
 KILLER = """
