@@ -27,6 +27,7 @@ BUCKETS = 14  # CUDA graphs of a rollout at most
 AUTO_SHARE = 0.9  # of the memory that micro_batch_tokens: auto fills; what fragmentation takes no plan knows
 CLOSE = 0.97  # of the memory: a micro-batch that fills so much is large enough
 FREE_SHARE = 2  # a rollout's cache takes half of what is free
+SHARED_BY_ZERO = ("fp32 masters", "optimizer")  # of several GPUs each holds its share
 
 
 def parse_size(text: str, field: str) -> int:
@@ -147,6 +148,8 @@ def _need(measured: Measured, phase: Phase, config: StageConfig, target: Target)
     if phase.trains:
         lines["gradients"] = min(measured.held["gradients"], max(0, rest))
         rest -= lines["gradients"]
+    if config.parallel == "zero":
+        lines |= {name: -(-lines[name] // target.gpus) for name in SHARED_BY_ZERO if name in lines}
     if cuda:
         rest -= phase.cpu_only
         lines["parked in host memory"] = -phase.parked
@@ -164,9 +167,7 @@ def _need(measured: Measured, phase: Phase, config: StageConfig, target: Target)
         if phase.cache:
             lines["CUDA graphs (assumed)"] = GRAPH_NODE * LAUNCHES * BUCKETS * measured.layers
         if target.gpus > 1 and phase.trains:
-            lines["buckets of the all-reduce"] = min(
-                measured.held["gradients"], max(4 * BUCKET_ELEMENTS, measured.largest)
-            )
+            lines["buckets between GPUs"] = min(measured.held["gradients"], max(4 * BUCKET_ELEMENTS, measured.largest))
     return Need({name: size for name, size in lines.items() if size})
 
 
@@ -218,7 +219,7 @@ def _most_slots(plan: Plan) -> int | None:
 def _changes(measure: Measurer, config: StageConfig) -> Iterator[Change]:
     """The switches that this run does not use, the least costly first, each on top of those before it, up to the one
     that makes it fit."""
-    for switch, fields, package in _switches(config):
+    for switch, fields, package in _switches(config, measure.target.gpus):
         if package is not None and not installed(package):
             yield Change(switch, None, f"needs the package {package} here too, to be computed")
             continue
@@ -229,16 +230,20 @@ def _changes(measure: Measurer, config: StageConfig) -> Iterator[Change]:
             return
 
 
-def _switches(config: StageConfig) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+def _switches(config: StageConfig, gpus: int) -> Iterator[tuple[str, dict[str, Any], str | None]]:
     """(as it is typed, the fields, the package that it needs)."""
     ppo = isinstance(config, PPOConfig)
+    averages = ppo and config.ema_decay is not None
+    zero = gpus > 1 and config.parallel == "ddp" and config.optimizer == "adamw" and not averages
+    if zero:
+        yield "parallel=zero", {"parallel": "zero"}, None
     if not config.gradient_checkpointing:
         yield "gradient_checkpointing=true", {"gradient_checkpointing": True}, None
     if config.lora is None and not getattr(config, "head_only", False):
         yield "lora=16", {"lora": lora_options(16)}, "peft"
     if config.quantize is None:
         yield "quantize=nf4", {"quantize": "nf4"}, "bitsandbytes"
-    if config.optimizer == "adamw":
+    if config.optimizer == "adamw" and config.parallel == "ddp" and not zero:
         yield "optimizer=adamw8bit", {"optimizer": "adamw8bit"}, None
     if ppo and not config.offload:
         yield "offload=true", {"offload": True}, None

@@ -18,7 +18,7 @@ from fastrlhf.config.stages import CONFIGS, PPOConfig, RewardConfig, SFTConfig
 
 ROOT = Path(__file__).parents[2]
 
-COMMON = """learning_rate lr_schedule warmup_steps max_grad_norm optimizer adam_betas adam_eps weight_decay
+COMMON = """learning_rate lr_schedule warmup_steps max_grad_norm parallel optimizer adam_betas adam_eps weight_decay
 micro_batch_tokens gradient_checkpointing lora quantize dtype
 attention chat_template prompt_format columns ignore_columns max_samples allow_drop skip_bad_rows seed save_every
 eval_every output_dir overwrite resume accept_changed"""
@@ -149,6 +149,9 @@ def test_no_field_is_parsed_and_ignored():
         (PPOConfig, {"advantage": "grpo"}, "advantage = grpo: compares responses; set samples_per_prompt >= 2"),
         (PPOConfig, {"quantize": "nf4"}, "quantize = nf4: quantised weights cannot be trained; set lora too"),
         (PPOConfig, {"quantize": "fp4"}, "quantize = 'fp4': expected nf4 or int8, or none"),
+        (SFTConfig, {"parallel": "zero", "optimizer": "adamw8bit"}, "use optimizer = adamw or parallel = ddp"),
+        (PPOConfig, {"parallel": "zero", "ema_decay": 0.9}, "averages whole weights; use parallel = ddp"),
+        (PPOConfig, {"parallel": "fsdp"}, "expected ddp or zero"),
         (PPOConfig, {"whiten_advantages": "x"}, "expected one of true, false, group"),
         (PPOConfig, {"whiten_advantages": "group"}, "a group needs samples_per_prompt >= 2"),
         (PPOConfig, {"packing": "x"}, "packing = 'x': expected true or false, or auto"),

@@ -11,8 +11,8 @@ from fastrlhf.config.recipe import load_recipe, resolved_yaml
 from fastrlhf.config.stages import CONFIGS, PPOConfig, RewardConfig, SFTConfig
 
 # Fields that act whatever the others are. A new field stands here or in the table, with the choices that switch it off.
-SHARED = """learning_rate lr_schedule warmup_steps max_grad_norm optimizer micro_batch_tokens adam_betas adam_eps
-weight_decay lora quantize dtype attention chat_template prompt_format columns
+SHARED = """learning_rate lr_schedule warmup_steps max_grad_norm parallel optimizer micro_batch_tokens adam_betas
+adam_eps weight_decay lora quantize dtype attention chat_template prompt_format columns
 ignore_columns max_samples allow_drop skip_bad_rows seed eval_every output_dir"""
 SUPERVISED = "total_steps max_tokens overlong mini_batch_size eval_fraction"
 ALWAYS = {

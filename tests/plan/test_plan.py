@@ -196,7 +196,12 @@ def test_lines_add_up_to_the_total_and_several_gpus_share_the_rows(folder):
         seen = sum(v for k, v in need.lines.items() if k not in BESIDE_TENSORS)
         assert seen == phase.peak - phase.parked - phase.cpu_only, name
     assert "parked in host memory" in plan.needs["rollout"].lines
-    assert "buckets of the all-reduce" in plan.needs["update of the policy"].lines
+    assert "buckets between GPUs" in plan.needs["update of the policy"].lines
+    zero = CONFIGS["ppo"](**fields, parallel="zero")
+    shared = make_plan("ppo", inputs, zero, Target(2 << 30, gpus=4), search=False)
+    for name, need in plan.needs.items():
+        held = {k: v for k, v in need.lines.items() if k in ("fp32 masters", "optimizer")}
+        assert held and {k: shared.needs[name].lines[k] for k in held} == {k: -(-v // 4) for k, v in held.items()}
     data = report.as_json(plan)
     assert json.loads(json.dumps(data)) == data and data["fits"] and data["peak"] == plan.peak
 
@@ -207,7 +212,7 @@ BESIDE_TENSORS = {
     "CUDA context (assumed)",
     "cuBLAS workspace (assumed)",
     "CUDA graphs (assumed)",
-    "buckets of the all-reduce",
+    "buckets between GPUs",
 }
 
 
