@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from tests import lora_runs as runs
 from tests import tiny
 from tests.runs import train_keeping
 
-pytest.importorskip("bitsandbytes")
-pytest.importorskip("peft")
+MISSING = [name for name in ("bitsandbytes", "peft") if find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
 KINDS = pytest.mark.parametrize("kind", ["nf4", "int8"])
 NF4 = [  # Dettmers et al. 2023, appendix E
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

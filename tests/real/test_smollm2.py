@@ -78,6 +78,7 @@ def test_the_gguf_file_answers_and_becomes_a_folder(unpacked, folder):
 def test_two_ppo_steps_then_generate(folder, tmp_path, capsys):
     out = tmp_path / "run"
     short = ["total_steps=2", "rollout_batch_size=2", "mini_batch_size=2", "max_new_tokens=6", "eval_every=0"]
+    short += ["critic=shared_trunk", "critic_learning_rate=auto"]  # half the weights of a checkpoint
     assert main(["ppo", "smollm2-cpu", f"policy={folder}", f"output_dir={out}", "save_every=0", *short]) == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
@@ -89,15 +90,13 @@ def test_two_ppo_steps_then_generate(folder, tmp_path, capsys):
     assert "Paris" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("name", "model"), [("hh_harmless_1000.jsonl.gz", "folder"), ("dpo_zh_demo.json", "two_layers")]
-)
-def test_two_reward_steps_on_real_feedback_then_score(name, model, request, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["hh_harmless_1000.jsonl.gz", "dpo_zh_demo.json"])
+def test_two_reward_steps_on_real_feedback_then_score(name, two_layers, tmp_path, capsys):
     if not REAL.is_dir():
         pytest.skip("../shared/data is not here")
     out, recipe = tmp_path / "run", tmp_path / "reward.yaml"
     fields = {
-        "model": request.getfixturevalue(model),
+        "model": two_layers,
         "data": str(REAL / name),
         "total_steps": 2,
         "mini_batch_size": 2,

@@ -85,8 +85,7 @@ def test_a_reference_of_another_shape_is_refused():
         ppo_trainer(ref_policy=tiny.llama(intermediate_size=48), ref_refresh_every=2)
 
 
-@pytest.mark.parametrize("leave_after", [1, 2])
-@pytest.mark.parametrize("form", ["separate", "lora", "given"])
+@pytest.mark.parametrize(("form", "leave_after"), [("separate", 1), ("separate", 2), ("lora", 2), ("given", 1)])
 def test_a_resumed_run_ends_with_the_same_bytes(form, leave_after, tmp_path):
     """Left before the first refresh, and right behind it."""
     fields = {"lora": 2, "ref_policy": tiny.llama(seed=5)} if form == "given" else FORMS[form]

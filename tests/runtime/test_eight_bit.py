@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from fastrlhf.runtime.optim import Optimizer
 from tests.runs import train_keeping
 from tests.stage_runs import build, differing, everything
 
-pytest.importorskip("bitsandbytes")
 NAMES = pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
-# The paged ones say on a CPU that they are not paged there.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [
+    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # the paged ones say on a CPU that they are not paged there
+]
 
 
 def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Optimizer]:
@@ -88,11 +90,16 @@ def test_state_comes_back_to_the_byte(name, dtype, tmp_path: Path):
     assert all(map(torch.equal, optimizer.masters, again.masters))
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 @pytest.mark.parametrize(
-    "fields",
-    [{"optimizer": "adamw8bit"}, {"optimizer": "paged_adamw8bit"}, {"optimizer": "adamw8bit", "lora": 8}],
-    ids=["8bit", "paged", "lora"],
+    ("stage", "fields"),
+    [
+        ("sft", {"optimizer": "adamw8bit"}),
+        ("reward", {"optimizer": "paged_adamw8bit"}),
+        ("reward", {"optimizer": "adamw8bit", "lora": 8}),
+        ("ppo", {"optimizer": "adamw8bit"}),
+        ("ppo", {"optimizer": "paged_adamw8bit", "lora": 8}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_a_resumed_run_ends_with_the_same_bytes(stage, fields, tmp_path):
     through = build(stage, **fields, output_dir=str(tmp_path / "through"))

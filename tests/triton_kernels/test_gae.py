@@ -57,7 +57,7 @@ def test_any_batch(device, batch, length, density, estimator, kl_coef, discounts
 @pytest.mark.parametrize("density", [0.02, 0.7, 1.0])
 def test_rows_of_several_tiles(device, density):
     """2,500 tokens are three tiles; with few tokens whole tiles are holes."""
-    arguments = problem(device, 3, 2500, density)
+    arguments = problem(device, 2, 2500, density)
     arguments[-1][0, 600:2100] = False
     ours = kernels.shape_and_gae(*arguments, kl_coef=0.1, gamma=0.99, backend="triton")
     for a, b in zip(ours, expected(*arguments, 0.1, "k1", 0.99, 0.95, None, True), strict=True):

@@ -87,8 +87,8 @@ def test_thresholds_of_candidates_and_of_histograms(device, monkeypatch, options
     """
     monkeypatch.setattr(sampling, "CANDIDATES", limit)
     torch.manual_seed(0)
-    logits = torch.randn(6, 1500, device=device) * 2
-    logits[1], logits[2], logits[3, 100:1400] = logits[1].round(), logits[2].bfloat16().float(), -torch.inf
+    logits = torch.randn(6, 1100, device=device) * 2
+    logits[1], logits[2], logits[3, 100:1000] = logits[1].round(), logits[2].bfloat16().float(), -torch.inf
     logits[4], logits[5] = 1.5, (logits[5] > 2).float()
     expected = "_histogram" if "top_k" not in options or (limit == 32 and options["top_k"] > 1) else kernel
     with recorded(start=True) as launches:
