@@ -99,6 +99,23 @@ def test_thresholds_of_candidates_and_of_histograms(device, monkeypatch, options
     torch.testing.assert_close(ours.log_probs, theirs.log_probs, atol=3e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("edge", [0x40570000, 0x40400000, 0x40580400])
+def test_neighbours_across_the_edge_of_a_pass_s_range_count_once(device, monkeypatch, edge):
+    """16 numbers that follow each other, 8 on either side of an edge; so nearly equal that k of them are k / 16."""
+    monkeypatch.setattr(sampling, "CANDIDATES", 32)
+    numbers = torch.arange(edge - 8, edge + 8, dtype=torch.int32, device=device).view(torch.float32)
+    logits = torch.full((3, 300), -40.0, device=device)
+    logits[:, 100:116] = numbers
+    for options, kept in [({"top_k": k}, k) for k in (7, 8, 9, 15)] + [
+        ({"top_p": p}, 16 * p) for p in (7 / 16, 9 / 16)
+    ]:
+        with recorded(start=True) as launches:
+            drawn = kernels.sample_tokens(logits, seed=5, backend="triton", **options)
+        assert "_histogram" in {launch.kernel.fn.__name__ for launch in launches}
+        shares = (drawn.policy_log_probs - drawn.log_probs).exp() * 16
+        assert float((shares - kept).abs().max()) < (0.01 if "top_k" in options else 1.01), options
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.0}], ids=str)
 def test_suppressed_vocabulary(device, options):
     """Whole blocks of -inf at both ends; ties; a row with one choice; a row with none."""

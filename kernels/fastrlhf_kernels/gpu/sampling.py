@@ -26,7 +26,8 @@ from . import tuning
 from .launch import launch
 from .terms import FLOOR, LN2, LOG2E, finite
 
-SHIFTS = (21, 10, 0)  # of the bits of a key that the passes look at
+# Of the 32 bits of a key: a pass looks at all that the one before it left, and at none that it counted.
+SHIFTS = (22, 11, 0)
 BINS = 2048
 UNIT = tl.constexpr(2.0**42)  # of mass, of which the largest logit has 1: sums of 2 ** 20 such fit 63 bits
 CANDIDATES = 8192  # logits, or maxima of blocks, that one program holds; half of it on AMD, where more spills
