@@ -265,7 +265,7 @@ def test_the_learning_rate_follows_warmup_and_schedule():
 def test_gradients_are_clipped():
     free, clipped = (trainer(config(max_grad_norm=norm)) for norm in (1e9, 0.01))
     norms = []
-    clipped.optimizer.inner.register_step_pre_hook(
+    clipped.optimizer.inner.register_step_post_hook(
         lambda *_: norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in clipped.optimizer.params)))
     )
     assert clipped.train()["grad_norm"] == pytest.approx(free.train()["grad_norm"]) and norms == pytest.approx([0.01])

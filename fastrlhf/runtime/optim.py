@@ -100,12 +100,9 @@ class Optimizer:
         return self.apply(learning_rate, self.gradient_norm())
 
     def gradient_norm(self) -> float:
-        """Add up the ranks' gradients and clip them to max_grad_norm (0: no clipping) -> their norm before that."""
+        """Add up the ranks' gradients -> their norm, by which `apply` clips them to max_grad_norm (0: no clipping)."""
         self._add_up_ranks()
-        norm = self._total_norm([p.grad for p in self.masters if p.grad is not None])
-        if self.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
-        return float(norm)
+        return float(self._total_norm([p.grad for p in self.masters if p.grad is not None]))
 
     def _add_up_ranks(self) -> None:
         distributed.all_reduce_gradients(self.masters)
@@ -119,10 +116,21 @@ class Optimizer:
         if finite:
             for group in self.inner.param_groups:
                 group["lr"] = learning_rate
+            self._clip(norm)
             self._step_inner()
             self._copy_down()
         self.zero_grad()
         return StepResult(norm, finite)
+
+    def _clip(self, norm: float) -> None:
+        """Scale gradients of this norm down to max_grad_norm. torch's AdamW does it as it reads them, so no pass over
+        them is spent; nor where nothing is to be clipped."""
+        factor = self.max_grad_norm / (norm + 1e-6) if self.max_grad_norm > 0 else 1.0
+        if isinstance(self.inner, torch.optim.AdamW):
+            divisor = torch.tensor(1.0 / factor, device=self.masters[0].device) if factor < 1.0 else None
+            self.inner.grad_scale = divisor
+        elif factor < 1.0:
+            torch._foreach_mul_([p.grad for p in self.masters if p.grad is not None], factor)
 
     def _step_inner(self) -> None:
         """Step the inner optimizer. Its first step allocates the moments: where memory runs out there, the gradients

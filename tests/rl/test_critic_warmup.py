@@ -168,12 +168,12 @@ def test_the_critic_clips_at_its_own_norm():
         t = ppo_trainer(max_grad_norm=0.5, critic_max_grad_norm=own, mini_batch_size=8, total_steps=1)
         norms: list[float] = []
 
-        def keep(inner, *_, norms=norms):
+        def keep(inner, *_, norms=norms):  # behind the step: it clips as it reads
             grads = [p.grad for p in inner.param_groups[0]["params"] if p.grad is not None]
             norms.append(sum(float(grad.double().square().sum()) for grad in grads) ** 0.5)
 
         for each in t.learner.optimizers():
-            each.inner.register_step_pre_hook(keep)
+            each.inner.register_step_post_hook(keep)
         metrics = next(iter(t)).metrics
         assert metrics["value/grad_norm"] > 0.5 and metrics["policy/grad_norm"] > 0.5
         assert norms == pytest.approx([expected, 0.5], rel=1e-3)  # the critic steps first
