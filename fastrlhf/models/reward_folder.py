@@ -1,10 +1,11 @@
-"""What lies in a reward model's folder beside its weights: how good it is on held-out rows, and its centre.
+"""What lies in a reward model's folder beside its weights: how good it is on held-out rows, its centre, and the way
+from its raw output to the scale of people's scores.
 
-The first is what reward training measured; PPO looks there for what to doubt. The second is a constant that is added to
-every score read here. Ouyang et al. 2022 (sec. 3.5) and Huang et al. 2024 shift a reward model so that the replies that
-SFT learnt score 0 on average. Pairs fix a score up to a constant only, and a constant matters where scores meet a
-number: a score for replies without an end, a clip. Stock transformers leaves it out, so its scores differ by it; the
-file says so.
+The first is what reward training measured; PPO looks there for what to doubt. The last is read where training goes on.
+The centre is a constant that is added to every score read here. Ouyang et al. 2022 (sec. 3.5) and Huang et al. 2024
+shift a reward model so that the replies that SFT learnt score 0 on average. Pairs fix a score up to a constant only,
+and a constant matters where scores meet a number: a score for replies without an end, a clip. Stock transformers leaves
+it out, so its scores differ by it; the file says so.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ HELD_OUT_FILE = "held_out.json"
 LEAST_ACCURACY = 0.6  # of ordered pairs; 0.5 is chance
 LEAST_CORRELATION = 0.31  # where rows have scores only: of two normal variables so correlated, 0.6 of all pairs agree
 BIAS_FILE = "score_bias.json"
+LINK_FILE = "score_link.json"
 NOTE = "fastrlhf adds bias to the output of the head `score`; stock transformers does not"
 
 
@@ -94,26 +96,45 @@ def bias_text(mean: float, replies: int) -> str:
 def bias_of(source: str | Path) -> Tensor | None:
     """What is added to the scores of the model in a folder or on a hub [1] fp32; None: nothing. UserError for a damaged
     file."""
-    path = _bias_file(source)
+    path = _beside(source, BIAS_FILE)
     if path is None or not path.is_file():
         return None
-    written = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        bias = json.loads(written)["bias"]
-    except (ValueError, LookupError, TypeError):
-        bias = None
-    if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
+    [bias] = _numbers(path, "bias")
+    if bias is None:
         raise UserError(f"{path}: holds no finite number `bias`; train the reward model anew with center_rewards=true")
-    return torch.tensor([float(bias)])
+    return torch.tensor([bias])
 
 
-def _bias_file(source: str | Path) -> Path | None:
-    """Where the BIAS_FILE of a model would lie; None: its hub has none."""
+def link_of(source: str | Path) -> tuple[float, float] | None:
+    """The scale and offset from raw outputs to people's scores of the model in a folder or on a hub; None: it has none.
+    UserError for a damaged file."""
+    path = _beside(source, LINK_FILE)
+    if path is None or not path.is_file():
+        return None
+    scale, offset = _numbers(path, "scale", "offset")
+    if scale is None or offset is None or scale <= 0:
+        raise UserError(f"{path}: holds no numbers `scale` > 0 and `offset`; remove the file to learn them anew")
+    return scale, offset
+
+
+def _numbers(path: Path, *names: str) -> list[float | None]:
+    """The finite numbers of these names in a JSON file, None for what is none."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        found = [written[name] for name in names]
+    except (ValueError, LookupError, TypeError):
+        return [None] * len(names)
+    numbers = [isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in found]
+    return [float(x) if number else None for x, number in zip(found, numbers)]
+
+
+def _beside(source: str | Path, file: str) -> Path | None:
+    """Where a file beside the weights of a model would lie; None: its hub has none."""
     folder = modelscope_folder(str(source), "reward") or Path(source)
     if folder.is_dir() or not HUB_ID.fullmatch(str(source)):
-        return folder / BIAS_FILE
+        return folder / file
     missing = dict.fromkeys(("missing_entries", "connection_errors", "gated_repo"), False)  # the weights told of those
-    found = cached_file(str(source), BIAS_FILE, **{f"_raise_exceptions_for_{name}": no for name, no in missing.items()})
+    found = cached_file(str(source), file, **{f"_raise_exceptions_for_{name}": no for name, no in missing.items()})
     return None if found is None else Path(found)
 
 
