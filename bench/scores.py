@@ -4,10 +4,11 @@
     python -m bench.scores --print bench/results/scores_cpu.json    # the table again
 
 Simulated annotators of the quickstart (`bench/quickstart_data`) judge two replies to each of its feedback's prompts:
-which is better, or what the first is worth from 1 to 5, or what both are. From the SFT model of a seed, in
-RUN/seed-N/sft/final (`python -m bench.verdict --work RUN` makes them), a reward model is trained on each kind of data,
-in two forms: `raw`, as it was (squared error of the raw output to scores in [-1, 1], a head of N(0, 1/(H+1))), and
-`link`, as it is (fastrlhf/reward). Accuracy: of every second one of the quickstart's clean held-out pairs.
+which is better, or what the first is worth from 1 to 5, or what both are, or the first two in turns (mixed; beside it
+the pairs of the mix alone, each seen twice). From the SFT model of a seed, in RUN/seed-N/sft/final (`python -m
+bench.verdict --work RUN` makes them), a reward model is trained on each kind of data, in two forms: `raw`, as it was
+(squared error of the raw output to scores in [-1, 1], a head of N(0, 1/(H+1))), and `link`, as it is (fastrlhf/reward).
+Accuracy: of every second one of the quickstart's clean held-out pairs.
 """
 
 from __future__ import annotations
@@ -37,11 +38,17 @@ from fastrlhf.reward.link import ScoreLink
 from fastrlhf.reward.losses import preference_loss
 from fastrlhf.reward_model import RewardTrainer
 
-KINDS = {"pairs": ("pairs",), "scores": ("scores",), "both scored": ("both scored",), "mixed": ("pairs", "scores")}
+KINDS = {  # what is asked of the records in turns; None: those are left out
+    "pairs": ("pairs",),
+    "scores": ("scores",),
+    "both scored": ("both scored",),
+    "mixed": ("pairs", "scores"),
+    "pairs of the mix": ("pairs", None),
+}
 FORMS = ("raw", "link")
-STEPS, ROWS = 150, 8  # optimizer steps, and records of one
+STEPS, ROWS = 120, 8  # optimizer steps, and records of one
 RUNS = [(form, kind) for form in FORMS for kind in KINDS if (form, kind) != ("raw", "both scored")]  # of a seed
-RECORDS = STEPS * ROWS  # each is seen once
+RECORDS = STEPS * ROWS
 TO_BEST_PART, TO_PAIRS = 0.0, -0.03  # bars: mixed less the better of pairs and scores; scores less pairs
 
 
@@ -74,7 +81,9 @@ def judged(kind: str, number: int) -> list[dict[str, Any]]:
             "scores": {"response": texts[0], "score": given[0]},
             "both scored": {"responses": texts, "scores": given},
         }
-        rows.append(row | asked[parts[i % len(parts)]])
+        part = parts[i % len(parts)]
+        if part is not None:
+            rows.append(row | asked[part])
     return rows
 
 
@@ -134,17 +143,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"\n{form}: mixed less its best part {found['mixed']:+.3f} (bar {TO_BEST_PART:+.3f}), scores of one reply "
             f"less pairs {found['scores']:+.3f} (bar {TO_PAIRS:+.3f})"
             + (f", scores of both less pairs {found['both scored']:+.3f}" if "both scored" in found else "")
+            + f", mixed less its own pairs alone {found['mixed less its own pairs']:+.3f}"
         )
     return "\n".join(lines)
 
 
 def differences(rows: Sequence[dict[str, Any]], form: str) -> dict[str, float]:
-    """What the bars are about, of mean accuracies: mixed less its best part; scores of one reply, and of both, less
-    pairs."""
+    """What the bars are about, of mean accuracies: mixed less the better of pairs and scores; scores of one reply, and
+    of both, less pairs. Beside them: mixed less the pairs of the mix alone."""
     found = {kind: [r["accuracy"] for r in rows if (r["form"], r["data"]) == (form, kind)] for kind in KINDS}
     mean = {kind: fmean(some) for kind, some in found.items() if some}
     less_pairs = {kind: mean[kind] - mean["pairs"] for kind in ("scores", "both scored") if kind in mean}
-    return less_pairs | {"mixed": mean["mixed"] - max(mean["pairs"], mean["scores"])}
+    found = less_pairs | {"mixed": mean["mixed"] - max(mean["pairs"], mean["scores"])}
+    if "pairs of the mix" in mean:
+        found["mixed less its own pairs"] = mean["mixed"] - mean["pairs of the mix"]
+    return found
 
 
 def passed(rows: Sequence[dict[str, Any]]) -> bool:
@@ -158,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.scores", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", metavar="RUN")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--json", type=Path, help="where to write one JSON line a run, as it comes")
+    parser.add_argument("--json", type=Path, help="where to write each run as it comes; what stands there is kept")
     parser.add_argument("--print", type=Path, metavar="JSON", help="print the table of this file, and train nothing")
     options = parser.parse_args(arguments)
     if options.print is not None:
@@ -167,10 +180,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.folder is None:
         parser.error("RUN: the folder of the SFT models is needed")
     rows: list[dict[str, Any]] = []
+    if options.json is not None and options.json.exists():
+        rows += json.loads(options.json.read_text(encoding="utf-8"))["runs"]
+    made = {(row["seed"], row["form"], row["data"]) for row in rows}
     report = {"steps": STEPS, "records": RECORDS, "machine": machine(), "runs": rows}
     with few_threads():
         for seed in options.seeds:
             for form, kind in RUNS:
+                if (seed, form, kind) in made:
+                    continue
                 rows.append(run(options.folder / f"seed-{seed}/sft/final", form, kind, seed))
                 print(json.dumps(rows[-1]), flush=True)
                 if options.json is not None:

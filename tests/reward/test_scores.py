@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from fastrlhf import UserError
 from fastrlhf.data.feedback import Feedback, parse_feedback
 from fastrlhf.models.reward_folder import LINK_FILE, link_of
+from fastrlhf.reward.head import settle_head
 from fastrlhf.reward.link import ScoreLink
 from fastrlhf.reward.losses import implied_ranking, preference_loss
 from fastrlhf.reward.raters import PRIOR, TOGETHER, raters_of
@@ -218,6 +219,17 @@ def test_the_order_of_scores_is_learnt_through_the_preference_loss():
 
 
 # ------------------------------------------------------------------------------------------------------ the first loss
+
+
+def test_a_row_that_is_not_finite_does_not_spoil_the_head():
+    model = trainer(data=apart(5)).model
+    before = model.score.weight.detach().clone()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = math.nan
+    settle_head(model, [[7, 7]])
+    assert torch.equal(model.score.weight, before)
+    settle_head(model, [[3, 4], [7, 7], [5, 6, 8], [9, 9, 3]])
+    assert model.score.weight.isfinite().all() and not torch.equal(model.score.weight, before)
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
