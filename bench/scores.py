@@ -4,11 +4,11 @@
     python -m bench.scores --print bench/results/scores_cpu.json    # the table again
 
 Simulated annotators of the quickstart (`bench/quickstart_data`) judge two replies to each of its feedback's prompts:
-which is better, or what the first is worth from 1 to 5, or what both are, or the first two in turns (mixed; beside it
-the pairs of the mix alone, each seen twice). From the SFT model of a seed, in RUN/seed-N/sft/final (`python -m
-bench.verdict --work RUN` makes them), a reward model is trained on each kind of data, in two forms: `raw`, as it was
-(squared error of the raw output to scores in [-1, 1], a head of N(0, 1/(H+1))), and `link`, as it is (fastrlhf/reward).
-Accuracy: of every second one of the quickstart's clean held-out pairs.
+which is better, or what the first is worth from 1 to 5, or what both are, or the first two in turns (mixed). From the
+SFT model of a seed, in RUN/seed-N/sft/final (`python -m bench.verdict --work RUN` makes them), a reward model is
+trained on each kind of data, in two forms: `raw`, as it was (squared error of the raw output to scores in [-1, 1], a
+head of N(0, 1/(H+1))), and `link`, as it is (fastrlhf/reward). Accuracy: of every second one of the quickstart's clean
+held-out pairs.
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ from fastrlhf.reward.link import ScoreLink
 from fastrlhf.reward.losses import preference_loss
 from fastrlhf.reward_model import RewardTrainer
 
-KINDS = {  # what is asked of the records in turns; None: those are left out
+KINDS = {  # what is asked of the records, in turns
     "pairs": ("pairs",),
     "scores": ("scores",),
     "both scored": ("both scored",),
     "mixed": ("pairs", "scores"),
-    "pairs of the mix": ("pairs", None),
 }
 FORMS = ("raw", "link")
 STEPS, ROWS = 120, 8  # optimizer steps, and records of one
@@ -81,9 +80,7 @@ def judged(kind: str, number: int) -> list[dict[str, Any]]:
             "scores": {"response": texts[0], "score": given[0]},
             "both scored": {"responses": texts, "scores": given},
         }
-        part = parts[i % len(parts)]
-        if part is not None:
-            rows.append(row | asked[part])
+        rows.append(row | asked[parts[i % len(parts)]])
     return rows
 
 
@@ -143,21 +140,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"\n{form}: mixed less its best part {found['mixed']:+.3f} (bar {TO_BEST_PART:+.3f}), scores of one reply "
             f"less pairs {found['scores']:+.3f} (bar {TO_PAIRS:+.3f})"
             + (f", scores of both less pairs {found['both scored']:+.3f}" if "both scored" in found else "")
-            + f", mixed less its own pairs alone {found['mixed less its own pairs']:+.3f}"
         )
     return "\n".join(lines)
 
 
 def differences(rows: Sequence[dict[str, Any]], form: str) -> dict[str, float]:
     """What the bars are about, of mean accuracies: mixed less the better of pairs and scores; scores of one reply, and
-    of both, less pairs. Beside them: mixed less the pairs of the mix alone."""
+    of both, less pairs."""
     found = {kind: [r["accuracy"] for r in rows if (r["form"], r["data"]) == (form, kind)] for kind in KINDS}
     mean = {kind: fmean(some) for kind, some in found.items() if some}
     less_pairs = {kind: mean[kind] - mean["pairs"] for kind in ("scores", "both scored") if kind in mean}
-    found = less_pairs | {"mixed": mean["mixed"] - max(mean["pairs"], mean["scores"])}
-    if "pairs of the mix" in mean:
-        found["mixed less its own pairs"] = mean["mixed"] - mean["pairs of the mix"]
-    return found
+    return less_pairs | {"mixed": mean["mixed"] - max(mean["pairs"], mean["scores"])}
 
 
 def passed(rows: Sequence[dict[str, Any]]) -> bool:

@@ -19,8 +19,6 @@ def row(form: str, kind: str, accuracy: float) -> dict:
 
 def test_all_kinds_of_a_seed_are_the_same_judgements():
     kinds = {kind: scores.judged(kind, 3) for kind in scores.KINDS}
-    of_mix = kinds.pop("pairs of the mix")
-    assert of_mix == kinds["mixed"][::2] and all("chosen" in r for r in of_mix)
     parsed = {kind: [parse_feedback(r, "here") for r in rows] for kind, rows in kinds.items()}
     assert {len(rows) for rows in parsed.values()} == {scores.RECORDS}
     for pair, one, both, mixed in zip(*parsed.values(), strict=True):
