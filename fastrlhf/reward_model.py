@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.agreement.figures import figures
@@ -23,12 +23,24 @@ from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.data.encode import Record
 from fastrlhf.models.backbone import load_scalar_backbone
-from fastrlhf.models.heads import sequence_scores
+from fastrlhf.models.heads import Readout, readout_of, scalar_outputs, sequence_scores
 from fastrlhf.models.loading import is_scalar_model, make_trainable
 from fastrlhf.models.lora import REWARD
-from fastrlhf.models.reward_folder import BIAS_FILE, HELD_OUT_FILE, LINK_FILE, HeldOut, bias_text, link_of
+from fastrlhf.models.reward_folder import (
+    BIAS_FILE,
+    HELD_OUT_FILE,
+    LINK_FILE,
+    READOUT_FILE,
+    READOUT_NOTE,
+    HeldOut,
+    bias_text,
+    link_of,
+    readout_text,
+)
 from fastrlhf.models.saving import padding_tokenizer
+from fastrlhf.preflight.readout import asked_readout
 from fastrlhf.preflight.stages import Supervised, prepare_supervised
+from fastrlhf.reward.features import Features, choose_readout
 from fastrlhf.reward.head import SAMPLED, settle_head
 from fastrlhf.reward.link import ScoreLink
 from fastrlhf.reward.raters import records_with_scores
@@ -94,13 +106,37 @@ class RewardTrainer(SupervisedTrainer):
         ready.fits(self.model)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         new = not is_scalar_model(model)
+        self.link = ScoreLink(ready.raters, config.score_range, None if new else link_of(self._source(model)))
+        self.features: Features | None = None
+        if config.head_only:
+            self._linear(new)
         if new:
             rows = [row for item in self.items for row in item.rows]
             settle_head(self.model, random.Random(f"head {config.seed}").sample(rows, min(SAMPLED, len(rows))))
         trained = self.model if self.adapters is None else self._trained_parts()
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
         self.has_scores = bool(records_with_scores(self.items))
-        self.link = ScoreLink(ready.raters, config.score_range, None if new else link_of(self._source(model)))
+
+    def _linear(self, new: bool) -> None:
+        """Make the model r(y) = w'y + b with y where the config says. new: its head is."""
+        config, head = self.config, self.model.score
+        if new and config.readout == "auto":
+            many = (self.items, self.eval_records, self.link)
+            tried = self.memory.attempt(lambda: choose_readout(self.model, *many, self.memory.tokens, config.seed))
+            chosen, stock = tried[0], next(t for t in tried if t.readout == Readout())
+            self.tracker.note(
+                f"readout = auto: {chosen.readout}, of {len(tried)}: loss {chosen.loss:.3f} of a held-out record, "
+                f"where {stock.readout} has {stock.loss:.3f}; figures on the same rows are a little too good"
+            )
+            self.model.score_readout = chosen.readout
+        elif new:
+            self.model.score_readout = asked_readout(config)
+            layers = self.model.config.get_text_config().num_hidden_layers  # a GGUF file tells only now
+            self.model.score_readout.check(layers, "readout_layer")
+        if readout_of(self.model) != Readout():
+            self.tracker.note(READOUT_NOTE.format(readout_of(self.model)))
+        if head.bias is None:
+            head.bias = nn.Parameter(torch.zeros(1, device=head.weight.device, dtype=head.weight.dtype))
 
     @staticmethod
     def _source(model: str | PreTrainedModel) -> str:
@@ -119,7 +155,7 @@ class RewardTrainer(SupervisedTrainer):
         self.link.take_gradient()  # of a try that ran out of memory
         weight = sum(record.judgements for record in records)
         for group in self.micro_batches(records):
-            scores = sequence_scores(self.model, [row for record in group for row in record.rows])
+            scores = self._raw([row for record in group for row in record.rows])
             parts = scores.split([len(record.rows) for record in group])
             losses = [r.judgements * self.link.loss(s, r.feedback) for s, r in zip(parts, group, strict=True)]
             loss = torch.stack(losses).sum() / weight
@@ -129,6 +165,29 @@ class RewardTrainer(SupervisedTrainer):
                 values, ordered = s.tolist(), record.feedback.ordered_pairs()
                 counts += torch.tensor([len(ordered), sum(values[i] > values[j] for i, j in ordered)])
         return total, counts, self.link.take_gradient()
+
+    def _raw(self, rows: list[list[int]]) -> Tensor:
+        """Raw outputs [B] fp32 of token rows, to be differentiated; with head_only from features that were kept."""
+        if not self.config.head_only:
+            return sequence_scores(self.model, rows)
+        return scalar_outputs(self.model.score, self._features().of(rows).to(self.device))
+
+    def _features(self) -> Features:
+        """What the frozen trunk says of all rows of the run, read at the first need: a checkpoint brings its trunk."""
+        if self.features is None:
+            rows = [row for record in (*self.items, *self.eval_records) for row in record.rows]
+            rows += [example.ids for example in self.sft_replies]
+            self.model.eval()
+            self.features = self.memory.attempt(lambda: Features(self.model, rows, self.memory.tokens))
+            self.tracker.note(f"head_only: the features of {len(rows)} rows are read once and kept")
+        return self.features
+
+    @torch.no_grad()
+    def _scores(self, rows: list[list[int]]) -> Tensor:
+        """Raw outputs [B] fp32 on the CPU of rows of the run; one rank may ask alone."""
+        if self.features is not None:
+            return self._raw(rows).cpu()
+        return self.memory.attempt(lambda: score_rows(self.model, rows, self.memory.tokens))
 
     def updated(self, sums: Sequence[Tensor], rate: float) -> None:
         if self.has_scores and self.config.learning_rate:
@@ -156,6 +215,8 @@ class RewardTrainer(SupervisedTrainer):
         if not self.eval_records:
             return {}
         self.model.eval()
+        if self.config.head_only:
+            self._features()
         scores = self._held_out_scores()
         parts = scores.split([len(r.rows) for r in self.eval_records])
         both = list(zip(parts, (r.feedback for r in self.eval_records), strict=True))
@@ -211,7 +272,7 @@ class RewardTrainer(SupervisedTrainer):
         mine = assign_rows([len(row) for row in rows])
         rows_of_this_rank = [rows[i] for i in mine]
         scores = torch.zeros(len(rows))
-        scores[mine] = self.memory.attempt(lambda: score_rows(self.model, rows_of_this_rank, self.memory.tokens))
+        scores[mine] = self._scores(rows_of_this_rank)
         distributed.all_reduce_sum(scores)
         return scores
 
@@ -227,22 +288,33 @@ class RewardTrainer(SupervisedTrainer):
         texts = {HELD_OUT_FILE: self.held_out.text()}
         if self.has_scores:
             texts[LINK_FILE] = self.link.text()
-        if self.sft_replies:
-            texts[BIAS_FILE] = self._centring()
+        if readout_of(self.model) != Readout():
+            texts[READOUT_FILE] = readout_text(readout_of(self.model))
+        bias = self.model.score.bias
+        learnt = 0.0 if bias is None else float(bias.detach())
+        if self.sft_replies or learnt:
+            texts[BIAS_FILE] = bias_text(self._mean_of_sft(), len(self.sft_replies), learnt)
         return texts
 
-    def _centring(self) -> str:
-        """What centres the weights as they are. Only the rank that writes them asks."""
+    def _mean_of_sft(self) -> float:
+        """The mean raw output of the SFT replies, which centres the weights as they are; 0 without any. Only the rank
+        that writes them asks."""
+        if not self.sft_replies:
+            return 0.0
         rows = [example.ids for example in self.sft_replies]
         self.model.eval()
-        scores = self.memory.attempt(lambda: score_rows(self.model, rows, self.memory.tokens))
-        mean = float(scores.double().mean())
+        mean = float(self._scores(rows).double().mean())
         self.tracker.note(f"center_rewards: {len(rows)} replies of sft_data score {mean:.3g} on average, now 0")
-        return bias_text(mean, len(rows))
+        return mean
+
+    def _stock_weights(self) -> dict[str, Tensor]:
+        """The weights as stock transformers has them, without a bias of the head."""
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name != "score.bias"}
 
     def trained(self) -> dict[str, TrainedRole]:
         if self.adapters is None:
-            return {"model": TrainedRole(self.model, self.optimizer)}
+            merged = None if self.model.score.bias is None else self._stock_weights
+            return {"model": TrainedRole(self.model, self.optimizer, merged=merged)}
         head = dict(self.model.score.named_parameters())
         return {"model": self.adapters.trained(REWARD, self.optimizer, self._trained_parts(), head)}
 

@@ -180,7 +180,7 @@ def test_head_only_trains_the_head_alone():
     t.train()
     assert same(before, weights(t.model.model)) and same(before, weights(model.model))
     assert not torch.equal(head, t.model.score.weight)
-    assert sum(len(group["params"]) for group in t.optimizer.inner.param_groups) == 1
+    assert sum(len(group["params"]) for group in t.optimizer.inner.param_groups) == 2  # w and b
 
 
 def test_the_trunk_is_a_copy_and_the_head_starts_small():

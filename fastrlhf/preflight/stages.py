@@ -28,6 +28,7 @@ from fastrlhf.models.reward_folder import HeldOut
 from fastrlhf.preflight.disk import Trained, check_folder, check_room, trained_bytes
 from fastrlhf.preflight.fits import check_ids, check_limit
 from fastrlhf.preflight.outline import sizes, supervised_steps
+from fastrlhf.preflight.readout import check_readout
 from fastrlhf.preflight.roles import check_policy, check_readers, read_roles, readable_prompts, trained_roles
 from fastrlhf.preflight.rows import Sentences, check_dropped, describe_rows
 from fastrlhf.reward.raters import Raters, check_scores, joined, raters_of
@@ -111,6 +112,8 @@ def prepare_supervised(
     said = _sentences(config, [*sources, *sft], notes, f"max_tokens = {config.max_tokens}")
     if learner is not None:
         fits(learner)
+    if config.stage == "reward":
+        check_readout(config, model, learner, held_out=given or config.eval_fraction > 0)
 
     items, held_out = sources[0].items, sources[1].items if len(sources) > 1 else []
     if len(sources) == 1 and config.eval_fraction:

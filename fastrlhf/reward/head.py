@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf.models.heads import last_hidden
+from fastrlhf.models.heads import readout_of, row_states
 from fastrlhf.runtime import distributed
 
 SPREAD = 0.3  # deviation of the first raw outputs
@@ -19,14 +19,14 @@ SAMPLED = 64  # token rows that tell where the states are
 def settle_head(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
     """Turn the drawn head `score` so that its outputs on these token rows have mean 0, deviation SPREAD at most.
 
-    The last hidden states of a language model have a large common part, their mean, and few directions in which they
+    The hidden states of a language model have a large common part, their mean, and few directions in which they
     differ much; a head drawn at random gives both scores far from 0. What it sees of the mean is taken from it, and of
     those directions, the largest first, until the deviation is small. It is not made shorter where that will do: a
     short head learns slowly. One row at a time, whatever the memory; rows whose states are not finite tell nothing. All
     ranks get the head of the first one.
     """
     model.eval()
-    states = torch.cat([last_hidden(model, [row]).cpu().double() for row in rows])
+    states = torch.cat([row_states(model, [row], readout_of(model)).cpu().double() for row in rows])
     states = states[states.isfinite().all(-1)]
     head = model.score.weight[0].cpu().double()
     if len(states):

@@ -72,9 +72,9 @@ def _moments(values: Sequence[float]) -> tuple[float, float]:
 
 
 def check_scores(records: Sequence[Record], score_range: tuple[float, float]) -> None:
-    """UserError where every score that is learnt from is the same one: it tells no reply from another."""
+    """UserError where several scores are learnt from and are all the same: they tell no reply from another."""
     scores = [score for record in records for score in record.feedback.scores or ()]
-    if len(set(scores)) == 1:
+    if len(scores) > 1 and len(set(scores)) == 1:
         low, high = score_range
         value, where = low + (scores[0] + 1) / 2 * (high - low), records_with_scores(records)[0].feedback.where
         raise UserError(
