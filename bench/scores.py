@@ -4,16 +4,18 @@
     python -m bench.scores --print bench/results/scores_cpu.json    # the table again
 
 Simulated annotators of the quickstart (`bench/quickstart_data`) judge two replies to each of its feedback's prompts:
-which is better, or what the first is worth from 1 to 5, or what both are, or the first two in turns (mixed). From the
-SFT model of a seed, in RUN/seed-N/sft/final (`python -m bench.verdict --work RUN` makes them), a reward model is
-trained on each kind of data, in two forms: `raw`, as it was (squared error of the raw output to scores in [-1, 1], a
-head of N(0, 1/(H+1))), and `link`, as it is (fastrlhf/reward). Accuracy: of every second one of the quickstart's clean
-held-out pairs.
+which is better; or what the first is worth from 1 to 5; or what both are; or the first two in turns (mixed). `pairs of
+mixed` are those alone, for as many steps: half the records, twice. From the SFT model of a seed, in
+RUN/seed-N/sft/final (`python -m bench.verdict --work RUN` makes them), a reward model is trained on each, in two forms:
+`raw`, as it was (squared error of the raw output to scores in [-1, 1], a head of N(0, 1/(H+1))), and `link`, as it is
+(fastrlhf/reward). Accuracy: of clean pairs of a good reply and one with a fault, as the quickstart's held-out ones are
+made, each fault once for each of PROMPTS held-out prompts. Intervals: 90 %, bootstrap over seeds and prompts.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.critics import interval
 from bench.kernels import machine
 from bench.processes import write_row
 from bench.quickstart_data.generate import ANNOTATORS, FAULTS, Cell, Reply, as_score, good_reply, spoil
@@ -38,17 +41,24 @@ from fastrlhf.reward.link import ScoreLink
 from fastrlhf.reward.losses import preference_loss
 from fastrlhf.reward_model import RewardTrainer
 
-KINDS = {  # what is asked of the records, in turns
+KINDS = {  # what is asked of the records, in turns; None: nothing, the record is left out
     "pairs": ("pairs",),
     "scores": ("scores",),
     "both scored": ("both scored",),
     "mixed": ("pairs", "scores"),
+    "pairs of mixed": ("pairs", None),
 }
 FORMS = ("raw", "link")
 STEPS, ROWS = 120, 8  # optimizer steps, and records of one
-RUNS = [(form, kind) for form in FORMS for kind in KINDS if (form, kind) != ("raw", "both scored")]  # of a seed
+RUNS = [("link", kind) for kind in KINDS] + [("raw", kind) for kind in ("pairs", "scores", "mixed")]  # of a seed
 RECORDS = STEPS * ROWS
-TO_BEST_PART, TO_PAIRS = 0.0, -0.03  # bars: mixed less the better of pairs and scores; scores less pairs
+PROMPTS = 192  # held out, of 288
+BARS = {  # what is compared with what, and the bar of the difference
+    ("scores", "pairs"): -0.03,
+    ("both scored", "pairs"): -0.03,
+    ("mixed", "pairs of mixed"): 0.0,
+    ("mixed", "scores"): 0.0,
+}
 
 
 class Raw(ScoreLink):
@@ -80,7 +90,22 @@ def judged(kind: str, number: int) -> list[dict[str, Any]]:
             "scores": {"response": texts[0], "score": given[0]},
             "both scored": {"responses": texts, "scores": given},
         }
-        rows.append(row | asked[parts[i % len(parts)]])
+        part = parts[i % len(parts)]
+        if part is not None:
+            rows.append(row | asked[part])
+    return rows
+
+
+@functools.cache
+def held_out() -> list[dict[str, Any]]:
+    """Clean pairs with new replies, the same in every run."""
+    random, rows = Random("bench.scores held out"), []
+    prompts = [row["prompt"] for row in shipped("heldout_prompts")]
+    for prompt in random.sample(prompts, PROMPTS):
+        cell = Cell(*parse_prompt(prompt[-1]["content"]))
+        for fault in FAULTS:
+            better, worse = good_reply(cell, random), spoil(good_reply(cell, random), cell, fault, random)
+            rows.append({"prompt": prompt, "chosen": better.text, "rejected": worse.text, "fault": fault})
     return rows
 
 
@@ -97,9 +122,8 @@ def run(model: Path, form: str, kind: str, seed: int) -> dict[str, Any]:
     began = time.monotonic()
     sizes = {"total_steps": STEPS, "mini_batch_size": ROWS, "max_tokens": 128, "micro_batch_tokens": 4096}
     rates = {"learning_rate": 3e-4, "warmup_steps": 20, "dtype": "fp32", "eval_every": 0, "eval_fraction": 0.0}
-    held_out = shipped("heldout_pairs")[::2]
     config = RewardConfig(**sizes, **rates, seed=seed)
-    trainer = RewardTrainer(config, model=str(model), data=judged(kind, seed), eval_data=held_out)
+    trainer = RewardTrainer(config, model=str(model), data=judged(kind, seed), eval_data=held_out())
     if form == "raw":
         head, draw = trainer.model.score.weight, torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -108,7 +132,7 @@ def run(model: Path, form: str, kind: str, seed: int) -> dict[str, Any]:
     losses = [step.metrics["loss/train"] for step in trainer]
     parts = trainer._held_out_scores().split(2)
     right = [bool(better > worse) for better, worse in parts]
-    faults = {fault: fmean(r for r, row in zip(right, held_out) if row["fault"] == fault) for fault in FAULTS}
+    faults = {fault: fmean(r for r, row in zip(right, held_out()) if row["fault"] == fault) for fault in FAULTS}
     return {
         "form": form,
         "data": kind,
@@ -118,6 +142,7 @@ def run(model: Path, form: str, kind: str, seed: int) -> dict[str, Any]:
         "first_losses": fmean(losses[:5]),
         "scale": trainer.link.scale,
         "seconds": round(time.monotonic() - began, 1),
+        "right": "".join(str(int(r)) for r in right),  # 0 or 1 a held-out pair
     }
 
 
@@ -134,29 +159,42 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 continue
             cells.append(f"{' / '.join(f'{x:.3f}' for x in found)}, mean {fmean(found):.3f}")
         lines.append(f"| {form} | " + " | ".join(cells) + " |")
+    lines.append("")
     for form in FORMS:
-        found = differences(rows, form)
-        lines.append(
-            f"\n{form}: mixed less its best part {found['mixed']:+.3f} (bar {TO_BEST_PART:+.3f}), scores of one reply "
-            f"less pairs {found['scores']:+.3f} (bar {TO_PAIRS:+.3f})"
-            + (f", scores of both less pairs {found['both scored']:+.3f}" if "both scored" in found else "")
-        )
+        for (kind, other), bar in BARS.items():
+            found = difference(rows, (form, kind), (form, other))
+            if found is not None:
+                verdict = "met" if found[0] >= bar else "missed"
+                lines.append(f"{form}: {kind} less {other} {said(found)}; bar {bar:+.2f}: {verdict}")
+    for kind in kinds:
+        found = difference(rows, ("link", kind), ("raw", kind))
+        if found is not None:
+            lines.append(f"link less raw, {kind}: {said(found)}")
     return "\n".join(lines)
 
 
-def differences(rows: Sequence[dict[str, Any]], form: str) -> dict[str, float]:
-    """What the bars are about, of mean accuracies: mixed less the better of pairs and scores; scores of one reply, and
-    of both, less pairs."""
-    found = {kind: [r["accuracy"] for r in rows if (r["form"], r["data"]) == (form, kind)] for kind in KINDS}
-    mean = {kind: fmean(some) for kind, some in found.items() if some}
-    less_pairs = {kind: mean[kind] - mean["pairs"] for kind in ("scores", "both scored") if kind in mean}
-    return less_pairs | {"mixed": mean["mixed"] - max(mean["pairs"], mean["scores"])}
+def said(found: tuple[float, float, float]) -> str:
+    """A difference and its interval."""
+    return f"{found[0]:+.3f} ({found[1]:+.3f} to {found[2]:+.3f})"
+
+
+def difference(
+    rows: Sequence[dict[str, Any]], one: tuple[str, str], other: tuple[str, str]
+) -> tuple[float, float, float] | None:
+    """Of the accuracies of two (form, kind), over the seeds that have both: mean and the ends of its interval; None: no
+    seed has."""
+    by = {(row["form"], row["data"], row["seed"]): torch.tensor(list(map(float, row["right"]))) for row in rows}
+    seeds = [seed for *run, seed in by if tuple(run) == one and (*other, seed) in by]
+    if not seeds:
+        return None
+    of_pairs = torch.stack([by[(*one, seed)] - by[(*other, seed)] for seed in seeds]).double()
+    return interval(of_pairs.unflatten(1, (-1, len(FAULTS))).mean(2))  # a prompt's pairs belong together
 
 
 def passed(rows: Sequence[dict[str, Any]]) -> bool:
     """Whether `link` is within the bars."""
-    found = differences(rows, "link")
-    return found["mixed"] >= TO_BEST_PART and found["scores"] >= TO_PAIRS
+    found = [(difference(rows, ("link", kind), ("link", other)), bar) for (kind, other), bar in BARS.items()]
+    return all(some is not None and some[0] >= bar for some, bar in found)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json is not None and options.json.exists():
         rows += json.loads(options.json.read_text(encoding="utf-8"))["runs"]
     made = {(row["seed"], row["form"], row["data"]) for row in rows}
-    report = {"steps": STEPS, "records": RECORDS, "machine": machine(), "runs": rows}
+    report = {"steps": STEPS, "records": RECORDS, "pairs": PROMPTS * len(FAULTS), "machine": machine(), "runs": rows}
     with few_threads():
         for seed in options.seeds:
             for form, kind in RUNS:
