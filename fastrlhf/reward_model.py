@@ -40,7 +40,7 @@ from fastrlhf.models.reward_folder import (
 from fastrlhf.models.saving import padding_tokenizer
 from fastrlhf.preflight.readout import asked_readout
 from fastrlhf.preflight.stages import Supervised, prepare_supervised
-from fastrlhf.reward.features import Features, choose_readout
+from fastrlhf.reward.features import Features, KeptReadout, choose_readout
 from fastrlhf.reward.head import SAMPLED, settle_head
 from fastrlhf.reward.link import ScoreLink
 from fastrlhf.reward.raters import records_with_scores
@@ -153,6 +153,8 @@ class RewardTrainer(SupervisedTrainer):
         pairs, and how many of them in the right order; the gradient of the link of scores."""
         total, counts = torch.zeros((), device=self.device), torch.zeros(2)
         self.link.take_gradient()  # of a try that ran out of memory
+        if self.config.head_only:
+            self._features()  # by all ranks together, also those without a record here
         weight = sum(record.judgements for record in records)
         for group in self.micro_batches(records):
             scores = self._raw([row for record in group for row in record.rows])
@@ -282,7 +284,8 @@ class RewardTrainer(SupervisedTrainer):
         return super().__iter__()
 
     def parts(self) -> dict[str, Stateful]:
-        return {**super().parts(), "held_out": self.held_out, "score_link": self.link}
+        own = {"held_out": self.held_out, "score_link": self.link, "readout": KeptReadout(self.model)}
+        return {**super().parts(), **own}
 
     def beside_the_model(self) -> dict[str, str]:
         texts = {HELD_OUT_FILE: self.held_out.text()}

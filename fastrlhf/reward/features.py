@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,19 @@ class Features:
     def of(self, rows: Rows) -> Tensor:
         """The states [B, H] of these rows; KeyError for one that was not read."""
         return self._states[[self._places[id(row)] for row in rows]]
+
+
+class KeptReadout:
+    """A model's readout as a part of a checkpoint: `auto` might choose another one on another machine."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def state(self) -> dict[str, Any]:
+        return readout_of(self.model)._asdict()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.model.score_readout = Readout(**state)
 
 
 class Tried(NamedTuple):

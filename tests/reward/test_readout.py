@@ -133,6 +133,19 @@ def test_auto_takes_what_tells_most_on_held_out_rows(capsys):
     assert {x.readout for x in tried} == set(candidates(2))
 
 
+def test_a_resumed_run_keeps_what_auto_chose(tmp_path, monkeypatch):
+    fields = {**LINEAR, "readout": "auto", "output_dir": str(tmp_path / "r"), "save_every": 2}
+    first = linear(fields, eval_data=[PAIR, SCORE])
+    chosen, others = heads.readout_of(first.model), candidates(2)
+    leave_after(first, 2)
+    others.remove(chosen)
+    tried = [features.Tried(r, 0.1) for r in (*others, chosen)]
+    monkeypatch.setattr("fastrlhf.reward_model.choose_readout", lambda *_: tried)
+    again = linear({**fields, "resume": True}, eval_data=[PAIR, SCORE])
+    assert again.steps_done == 2 and heads.readout_of(again.model) == chosen
+    again.train()
+
+
 def test_candidates_hold_the_stock_readout_first_and_are_spread_over_the_layers():
     assert candidates(2) == [Readout("last"), Readout("mean"), Readout("last", 1), Readout("mean", 1)]
     many = candidates(30)
