@@ -31,7 +31,6 @@ from fastrlhf.models.reward_folder import (
     HELD_OUT_FILE,
     LINK_FILE,
     READOUT_FILE,
-    READOUT_NOTE,
     HeldOut,
     bias_text,
     link_of,
@@ -133,8 +132,6 @@ class RewardTrainer(SupervisedTrainer):
             self.model.score_readout = asked_readout(config)
             layers = self.model.config.get_text_config().num_hidden_layers  # a GGUF file tells only now
             self.model.score_readout.check(layers, "readout_layer")
-        if readout_of(self.model) != Readout():
-            self.tracker.note(READOUT_NOTE.format(readout_of(self.model)))
         if head.bias is None:
             head.bias = nn.Parameter(torch.zeros(1, device=head.weight.device, dtype=head.weight.dtype))
 
@@ -297,6 +294,10 @@ class RewardTrainer(SupervisedTrainer):
         learnt = 0.0 if bias is None else float(bias.detach())
         if self.sft_replies or learnt:
             texts[BIAS_FILE] = bias_text(self._mean_of_sft(), len(self.sft_replies), learnt)
+        unread = [file for file in (READOUT_FILE, BIAS_FILE) if file in texts]
+        if unread:
+            files = " and ".join(unread)
+            self.tracker.note(f"stock transformers does not read {files} beside the weights, and scores otherwise")
         return texts
 
     def _mean_of_sft(self) -> float:

@@ -166,9 +166,12 @@ def test_the_folder_says_that_stock_code_scores_otherwise(folder, capsys):
         stock = AutoModelForSequenceClassification.from_pretrained(folder)
         theirs = stock(input_ids=torch.tensor([ROWS[0]])).logits[0]
     assert not torch.allclose(ours, theirs, atol=1e-3)
-    t = linear(MEAN_OF_1)
-    assert "scores otherwise" in capsys.readouterr().out
-    assert READOUT_FILE not in trainer().beside_the_model() and READOUT_FILE in t.beside_the_model()
+    again = linear(LINEAR, model=folder)
+    capsys.readouterr()
+    assert {READOUT_FILE, BIAS_FILE} <= again.beside_the_model().keys()
+    said = f"stock transformers does not read {READOUT_FILE} and {BIAS_FILE} beside the weights, and scores otherwise"
+    assert said in capsys.readouterr().out
+    assert not {READOUT_FILE, BIAS_FILE} & trainer().beside_the_model().keys()
 
 
 PROMPTS, REPLIES = [CAT, MOON], ["yes", "the moon"]
