@@ -5,7 +5,7 @@
 
 Simulated annotators of the quickstart (`bench/quickstart_data`) judge two replies to each of its feedback's prompts:
 which is better; or what the first is worth from 1 to 5; or what both are; or the first two in turns (mixed). `pairs of
-mixed` are those alone, for as many steps: half the records, twice. From the SFT model of a seed, in
+mixed` are those alone, twice in as many steps, and once in half of them. From the SFT model of a seed, in
 RUN/seed-N/sft/final (`python -m bench.verdict --work RUN` makes them), a reward model is trained on each, in two forms:
 `raw`, as it was (squared error of the raw output to scores in [-1, 1], a head of N(0, 1/(H+1))), and `link`, as it is
 (fastrlhf/reward). Accuracy: of clean pairs of a good reply and one with a fault, as the quickstart's held-out ones are
@@ -47,7 +47,9 @@ KINDS = {  # what is asked of the records, in turns; None: nothing, the record i
     "both scored": ("both scored",),
     "mixed": ("pairs", "scores"),
     "pairs of mixed": ("pairs", None),
+    "pairs of mixed, once": ("pairs", None),
 }
+ONCE = "pairs of mixed, once"  # in half the steps
 FORMS = ("raw", "link")
 STEPS, ROWS = 120, 8  # optimizer steps, and records of one
 RUNS = [("link", kind) for kind in KINDS] + [("raw", kind) for kind in ("pairs", "scores", "mixed")]  # of a seed
@@ -56,6 +58,7 @@ PROMPTS = 192  # held out, of 288
 BARS = {  # what is compared with what, and the bar of the difference
     ("scores", "pairs"): -0.03,
     ("both scored", "pairs"): -0.03,
+    ("mixed", ONCE): 0.0,
     ("mixed", "pairs of mixed"): 0.0,
     ("mixed", "scores"): 0.0,
 }
@@ -120,7 +123,8 @@ def two_replies(cell: Cell, random: Random) -> list[Reply]:
 def run(model: Path, form: str, kind: str, seed: int) -> dict[str, Any]:
     """Train on one kind of data -> accuracy of held-out pairs, all and by fault, first losses, scale, seconds."""
     began = time.monotonic()
-    sizes = {"total_steps": STEPS, "mini_batch_size": ROWS, "max_tokens": 128, "micro_batch_tokens": 4096}
+    steps = STEPS // 2 if kind == ONCE else STEPS
+    sizes = {"total_steps": steps, "mini_batch_size": ROWS, "max_tokens": 128, "micro_batch_tokens": 4096}
     rates = {"learning_rate": 3e-4, "warmup_steps": 20, "dtype": "fp32", "eval_every": 0, "eval_fraction": 0.0}
     config = RewardConfig(**sizes, **rates, seed=seed)
     trainer = RewardTrainer(config, model=str(model), data=judged(kind, seed), eval_data=held_out())

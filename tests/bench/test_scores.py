@@ -16,7 +16,7 @@ SHIPPED = json.loads((Path(__file__).parents[2] / "bench/results/scores_cpu.json
 
 def test_all_kinds_of_a_seed_are_the_same_judgements():
     kinds = {kind: scores.judged(kind, 3) for kind in scores.KINDS}
-    halves = kinds.pop("pairs of mixed")
+    halves, once = kinds.pop("pairs of mixed"), kinds.pop(scores.ONCE)
     parsed = {kind: [parse_feedback(r, "here") for r in rows] for kind, rows in kinds.items()}
     assert {len(rows) for rows in parsed.values()} == {scores.RECORDS}
     for pair, one, both, mixed in zip(*parsed.values(), strict=True):
@@ -25,7 +25,7 @@ def test_all_kinds_of_a_seed_are_the_same_judgements():
         order = [tuple(map(both.responses.index, pair.responses))]
         assert one.scores[0] == both.scores[0] and both.ordered_pairs() in ([], order)
     assert [f.kind for f in parsed["mixed"][:4]] == ["pair", "score", "pair", "score"]
-    assert halves == kinds["mixed"][::2] and len(halves) == scores.RECORDS / 2
+    assert once == halves == kinds["mixed"][::2] and len(halves) == scores.RECORDS / 2
     assert {r["score"] for r in kinds["scores"]} == {1, 2, 3, 4, 5}
     assert len({r["annotator"] for r in kinds["pairs"]}) == 6 and kinds["pairs"] != scores.judged("pairs", 4)
 
