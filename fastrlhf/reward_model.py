@@ -106,6 +106,7 @@ class RewardTrainer(SupervisedTrainer):
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         new = not is_scalar_model(model)
         self.link = ScoreLink(ready.raters, config.score_range, None if new else link_of(self._source(model)))
+        self.has_scores = bool(records_with_scores(self.items))
         self.features: Features | None = None
         if config.head_only:
             self._linear(new)
@@ -114,7 +115,6 @@ class RewardTrainer(SupervisedTrainer):
             settle_head(self.model, random.Random(f"head {config.seed}").sample(rows, min(SAMPLED, len(rows))))
         trained = self.model if self.adapters is None else self._trained_parts()
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
-        self.has_scores = bool(records_with_scores(self.items))
 
     def _linear(self, new: bool) -> None:
         """Make the model r(y) = w'y + b with y where the config says. new: its head is."""
@@ -134,6 +134,7 @@ class RewardTrainer(SupervisedTrainer):
             self.model.score_readout.check(layers, "readout_layer")
         if head.bias is None:
             head.bias = nn.Parameter(torch.zeros(1, device=head.weight.device, dtype=head.weight.dtype))
+        head.bias.requires_grad_(self.has_scores)  # of pairs it would learn the rounding of gradients that are 0
 
     @staticmethod
     def _source(model: str | PreTrainedModel) -> str:

@@ -23,7 +23,7 @@ from fastrlhf.reward.features import Features, candidates, choose_readout
 from fastrlhf.rl.scorers import encode_pairs
 from fastrlhf.rollout.result import Texts
 from tests import tiny
-from tests.reward_runs import CAT, MOON, PAIR, SCORE, config, trainer
+from tests.reward_runs import CAT, EDIT, MOON, PAIR, SCORE, config, trainer
 from tests.runs import leave_after, ppo_trainer
 
 ROWS = [[5, 6, 7, 8, 9], [10, 11], [12]]
@@ -73,6 +73,12 @@ def test_the_linear_model_is_w_y_plus_b_of_what_was_asked_for():
         y = row_states(t.model, ROWS, Readout("mean", 1))
         expected = y @ head.weight[0] + head.bias
         assert torch.allclose(sequence_scores(t.model, ROWS), expected, atol=1e-5)
+
+
+def test_pairs_leave_the_bias_at_zero():
+    t = linear(LINEAR, data=[PAIR, EDIT])
+    t.train()
+    assert float(t.model.score.bias) == 0.0 and BIAS_FILE not in t.beside_the_model()
 
 
 @pytest.mark.parametrize("fields", [LINEAR, MEAN_OF_1], ids=["stock", "mean"])
