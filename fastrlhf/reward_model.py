@@ -1,7 +1,8 @@
 """Stage 2: a reward model from human feedback: pairs, edits, K-way rankings and scores, mixed in one data set.
 
 Each record weighs the same. Preferences: Plackett-Luce (for two responses Bradley-Terry), in fp32 through logsigmoid
-and logsumexp, so that badly misranked pairs keep their gradient. Scores: squared error to the score in [-1, 1].
+and logsumexp, so that badly misranked pairs keep their gradient. Scores: squared error to each person's own scale, read
+off the raw output through a learnt scale and offset (reward/link.py), and the order that they imply.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.agreement.figures import figures
@@ -22,14 +22,27 @@ from fastrlhf.agreement.words import first_sentence
 from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.data.encode import Record
-from fastrlhf.data.feedback import Feedback
 from fastrlhf.models.backbone import load_scalar_backbone
-from fastrlhf.models.heads import sequence_scores
-from fastrlhf.models.loading import make_trainable
+from fastrlhf.models.heads import Readout, readout_of, scalar_outputs, sequence_scores
+from fastrlhf.models.loading import is_scalar_model, make_trainable
 from fastrlhf.models.lora import REWARD
-from fastrlhf.models.reward_folder import BIAS_FILE, HELD_OUT_FILE, HeldOut, bias_text
+from fastrlhf.models.reward_folder import (
+    BIAS_FILE,
+    HELD_OUT_FILE,
+    LINK_FILE,
+    READOUT_FILE,
+    HeldOut,
+    bias_text,
+    link_of,
+    readout_text,
+)
 from fastrlhf.models.saving import padding_tokenizer
+from fastrlhf.preflight.readout import asked_readout
 from fastrlhf.preflight.stages import Supervised, prepare_supervised
+from fastrlhf.reward.features import Features, KeptReadout, choose_readout
+from fastrlhf.reward.head import SAMPLED, settle_head
+from fastrlhf.reward.link import ScoreLink
+from fastrlhf.reward.raters import records_with_scores
 from fastrlhf.rl.scorers import score_rows
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches
@@ -40,29 +53,6 @@ from fastrlhf.trainer import PlannedTokens, Stateful, Step, device_of, run_stage
 
 CENTRED_ON = 1000  # replies; their mean is then known to 3 % of the deviation of scores
 MARGIN_EDGES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
-
-
-def preference_loss(scores: Tensor, ranking: Sequence[Sequence[int]], margin: float | None = None) -> Tensor:
-    """Negative log-likelihood of a ranking under Plackett-Luce, averaged over its stages; scores [K] fp32 -> 0-d.
-
-    Stage g: each response of group g is preferred to all of later groups: -log(e^s_i / (e^s_i + sum_later e^s_j)).
-    Ties are not compared with each other. K = 2 is Bradley-Terry, -logsigmoid(s_chosen - s_rejected - margin).
-    """
-    if len(scores) == 2 and len(ranking) == 2:
-        best, worst = ranking[0][0], ranking[1][0]
-        return -F.logsigmoid(scores[best] - scores[worst] - (margin or 0.0))
-    terms = []
-    for stage, group in enumerate(ranking[:-1]):
-        later = torch.logsumexp(scores[[i for rest in ranking[stage + 1 :] for i in rest]], 0)
-        terms += [-F.logsigmoid(scores[i] - later) for i in group]
-    return torch.stack(terms).mean()
-
-
-def record_loss(scores: Tensor, feedback: Feedback) -> Tensor:
-    """Loss of one record from the scores [K] of its responses."""
-    if feedback.kind == "score":
-        return (scores - scores.new_tensor(feedback.scores)).square().mean()
-    return preference_loss(scores, feedback.ranking, feedback.margin)
 
 
 class RewardTrainer(SupervisedTrainer):
@@ -114,29 +104,94 @@ class RewardTrainer(SupervisedTrainer):
             self.model.base_model.requires_grad_(False)
         ready.fits(self.model)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        new = not is_scalar_model(model)
+        self.link = ScoreLink(ready.raters, config.score_range, None if new else link_of(self._source(model)))
+        self.has_scores = bool(records_with_scores(self.items))
+        self.features: Features | None = None
+        if config.head_only:
+            self._linear(new)
+        if new:
+            rows = [row for item in self.items for row in item.rows]
+            settle_head(self.model, random.Random(f"head {config.seed}").sample(rows, min(SAMPLED, len(rows))))
         trained = self.model if self.adapters is None else self._trained_parts()
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
+
+    def _linear(self, new: bool) -> None:
+        """Make the model r(y) = w'y + b with y where the config says. new: its head is."""
+        config, head = self.config, self.model.score
+        if new and config.readout == "auto":
+            many = (self.items, self.eval_records, self.link)
+            tried = self.memory.attempt(lambda: choose_readout(self.model, *many, self.memory.tokens, config.seed))
+            chosen, stock = tried[0], next(t for t in tried if t.readout == Readout())
+            self.tracker.note(
+                f"readout = auto: {chosen.readout}, of {len(tried)}: loss {chosen.loss:.3f} of a held-out record, "
+                f"where {stock.readout} has {stock.loss:.3f}; figures on the same rows are a little too good"
+            )
+            self.model.score_readout = chosen.readout
+        elif new:
+            self.model.score_readout = asked_readout(config)
+            layers = self.model.config.get_text_config().num_hidden_layers  # a GGUF file tells only now
+            self.model.score_readout.check(layers, "readout_layer")
+        if head.bias is None:
+            head.bias = nn.Parameter(torch.zeros(1, device=head.weight.device, dtype=head.weight.dtype))
+        head.bias.requires_grad_(self.has_scores)  # of pairs it would learn the rounding of gradients that are 0
+
+    @staticmethod
+    def _source(model: str | PreTrainedModel) -> str:
+        """Where a reward model came from."""
+        return model.config._name_or_path if isinstance(model, PreTrainedModel) else str(model)
 
     def _trained_parts(self) -> dict[str, Tensor]:
         """The parameters that train with lora: the adapter and the head."""
         head = {f"score.{name}": p for name, p in self.model.score.named_parameters()}
         return {**self.adapters.parameters(REWARD), **head}
 
-    def accumulate(self, records: list[Record]) -> tuple[Tensor, Tensor]:
+    def accumulate(self, records: list[Record]) -> tuple[Tensor, Tensor, Tensor]:
         """Add this rank's gradients of an optimizer step, micro-batch by micro-batch -> their loss; how many ordered
-        pairs, and how many of them in the right order."""
+        pairs, and how many of them in the right order; the gradient of the link of scores."""
         total, counts = torch.zeros((), device=self.device), torch.zeros(2)
+        self.link.take_gradient()  # of a try that ran out of memory
+        if self.config.head_only:
+            self._features()  # by all ranks together, also those without a record here
+        weight = sum(record.judgements for record in records)
         for group in self.micro_batches(records):
-            scores = sequence_scores(self.model, [row for record in group for row in record.rows])
+            scores = self._raw([row for record in group for row in record.rows])
             parts = scores.split([len(record.rows) for record in group])
-            losses = [record_loss(s, r.feedback) for s, r in zip(parts, group, strict=True)]
-            loss = torch.stack(losses).sum() / len(records)
+            losses = [r.judgements * self.link.loss(s, r.feedback) for s, r in zip(parts, group, strict=True)]
+            loss = torch.stack(losses).sum() / weight
             loss.backward()
             total += loss.detach()
             for s, record in zip(parts, group, strict=True):
                 values, ordered = s.tolist(), record.feedback.ordered_pairs()
                 counts += torch.tensor([len(ordered), sum(values[i] > values[j] for i, j in ordered)])
-        return total, counts
+        return total, counts, self.link.take_gradient()
+
+    def _raw(self, rows: list[list[int]]) -> Tensor:
+        """Raw outputs [B] fp32 of token rows, to be differentiated; with head_only from features that were kept."""
+        if not self.config.head_only:
+            return sequence_scores(self.model, rows)
+        return scalar_outputs(self.model.score, self._features().of(rows).to(self.device))
+
+    def _features(self) -> Features:
+        """What the frozen trunk says of all rows of the run, read at the first need: a checkpoint brings its trunk."""
+        if self.features is None:
+            rows = [row for record in (*self.items, *self.eval_records) for row in record.rows]
+            rows += [example.ids for example in self.sft_replies]
+            self.model.eval()
+            self.features = self.memory.attempt(lambda: Features(self.model, rows, self.memory.tokens))
+            self.tracker.note(f"head_only: the features of {len(rows)} rows are read once and kept")
+        return self.features
+
+    @torch.no_grad()
+    def _scores(self, rows: list[list[int]]) -> Tensor:
+        """Raw outputs [B] fp32 on the CPU of rows of the run; one rank may ask alone."""
+        if self.features is not None:
+            return self._raw(rows).cpu()
+        return self.memory.attempt(lambda: score_rows(self.model, rows, self.memory.tokens))
+
+    def updated(self, sums: Sequence[Tensor], rate: float) -> None:
+        if self.has_scores and self.config.learning_rate:
+            self.link.step(sums[2], rate / self.config.learning_rate)
 
     def micro_batches(self, records: list[Record]) -> Iterator[list[Record]]:
         """This rank's records, grouped under the token budget; the responses of a record stay together, its loss needs
@@ -160,11 +215,13 @@ class RewardTrainer(SupervisedTrainer):
         if not self.eval_records:
             return {}
         self.model.eval()
+        if self.config.head_only:
+            self._features()
         scores = self._held_out_scores()
         parts = scores.split([len(r.rows) for r in self.eval_records])
         both = list(zip(parts, (r.feedback for r in self.eval_records), strict=True))
         margins = [float(s[i] - s[j]) for s, f in both for i, j in f.ordered_pairs()]
-        metrics = {"loss/eval": sum(float(record_loss(s, f)) for s, f in both) / len(both)}
+        metrics = {"loss/eval": sum(float(self.link.loss(s, f)) for s, f in both) / len(both)}
         if margins:
             metrics["accuracy/eval"] = sum(m > 0 for m in margins) / len(margins)
             metrics["margin/eval"] = sum(margins) / len(margins)
@@ -215,7 +272,7 @@ class RewardTrainer(SupervisedTrainer):
         mine = assign_rows([len(row) for row in rows])
         rows_of_this_rank = [rows[i] for i in mine]
         scores = torch.zeros(len(rows))
-        scores[mine] = self.memory.attempt(lambda: score_rows(self.model, rows_of_this_rank, self.memory.tokens))
+        scores[mine] = self._scores(rows_of_this_rank)
         distributed.all_reduce_sum(scores)
         return scores
 
@@ -225,26 +282,44 @@ class RewardTrainer(SupervisedTrainer):
         return super().__iter__()
 
     def parts(self) -> dict[str, Stateful]:
-        return {**super().parts(), "held_out": self.held_out}
+        own = {"held_out": self.held_out, "score_link": self.link, "readout": KeptReadout(self.model)}
+        return {**super().parts(), **own}
 
     def beside_the_model(self) -> dict[str, str]:
         texts = {HELD_OUT_FILE: self.held_out.text()}
-        if self.sft_replies:
-            texts[BIAS_FILE] = self._centring()
+        if self.has_scores:
+            texts[LINK_FILE] = self.link.text()
+        if readout_of(self.model) != Readout():
+            texts[READOUT_FILE] = readout_text(readout_of(self.model))
+        bias = self.model.score.bias
+        learnt = 0.0 if bias is None else float(bias.detach())
+        if self.sft_replies or learnt:
+            texts[BIAS_FILE] = bias_text(self._mean_of_sft(), len(self.sft_replies), learnt)
+        unread = [file for file in (READOUT_FILE, BIAS_FILE) if file in texts]
+        if unread:
+            files = " and ".join(unread)
+            self.tracker.note(f"stock transformers does not read {files} beside the weights, and scores otherwise")
         return texts
 
-    def _centring(self) -> str:
-        """What centres the weights as they are. Only the rank that writes them asks."""
+    def _mean_of_sft(self) -> float:
+        """The mean raw output of the SFT replies, which centres the weights as they are; 0 without any. Only the rank
+        that writes them asks."""
+        if not self.sft_replies:
+            return 0.0
         rows = [example.ids for example in self.sft_replies]
         self.model.eval()
-        scores = self.memory.attempt(lambda: score_rows(self.model, rows, self.memory.tokens))
-        mean = float(scores.double().mean())
+        mean = float(self._scores(rows).double().mean())
         self.tracker.note(f"center_rewards: {len(rows)} replies of sft_data score {mean:.3g} on average, now 0")
-        return bias_text(mean, len(rows))
+        return mean
+
+    def _stock_weights(self) -> dict[str, Tensor]:
+        """The weights as stock transformers has them, without a bias of the head."""
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name != "score.bias"}
 
     def trained(self) -> dict[str, TrainedRole]:
         if self.adapters is None:
-            return {"model": TrainedRole(self.model, self.optimizer)}
+            merged = None if self.model.score.bias is None else self._stock_weights
+            return {"model": TrainedRole(self.model, self.optimizer, merged=merged)}
         head = dict(self.model.score.named_parameters())
         return {"model": self.adapters.trained(REWARD, self.optimizer, self._trained_parts(), head)}
 

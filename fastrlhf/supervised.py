@@ -56,6 +56,9 @@ class SupervisedTrainer(Trainer):
     def step_metrics(self, sums: Sequence[Tensor]) -> dict[str, float]:
         """Metrics of a step beside its loss, from the sums of `accumulate` over all ranks."""
 
+    def updated(self, sums: Sequence[Tensor], rate: float) -> None:
+        """Called after an update of the model, at this learning rate, that was finite; sums: those of `accumulate`."""
+
     @abstractmethod
     def token_ids(self, item: Any) -> list[list[int]]:
         """The rows of tokens that the model reads for an item."""
@@ -75,6 +78,8 @@ class SupervisedTrainer(Trainer):
                 total_steps=self.total_steps,
             )
             result = self.optimizer.apply(rate, norms[self.role])
+            if result.applied:
+                self.updated(sums, rate)
             self.guard.record(self.role, result.applied, cause)
         self.steps_done += 1
         metrics = {

@@ -32,6 +32,7 @@ from tests import tiny
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 PAIRS = [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in PROMPTS]
 RANKED = [{"prompt": p, "responses": ["yes", "no", "thank you"], "ranking": [2, [0, 1]]} for p in PROMPTS]
+SCORED = [{"prompt": p, "response": "thank you", "score": 1 + i % 5} for i, p in enumerate(PROMPTS)]
 PPO = {"total_steps": 2, "rollout_batch_size": 10, "samples_per_prompt": 2, "mini_batch_size": 5, "max_new_tokens": 10,
        "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "eval_every": 2, "micro_batch_tokens": 60,
        "reward_scaling": "running_norm", "gae_lambda": 1.0, "lr_schedule": "cosine"}  # fmt: skip
@@ -51,6 +52,7 @@ FORMS = {
     "rloo": {"advantage": "rloo", "critic_learning_rate": 0, "kl_in": "loss", "loss_aggregation": "sequence_mean"},
 }
 SUPERVISED = {"total_steps": 2, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 2, "micro_batch_tokens": 40}
+LINEAR = {**SUPERVISED, "head_only": True, "readout": "auto"}
 
 
 def reward(prompts: list[str], responses: list[str]) -> list[float | None]:
@@ -78,6 +80,9 @@ def build(form: str):
     if form == "reward":
         config = RewardConfig(**SUPERVISED, **shared)
         return RewardTrainer(config, model=tiny.llama(), tokenizer=tokenizer, data=PAIRS + RANKED, eval_data=PAIRS[:3])
+    if form == "linear":
+        config, data = RewardConfig(**LINEAR, **shared), PAIRS + RANKED + SCORED
+        return RewardTrainer(config, model=tiny.llama(), tokenizer=tokenizer, data=data, eval_data=PAIRS[:3])
     config = PPOConfig(**{**PPO, **FORMS[form]}, **shared)
     held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:4]}
     if form == "extras":

@@ -26,7 +26,7 @@ RULE = (
     ("supervised",),
     ("trainer",),
     ("preflight",),
-    ("eval_metrics", "agreement"),
+    ("eval_metrics", "agreement", "reward"),
     ("rl",),
     ("rollout",),
     ("models",),

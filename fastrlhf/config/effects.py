@@ -69,6 +69,7 @@ IDLE = [
     Idle("output_dir", (None,), "writes nothing", "set output_dir", "save_every overwrite resume"),
     Idle("resume", (False,), "goes on with no run", "use resume = true", "accept_changed"),
     Idle("total_steps", None, "replaces epochs", "leave total_steps out", "epochs"),
+    Idle("head_only", (False,), "trains what the last token's state is made of", "use true", "readout readout_layer"),
     Idle("head_only", (True,), "trains nothing below the head", "use false there", "gradient_checkpointing"),
 ]
 ASKS_FOR_NOTHING = {  # beside the default

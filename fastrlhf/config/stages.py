@@ -55,7 +55,11 @@ class RewardConfig(SupervisedConfig):
     mini_batch_size: int = Field(32, ge=1, le=MOST_ROWS)
     """feedback records of one optimizer step, over all devices"""
     head_only: bool = False
-    """train the scalar head alone on frozen features: a linear reward model"""
+    """train the scalar head alone on frozen features, read once: a linear reward model w'y + b"""
+    readout: Literal["last", "mean", "auto"] | None = None
+    """with head_only: y of the last token, or the mean; auto: held-out rows choose (none: the model's, else last)"""
+    readout_layer: int | None = None
+    """with head_only: the layer of y, 0 the embeddings (none: the model's, else -1, the last)"""
     center_rewards: bool = False
     """shift the scores of the saved model so that the replies of sft_data score 0 on average"""
     score_range: tuple[float, float] = (1.0, 5.0)
@@ -70,6 +74,8 @@ class RewardConfig(SupervisedConfig):
             wrong.append(f"score_range = {low:g},{high:g}: the lowest score must be below the highest")
         if self.head_only and self.lora is not None:
             wrong.append("head_only = true: trains no adapter; leave lora out")
+        if self.readout == "auto" and self.readout_layer is not None:
+            wrong.append(f"readout_layer = {self.readout_layer}: readout = auto chooses the layer too; leave it out")
         return wrong
 
 

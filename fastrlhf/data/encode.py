@@ -46,10 +46,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Record:
-    """One feedback record as token rows (prompt + response, one a response)."""
+    """One feedback record as token rows (prompt + response, one a response). judgements: how many rows of the source it
+    was made of, and how many records it weighs."""
 
     rows: list[list[int]]
     feedback: Feedback
+    judgements: int = 1
 
     @property
     def group(self) -> str:

@@ -192,9 +192,66 @@ def scalar_outputs(head: nn.Linear | ValueHead, hidden: Tensor) -> Tensor:
     return F.linear(hidden.float(), weight, None if bias is None else bias.float()).squeeze(-1)
 
 
+POOLINGS = ("last", "mean")
+
+
+class Readout(NamedTuple):
+    """What a scalar head reads of a row: the states of its last token, or the mean of those of all its tokens.
+
+    pooling: one of POOLINGS. layer: of transformers' `hidden_states`, 0 the embeddings, -1 the last one, after the
+    trunk's norm.
+    """
+
+    pooling: str = "last"
+    layer: int = -1
+
+    def __str__(self) -> str:
+        return f"{'the last token' if self.pooling == 'last' else 'the mean of all tokens'} of layer {self.layer}"
+
+    def check(self, layers: int, where: str) -> None:
+        """UserError where a trunk of so many layers has no such one. where: what names it, as the error begins."""
+        if not -layers - 1 <= self.layer <= layers:
+            raise UserError(
+                f"{where} = {self.layer}: the model has {layers} layers; use 0 (the embeddings) to {layers}, or "
+                f"{-layers - 1} to -1 from the end"
+            )
+
+
+def readout_of(model: PreTrainedModel) -> Readout:
+    """What the head `score` of a reward model reads: where stock transformers reads too, if nothing else is said."""
+    return getattr(model, "score_readout", Readout())
+
+
 def sequence_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]], head: nn.Linear | None = None) -> Tensor:
-    """Score [B] fp32 of each token row, read at its last token. head: None for the model's own, `score`."""
-    return scalar_outputs(head or model.score, last_hidden(model, rows))
+    """Score [B] fp32 of each token row, as the model's readout has it. head: None for the model's own, `score`."""
+    return scalar_outputs(head or model.score, row_states(model, rows, readout_of(model)))
+
+
+def row_states(model: PreTrainedModel, rows: Sequence[Sequence[int]], readout: Readout) -> Tensor:
+    """What a readout gives of each token row: hidden states [B, H], means of them in fp32."""
+    if readout == Readout():
+        return last_hidden(model, rows)
+    [states] = states_of_layers(model, rows, [readout])
+    return states
+
+
+def states_of_layers(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], readouts: Sequence[Readout]
+) -> list[Tensor]:
+    """`row_states` of several readouts, from one forward."""
+    input_ids, lengths = right_padded(rows, model.config.pad_token_id or 0, model.device)
+    inputs = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": True}
+    if takes_positions(model):
+        inputs["position_ids"] = torch.arange(input_ids.shape[1], device=model.device).expand_as(input_ids)
+    layers = model.base_model(**inputs).hidden_states
+    ends = torch.arange(len(rows), device=model.device), lengths - 1
+    kept = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
+    return [
+        layers[layer][ends]
+        if pooling == "last"
+        else layers[layer].float().masked_fill(~kept[..., None], 0.0).sum(1) / lengths[:, None]
+        for pooling, layer in readouts
+    ]
 
 
 def last_hidden(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -33,7 +33,7 @@ from fastrlhf.models import adapter_folder, moss
 from fastrlhf.models.attention import attention_for, default_attention, has_attention, tell_foreign_attention
 from fastrlhf.models.heads import check_head
 from fastrlhf.models.quantization import quantize_trunk
-from fastrlhf.models.reward_folder import centre
+from fastrlhf.models.reward_folder import as_kept
 from fastrlhf.models.saving import padding_token
 from fastrlhf.models.sources import load_pretrained, loaded, locate
 from fastrlhf.runtime.distributed import device as local_device
@@ -251,14 +251,14 @@ def load_reward_model(
     if adapter_folder.is_adapter(source):
         model = scalar_base(source, dtype, attention, role)
         model = adapter_folder.merge_into(model, adapter_folder.read_adapter(source, role))
-        return centre(model, source) if centred else model
+        return as_kept(model, source, centred=centred)
     if isinstance(source, str | Path) and not is_scalar_model(source, role):
         raise UserError(f"{role}: {str(source)!r} is no sequence classifier; train one with `fastrlhf reward`")
     model = _load(AutoModelForSequenceClassification, source, role, dtype, attention)
     if getattr(model.config, "num_labels", None) != 1 or not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{role}: {type(model).__name__} must have a scalar head `score` (num_labels=1)")
     model = _settle(model, source, quantize)
-    return centre(model, source) if centred and isinstance(source, (str, Path)) else model
+    return as_kept(model, source, centred=centred) if isinstance(source, (str, Path)) else model
 
 
 def load_classifier(source: Source, dtype: str = "auto", attention: str = "auto") -> PreTrainedModel:

@@ -1,10 +1,12 @@
-"""What lies in a reward model's folder beside its weights: how good it is on held-out rows, and its centre.
+"""What lies in a reward model's folder beside its weights: how good it is on held-out rows, its bias, what its head
+reads, and the way from its raw output to the scale of people's scores.
 
-The first is what reward training measured; PPO looks there for what to doubt. The second is a constant that is added to
-every score read here. Ouyang et al. 2022 (sec. 3.5) and Huang et al. 2024 shift a reward model so that the replies that
+The first is what reward training measured; PPO looks there for what to doubt. The last is read where training goes on.
+The bias is a constant that is added to every score read here: that of r(y) = w'y + b, which head_only learns, and what
+centres the scores. Ouyang et al. 2022 (sec. 3.5) and Huang et al. 2024 shift a reward model so that the replies that
 SFT learnt score 0 on average. Pairs fix a score up to a constant only, and a constant matters where scores meet a
-number: a score for replies without an end, a clip. Stock transformers leaves it out, so its scores differ by it; the
-file says so.
+number: a score for replies without an end, a clip. Stock transformers has no such bias and reads the last token of the
+last layer, so it scores otherwise; the files say so.
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ from transformers.utils import cached_file
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import HUB_ID
 from fastrlhf.data.sources import modelscope_folder
+from fastrlhf.models.heads import POOLINGS, Readout, readout_of
 
 HELD_OUT_FILE = "held_out.json"
 LEAST_ACCURACY = 0.6  # of ordered pairs; 0.5 is chance
 LEAST_CORRELATION = 0.31  # where rows have scores only: of two normal variables so correlated, 0.6 of all pairs agree
 BIAS_FILE = "score_bias.json"
+LINK_FILE = "score_link.json"
+READOUT_FILE = "score_readout.json"
 NOTE = "fastrlhf adds bias to the output of the head `score`; stock transformers does not"
+READOUT_NOTE = "the head `score` reads {}; stock transformers, which reads the last token of layer -1, scores otherwise"
 
 
 @dataclass
@@ -86,40 +92,102 @@ def _read(record: dict[str, Any]) -> HeldOut:
     return held_out
 
 
-def bias_text(mean: float, replies: int) -> str:
-    """The content of BIAS_FILE. mean: of the raw scores of so many SFT replies."""
-    return json.dumps({"bias": -mean, "sft_replies": replies, "note": NOTE}, indent=1) + "\n"
+def bias_text(mean: float, replies: int, learnt: float = 0.0) -> str:
+    """The content of BIAS_FILE. mean: of the raw scores of so many SFT replies, 0 without any. learnt: the bias b of
+    r(y) = w'y + b, which is part of those scores; training goes on from it."""
+    numbers = {"bias": learnt - mean, "learnt": learnt, "sft_replies": replies}
+    return json.dumps({**numbers, "note": NOTE}, indent=1) + "\n"
 
 
 def bias_of(source: str | Path) -> Tensor | None:
     """What is added to the scores of the model in a folder or on a hub [1] fp32; None: nothing. UserError for a damaged
     file."""
-    path = _bias_file(source)
+    return _bias(source, "bias")
+
+
+def learnt_bias_of(source: str | Path) -> Tensor | None:
+    """The part of `bias_of` that training learnt and goes on from [1] fp32; None: nothing."""
+    bias = _bias(source, "learnt", 0.0)
+    return None if bias is None or not bias else bias
+
+
+def _bias(source: str | Path, name: str, otherwise: float | None = None) -> Tensor | None:
+    path = _beside(source, BIAS_FILE)
     if path is None or not path.is_file():
         return None
-    written = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        bias = json.loads(written)["bias"]
-    except (ValueError, LookupError, TypeError):
-        bias = None
-    if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
+    bias, found = _numbers(path, "bias")[0], _numbers(path, name)[0]
+    if bias is None:
         raise UserError(f"{path}: holds no finite number `bias`; train the reward model anew with center_rewards=true")
-    return torch.tensor([float(bias)])
+    found = otherwise if found is None else found
+    return None if found is None else torch.tensor([found])
 
 
-def _bias_file(source: str | Path) -> Path | None:
-    """Where the BIAS_FILE of a model would lie; None: its hub has none."""
+def readout_text(readout: Readout) -> str:
+    """The content of READOUT_FILE."""
+    return json.dumps({**readout._asdict(), "note": READOUT_NOTE.format(readout)}, indent=1) + "\n"
+
+
+def kept_readout(source: str | Path | PreTrainedModel) -> Readout:
+    """What the head of a reward model reads: of one in a folder or on a hub what lies beside its weights, else what
+    stock transformers reads. UserError for a damaged file."""
+    if isinstance(source, PreTrainedModel):
+        return readout_of(source)
+    path = _beside(source, READOUT_FILE)
+    if path is None or not path.is_file():
+        return Readout()
+    try:
+        written = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        pooling, layer = written["pooling"], written["layer"]
+    except (ValueError, LookupError, TypeError):
+        pooling, layer = None, None
+    if pooling not in POOLINGS or type(layer) is not int:
+        raise UserError(f"{path}: holds no `pooling` (last or mean) and whole number `layer`; train the model anew")
+    return Readout(pooling, layer)
+
+
+def link_of(source: str | Path) -> tuple[float, float] | None:
+    """The scale and offset from raw outputs to people's scores of the model in a folder or on a hub; None: it has none.
+    UserError for a damaged file."""
+    path = _beside(source, LINK_FILE)
+    if path is None or not path.is_file():
+        return None
+    scale, offset = _numbers(path, "scale", "offset")
+    if scale is None or offset is None or scale <= 0:
+        raise UserError(f"{path}: holds no numbers `scale` > 0 and `offset`; remove the file to learn them anew")
+    return scale, offset
+
+
+def _numbers(path: Path, *names: str) -> list[float | None]:
+    """The finite numbers of these names in a JSON file, None for what is none."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        found = [written[name] for name in names]
+    except (ValueError, LookupError, TypeError):
+        return [None] * len(names)
+    numbers = [isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in found]
+    return [float(x) if number else None for x, number in zip(found, numbers)]
+
+
+def _beside(source: str | Path, file: str) -> Path | None:
+    """Where a file beside the weights of a model would lie; None: its hub has none."""
     folder = modelscope_folder(str(source), "reward") or Path(source)
     if folder.is_dir() or not HUB_ID.fullmatch(str(source)):
-        return folder / BIAS_FILE
+        return folder / file
     missing = dict.fromkeys(("missing_entries", "connection_errors", "gated_repo"), False)  # the weights told of those
-    found = cached_file(str(source), BIAS_FILE, **{f"_raise_exceptions_for_{name}": no for name, no in missing.items()})
+    found = cached_file(str(source), file, **{f"_raise_exceptions_for_{name}": no for name, no in missing.items()})
     return None if found is None else Path(found)
 
 
-def centre(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
-    """Give the head `score` the bias that lies beside the weights that the model was read from, where there is one."""
-    bias = bias_of(source)
+def as_kept(model: PreTrainedModel, source: str | Path, *, centred: bool) -> PreTrainedModel:
+    """Give the head `score` what lies beside the weights that the model was read from: its readout and its bias.
+
+    centred: with the shift of center_rewards; without, as training has it, with the bias that training learnt alone.
+    """
+    readout, bias = kept_readout(source), bias_of(source) if centred else learnt_bias_of(source)
+    if readout != Readout():
+        layers = model.config.get_text_config().num_hidden_layers
+        readout.check(layers, f"{_beside(source, READOUT_FILE)}: layer")
+        model.score_readout = readout
     if bias is not None:
         model.score.bias = nn.Parameter(bias.to(model.score.weight), requires_grad=model.score.weight.requires_grad)
     return model

@@ -22,13 +22,15 @@ from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.encode import Example, Record
 from fastrlhf.data.feedback import Feedback
 from fastrlhf.models import loading
-from fastrlhf.models.heads import head_logits, lm_head
+from fastrlhf.models.heads import Readout, head_logits, lm_head
+from fastrlhf.models.reward_folder import kept_readout
 from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.plan.counter import storage_bytes
 from fastrlhf.plan.models import WORD, model_without_weights, parameters_of, stand_in_tokenizer
 from fastrlhf.plan.unknown import UnknownNumbers
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.preflight.fits import positions_of
+from fastrlhf.preflight.readout import asked_readout
 from fastrlhf.reward_model import RewardTrainer
 from fastrlhf.rl.experience import make_experience
 from fastrlhf.rl.functions import is_function_reference
@@ -46,7 +48,7 @@ ELSEWHERE = {  # fields that say what is read, written or shown: none of it is p
     "output_dir": None, "resume": False, "overwrite": False, "accept_changed": None, "eval_every": 0, "save_every": 0,
     "columns": None, "ignore_columns": None, "max_samples": None, "chat_template": None, "prompt_format": "raw",
     "format": "text", "eval_fraction": 0.0, "probe": False, "best_of_n": 0, "ref_refresh_every": 0,
-    "critic_pretrain_epochs": 0, "optimizer": "adamw",
+    "critic_pretrain_epochs": 0, "optimizer": "adamw", "readout": None, "readout_layer": None,
 }  # fmt: skip
 PAIR = Feedback("pair", WORD, (WORD, WORD), ranking=((0,), (1,)))
 
@@ -141,7 +143,8 @@ def _of_one(config: StageConfig, target: Target) -> StageConfig:
 
 def _stand_in(config: StageConfig) -> StageConfig:
     fields = type(config).model_fields
-    return config.model_copy(update={name: value for name, value in ELSEWHERE.items() if name in fields})
+    update = {name: value for name, value in ELSEWHERE.items() if name in fields}
+    return config.model_copy(update=update)
 
 
 @contextmanager
@@ -155,6 +158,8 @@ def _building() -> Iterator[None]:
 def _built(live: UnknownNumbers, config: StageConfig, source: str, role: str, scalar: bool) -> Any:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
     model = model_without_weights(live, source, role, scalar=scalar, dtype=dtype, attention=config.attention)
+    if scalar and loading.is_scalar_model(source):
+        model.score_readout = kept_readout(source)
     live.add(parameters_of(model))
     return model
 
@@ -173,6 +178,9 @@ class _Supervised:
         with _building():
             kind = RewardTrainer if self.reward else SFTTrainer
             self.trainer = kind(_stand_in(config), model=model, tokenizer=stand_in_tokenizer(), data=rows)
+        if self.reward and config.head_only and not loading.is_scalar_model(str(inputs["model"])):
+            # What auto chooses takes the states of all layers, as each but the last does.
+            self.trainer.model.score_readout = Readout("mean", 0) if config.readout == "auto" else asked_readout(config)
         self.length = min(config.max_tokens, positions_of(model) or config.max_tokens)
         self.moments = [moments_to_come(self.trainer.optimizer, config)]
         self.trainer.model.train()  # as a step does
@@ -183,6 +191,7 @@ class _Supervised:
             items = [Record([[1] * length] * 2, PAIR)] * count
             groups = list(trainer.micro_batches(items))
             first, size, count = groups[0], 2 * len(groups[0]), 2 * count
+            trainer.items, trainer.features = first, None  # whose features head_only reads
         else:
             items = [Example([1] * length, [False] + [True] * (length - 1), "")] * count
             groups = list(trainer.groups(items))

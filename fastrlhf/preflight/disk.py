@@ -58,7 +58,7 @@ def trained_bytes(model: PreTrainedModel, config: StageConfig, *, average: bool 
         names = target_layers(model, config.lora["target_modules"])
         count = sum(config.lora["r"] * sum(layers[name].weight.shape) for name in names)
     elif getattr(config, "head_only", False):
-        count = model.config.get_text_config().hidden_size
+        count = model.config.get_text_config().hidden_size + 1  # w and b
     masters = 4 if width < 4 else 0
     state = count * (MOMENTS[config.optimizer] + masters + 4 * average)
     weights = count if config.lora is not None else whole

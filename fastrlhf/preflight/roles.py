@@ -18,9 +18,10 @@ from fastrlhf.data.batches import encode_many
 from fastrlhf.data.checks import BadRow
 from fastrlhf.data.encode import Encoded, EncodedPrompt, Example, ptx_limit
 from fastrlhf.data.templates import replies_steps
-from fastrlhf.models.heads import ValueHead
+from fastrlhf.models.heads import Readout, ValueHead
 from fastrlhf.models.loading import check_scalar_form, load_tokenizer, skeleton
 from fastrlhf.models.lora import target_layers
+from fastrlhf.models.reward_folder import kept_readout
 from fastrlhf.preflight.disk import Trained, head_bytes, trained_bytes
 from fastrlhf.preflight.fits import check_ids, check_limit, positions_of, vocabulary_of
 from fastrlhf.rl.functions import UserFunction
@@ -101,7 +102,7 @@ def _makes_critic(config: PPOConfig, reward: Any, rewards: list[RewardModel]) ->
     """Whether the critic, where no value_model is given, is a classifier made of the policy's trunk."""
     if config.advantage != "gae" or config.critic == "shared_trunk" or config.lora is not None:
         return False
-    return isinstance(reward, list) or rewards[0].tokenizer is not None
+    return isinstance(reward, list) or rewards[0].tokenizer is not None or kept_readout(reward) != Readout()
 
 
 def _check_shared(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.effects import BY_CRITIC
 from fastrlhf.config.errors import UserError
-from fastrlhf.config.stages import PPOConfig, SupervisedConfig
+from fastrlhf.config.stages import PPOConfig, RewardConfig, SupervisedConfig
 from fastrlhf.data.batches import collector_paused
 from fastrlhf.data.dataset import split_heldout
 from fastrlhf.data.encode import Encoded, EncodedPrompt, Encoder, Example, Progress, Record, check_centring, check_ptx
@@ -28,8 +28,10 @@ from fastrlhf.models.reward_folder import HeldOut
 from fastrlhf.preflight.disk import Trained, check_folder, check_room, trained_bytes
 from fastrlhf.preflight.fits import check_ids, check_limit
 from fastrlhf.preflight.outline import sizes, supervised_steps
+from fastrlhf.preflight.readout import check_readout
 from fastrlhf.preflight.roles import check_policy, check_readers, read_roles, readable_prompts, trained_roles
 from fastrlhf.preflight.rows import Sentences, check_dropped, describe_rows
+from fastrlhf.reward.raters import Raters, check_scores, joined, raters_of
 from fastrlhf.rl.evaluation import Evaluation
 from fastrlhf.rl.roles import check_value_model
 from fastrlhf.rl.scorers import held_out_records, read_reward
@@ -44,7 +46,7 @@ Item = TypeVar("Item", Example, Record)
 @dataclass(frozen=True)
 class Supervised(Generic[Item]):
     """What SFT and reward training start from. fits: raises UserError for a loaded model that cannot read the rows.
-    sft_replies: what a reward model is centred on; else none."""
+    sft_replies: what a reward model is centred on; else none. raters: how a reward model reads given scores."""
 
     tokenizer: PreTrainedTokenizerBase
     items: list[Item]
@@ -53,6 +55,7 @@ class Supervised(Generic[Item]):
     fits: Callable[[PreTrainedModel], None]
     said: Sentences
     sft_replies: list[Example]
+    raters: Raters
 
 
 @dataclass(frozen=True)
@@ -109,19 +112,42 @@ def prepare_supervised(
     said = _sentences(config, [*sources, *sft], notes, f"max_tokens = {config.max_tokens}")
     if learner is not None:
         fits(learner)
+    if config.stage == "reward":
+        check_readout(config, model, learner, held_out=given or config.eval_fraction > 0)
 
     items, held_out = sources[0].items, sources[1].items if len(sources) > 1 else []
     if len(sources) == 1 and config.eval_fraction:
         items, held_out = _split(items, config)
     if asked and not held_out:
         raise UserError(f"{NO_HELD_OUT}, and eval_fraction = {config.eval_fraction} of {len(items)} rows is none")
+    raters = Raters()
+    if config.stage == "reward":
+        items, raters = _with_scores(items, config, said, whole=sources[0].sampled is None)
     steps = supervised_steps(config, len(items))
     mean = sum(len(row) for item in items for row in item.rows) / len(items)
     tokens = number(round(steps * config.mini_batch_size * mean))
     said.notes.append(f"in all: {steps} optimizer steps of {config.mini_batch_size} rows, {tokens} tokens")
     if learner is not None:
         _say_room(config, said, [trained_bytes(learner, config)], steps)
-    return Supervised(tokenizer, items, held_out, metrics, fits, said, sft[0].items if sft else [])
+    return Supervised(tokenizer, items, held_out, metrics, fits, said, sft[0].items if sft else [], raters)
+
+
+def _with_scores(
+    items: list[Record], config: RewardConfig, said: Sentences, *, whole: bool
+) -> tuple[list[Record], Raters]:
+    """The records to learn from, scores of one prompt together, and how scores are read. whole: they are no sample."""
+    if whole:
+        check_scores(items, config.score_range)
+    raters = raters_of(item.feedback for item in items)
+    records = joined(items)
+    gone, note = len(items) - len(records), raters.note()
+    if note is not None:
+        said.notes.append(note)
+    if gone:
+        said.notes.append(
+            f"scores of replies to one prompt are learnt together: {len(items)} records became {len(records)}"
+        )
+    return records, raters
 
 
 def _read(encoder: Encoder, source: Any, role: str, *, keep_rows: bool) -> Encoded:

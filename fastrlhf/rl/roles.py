@@ -21,9 +21,11 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.models.adapter_folder import read_adapter
 from fastrlhf.models.backbone import load_backbone, same_base
+from fastrlhf.models.heads import Readout, readout_of
 from fastrlhf.models.loading import freeze, frozen_copy, load_policy, load_reward_model, scalar_model
 from fastrlhf.models.lora import POLICY, REFERENCE, REWARD, VALUE, Adapters
 from fastrlhf.models.offload import Offload
+from fastrlhf.models.reward_folder import kept_readout
 from fastrlhf.rl.critic import Critic
 from fastrlhf.rl.scorers import AdapterScorer, RewardModelScorer, Scorer, make_scorer, reward_tokenizer
 from fastrlhf.runtime.memory import MemoryBackoff
@@ -96,9 +98,14 @@ def load_roles(
 
 
 def check_value_model(config: PPOConfig, value_model: Source) -> None:
-    """Its weights need a trunk of their own."""
+    """Its weights need a trunk of their own, and its head reads the state of each token."""
     if value_model is None:
         return
+    if kept_readout(value_model) != Readout():
+        raise UserError(
+            f"value_model: the head of {value_model!r} reads {kept_readout(value_model)}, where a critic reads each "
+            "token's last state; leave value_model out"
+        )
     if config.advantage != "gae":
         raise UserError(f"value_model: advantage = {config.advantage} has no critic; leave value_model out")
     if config.critic == "shared_trunk" or config.lora is not None:
@@ -114,8 +121,9 @@ def _make_critic(
     value_model: Source,
     adapters: Adapters | None,
 ) -> Critic | None:
-    """A model of its own is the one given, else a copy of a reward model that reads the same tokens, else the policy's
-    trunk with a zero head. An adapter starts from the reward model's where that is one of the same layers and ranks."""
+    """A model of its own is the one given, else a copy of a reward model that reads the same tokens and the states that
+    a critic does, else the policy's trunk with a zero head. An adapter starts from the reward model's where that is one
+    of the same layers and ranks."""
     if config.advantage != "gae":
         return None
     if config.critic == "shared_trunk":
@@ -127,7 +135,7 @@ def _make_critic(
         return Critic.adapter(adapters, scorer.head if started else None)
     if value_model is not None:
         model = load_reward_model(value_model, config.dtype, config.attention, role="value_model")
-    elif reads_our_tokens:
+    elif reads_our_tokens and readout_of(scorer.model) == Readout():
         model = frozen_copy(scorer.model)
     else:
         model = scalar_model(policy, tokenizer, seed=None)

@@ -57,6 +57,8 @@ GIVEN = {  # a value of each option of the table that asks for something
     "accept_changed": ["data"],
     "epochs": 3,
     "gradient_checkpointing": True,
+    "readout": "mean",
+    "readout_layer": 3,
 }
 ACTING = {
     "kl_controller": "adaptive",
@@ -71,6 +73,8 @@ NEEDED = {
     "drop_equal_groups": {"samples_per_prompt": 2, "advantage": "grpo"},
     "kl_gradient": {"kl_in": "loss"},
     "ptx_reduction": {"ptx_coef": 1.0},
+    "readout": {"head_only": True},
+    "readout_layer": {"head_only": True},
 }
 CASES = [
     (cls, row.choice, value, name)
@@ -140,6 +144,7 @@ SWITCHED_OFF = [
     (SFTConfig, {"total_steps": 9}, "epochs"),
     (RewardConfig, {"total_steps": 9}, "epochs"),
     (RewardConfig, {"head_only": True}, "gradient_checkpointing"),
+    (RewardConfig, {"head_only": False}, "readout readout_layer"),
     *((cls, {"output_dir": None}, "save_every overwrite resume") for cls in CONFIGS.values()),
 ]
 

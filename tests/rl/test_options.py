@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from fastrlhf import PPOConfig, PPOTrainer, UserError
+from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, UserError
 from fastrlhf.config.recipe import RECIPES, load_recipe
 from fastrlhf.models.token_batch import TokenRows, target_log_probs
 from fastrlhf.ppo import PPOStep
@@ -365,4 +365,5 @@ def test_every_option_that_changes_the_numbers_has_a_line():
     tables = [table for table in text.split("\n\n") if table.startswith("| option")]
     cells = [line.split("|")[1] for table in tables for line in table.splitlines() if line.startswith("| `")]
     named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
-    assert named == set(PPOConfig.model_fields) - set(STEERING.split())
+    of_ppo, of_reward = (set(cls.model_fields) - set(STEERING.split()) for cls in (PPOConfig, RewardConfig))
+    assert of_ppo | {"readout", "readout_layer"} <= named <= of_ppo | of_reward

@@ -19,9 +19,9 @@ from fastrlhf.runtime import batching, distributed, zero
 from tests import rank_runs, tiny
 
 ROOT = Path(__file__).parents[2]
-FORMS = [*rank_runs.FORMS, "sft", "reward"]
+FORMS = [*rank_runs.FORMS, "sft", "reward", "linear"]
 ZERO = ["separate+zero", "lora+zero", "sft+zero", "reward+zero"]
-SHOWN = {1: FORMS, 2: [*FORMS, *ZERO], 3: ["extras", "reward", "shared_trunk+zero"]}  # 3 divides nothing
+SHOWN = {1: FORMS, 2: [*FORMS, *ZERO], 3: ["extras", "reward", "linear", "shared_trunk+zero"]}  # 3 divides nothing
 
 
 def started(*command: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess:

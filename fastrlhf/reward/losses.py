@@ -1,0 +1,46 @@
+"""The losses of one record, from the raw outputs of its responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastrlhf.data.feedback import Feedback, Ranking
+
+
+def preference_loss(scores: Tensor, ranking: Sequence[Sequence[int]], margin: float | None = None) -> Tensor:
+    """Negative log-likelihood of a ranking under Plackett-Luce, averaged over its stages; scores [K] fp32 -> 0-d.
+
+    Stage g: each response of group g is preferred to all of later groups: -log(e^s_i / (e^s_i + sum_later e^s_j)).
+    Ties are not compared with each other. K = 2 is Bradley-Terry, -logsigmoid(s_chosen - s_rejected - margin).
+    """
+    if len(scores) == 2 and len(ranking) == 2:
+        best, worst = ranking[0][0], ranking[1][0]
+        return -F.logsigmoid(scores[best] - scores[worst] - (margin or 0.0))
+    terms = []
+    for stage, group in enumerate(ranking[:-1]):
+        later = torch.logsumexp(scores[[i for rest in ranking[stage + 1 :] for i in rest]], 0)
+        terms += [-F.logsigmoid(scores[i] - later) for i in group]
+    return torch.stack(terms).mean()
+
+
+def implied_ranking(scores: Sequence[float]) -> Ranking:
+    """The ranking that scores of one prompt's replies imply: best first, equal ones tied."""
+    return tuple(tuple(i for i, s in enumerate(scores) if s == level) for level in sorted(set(scores), reverse=True))
+
+
+def score_loss(read: Tensor, given: Sequence[float]) -> Tensor:
+    """Half the mean squared error of scores [K] fp32 to those given, both in deviations -> 0-d."""
+    return 0.5 * (read - read.new_tensor(given)).square().mean()
+
+
+def record_loss(scores: Tensor, feedback: Feedback, read: Tensor | None = None, given: Sequence[float] = ()) -> Tensor:
+    """Loss of one record from the raw outputs [K] of its responses. Of a record with scores: `score_loss` of read and
+    given, and the `preference_loss` of the order that they imply, where two of them differ."""
+    if feedback.scores is None:
+        return preference_loss(scores, feedback.ranking, feedback.margin)
+    loss, ranking = score_loss(read, given), implied_ranking(feedback.scores)
+    return loss + preference_loss(scores, ranking) if len(ranking) > 1 else loss
