@@ -114,10 +114,16 @@ def _stage(verb: str, arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check fields, data and models, print the recipe, stop")
     _add_flags(parser, "overwrite", "skip_bad_rows")
     _add_accept_changed(parser)
+    if verb == "reward":
+        _add_cross_fit(parser)
     args = _parse(parser, arguments)
     source, overrides = _recipe_and_overrides(args.overrides)
     inputs, config = recipe.load_recipe(verb, source, overrides + args.flags + _accepted(args))
     recipe.check_paths(verb, inputs, config)
+    if getattr(args, "cross_fit", None) is not None:
+        _first_line(verb, f"{source or inputs['data']} -> {args.cross_fit}")
+        tell = partial(print, file=sys.stderr, flush=True)
+        return _load("eval.cross_fit").main(inputs, config, args.cross_fit, args.folds, config.overwrite, tell)
     if args.dry_run:
         for line in _load("preflight.dry_run").check_inputs(inputs, config):
             print("\n".join(f"# {part}" for part in line.splitlines()))
@@ -127,6 +133,16 @@ def _stage(verb: str, arguments: list[str]) -> int:
     model = inputs["policy" if verb == "ppo" else "model"]
     _first_line(verb, f"{source or model} -> {config.output_dir}")
     return _run_stage(verb, inputs, config)
+
+
+def _add_cross_fit(parser: _Parser) -> None:
+    parser.add_argument(
+        "--cross-fit",
+        metavar="FILE.jsonl",
+        help="train no model to keep: write the rows of data with the strength that an ensemble which has learnt the "
+        "other rows gives each, weakest first",
+    )
+    parser.add_argument("--folds", type=int, default=2, help="of --cross-fit: parts of the data (default 2)")
 
 
 def _run_stage(verb: str, inputs: dict[str, Any], config: Any) -> int:
@@ -451,7 +467,12 @@ def _reward_eval(verb: str, arguments: list[str]) -> int:
     )
     parser.add_argument("--score-range", metavar="LOW,HIGH", help="the annotators' scale (default 1,5)")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    parser.add_argument("--overwrite", action="store_true", help="replace a --json that exists")
+    parser.add_argument(
+        "--strength",
+        metavar="FILE.jsonl",
+        help="write the rows with their strength by an ensemble, weakest first",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files of --json and --strength that exist")
     parser.add_argument("--seed", type=int, default=0, help="seed of the resamples and of the parts (default 0)")
     _add_reading(parser, "DATA")
     args = _parse(parser, arguments)
@@ -463,7 +484,7 @@ def _reward_eval(verb: str, arguments: list[str]) -> int:
     config = _load("config.stages").RewardConfig(**{name: value for name, value in fields.items() if value is not None})
     _first_line(verb, f"{args.model}, {args.data}")
     return _load("eval.reward_model").main(
-        **{name: getattr(args, name) for name in ("model", "data", "train", "overwrite", "raw", "seed")},
+        **{name: getattr(args, name) for name in ("model", "data", "train", "strength", "overwrite", "raw", "seed")},
         output=args.json,
         score_range=config.score_range,
         reading={name: getattr(config, name) for name in _READING},

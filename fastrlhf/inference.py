@@ -277,9 +277,9 @@ def check_output(path: str, overwrite: bool, option: str = "--output") -> None:
         raise UserError(f"{option}: {path} cannot be written: the folder {target.parent} is read-only")
 
 
-def write_rows(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(path: str, rows: Iterable[Mapping[str, Any]], option: str = "--output") -> None:
     """JSON Lines under `path`, whole or not at all. UserError for what the disk refuses."""
-    write_file(path, "".join(map(json_line, rows)))
+    write_file(path, "".join(map(json_line, rows)), option)
 
 
 def write_file(path: str, text: str, option: str = "--output") -> None:

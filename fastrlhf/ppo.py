@@ -183,6 +183,7 @@ class PPOTrainer(Trainer):
             metrics |= self._after_update(rollout.rows, experience)
         self.alarms.after_learning(metrics["rollout/mismatch"], self.policy.dtype, self._cause_of_mismatch)
         metrics |= {
+            **({} if scores.spread is None else {"reward/ensemble_sd": scores.spread}),
             "length/mean": mean([float(len(ids)) for ids in rollout.response_ids]),
             "length/finished": mean([float(finished) for finished in rollout.finished]),
             "update/skipped": float(self.guard.updates_skipped),

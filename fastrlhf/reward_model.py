@@ -28,17 +28,22 @@ from fastrlhf.models.loading import is_scalar_model, make_trainable
 from fastrlhf.models.lora import REWARD
 from fastrlhf.models.reward_folder import (
     BIAS_FILE,
+    HEADS_FILE,
     HELD_OUT_FILE,
     LINK_FILE,
     READOUT_FILE,
+    Heads,
     HeldOut,
     bias_text,
+    heads_of,
     link_of,
     readout_text,
 )
 from fastrlhf.models.saving import padding_tokenizer
+from fastrlhf.models.token_batch import TargetRow, reply_log_probs, token_states
 from fastrlhf.preflight.readout import asked_readout
 from fastrlhf.preflight.stages import Supervised, prepare_supervised
+from fastrlhf.reward.ensemble import bootstrap, over_heads, widen
 from fastrlhf.reward.features import Features, KeptReadout, choose_readout
 from fastrlhf.reward.head import SAMPLED, settle_head
 from fastrlhf.reward.link import ScoreLink
@@ -96,7 +101,9 @@ class RewardTrainer(SupervisedTrainer):
             said=ready.said,
         )
 
-        self.model, self.adapters = load_scalar_backbone(model, config, ready.tokenizer, self.tracker.note)
+        loaded = load_scalar_backbone(model, config, ready.tokenizer, self.tracker.note)
+        self.model, self.adapters, language_head = loaded
+        self.language_head = language_head if config.lm_coef else None
         frozen = config.head_only or self.adapters is not None  # head_only: a linear model on frozen features
         make_trainable(self.model, config.gradient_checkpointing, frozen=frozen)
         self.model.score.requires_grad_(True)
@@ -110,9 +117,13 @@ class RewardTrainer(SupervisedTrainer):
         self.features: Features | None = None
         if config.head_only:
             self._linear(new)
-        if new:
-            rows = [row for item in self.items for row in item.rows]
-            settle_head(self.model, random.Random(f"head {config.seed}").sample(rows, min(SAMPLED, len(rows))))
+        rows = [row for item in self.items for row in item.rows]
+        rows = random.Random(f"head {config.seed}").sample(rows, min(SAMPLED, len(rows)))
+        if config.ensemble is not None:
+            known = None if new else heads_of(self._source(model))
+            widen(self.model, config.ensemble, config.seed, rows, new=new, known=known)
+        elif new:
+            settle_head(self.model, rows)
         trained = self.model if self.adapters is None else self._trained_parts()
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
 
@@ -146,28 +157,59 @@ class RewardTrainer(SupervisedTrainer):
         head = {f"score.{name}": p for name, p in self.model.score.named_parameters()}
         return {**self.adapters.parameters(REWARD), **head}
 
-    def accumulate(self, records: list[Record]) -> tuple[Tensor, Tensor, Tensor]:
+    def accumulate(self, records: list[Record]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Add this rank's gradients of an optimizer step, micro-batch by micro-batch -> their loss; how many ordered
-        pairs, and how many of them in the right order; the gradient of the link of scores."""
-        total, counts = torch.zeros((), device=self.device), torch.zeros(2)
+        pairs, and how many of them in the right order; the gradient of the link of scores; the language-model loss of
+        lm_coef summed over best replies, and their number."""
+        total, counts, language = torch.zeros((), device=self.device), torch.zeros(2), torch.zeros(2)
         self.link.take_gradient()  # of a try that ran out of memory
         if self.config.head_only:
             self._features()  # by all ranks together, also those without a record here
         weight = sum(record.judgements for record in records)
         for group in self.micro_batches(records):
-            scores = self._raw([row for record in group for row in record.rows])
+            scores, replies = self._forward(group)
             parts = scores.split([len(record.rows) for record in group])
-            losses = [r.judgements * self.link.loss(s, r.feedback) for s, r in zip(parts, group, strict=True)]
-            loss = torch.stack(losses).sum() / weight
+            loss = torch.stack([self._record_loss(s, r) for s, r in zip(parts, group, strict=True)]).sum() / weight
+            if replies:  # eq. 2 of Zheng et al. 2023, a reply's mean over its tokens
+                losses = [-record.judgements * log_probs.mean() for record, log_probs in replies]
+                loss = loss + self.config.lm_coef * torch.stack(losses).sum() / weight
+                language += torch.tensor([-sum(float(p.detach().mean()) for _, p in replies), len(replies)])
             loss.backward()
             total += loss.detach()
             for s, record in zip(parts, group, strict=True):
-                values, ordered = s.tolist(), record.feedback.ordered_pairs()
+                values, ordered = over_heads(s).tolist(), record.feedback.ordered_pairs()
                 counts += torch.tensor([len(ordered), sum(values[i] > values[j] for i, j in ordered)])
-        return total, counts, self.link.take_gradient()
+        return total, counts, self.link.take_gradient(), language
+
+    def _forward(self, group: list[Record]) -> tuple[Tensor, list[tuple[Record, Tensor]]]:
+        """Raw outputs of all rows of a micro-batch; with lm_coef the log-probs of the tokens of each best reply."""
+        rows = [row for record in group for row in record.rows]
+        if self.language_head is None:
+            return self._raw(rows), []
+        states = token_states(self.model, rows)
+        scores = scalar_outputs(self.model.score, torch.stack([row_states[-1] for row_states in states]))
+        best, first = [], 0
+        for record in group:
+            if record.feedback.ranking is not None:
+                best.append((record, first + record.feedback.ranking[0][0]))
+            first += len(record.rows)
+        if not best:
+            return scores, []
+        targets = [TargetRow(rows[i], range(max(1, record.prompt_tokens), len(rows[i]))) for record, i in best]
+        chosen = [states[i] for _, i in best]
+        log_probs = reply_log_probs(self.language_head, chosen, targets, self.memory.workspace)
+        return scores, [(record, p) for (record, _), p in zip(best, log_probs, strict=True)]
+
+    def _record_loss(self, scores: Tensor, record: Record) -> Tensor:
+        """Loss of a record as it counts in a mini-batch; of an ensemble the mean over its heads, each with a weight."""
+        loss = record.judgements * self.link.loss(scores, record.feedback, record.smoothing)
+        if self.config.ensemble is None:
+            return loss
+        return (loss * loss.new_tensor(bootstrap(record, self.config.ensemble, self.config.seed))).mean()
 
     def _raw(self, rows: list[list[int]]) -> Tensor:
-        """Raw outputs [B] fp32 of token rows, to be differentiated; with head_only from features that were kept."""
+        """Raw outputs [B] fp32 of token rows, of an ensemble [B, M], to be differentiated; with head_only from features
+        that were kept."""
         if not self.config.head_only:
             return sequence_scores(self.model, rows)
         return scalar_outputs(self.model.score, self._features().of(rows).to(self.device))
@@ -184,10 +226,10 @@ class RewardTrainer(SupervisedTrainer):
 
     @torch.no_grad()
     def _scores(self, rows: list[list[int]]) -> Tensor:
-        """Raw outputs [B] fp32 on the CPU of rows of the run; one rank may ask alone."""
+        """Raw outputs [B] fp32 on the CPU of rows of the run, means over heads; one rank may ask alone."""
         if self.features is not None:
-            return self._raw(rows).cpu()
-        return self.memory.attempt(lambda: score_rows(self.model, rows, self.memory.tokens))
+            return over_heads(self._raw(rows)).cpu()
+        return over_heads(self.memory.attempt(lambda: score_rows(self.model, rows, self.memory.tokens)))
 
     def updated(self, sums: Sequence[Tensor], rate: float) -> None:
         if self.has_scores and self.config.learning_rate:
@@ -203,7 +245,9 @@ class RewardTrainer(SupervisedTrainer):
 
     def step_metrics(self, sums: Sequence[Tensor]) -> dict[str, float]:
         pairs, right = sums[1].tolist()
-        return {"accuracy/train": right / pairs} if pairs else {}
+        metrics = {"accuracy/train": right / pairs} if pairs else {}
+        log_loss, replies = sums[3].tolist()
+        return metrics | ({"loss/lm": log_loss / replies} if replies else {})
 
     def token_ids(self, item: Record) -> list[list[int]]:
         return item.rows
@@ -287,12 +331,14 @@ class RewardTrainer(SupervisedTrainer):
 
     def beside_the_model(self) -> dict[str, str]:
         texts = {HELD_OUT_FILE: self.held_out.text()}
+        if self.config.ensemble is not None:
+            texts[HEADS_FILE] = Heads.of(self.model.score).text()
         if self.has_scores:
             texts[LINK_FILE] = self.link.text()
         if readout_of(self.model) != Readout():
             texts[READOUT_FILE] = readout_text(readout_of(self.model))
         bias = self.model.score.bias
-        learnt = 0.0 if bias is None else float(bias.detach())
+        learnt = 0.0 if bias is None else float(bias.detach().mean())
         if self.sft_replies or learnt:
             texts[BIAS_FILE] = bias_text(self._mean_of_sft(), len(self.sft_replies), learnt)
         unread = [file for file in (READOUT_FILE, BIAS_FILE) if file in texts]
@@ -317,11 +363,17 @@ class RewardTrainer(SupervisedTrainer):
         return {name: tensor for name, tensor in self.model.state_dict().items() if name != "score.bias"}
 
     def trained(self) -> dict[str, TrainedRole]:
-        if self.adapters is None:
-            merged = None if self.model.score.bias is None else self._stock_weights
-            return {"model": TrainedRole(self.model, self.optimizer, merged=merged)}
         head = dict(self.model.score.named_parameters())
-        return {"model": self.adapters.trained(REWARD, self.optimizer, self._trained_parts(), head)}
+        if self.config.ensemble is not None:  # what stock code reads is their mean
+            head = {name: tensor.detach().mean(0, keepdim=True) for name, tensor in head.items()}
+        stock = None if self.model.score.bias is None else self._stock_weights
+        role = TrainedRole(self.model, self.optimizer, merged=stock)
+        if self.adapters is not None:
+            role = self.adapters.trained(REWARD, self.optimizer, self._trained_parts(), head)
+        if self.config.ensemble is not None:
+            weights, means = role.merged or self.model.state_dict, {f"score.{name}": t for name, t in head.items()}
+            role = role._replace(merged=lambda: {name: means.get(name, t) for name, t in weights().items()})
+        return {"model": role}
 
 
 def margin_histogram(margins: Sequence[float]) -> dict[str, int]:

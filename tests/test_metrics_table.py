@@ -34,10 +34,11 @@ def written(tmp_path_factory) -> dict[str, set[str]]:
     common = {"model": tiny.llama(), "tokenizer": tiny.tokenizer()}
     sft = SFTConfig(total_steps=2, mini_batch_size=4, eval_every=1, save_every=1, output_dir=str(folder / "sft"))
     SFTTrainer(sft, data=replies, eval_data=replies, **common).train()
-    reward = RewardConfig(
-        total_steps=2, mini_batch_size=4, eval_every=1, save_every=1, output_dir=str(folder / "reward")
-    )
-    RewardTrainer(reward, data=pairs, eval_data=pairs + scores, **common).train()
+    files = {"eval_every": 1, "save_every": 1, "output_dir": str(folder / "reward")}
+    reward = RewardConfig(total_steps=2, mini_batch_size=4, lm_coef=1.0, ensemble=2, **files)
+    trainer = RewardTrainer(reward, data=pairs, eval_data=pairs + scores, **common)
+    trainer.train()
+    trainer.save(folder / "model")
     ppo = PPOConfig(
         total_steps=2,
         rollout_batch_size=4,
@@ -60,7 +61,10 @@ def written(tmp_path_factory) -> dict[str, set[str]]:
         tokenizer=tiny.tokenizer(),
         prompts=PROMPTS,
         eval_prompts=PROMPTS[:1],
-        reward=lambda prompts, responses: [float(len(r)) for r in responses],
+        reward=[
+            ("length", 1.0, lambda prompts, responses: [float(len(r)) for r in responses]),
+            ("model", 1.0, str(folder / "model")),
+        ],
         ptx_data=replies,
         judge=lambda prompts, responses, baselines: [0.5] * len(responses),
     ).train()

@@ -57,6 +57,7 @@ IDLE = [
     Idle("kl_in", ("reward",), "takes no gradient of it", "use kl_in = loss", "kl_gradient"),
     Idle("policy_loss", ("cispo",), "clips no loss", "use policy_loss = clip", "dual_clip"),
     Idle("ptx_coef", (0,), "learns no ptx_data", "set ptx_coef above 0", "ptx_reduction"),
+    Idle("reward_ensemble", ("mean", "min"), "subtracts nothing", "use mean_minus_sd", "reward_sd_coef"),
     Idle("kl_controller", ("fixed",), "steers nothing", "use adaptive", "kl_controller_target kl_horizon"),
     Idle(
         "old_log_probs",
@@ -70,7 +71,8 @@ IDLE = [
     Idle("resume", (False,), "goes on with no run", "use resume = true", "accept_changed"),
     Idle("total_steps", None, "replaces epochs", "leave total_steps out", "epochs"),
     Idle("head_only", (False,), "trains what the last token's state is made of", "use true", "readout readout_layer"),
-    Idle("head_only", (True,), "trains nothing below the head", "use false there", "gradient_checkpointing"),
+    Idle("head_only", (True,), "trains nothing below the head", "use false there", "gradient_checkpointing lm_coef"),
+    Idle("weakest", ("keep",), "leaves all records as they are", "use flip or smooth", "weakest_share"),
 ]
 ASKS_FOR_NOTHING = {  # beside the default
     "critic_learning_rate": 0,

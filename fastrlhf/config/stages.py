@@ -11,6 +11,7 @@ from fastrlhf.config.effects import BY_CRITIC, WITH_BASELINE
 
 MOST_ROWS = 1_000_000  # of a step, which holds them all
 MOST_PASSES = 10_000  # over them
+MOST_HEADS = 1000  # of an ensemble
 
 
 class SupervisedConfig(StageConfig):
@@ -60,6 +61,18 @@ class RewardConfig(SupervisedConfig):
     """with head_only: y of the last token, or the mean; auto: held-out rows choose (none: the model's, else last)"""
     readout_layer: int | None = None
     """with head_only: the layer of y, 0 the embeddings (none: the model's, else -1, the last)"""
+    ensemble: int | None = Field(None, le=MOST_HEADS)
+    """heads on the one trunk, each with a start and bootstrap weights of the records of its own; none: one head"""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """share of preferences that are taken to be wrong; with weakest = smooth of the weakest alone"""
+    lm_coef: float = Field(0.0, ge=0)
+    """weight of the language-model loss on the best reply of pairs, edits and rankings (Secrets of RLHF: 1)"""
+    weakest: Literal["keep", "flip", "smooth"] = "keep"
+    """what becomes of the records of the lowest preference strength (column `strength`)"""
+    weakest_share: float = Field(0.2, gt=0, lt=1)
+    """share of the records with a strength that count as the weakest"""
+    strength_margin: bool = False
+    """preference strength above 0 is the margin of a pair that has none of its own"""
     center_rewards: bool = False
     """shift the scores of the saved model so that the replies of sft_data score 0 on average"""
     score_range: tuple[float, float] = (1.0, 5.0)
@@ -76,6 +89,10 @@ class RewardConfig(SupervisedConfig):
             wrong.append("head_only = true: trains no adapter; leave lora out")
         if self.readout == "auto" and self.readout_layer is not None:
             wrong.append(f"readout_layer = {self.readout_layer}: readout = auto chooses the layer too; leave it out")
+        if self.ensemble is not None and self.ensemble < 2:
+            wrong.append(f"ensemble = {self.ensemble}: one head has no other to differ from; use 2 or more, or none")
+        if self.weakest == "smooth" and not self.label_smoothing:
+            wrong.append("weakest = smooth: needs to know how much; set label_smoothing above 0")
         return wrong
 
 
@@ -170,6 +187,10 @@ class PPOConfig(StageConfig):
     """shift and scale advantages to mean 0 and variance 1 over the step, or over a prompt's group (gae, reinforce++)"""
     reward_scaling: Literal["none", "running_std", "running_norm"] = "none"
     """divide scores by their running deviation (running_norm: subtract the running mean first)"""
+    reward_ensemble: Literal["mean", "min", "mean_minus_sd"] = "mean"
+    """score of a reward model with several heads: their mean, the lowest, or mean - reward_sd_coef * deviation"""
+    reward_sd_coef: float = Field(1.0, ge=0)
+    """how many standard deviations over the heads mean_minus_sd subtracts"""
     reward_clip: float | None = Field(None, gt=0)
     """scores are clipped to +-this, after the scaling"""
     advantage_clip: float | None = Field(None, gt=0)

@@ -47,11 +47,13 @@ class Example:
 @dataclass(frozen=True)
 class Record:
     """One feedback record as token rows (prompt + response, one a response). judgements: how many rows of the source it
-    was made of, and how many records it weighs."""
+    was made of, and how many records it weighs. prompt_tokens: of each row. smoothing: of its labels, in training."""
 
     rows: list[list[int]]
     feedback: Feedback
     judgements: int = 1
+    prompt_tokens: int = 0
+    smoothing: float = 0.0
 
     @property
     def group(self) -> str:
@@ -171,7 +173,8 @@ class Encoder:
             if item.ranking is not None and all(reply == replies[0] for reply in replies):
                 raise DroppedRow("with equal replies")  # which differ by tokens that end them, or by blanks
             fits = max(map(len, rows)) <= config.max_tokens
-            return Record(rows if fits else _cut_rows(rows, len(prompt), config, counts), item)
+            rows = rows if fits else _cut_rows(rows, len(prompt), config, counts)
+            return Record(rows, item, prompt_tokens=len(prompt))
 
         ahead = self._ahead(encode)
         rows, counts = load_feedback(

@@ -67,7 +67,9 @@ class Feedback:
     original), ranking ((0,), (1,)). ranking: groups of indices into responses, best first, ties in one group.
     score: scores in [-1, 1], one a response, mapped linearly from score_range. where is "file:line". unsafe: replies
     that the row marks so; seen: replies to the prompt that the row has beside those it judges. annotator, source: the
-    row's columns of these names, as texts; None: it has none.
+    row's columns of these names, as texts; None: it has none. strength: how far an ensemble of reward models scores the
+    better replies above the worse ones, in raw scores, below 0 where it disagrees; strength_sd: the deviation of that
+    over its members; None: not measured.
     """
 
     kind: Kind
@@ -81,6 +83,8 @@ class Feedback:
     seen: tuple[str, ...] = ()
     annotator: str | None = None
     source: str | None = None
+    strength: float | None = None
+    strength_sd: float | None = None
 
     def ordered_pairs(self) -> list[tuple[int, int]]:
         """(better, worse) index pairs that it implies; of scores those of responses with different ones."""
@@ -235,11 +239,22 @@ def _standing(row: dict) -> dict:
     return row
 
 
+# Columns of preference strength: those that `fastrlhf reward-eval --strength` writes, and those of
+# fnlp/hh-rlhf-strength-cleaned, the data of Wang et al. 2024.
+_STRENGTH = (
+    ("strength", "mean preference difference"),
+    ("strength_sd", "std preference difference"),
+    ("strength", "strength"),
+    ("strength_sd", "strength_sd"),
+)
+
+
 def _marked(feedback: Feedback, row: dict, where: str) -> Feedback:
     """The judgement with the row's own marks of unsafe replies applied, who gave it and where it is from; DroppedRow
     where nothing is preferred then."""
-    names = {name: str(row[name]) for name in ("annotator", "source") if isinstance(row.get(name), (str, int))}
-    feedback = replace(feedback, **names) if names else feedback
+    about = {name: str(row[name]) for name in ("annotator", "source") if isinstance(row.get(name), (str, int))}
+    about |= {name: number_of(row[column], where, column) for name, column in _STRENGTH if column in row}
+    feedback = replace(feedback, **about) if about else feedback
     replies = feedback.responses
     if feedback.kind == "edit":
         replies = _replies(row, where, "responses", 1) if "responses" in row else replies[1:]

@@ -4,6 +4,7 @@ length, reward, and how often they beat another model's.
     phrases.py scripts.py statistics.py -> figures.py -> run.py -> table.py, page.py
     run.py, table.py -> best_of.py: of N replies the one that a reward prefers (`fastrlhf generate --best-of`)
     reward_model.py: how far a reward model agrees with people (`fastrlhf reward-eval`, fastrlhf/agreement)
+    cross_fit.py: how strong judgements are to ensembles that have not learnt them (`fastrlhf reward --cross-fit`)
 
 Nothing of it is imported by training.
 """

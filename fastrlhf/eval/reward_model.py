@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
+
+import torch
 
 from fastrlhf import inference
 from fastrlhf._version import __version__
@@ -15,7 +18,9 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.data.dataset import load_feedback
 from fastrlhf.data.feedback import Feedback
 from fastrlhf.models.loading import is_scalar_model, load_reward_model
+from fastrlhf.models.reward_folder import Heads, heads_of
 from fastrlhf.preflight.fits import check_ids, positions_of
+from fastrlhf.reward.strength import measured, row_of, summary, weakest_first
 from fastrlhf.rl.scorers import encode_pairs, score_rows
 from fastrlhf.runtime.memory import token_budget
 
@@ -28,6 +33,7 @@ def main(
     *,
     train: str | None,
     output: str | None,
+    strength: str | None,
     overwrite: bool,
     score_range: tuple[float, float],
     reading: Mapping[str, Any],
@@ -38,20 +44,28 @@ def main(
 ) -> int:
     """Score, measure, print, and write `output` -> exit code.
 
-    train: rows that the bag of words learns from. reading: how rows are read. say: prints a line of the result, tell:
-    one of the progress. UserError, before the weights are loaded, for a folder that is no reward model and for rows
+    strength: a file for the rows with their strengths by an ensemble, weakest first. train: rows that the bag of words
+    learns from. reading: how rows are read. say: prints a line of the result, tell: one of the progress. UserError,
+    before the weights are loaded, for a folder that is no reward model (or, with strength, no ensemble) and for rows
     that cannot be read or tell nothing.
     """
     if not is_scalar_model(model):
         raise UserError(f"FOLDER: {model!r} is no reward model (one score a text); train one with fastrlhf reward")
     if output is not None:
         inference.check_output(output, overwrite, "--json")
+    heads = None if strength is None else _heads(model, strength, overwrite)
     records = read(data, score_range, reading, tell)
     training = None if train is None else read(train, score_range, reading, tell)
     if not can_tell(records):
         raise UserError(f"DATA: {data}: no row orders two replies, and all {len(records)} rows give the same score")
     report = {"fastrlhf": __version__, "model": model, "data": data, "train": train, "seed": seed}
-    report |= figures(records, scores_of(model, records, raw=raw, tell=tell), training=training, seed=seed)
+    scores = scores_of(model, records, raw=raw, tell=tell, heads=heads)
+    if strength is not None:
+        found = [measured(record, torch.tensor(several)) for record, several in zip(records, scores, strict=True)]
+        inference.write_rows(strength, [row_of(f, score_range) for f in weakest_first(found)], "--strength")
+        tell(f"{summary(found)}; written to {strength}, weakest first")
+        scores = [[fmean(heads) for heads in several] for several in scores]
+    report |= figures(records, scores, training=training, seed=seed)
     for line in lines(report):
         say(line)
     if output is not None:
@@ -66,9 +80,22 @@ def read(source: str, score_range: tuple[float, float], reading: Mapping[str, An
     return records
 
 
-def scores_of(model: str, records: list[Feedback], *, raw: bool, tell: Say) -> list[list[float]]:
-    """The raw scores of each record's responses, encoded as reward training encodes them. UserError for what the model
-    cannot read, and for a score that is not finite."""
+def _heads(model: str, strength: str, overwrite: bool) -> Heads:
+    """The heads whose differences are strengths. UserError for a model of one head, and a file that is there."""
+    inference.check_output(strength, overwrite, "--strength")
+    heads = heads_of(model)
+    if heads is None:
+        raise UserError(
+            f"--strength: {model!r} has one head, and a strength is a mean over an ensemble; train it with ensemble=5"
+        )
+    return heads
+
+
+def scores_of(
+    model: str, records: list[Feedback], *, raw: bool, tell: Say, heads: Heads | None = None
+) -> list[list[Any]]:
+    """The raw scores of each record's responses, encoded as reward training encodes them; with heads a list of theirs
+    for each response. UserError for what the model cannot read, and for a score that is not finite."""
     tokenizer = inference.reading_tokenizer(model, raw)
     both = [(record.prompt, text) for record in records for text in record.responses]
     rows = encode_pairs(tokenizer, [prompt for prompt, _ in both], [text for _, text in both])
@@ -76,10 +103,11 @@ def scores_of(model: str, records: list[Feedback], *, raw: bool, tell: Say) -> l
     check_ids(loaded, max(map(max, rows)))
     _check_positions(positions_of(loaded), records, [len(row) for row in rows])
     tell(f"the reward model scores {len(rows)} replies")
-    scores = score_rows(loaded.eval(), rows, token_budget(None, loaded.device))
+    head = None if heads is None else heads.beside(loaded.score)
+    scores = score_rows(loaded.eval(), rows, token_budget(None, loaded.device), head)
     if not scores.isfinite().all():
         owners = [record.where for record in records for _ in record.responses]
-        first = owners[int((~scores.isfinite()).nonzero()[0])]
+        first = owners[int((~scores.isfinite()).nonzero()[0, 0])]
         raise UserError(f"FOLDER: {model!r} gives {first} a score that is not finite; its weights are of no use")
     found = iter(scores.tolist())
     return [[next(found) for _ in record.responses] for record in records]

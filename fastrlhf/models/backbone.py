@@ -13,6 +13,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.data.sources import modelscope_folder
 from fastrlhf.models import adapter_folder, loading
 from fastrlhf.models.adapter_folder import AdapterFolder, is_adapter
+from fastrlhf.models.heads import Head, lm_head
 from fastrlhf.models.loading import Source
 from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.quantization import quantize_trunk
@@ -40,8 +41,10 @@ def load_backbone(
 
 def load_scalar_backbone(
     source: Source, config: StageConfig, tokenizer: PreTrainedTokenizerBase, report: Callable[[str], None]
-) -> tuple[PreTrainedModel, Adapters | None]:
-    """A reward model to go on with, or a causal LM's trunk under a new head; and with `lora` its adapter."""
+) -> tuple[PreTrainedModel, Adapters | None, Head | None]:
+    """A reward model to go on with, or a causal LM's trunk under a new head; with `lora` its adapter; and the head of
+    the causal LM: tied to the embeddings of the trunk where it was to its own, else as it is, without gradients."""
+    head = None
     precision = (config.dtype, config.attention)
     base_adapter = None if config.lora is None else _base_adapter(source, "model")
     if loading.is_scalar_model(source):
@@ -54,7 +57,16 @@ def load_scalar_backbone(
         model = loading.scalar_model(trunk, tokenizer, seed=config.seed, share=not live)
         if live and config.quantize is not None:
             quantize_trunk(model, config.quantize, model.device)
-    return model, None if config.lora is None else _adapters(model, config, [REWARD], base_adapter, report)
+        head = _language_head(trunk, model)
+    return model, None if config.lora is None else _adapters(model, config, [REWARD], base_adapter, report), head
+
+
+def _language_head(language_model: PreTrainedModel, scalar: PreTrainedModel) -> Head:
+    head = lm_head(language_model)
+    if head.weight is language_model.get_input_embeddings().weight:
+        return head._replace(weight=scalar.get_input_embeddings().weight)
+    bias = None if head.bias is None else head.bias.detach()
+    return head._replace(weight=head.weight.detach(), bias=bias)
 
 
 def _base_adapter(source: Source, role: str) -> AdapterFolder | None:

@@ -33,6 +33,8 @@ LEAST_CORRELATION = 0.31  # where rows have scores only: of two normal variables
 BIAS_FILE = "score_bias.json"
 LINK_FILE = "score_link.json"
 READOUT_FILE = "score_readout.json"
+HEADS_FILE = "score_heads.json"
+HEADS_NOTE = "of each head of the ensemble; the head `score`, all that stock transformers reads, is their mean"
 NOTE = "fastrlhf adds bias to the output of the head `score`; stock transformers does not"
 READOUT_NOTE = "the head `score` reads {}; stock transformers, which reads the last token of layer -1, scores otherwise"
 
@@ -155,6 +157,62 @@ def link_of(source: str | Path) -> tuple[float, float] | None:
     if scale is None or offset is None or scale <= 0:
         raise UserError(f"{path}: holds no numbers `scale` > 0 and `offset`; remove the file to learn them anew")
     return scale, offset
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an ensemble: weight [M, H] and bias [M], fp32 on the CPU."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> Heads:
+        """Those of a layer [M, H]."""
+        weight = layer.weight.detach().float().cpu()
+        return cls(weight, torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().cpu())
+
+    @property
+    def count(self) -> int:
+        return len(self.weight)
+
+    def whole(self) -> bool:
+        """Whether these are several heads of finite numbers."""
+        fits = self.weight.dim() == 2 and self.bias.shape == self.weight.shape[:1] and self.count > 1
+        return fits and bool(self.weight.isfinite().all() and self.bias.isfinite().all())
+
+    def text(self) -> str:
+        """The content of HEADS_FILE."""
+        numbers = {"bias": self.bias.tolist(), "weight": self.weight.tolist()}
+        return json.dumps({"note": HEADS_NOTE, **numbers}) + "\n"
+
+    def beside(self, score: nn.Linear) -> nn.Linear:
+        """A layer [M, H] of the heads whose mean is `score`, with the shift that it has got by center_rewards."""
+        if self.weight.shape[1] != score.weight.shape[1]:
+            raise UserError(
+                f"{HEADS_FILE}: its heads read {self.weight.shape[1]} states and the model has {score.weight.shape[1]}"
+            )
+        layer = nn.Linear(self.weight.shape[1], self.count, device=score.weight.device).requires_grad_(False)
+        shift = 0.0 if score.bias is None else float(score.bias.detach()) - float(self.bias.mean())
+        layer.weight.copy_(self.weight)
+        layer.bias.copy_(self.bias + shift)
+        return layer
+
+
+def heads_of(source: str | Path) -> Heads | None:
+    """The heads of the ensemble in a folder or on a hub; None: the model there has one head. UserError for a damaged
+    file."""
+    path = _beside(source, HEADS_FILE)
+    if path is None or not path.is_file():
+        return None
+    try:
+        written = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        heads = Heads(torch.tensor(written["weight"]), torch.tensor(written["bias"]))
+    except (ValueError, LookupError, TypeError):
+        heads = None
+    if heads is None or not heads.whole():
+        raise UserError(f"{path}: holds no `weight` and `bias` of two heads or more; remove it to use their mean")
+    return heads
 
 
 def _numbers(path: Path, *names: str) -> list[float | None]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.encode import Example
-from fastrlhf.models.heads import check_packing, head_logits, hidden_states, lm_head
+from fastrlhf.models.heads import Head, check_packing, head_logits, hidden_states, lm_head, right_padded
 from fastrlhf.runtime.batching import assign_rows, micro_batches
 from fastrlhf_kernels import linear_log_probs
 
@@ -95,6 +95,26 @@ def target_log_probs(
     hidden = batch.hidden(model) if hidden is None else hidden
     options = {"temperature": temperature, "workspace": workspace, **head.kwargs()}
     return linear_log_probs(hidden, head.weight, batch.labels, **options)
+
+
+def token_states(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the final hidden states [L_i, H] of each token row, from one forward."""
+    input_ids, lengths = right_padded(rows, model.config.pad_token_id or 0, model.device)
+    hidden = hidden_states(model, input_ids)
+    return [states[:length] for states, length in zip(hidden, lengths.tolist(), strict=True)]
+
+
+def reply_log_probs(
+    head: Head, states: Sequence[Tensor], rows: Sequence[TargetRow], workspace: int | None = None
+) -> list[Tensor]:
+    """Return log p [T_i] fp32 of the target tokens of each row, from its `token_states`; no logits tensor is made.
+
+    workspace: as `target_log_probs` has it.
+    """
+    read = [s[[t - 1 for t in row.targets]] for s, row in zip(states, rows, strict=True)]
+    labels = torch.tensor([row.ids[t] for row in rows for t in row.targets], device=read[0].device)
+    log_probs = linear_log_probs(torch.cat(read), head.weight, labels, workspace=workspace, **head.kwargs())
+    return list(log_probs.split([len(row.targets) for row in rows]))
 
 
 @torch.no_grad()

@@ -49,7 +49,9 @@ ELSEWHERE = {  # fields that say what is read, written or shown: none of it is p
     "columns": None, "ignore_columns": None, "max_samples": None, "chat_template": None, "prompt_format": "raw",
     "format": "text", "eval_fraction": 0.0, "probe": False, "best_of_n": 0, "ref_refresh_every": 0,
     "critic_pretrain_epochs": 0, "optimizer": "adamw", "readout": None, "readout_layer": None,
+    "weakest": "keep", "strength_margin": False, "lm_coef": 0.0,
 }  # fmt: skip
+NO_LANGUAGE = "lm_coef: its head and the log-probs of the best replies are left out of these figures"
 PAIR = Feedback("pair", WORD, (WORD, WORD), ranking=((0,), (1,)))
 
 
@@ -200,9 +202,11 @@ class _Supervised:
         with self.live.phase(), _gradients_of_others(self.live, [trainer.optimizer], len(groups)):
             trainer.accumulate(first)
         head = None if self.reward else (size * (length - 1), False)
+        notes = [NO_LANGUAGE] if getattr(self.config, "lm_coef", 0) else []
         update = Phase(self.live.peak, self.live.rounded_peak, head=head, trains=True)
         held = _held_by_roles({"model": trainer.model}, [trainer.optimizer], self.config)
-        return Measured(held, {"update": update}, size, count, length, **_shape(trainer.model, [trainer.optimizer]))
+        shape = _shape(trainer.model, [trainer.optimizer])
+        return Measured(held, {"update": update}, size, count, length, notes=notes, **shape)
 
 
 @contextmanager

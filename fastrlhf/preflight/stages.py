@@ -32,9 +32,10 @@ from fastrlhf.preflight.readout import check_readout
 from fastrlhf.preflight.roles import check_policy, check_readers, read_roles, readable_prompts, trained_roles
 from fastrlhf.preflight.rows import Sentences, check_dropped, describe_rows
 from fastrlhf.reward.raters import Raters, check_scores, joined, raters_of
+from fastrlhf.reward.strength import denoised
 from fastrlhf.rl.evaluation import Evaluation
 from fastrlhf.rl.roles import check_value_model
-from fastrlhf.rl.scorers import held_out_records, read_reward
+from fastrlhf.rl.scorers import check_ensemble, held_out_records, read_reward
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.console import RowProgress, number
 
@@ -138,6 +139,14 @@ def _with_scores(
     """The records to learn from, scores of one prompt together, and how scores are read. whole: they are no sample."""
     if whole:
         check_scores(items, config.score_range)
+        if config.lm_coef and not any(item.feedback.ranking for item in items):
+            raise UserError(
+                f"lm_coef = {config.lm_coef:g}: data has scores alone, and learns the text of the best reply of pairs, "
+                "edits and rankings; use lm_coef=0"
+            )
+    items, note = denoised(items, config)
+    if note is not None:
+        said.notes.append(note)
     raters = raters_of(item.feedback for item in items)
     records = joined(items)
     gone, note = len(items) - len(records), raters.note()
@@ -159,6 +168,11 @@ def _read(encoder: Encoder, source: Any, role: str, *, keep_rows: bool) -> Encod
 def _learner(config: SupervisedConfig, source: Any) -> PreTrainedModel | None:
     """The model that learns, without its weights. UserError where it cannot."""
     scalar = config.stage == "reward" and is_scalar_model(source)
+    if scalar and config.lm_coef:
+        raise UserError(
+            f"lm_coef = {config.lm_coef:g}: model is a reward model, which has no language-model head; start from the "
+            "causal LM, or use lm_coef=0"
+        )
     model = skeleton(source, "model" if config.stage == "reward" else "policy", scalar=scalar)
     if model is not None and config.stage == "reward" and not scalar:
         check_scalar_form(model)
@@ -204,6 +218,7 @@ def prepare_ppo(
     template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
     check_value_model(config, value_model)
     reward = read_reward(reward, config)
+    check_ensemble(reward, config)
 
     encoder = Encoder(config, tokenizer, template, sample=sample, progress=progress or _progress())
     sources = [encoder.prompts(prompts, "prompts")]

@@ -17,7 +17,8 @@ SAMPLED = 64  # token rows that tell where the states are
 
 @torch.no_grad()
 def settle_head(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
-    """Turn the drawn head `score` so that its outputs on these token rows have mean 0, deviation SPREAD at most.
+    """Turn the drawn head `score`, each of several, so that its outputs on these token rows have mean 0, deviation
+    SPREAD at most.
 
     The hidden states of a language model have a large common part, their mean, and few directions in which they
     differ much; a head drawn at random gives both scores far from 0. What it sees of the mean is taken from it, and of
@@ -28,10 +29,10 @@ def settle_head(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
     model.eval()
     states = torch.cat([row_states(model, [row], readout_of(model)).cpu().double() for row in rows])
     states = states[states.isfinite().all(-1)]
-    head = model.score.weight[0].cpu().double()
+    heads = model.score.weight.cpu().double()
     if len(states):
-        head = _settled(head, states)
-    model.score.weight.copy_(distributed.gather_each(head)[0][None])
+        heads = torch.stack([_settled(head, states) for head in heads])
+    model.score.weight.copy_(distributed.gather_each(heads)[0])
 
 
 def _settled(head: Tensor, states: Tensor) -> Tensor:

@@ -50,12 +50,14 @@ class ScoreLink:
         """Deviations above the mean that a raw output of 0 stands for."""
         return float(self.values.detach()[1])
 
-    def loss(self, scores: Tensor, feedback: Feedback) -> Tensor:
-        """Loss of one record from the raw outputs [K] fp32 of its responses -> 0-d, also differentiable in `values`."""
+    def loss(self, scores: Tensor, feedback: Feedback, smoothing: float = 0.0) -> Tensor:
+        """Loss of one record from the raw outputs [K] fp32 of its responses -> 0-d, also differentiable in `values`; of
+        M heads [K, M] -> [M]. smoothing: of its labels."""
         if feedback.scores is None:
-            return record_loss(scores, feedback)
+            return record_loss(scores, feedback, smoothing=smoothing)
         values = self.values.to(scores.device)
-        return record_loss(scores, feedback, scores * values[0].exp() + values[1], self.raters.read(feedback))
+        read = scores * values[0].exp() + values[1]
+        return record_loss(scores, feedback, read, self.raters.read(feedback), smoothing)
 
     def take_gradient(self) -> Tensor:
         """The gradient [2] of `values` since the last call, which is forgotten then."""

@@ -92,10 +92,10 @@ def joined(records: Sequence[Record]) -> list[Record]:
     """The records, with those that score replies to one prompt by one annotator (or by nobody named) made one record of
     up to TOGETHER replies, so that their order is learnt as well. It weighs as much as they did, and stands where the
     first of them stood."""
-    places: dict[tuple[str, str | None], int] = {}
+    places: dict[tuple[str, str | None, float], int] = {}
     together: list[list[Record]] = []
     for record in records:
-        key = (record.group, record.feedback.annotator)
+        key = (record.group, record.feedback.annotator, record.smoothing)
         place = places.get(key) if record.feedback.scores is not None else None
         if place is not None and sum(len(r.rows) for r in together[place]) + len(record.rows) <= TOGETHER:
             together[place].append(record)
@@ -112,4 +112,6 @@ def _one(group: Sequence[Record]) -> Record:
     scores = tuple(score for feedback in some for score in feedback.scores)
     rows = [row for record in group for row in record.rows]
     judgements = sum(record.judgements for record in group)
-    return Record(rows, replace(some[0], responses=responses, scores=scores), judgements)
+    return replace(
+        group[0], rows=rows, feedback=replace(some[0], responses=responses, scores=scores), judgements=judgements
+    )

@@ -87,7 +87,7 @@ def load_roles(
     if on_base:
         folder = read_adapter(reward, "reward")
         report("reward: an adapter on the policy's base")
-        scorer = AdapterScorer(adapters, folder, reward_tokenizer(reward, tokenizer), tokenizer, memory)
+        scorer = AdapterScorer(adapters, folder, reward_tokenizer(reward, tokenizer), tokenizer, memory, config)
     if reference is None and adapters is None:
         reference = frozen_copy(trained)
     critic = _make_critic(config, tokenizer, scorer, trained, value_model, adapters)

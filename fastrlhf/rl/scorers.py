@@ -36,7 +36,7 @@ from fastrlhf.models.loading import (
 )
 from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.offload import Offload
-from fastrlhf.models.reward_folder import HeldOut, bias_of, held_out_of
+from fastrlhf.models.reward_folder import HeldOut, bias_of, heads_of, held_out_of
 from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.rl.functions import (
     MESSAGES,
@@ -59,20 +59,24 @@ Reward = float | None | list[float]  # of a response: on its last token, none, o
 
 class Scores(NamedTuple):
     """values: a raw score a response, None where it cannot be judged. token_rewards: 1-d fp32 each, of per-token reward
-    functions; they sum to the scores (zeros where there is none). None: rewards are of whole responses."""
+    functions; they sum to the scores (zeros where there is none). None: rewards are of whole responses. spread: mean
+    over responses of the standard deviation over the heads of an ensemble; None: no reward model is one."""
 
     values: list[float | None]
     token_rewards: list[Tensor] | None
+    spread: float | None = None
 
 
 class Scorer(ABC):
     """Scores a rollout over all ranks: each judges its share of the prompts, and all get the whole.
 
     per_token: rewards are lists, a number for each token. model: the reward model, where there is one of its own.
+    ensemble: its heads, where it has several.
     """
 
     per_token = False
     model: PreTrainedModel | None = None
+    ensemble: Ensemble | None = None
 
     @property
     def models(self) -> list[PreTrainedModel]:
@@ -80,10 +84,20 @@ class Scorer(ABC):
         return [] if self.model is None else [self.model]
 
     def __call__(self, rollout: Rollout) -> Scores:
-        rewards = self._over_ranks(rollout)
+        self.take_spread()  # of responses that something else had judged
+        rewards, ensembles = self._over_ranks(rollout), self.take_spread()
+        spread = None
+        if ensembles is not None:
+            distributed.all_reduce_sum(ensembles)
+            spread = float(ensembles[0] / ensembles[1].clamp(min=1))
         if not self.per_token:
-            return Scores(rewards, None)
-        return split_rewards(rewards, rollout.response_ids)
+            return Scores(rewards, None, spread)
+        return split_rewards(rewards, rollout.response_ids)._replace(spread=spread)
+
+    def take_spread(self) -> Tensor | None:
+        """Sum [2] of the deviations over an ensemble's heads, and of responses, in this process since the last call;
+        None: no reward model is an ensemble."""
+        return None if self.ensemble is None else self.ensemble.take_spread()
 
     @abstractmethod
     def judge(self, texts: Texts, rows: TokenRows) -> list[Reward]:
@@ -119,6 +133,54 @@ def split_rewards(rewards: Sequence[Reward], response_ids: Sequence[Sequence[int
 # ---------------------------------------------------------------------------------------------------------- a model
 
 
+class Ensemble:
+    """The heads [M, H] of a reward model, and what becomes of their scores.
+
+    mean: what the model's own head gives. min: the lowest (worst-case optimisation of Coste et al. 2023).
+    mean_minus_sd: mean - coef * standard deviation (M - 1 in its denominator), where their uncertainty-weighted
+    optimisation subtracts the variance.
+    """
+
+    def __init__(self, heads: nn.Linear, config: PPOConfig) -> None:
+        self.heads, self.how, self.coef = heads, config.reward_ensemble, config.reward_sd_coef
+        self._spread = torch.zeros(2, dtype=torch.float64)
+
+    def combined(self, scores: Tensor) -> Tensor:
+        """Scores of the heads [B, M] fp32 -> [B] fp32."""
+        deviations = scores.std(-1)
+        known = deviations[deviations.isfinite()]
+        self._spread += torch.tensor([float(known.double().sum()), len(known)], dtype=torch.float64)
+        if self.how == "min":
+            return scores.min(-1).values
+        mean = scores.mean(-1)
+        return mean if self.how == "mean" else mean - self.coef * deviations
+
+    def take_spread(self) -> Tensor:
+        """As `Scorer.take_spread`."""
+        spread, self._spread = self._spread, torch.zeros(2, dtype=torch.float64)
+        return spread
+
+
+def ensemble_of(source: str | Path, score: nn.Linear, config: PPOConfig) -> Ensemble | None:
+    """The heads beside a reward model whose own head is `score`; None: that is its only one."""
+    heads = heads_of(source)
+    return None if heads is None else Ensemble(heads.beside(score), config)
+
+
+def check_ensemble(reward: str | PreTrainedModel | list[Part], config: PPOConfig) -> None:
+    """UserError where reward_ensemble asks for the heads of an ensemble and no reward model, read, is one."""
+    if config.reward_ensemble == "mean":
+        return
+    parts = reward if isinstance(reward, list) else [Part("", 1.0, reward)]
+    models = [part.source for part in parts if isinstance(part.source, str) and part.label is None]
+    if all(heads_of(model) is None for model in models):
+        named = f"reward {models[0]!r} has one head" if models else "reward is no folder of a reward model"
+        raise UserError(
+            f"reward_ensemble = {config.reward_ensemble}: {named}; train one with fastrlhf reward ensemble=5, or use "
+            "reward_ensemble=mean"
+        )
+
+
 class RewardModelScorer(Scorer):
     """Scores with a sequence classifier: the policy's own token ids if the tokenizers agree, else re-encoded text. One
     without a head `score` is no causal LM's: it has its own idea of a text, and reads the reply alone."""
@@ -131,17 +193,20 @@ class RewardModelScorer(Scorer):
         memory: MemoryBackoff,
         offload: Offload,
         label: int | None = None,
+        ensemble: Ensemble | None = None,
     ) -> None:
         """label: the label of a classifier of several whose log-probability is the score."""
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.memory, self.offload, self.label = tokenizer, memory, offload, label
+        self.ensemble = ensemble
         self.same_tokenizer = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
 
     def judge(self, texts: Texts, rows: TokenRows) -> list[float | None]:
         ids = self._token_ids(texts, rows)
+        head = None if self.ensemble is None else self.ensemble.heads
         with self.offload.here(self.model) as model:
-            scores = self.memory.attempt(lambda: score_rows(model, ids, self.memory.tokens, label=self.label))
-        return _scorable(scores)
+            scores = self.memory.attempt(lambda: score_rows(model, ids, self.memory.tokens, head, self.label))
+        return _scorable(scores if self.ensemble is None else self.ensemble.combined(scores))
 
     def _token_ids(self, texts: Texts, rows: TokenRows) -> list[list[int]]:
         if not hasattr(self.model, "score") and self.label is not None:
@@ -163,6 +228,7 @@ class AdapterScorer(RewardModelScorer):
         tokenizer: PreTrainedTokenizerBase,
         policy_tokenizer: PreTrainedTokenizerBase,
         memory: MemoryBackoff,
+        config: PPOConfig,
     ) -> None:
         adapters.add(REWARD, folder)
         self.adapters, self.tokenizer, self.memory, self.label = adapters, tokenizer, memory, None
@@ -172,12 +238,14 @@ class AdapterScorer(RewardModelScorer):
         self.head = nn.Linear(weights["weight"].shape[1], 1, bias="bias" in weights).requires_grad_(False)
         self.head.load_state_dict(weights)
         self.head.to(adapters.model.device)
+        self.ensemble = ensemble_of(folder.path, self.head, config)
 
     def judge(self, texts: Texts, rows: TokenRows) -> list[float | None]:
         ids = self._token_ids(texts, rows)
+        head = self.head if self.ensemble is None else self.ensemble.heads
         with self.adapters.using(REWARD) as model:
-            scores = self.memory.attempt(lambda: score_rows(model, ids, self.memory.tokens, self.head))
-        return _scorable(scores)
+            scores = self.memory.attempt(lambda: score_rows(model, ids, self.memory.tokens, head))
+        return _scorable(scores if self.ensemble is None else self.ensemble.combined(scores))
 
 
 def _scorable(scores: Tensor) -> list[float | None]:
@@ -192,9 +260,11 @@ def score_rows(
     head: nn.Linear | None = None,
     label: int | None = None,
 ) -> Tensor:
-    """Return scores [B] fp32 on the CPU, computed in micro-batches of at most `budget` padded tokens; head None:
-    `score`. label: see `label_log_probs`."""
-    scores = torch.empty(len(rows), dtype=torch.float32)
+    """Return scores [B] fp32 on the CPU, computed in micro-batches of at most `budget` padded tokens; of M heads
+    [B, M]. head None: `score`. label: see `label_log_probs`."""
+    head = getattr(model, "score", None) if head is None else head
+    heads = head.out_features if label is None else 1
+    scores = torch.empty((len(rows), heads) if heads > 1 else (len(rows),), dtype=torch.float32)
     for group in micro_batches([len(row) for row in rows], budget):
         batch = [rows[i] for i in group]
         with torch.inference_mode():
@@ -259,6 +329,11 @@ class FunctionScorer(Scorer):
     @property
     def models(self) -> list[PreTrainedModel]:
         return [model for _, judge in self.parts if isinstance(judge, Scorer) for model in judge.models]
+
+    def take_spread(self) -> Tensor | None:
+        spreads = [(w, judge.take_spread()) for w, judge in self.parts if isinstance(judge, Scorer)]
+        weighted = [s * s.new_tensor([abs(weight), 1.0]) for weight, s in spreads if s is not None]
+        return torch.stack(weighted).sum(0) if weighted else None
 
     def judge(self, texts: Texts, rows: TokenRows) -> list[Reward]:
         count = len(rows)
@@ -470,7 +545,8 @@ def make_scorer(
             tokenizer = load_tokenizer(source, needs_eos=False)
         else:
             tokenizer = reward_tokenizer(source, policy_tokenizer)
-        return RewardModelScorer(model, tokenizer, policy_tokenizer, memory, offload, index)
+        ensemble = ensemble_of(source, model.score, config) if how and label is None else None
+        return RewardModelScorer(model, tokenizer, policy_tokenizer, memory, offload, index, ensemble)
 
     if not isinstance(reward, list):
         return scorer(reward)

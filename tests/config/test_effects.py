@@ -17,12 +17,13 @@ ignore_columns max_samples allow_drop skip_bad_rows seed eval_every output_dir""
 SUPERVISED = "total_steps max_tokens overlong mini_batch_size eval_fraction"
 ALWAYS = {
     SFTConfig: f"{SHARED} {SUPERVISED} gradient_checkpointing packing format",
-    RewardConfig: f"{SHARED} {SUPERVISED} head_only score_range center_rewards",
+    RewardConfig: f"""{SHARED} {SUPERVISED} head_only score_range center_rewards ensemble label_smoothing weakest
+    strength_margin""",
     PPOConfig: f"""{SHARED} gradient_checkpointing total_steps rollout_batch_size samples_per_prompt ppo_epochs
     mini_batch_size max_prompt_tokens max_new_tokens temperature top_p top_k advantage kl_coef kl_budget target_kl
     clip_range clip_range_high policy_loss ratio_level loss_aggregation entropy_coef ptx_coef reward_scaling reward_clip
     reward_timeout reward_retries advantage_clip missing_eos_penalty length_penalty overlong_penalty old_log_probs
-    ema_decay ref_refresh_every packing probe offload runaway_kl runaway_entropy missing_eos_score""",
+    ema_decay ref_refresh_every packing probe offload runaway_kl runaway_entropy missing_eos_score reward_ensemble""",
 }
 GIVEN = {  # a value of each option of the table that asks for something
     "critic": "shared_trunk",
@@ -56,6 +57,9 @@ GIVEN = {  # a value of each option of the table that asks for something
     "resume": True,
     "accept_changed": ["data"],
     "epochs": 3,
+    "reward_sd_coef": 2.0,
+    "lm_coef": 1.0,
+    "weakest_share": 0.1,
     "gradient_checkpointing": True,
     "readout": "mean",
     "readout_layer": 3,
@@ -65,6 +69,8 @@ ACTING = {
     "critic_warmup_steps": 1,
     "output_dir": "run",
     "resume": True,
+    "reward_ensemble": "mean_minus_sd",
+    "weakest": "flip",
 }  # where no default lets it act
 NEEDED = {
     "accept_changed": {"output_dir": "run"},
@@ -143,8 +149,10 @@ SWITCHED_OFF = [
     (PPOConfig, {"eval_every": 0}, "eval_temperature best_of_n"),
     (SFTConfig, {"total_steps": 9}, "epochs"),
     (RewardConfig, {"total_steps": 9}, "epochs"),
-    (RewardConfig, {"head_only": True}, "gradient_checkpointing"),
     (RewardConfig, {"head_only": False}, "readout readout_layer"),
+    (RewardConfig, {"head_only": True}, "gradient_checkpointing lm_coef"),
+    (RewardConfig, {"weakest": "keep"}, "weakest_share"),
+    (PPOConfig, {"reward_ensemble": "min"}, "reward_sd_coef"),
     *((cls, {"output_dir": None}, "save_every overwrite resume") for cls in CONFIGS.values()),
 ]
 
