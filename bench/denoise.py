@@ -100,14 +100,15 @@ def found(records: Sequence[Feedback], wrong: dict[str, bool]) -> dict[str, floa
     part of all turned ones among the weakest."""
     known = [feedback for feedback in weakest_first(records) if feedback.strength is not None]
     marks = [wrong[key(feedback)] for feedback in known]
-    weakest = marks[: round(RECIPE["weakest_share"] * len(marks))]
+    weakest = marks[: max(1, round(RECIPE["weakest_share"] * len(marks)))]
+    twentieths = [marks[len(marks) * i // 20 : len(marks) * (i + 1) // 20] for i in range(20)]
     below = [mark for feedback, mark in zip(known, marks) if feedback.strength < 0]
     return {
         "with_strength": len(known),
         "turned_of_weakest": fmean(weakest),
         "turned_of_below_0": fmean(below) if below else 0.0,
         "turned_found": sum(weakest) / max(1, sum(marks)),
-        "turned_by_twentieth": [fmean(marks[len(marks) * i // 20 : len(marks) * (i + 1) // 20]) for i in range(20)],
+        "turned_by_twentieth": [fmean(part) for part in twentieths if part],
     }
 
 
