@@ -25,8 +25,8 @@ eval_every output_dir overwrite resume accept_changed"""
 SUPERVISED = "epochs total_steps max_tokens overlong mini_batch_size eval_fraction"
 FROZEN = {
     SFTConfig: f"{COMMON} {SUPERVISED} packing format",
-    RewardConfig: f"""{COMMON} {SUPERVISED} head_only readout readout_layer score_range center_rewards ensemble label_smoothing lm_coef
-    weakest weakest_share strength_margin""",
+    RewardConfig: f"""{COMMON} {SUPERVISED} head_only readout readout_layer score_range center_rewards ensemble
+    label_smoothing lm_coef weakest weakest_share strength_margin""",
     PPOConfig: f"""{COMMON} total_steps rollout_batch_size samples_per_prompt ppo_epochs mini_batch_size
     max_prompt_tokens max_new_tokens temperature top_p top_k critic_learning_rate gamma gae_lambda kl_coef kl_estimator
     kl_in target_kl clip_range clip_range_high dual_clip importance_cap clip_range_value vf_coef entropy_coef ptx_coef

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from fastrlhf import PPOConfig, UserError, inference
 from fastrlhf.data.encode import Record
 from fastrlhf.eval import reward_model as reward_eval
-from fastrlhf.models.heads import last_hidden
+from fastrlhf.models.heads import last_hidden, sequence_scores
 from fastrlhf.models.reward_folder import HEADS_FILE, Heads, heads_of
 from fastrlhf.reward.ensemble import bootstrap
 from fastrlhf.reward.head import SPREAD
@@ -128,6 +128,28 @@ def test_heads_made_of_one_head_are_about_it(tmp_path):
     several = trainer(config(ensemble=4), model=str(tmp_path / "one"), tokenizer=None)
     away = several.model.score.weight - one.model.score.weight
     assert float((members(several) - members(one)).std(0).max()) < 4 * SPREAD and float(away.detach().std(0).min()) > 0
+
+
+def test_linear_ensembles_keep_their_biases_and_their_readout(tmp_path):
+    """head_only learns w_m'y + b_m of each head; scores move the biases apart from 0."""
+    cfg = config(ensemble=3, head_only=True, readout="mean", readout_layer=1, total_steps=8, learning_rate=3e-2)
+    t = trainer(cfg)
+    t.train()
+    t.save(tmp_path / "linear")
+    heads, [learnt] = heads_of(tmp_path / "linear"), t.items[:1]
+    torch.testing.assert_close(heads.bias, t.model.score.bias.detach())
+    assert float(heads.bias.abs().min()) > 0
+    feedback = learnt.feedback
+    [score] = inference.score(str(tmp_path / "linear"), [feedback.prompt], [feedback.responses[0]])
+    with torch.no_grad():
+        each = sequence_scores(t.model, [learnt.rows[0]])[0]
+    assert score == pytest.approx(float(each.mean()), abs=1e-5)
+    [[several, _]] = reward_eval.scores_of(
+        str(tmp_path / "linear"), [feedback], raw=False, tell=lambda _: None, heads=heads
+    )
+    assert several == pytest.approx(each.tolist(), abs=1e-5)
+    on = trainer(config(ensemble=3, head_only=True), model=str(tmp_path / "linear"), tokenizer=None)
+    torch.testing.assert_close(on.model.score.bias, t.model.score.bias)
 
 
 def test_an_adapter_folder_and_the_centre_keep_their_heads(tmp_path):
