@@ -40,6 +40,7 @@ def widen(
     with torch.no_grad():
         if old.bias is not None:
             model.score.bias.copy_(old.bias.expand(heads) if known is None else known.bias)
+            model.score.bias.requires_grad_(old.bias.requires_grad)
         if known is not None:
             model.score.weight.copy_(known.weight)
             return

@@ -152,6 +152,11 @@ def test_linear_ensembles_keep_their_biases_and_their_readout(tmp_path):
     torch.testing.assert_close(on.model.score.bias, t.model.score.bias)
 
 
+def test_a_bias_that_pairs_cannot_teach_stays_untrained():
+    t = trainer(config(ensemble=2, head_only=True), data=[PAIR, PAIR])
+    assert not t.model.score.bias.requires_grad and t.model.score.weight.requires_grad
+
+
 def test_an_adapter_folder_and_the_centre_keep_their_heads(tmp_path):
     tiny.llama().save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
