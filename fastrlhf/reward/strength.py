@@ -103,10 +103,9 @@ def row_of(feedback: Feedback, score_range: tuple[float, float]) -> dict[str, An
         "source": feedback.source,
         "margin": feedback.margin,
     }
-    if feedback.kind == "pair":
-        row |= {"chosen": feedback.responses[0], "rejected": feedback.responses[1]}
-    elif feedback.kind == "edit":
-        row |= {"edited": feedback.responses[0], "response": feedback.responses[1]}
+    if feedback.kind in ("pair", "edit"):
+        names = ("chosen", "rejected") if feedback.kind == "pair" else ("edited", "response")
+        row |= {name: feedback.responses[i] for name, (i,) in zip(names, feedback.ranking)}  # which may be turned
     elif feedback.scores is not None:
         exact = (low + (score + 1) / 2 * (high - low) for score in feedback.scores)
         scores = [min(max(round(score, 9), low), high) for score in exact]

@@ -9,6 +9,8 @@ import pytest
 
 from bench import denoise
 from bench.quickstart_data.generate import FAULTS
+from fastrlhf.data.feedback import parse_feedback
+from fastrlhf.reward.strength import row_of
 from tests import tiny
 
 SHIPPED = Path(__file__).parents[2] / "bench/results/denoise_cpu.json"
@@ -20,6 +22,9 @@ def test_a_fifth_of_the_judgements_is_turned_and_the_rest_is_as_it_was():
     for before, after, turn in zip(clean, noisy, wrong, strict=True):
         assert (before == after) == (not turn) or before.scores == (0.0,)  # 3 of 1 to 5 is its own mirror
         assert sorted(after.ordered_pairs()) == sorted((j, i) if turn else (i, j) for i, j in before.ordered_pairs())
+        again = parse_feedback(row_of(after, denoise.RANGE), "here", denoise.RANGE)  # as the trainer reads it
+        order = [(again.responses[i], again.responses[j]) for i, j in again.ordered_pairs()]
+        assert sorted(order) == sorted((after.responses[i], after.responses[j]) for i, j in after.ordered_pairs())
         if before.scores is not None and turn:
             assert after.scores == pytest.approx([-score for score in before.scores])
     assert denoise.judgements(4)[2] != wrong and denoise.judgements(3)[2] == wrong

@@ -74,6 +74,9 @@ def test_a_turned_judgement_prefers_the_opposite():
         other = turned(feedback)
         assert sorted(other.ordered_pairs()) == sorted((j, i) for i, j in feedback.ordered_pairs())
         assert other.strength == 0.5 and other.margin is None and turned(turned(feedback)).ordered_pairs()
+        again = parse_feedback(row_of(other, RANGE), "here", RANGE)  # written and read, it is still turned
+        texts = {(again.responses[i], again.responses[j]) for i, j in again.ordered_pairs()}
+        assert texts == {(feedback.responses[j], feedback.responses[i]) for i, j in feedback.ordered_pairs()}
     tied = judged({**SCORES, "scores": [5, 1, 5]})
     assert turned(tied).scores == (0.0, 1.0, 0.0)
 
