@@ -49,9 +49,13 @@ ELSEWHERE = {  # fields that say what is read, written or shown: none of it is p
     "columns": None, "ignore_columns": None, "max_samples": None, "chat_template": None, "prompt_format": "raw",
     "format": "text", "eval_fraction": 0.0, "probe": False, "best_of_n": 0, "ref_refresh_every": 0,
     "critic_pretrain_epochs": 0, "optimizer": "adamw", "readout": None, "readout_layer": None,
-    "weakest": "keep", "strength_margin": False, "lm_coef": 0.0,
+    "weakest": "keep", "strength_margin": False, "lm_coef": 0.0, "ensemble": None,
+    "reward_ensemble": "mean",
 }  # fmt: skip
-NO_LANGUAGE = "lm_coef: its head and the log-probs of the best replies are left out of these figures"
+LEFT_OUT = {  # options of reward training, and what of them is not in a plan
+    "lm_coef": "lm_coef: its head and the log-probs of the best replies are left out of these figures",
+    "ensemble": "ensemble: its heads are counted as one, which leaves out 16 H bytes for each further one",
+}
 PAIR = Feedback("pair", WORD, (WORD, WORD), ranking=((0,), (1,)))
 
 
@@ -202,7 +206,7 @@ class _Supervised:
         with self.live.phase(), _gradients_of_others(self.live, [trainer.optimizer], len(groups)):
             trainer.accumulate(first)
         head = None if self.reward else (size * (length - 1), False)
-        notes = [NO_LANGUAGE] if getattr(self.config, "lm_coef", 0) else []
+        notes = [note for name, note in LEFT_OUT.items() if getattr(self.config, name, None)]
         update = Phase(self.live.peak, self.live.rounded_peak, head=head, trains=True)
         held = _held_by_roles({"model": trainer.model}, [trainer.optimizer], self.config)
         shape = _shape(trainer.model, [trainer.optimizer])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from fastrlhf import PPOConfig, UserError, inference
+from fastrlhf import PPOConfig, UserError, cli, inference
 from fastrlhf.data.encode import Record
 from fastrlhf.eval import reward_model as reward_eval
 from fastrlhf.models.heads import last_hidden, sequence_scores
@@ -258,3 +258,11 @@ def test_every_kind_of_record_teaches_every_head():
         seen = torch.tensor(bootstrap(t.items[0], 2, 0)) > 0
         changed = (t.model.score.weight.detach() != before).any(1)
         assert changed.tolist() == seen.tolist() or not seen.any()
+
+
+def test_a_plan_of_ppo_counts_an_ensemble_as_a_reward_model(folder, tmp_path, capsys):
+    tiny.llama().save_pretrained(tmp_path / "sft")
+    tiny.tokenizer().save_pretrained(tmp_path / "sft")
+    recipe = f"policy={tmp_path}/sft reward={folder} rollout_batch_size=4 mini_batch_size=4 max_new_tokens=8".split()
+    assert cli.main(["plan", "--stage", "ppo", *recipe, "reward_ensemble=min", "--gpu-memory", "24GiB"]) == 0
+    assert "rollout" in capsys.readouterr().out

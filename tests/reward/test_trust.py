@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastrlhf import UserError
+from fastrlhf import UserError, cli
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.data.feedback import parse_feedback
 from fastrlhf.models.loading import load_reward_model
@@ -188,3 +188,12 @@ def test_a_prompt_without_tokens_has_no_first_target():
     row = {"prompt": CAT, "chosen": "yes", "rejected": "no"}
     t = trainer(config(lm_coef=1.0, mini_batch_size=1), data=[row])
     assert t.items[0].prompt_tokens > 1 and math.isfinite(t.train()["loss/lm"])
+
+
+def test_a_plan_says_what_of_them_it_leaves_out(tmp_path, capsys):
+    tiny.llama().save_pretrained(tmp_path / "sft")
+    tiny.tokenizer().save_pretrained(tmp_path / "sft")
+    recipe = ["plan", "--stage", "reward", f"model={tmp_path}/sft", "max_tokens=64", "--gpu-memory", "24GiB"]
+    assert cli.main([*recipe, "lm_coef=1", "ensemble=3", "weakest=flip", "strength_margin=true"]) == 0
+    out = capsys.readouterr().out
+    assert "lm_coef: its head and the log-probs" in out and "ensemble: its heads are counted as one" in out
