@@ -5,10 +5,10 @@
         return {"token_accuracy": sum(hits) / len(hits)}
 
 predictions and rows are lists of the same length and order. rows: a held-out row each, as a dict in README's form
-(`messages`, `prompt` and `response`, or `text`; of feedback `prompt`, `responses`, `ranking` or `scores` in [-1, 1],
-`margin`, `kind`) with its place in `where`. predictions: of SFT a `TokenPrediction` each; of a reward model a list with
-the raw score of each of the row's responses, in their order. The numbers that it returns go to metrics.jsonl under
-their own names. With several ranks each of them calls it with the whole.
+(`messages`, `prompt` and `response`, or `text`; of feedback `prompt`, `responses`, `ranking` or `scores` and `ratings`
+in [-1, 1], `margin`, `kind`) with its place in `where`. predictions: of SFT a `TokenPrediction` each; of a reward model
+a list with the raw score of each of the row's responses, in their order. The numbers that it returns go to
+metrics.jsonl under their own names. With several ranks each of them calls it with the whole.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastrlhf.agreement import baselines
 from fastrlhf.agreement.bootstrap import draws, interval, moments, pearson, ratio, sums_by
 from fastrlhf.agreement.pairs import Pair, Scores, length_of, margins, ordered, prompt_key, source_of
+from fastrlhf.agreement.people import reliability
 from fastrlhf.data.feedback import Feedback
 
 EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)  # of the probability that the model gives its own choice
@@ -26,7 +27,7 @@ def figures(
 
     training: see `baselines.by_words`. Intervals: the middle 95 % of 2000 bootstrap samples of the prompts. A tie of
     two scores counts half. None stands for what the rows do not tell: `pairs` where nothing is ordered,
-    `with_scores` where nobody gave different scores.
+    `with_scores` where nobody gave different scores, `people` where no reply has several people's ratings.
     """
     agreement = _Agreement(records, seed)
     own = list(scores)
@@ -34,6 +35,7 @@ def figures(
     report["replies"] = sum(len(record.responses) for record in records)
     report["pairs"] = agreement.accuracy(own)
     report["with_scores"] = agreement.with_scores(own)
+    report["people"] = reliability([some for record in records for some in record.ratings or ()], seed)
     if agreement.pairs:
         report["by"] = agreement.by_group(own)
         report["calibration"] = calibration(margins(agreement.pairs, own))

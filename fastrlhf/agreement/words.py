@@ -75,6 +75,10 @@ def _correlations(report: dict[str, Any]) -> Iterator[str]:
     for what, found in (("people's scores", report["with_scores"]), ("length", report["with_length"])):
         if found is not None:
             yield f"correlation with {what} ({found['replies']} replies): {_r(found)}"
+    people = report["people"]
+    if people is not None:
+        halves = f"half of the people of a reply against the other half: r = {people['halves']:.3f}"
+        yield f"{halves} ({people['replies']} replies); no model can pass {people['ceiling']:.3f} with the mean of all"
 
 
 def _baselines(report: dict[str, Any]) -> Iterator[str]:

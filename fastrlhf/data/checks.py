@@ -18,7 +18,7 @@ Messages = list[dict[str, Any]]  # role, content; and of some: weight 0 (not lea
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 _MORE_THAN_TEXT = ("tools", "functions", "documents", "image", "images", "video", "videos", "audio", "audios")
 
-_JUDGEMENTS = ("chosen", "rejected", "margin", "ranking", "score", "scores", "edited", "label", "unsafe")
+_JUDGEMENTS = ("chosen", "rejected", "margin", "ranking", "score", "scores", "ratings", "edited", "label", "unsafe")
 _TEXTS = ("prompt", "response", "responses", "messages", "conversations", "completion", "text")
 FIELDS = (*_JUDGEMENTS, *_TEXTS, "instruction", "output", "chat")
 
@@ -75,7 +75,7 @@ def meant(field: str, row: Mapping[str, Any]) -> str | None:
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {  # of the fields that hold no messages
-    **dict.fromkeys(("ranking", "scores", "responses"), list),
+    **dict.fromkeys(("ranking", "scores", "ratings", "responses"), list),
     **dict.fromkeys(("score", "margin"), (int, float)),
     **dict.fromkeys(("text", "instruction"), str),
     "label": bool,

@@ -174,13 +174,18 @@ def load_feedback(
     that do not reach the ends of score_range, perhaps because it is another scale than theirs, are noted in Counts.
     """
     items, counts = _load(source, lambda row, where: parse_feedback(row, where, score_range), "feedback", **how)
-    scores = [score for item in items for score in item.scores or ()]
+    given = [(item.ratings or (item.scores,)) if item.scores is not None else () for item in items]
+    scores = [score for lists in given for some in lists for score in some]
     is_scale = len(scores) >= SCORES_TO_JUDGE and any(-1 < score < 1 for score in scores)  # others are labels
     if is_scale and not {-1, 1} <= set(scores):
         low, high = score_range
         least, most = (low + (end + 1) / 2 * (high - low) for end in (min(scores), max(scores)))
         note = f"scored from {least:.4g} to {most:.4g} on a scale of {low:g} to {high:g} (score_range)"
         counts.noted[note] = sum(item.scores is not None for item in items)
+    people = sorted(len(some) for item in items for some in item.ratings or ())
+    if people:
+        note = f"rated by {people[0]} to {people[-1]} people a reply, of whom the mean is learnt"
+        counts.noted[note] = sum(item.ratings is not None for item in items)
     return settle(items, counts.noted), counts
 
 

@@ -4,6 +4,7 @@ A feedback row is one of
     {"prompt", "chosen", "rejected", "margin"?}
     {"prompt", "responses": [...], "ranking": [0-based, best first; ties as lists]}
     {"prompt", "response": str, "score": number} or {"prompt", "responses": [...], "scores": [...]}
+    {"prompt", "response": str, "ratings": [number of each person]} or {"prompt", "responses", "ratings": [[...], ...]}
     {"prompt", "response", "edited"}
 or a row of one of the formats in foreign.py; a column `unsafe` marks replies that must never be chosen (unsafe.py). A
 prompt is a string, used as it is, or messages, which go through the chat template. Rows of one `judgement_id` are one
@@ -15,6 +16,7 @@ count. Nothing is skipped without one of the two.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -65,11 +67,12 @@ class Feedback:
 
     pair: responses (chosen, rejected), ranking ((0,), (1,)), margin or None. edit: responses (edited,
     original), ranking ((0,), (1,)). ranking: groups of indices into responses, best first, ties in one group.
-    score: scores in [-1, 1], one a response, mapped linearly from score_range. where is "file:line". unsafe: replies
-    that the row marks so; seen: replies to the prompt that the row has beside those it judges. annotator, source: the
-    row's columns of these names, as texts; None: it has none. strength: how far an ensemble of reward models scores the
-    better replies above the worse ones, in raw scores, below 0 where it disagrees; strength_sd: the deviation of that
-    over its members; None: not measured.
+    score: scores in [-1, 1], one a response, mapped linearly from score_range. ratings: what several people gave each
+    response, on the same scale; its score is their mean. where is "file:line". unsafe: replies that the row marks so;
+    seen: replies to the prompt that the row has beside those it judges. annotator, source: the row's columns of these
+    names, as texts; None: it has none. strength: how far an ensemble of reward models scores the better replies above
+    the worse ones, in raw scores, below 0 where it disagrees; strength_sd: the deviation of that over its members;
+    None: not measured.
     """
 
     kind: Kind
@@ -85,6 +88,7 @@ class Feedback:
     source: str | None = None
     strength: float | None = None
     strength_sd: float | None = None
+    ratings: tuple[tuple[float, ...], ...] | None = None
 
     def ordered_pairs(self) -> list[tuple[int, int]]:
         """(better, worse) index pairs that it implies; of scores those of responses with different ones."""
@@ -104,7 +108,7 @@ class Feedback:
         if self.kind == "score" or all(marks):
             given = self.scores or (LOWEST,) * len(marks)
             scores = tuple(LOWEST if mark else score for mark, score in zip(marks, given))
-            return replace(self, kind="score", ranking=None, margin=None, scores=scores)
+            return replace(self, kind="score", ranking=None, margin=None, scores=scores, ratings=None)
         safe = (tuple(i for i in group if not marks[i]) for group in self.ranking)
         ranking = (*filter(None, safe), tuple(i for i, mark in enumerate(marks) if mark))
         if ranking == self.ranking:
@@ -199,6 +203,8 @@ def parse_feedback(row: Any, where: str, score_range: tuple[float, float] = (1.0
         return _marked(_pair(row, where), row, where)
     if "ranking" in row:
         return _marked(_ranking(row, where), row, where)
+    if "ratings" in row:
+        return _marked(_ratings(row, where, score_range), row, where)
     if "score" in row or "scores" in row:
         return _marked(_scores(row, where, score_range), row, where)
     if "label" in row or "kto_tag" in row:
@@ -206,7 +212,7 @@ def parse_feedback(row: Any, where: str, score_range: tuple[float, float] = (1.0
     if row.get("unsafe") not in (None, False) and ("response" in row or "responses" in row):
         return _marked(_mark_alone(row, where), row, where)
     expected = "chosen and rejected, or responses and ranking, or response and score, or response and edited"
-    judgements = ("chosen", "rejected", "ranking", "scores", "score", "edited", "label")
+    judgements = ("chosen", "rejected", "ranking", "scores", "score", "ratings", "edited", "label")
     likely = "ranking" if "responses" in row else "score" if "response" in row else "chosen"
     raise missing(where, next((name for name in judgements if meant(name, row)), likely), row, expected)
 
@@ -319,7 +325,7 @@ def _edit(row: dict, where: str) -> Feedback:
 
 
 def _ranking(row: dict, where: str) -> Feedback:
-    if "score" in row or "scores" in row:
+    if not {"score", "scores", "ratings"}.isdisjoint(row):
         raise BadRow(where, "a record has a ranking or scores, not both; delete one of the columns")
     _require(row, where, ("responses",), "the list of texts that ranking orders")
     responses = _replies(row, where, "responses", 2)
@@ -352,14 +358,45 @@ def _scores(row: dict, where: str, score_range: tuple[float, float]) -> Feedback
     scores = row["scores"] if several else [row["score"]]
     if not isinstance(scores, list) or len(scores) != len(responses):
         raise wrong(where, "scores", f"a list of {len(responses)} numbers", scores)
-    low, high = score_range
-    normalised = []
-    for i, score in enumerate(scores):
-        value = number_of(score, where, f"scores[{i}]" if several else "score")
-        if not low <= value <= high:
-            raise BadRow(where, f"score {value:g} is outside the declared range {low:g} to {high:g}; set score_range")
-        normalised.append(2 * (value - low) / (high - low) - 1)
-    return Feedback("score", _prompt(row, where), responses, scores=tuple(normalised), where=where)
+    fields = [f"scores[{i}]" for i in range(len(scores))] if several else ["score"]
+    on_scale = tuple(_on_scale(s, where, field, score_range, "score") for s, field in zip(scores, fields))
+    return Feedback("score", _prompt(row, where), responses, scores=on_scale, where=where)
+
+
+def _on_scale(value: Any, where: str, field: str, score_range: tuple[float, float], what: str) -> float:
+    """A number that an annotator gave, as `Feedback` has it."""
+    number, (low, high) = number_of(value, where, field), score_range
+    if not low <= number <= high:
+        raise BadRow(where, f"{what} {number:g} is outside the declared range {low:g} to {high:g}; set score_range")
+    return 2 * (number - low) / (high - low) - 1
+
+
+def _ratings(row: dict, where: str, score_range: tuple[float, float]) -> Feedback:
+    """Several people's numbers for each reply; the score of a reply is their mean."""
+    if "score" in row or "scores" in row:
+        name = "score" if "score" in row else "scores"
+        raise BadRow(
+            where, f"a record has ratings or {name}, not both; leave one out with ignore_columns, as in [{name}]"
+        )
+    several = "responses" in row
+    name = "responses" if several else "response"
+    _require(row, where, (name,), f"{name} and ratings together")
+    responses = _replies(row, where, "responses", 1) if several else (_reply(row["response"], where, "response"),)
+    given = row["ratings"] if several else [row["ratings"]]
+    lists = isinstance(given, list) and all(isinstance(some, list) and some for some in given)
+    if not lists or len(given) != len(responses):
+        people = "what each person gave it"
+        each = f"a list for each of the {len(responses)} responses, {people} (one number a response: scores)"
+        raise wrong(where, "ratings", each if several else f"a list of numbers, {people}", row["ratings"])
+    ratings = tuple(
+        tuple(
+            _on_scale(one, where, f"ratings[{i}][{n}]" if several else f"ratings[{n}]", score_range, "rating")
+            for n, one in enumerate(some)
+        )
+        for i, some in enumerate(given)
+    )
+    means = tuple(math.fsum(some) / len(some) for some in ratings)
+    return Feedback("score", _prompt(row, where), responses, scores=means, ratings=ratings, where=where)
 
 
 def _label(row: dict, where: str) -> Feedback:
@@ -425,8 +462,8 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
 
     format "text": the column text (or a bare string); all of it is learnt. "auto": prompt and response (or
     completion), messages, a foreign conversation, or text where there is no prompt. Of a pair the chosen reply
-    is learnt, of an edit the edited one, of KTO the liked ones (the others raise DroppedRow). Rows with rankings
-    or scores raise BadRow: which of their replies are good enough to imitate is not said.
+    is learnt, of an edit the edited one, of KTO the liked ones (the others raise DroppedRow). Rows with rankings,
+    scores or ratings raise BadRow: which of their replies are good enough to imitate is not said.
     """
     row = as_pair(_standing(_record({"text": row} if isinstance(row, str) else row, where)), where)
     _check_weights(row, where)
@@ -435,7 +472,7 @@ def parse_conversation(row: Any, where: str, format: str = "auto") -> Conversati
             _check_plain(row, where)
         _require(row, where, ("text",), 'a column of plain text (format "text")')
         return Conversation(text=text_of(row["text"], where, "text"), where=where)
-    for name in ("ranking", "score", "scores"):
+    for name in ("ranking", "score", "scores", "ratings"):
         if name in row:
             keep = f'keep "prompt" and one "response", or leave "{name}" out with ignore_columns'
             raise BadRow(where, f'field "{name}": judged replies are no SFT data; {keep}')

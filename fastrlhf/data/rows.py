@@ -27,7 +27,7 @@ from fastrlhf.data.checks import BadRow
 from fastrlhf.data.sources import files_of, is_packaged, is_saved, modelscope_folder, packaged_file, python_rows
 
 # What the cells of a CSV column hold, where that is not text. A prompt may be either: text, or messages as JSON.
-_CSV_LISTS = ("messages", "conversations", "responses", "scores", "ranking", "history")
+_CSV_LISTS = ("messages", "conversations", "responses", "scores", "ratings", "ranking", "history")
 _CSV_MESSAGES = ("prompt", "chosen", "rejected", "completion")
 _CSV_NUMBERS = ("score", "margin")
 _CSV_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}

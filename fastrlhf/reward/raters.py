@@ -110,8 +110,9 @@ def _one(group: Sequence[Record]) -> Record:
     some = [record.feedback for record in group]
     responses = tuple(reply for feedback in some for reply in feedback.responses)
     scores = tuple(score for feedback in some for score in feedback.scores)
+    rated = [feedback.ratings for feedback in some if feedback.ratings is not None]
+    ratings = tuple(own for given in rated for own in given) if len(rated) == len(some) else None
     rows = [row for record in group for row in record.rows]
     judgements = sum(record.judgements for record in group)
-    return replace(
-        group[0], rows=rows, feedback=replace(some[0], responses=responses, scores=scores), judgements=judgements
-    )
+    feedback = replace(some[0], responses=responses, scores=scores, ratings=ratings)
+    return replace(group[0], rows=rows, feedback=feedback, judgements=judgements)

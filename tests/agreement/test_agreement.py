@@ -12,6 +12,7 @@ from fastrlhf.agreement import baselines, bootstrap
 from fastrlhf.agreement.bootstrap import draws, interval, moments, pearson, ratio, sums_by
 from fastrlhf.agreement.figures import calibration, figures
 from fastrlhf.agreement.pairs import length_of
+from fastrlhf.agreement.people import reliability
 from fastrlhf.agreement.words import first_sentence, lines
 from fastrlhf.data.feedback import FIRST_IS_BETTER, Feedback, parse_feedback
 
@@ -209,6 +210,40 @@ def test_rows_of_scores_alone_are_measured_by_correlation():
     assert first_sentence(report).startswith("The reward model does not beat a bag of words (+1.00 [")
     assert "of 60 replies" in first_sentence(report)
     assert report["baselines"]["a constant"]["with_scores"]["r"] is None
+
+
+def test_the_ceiling_is_spearman_and_brown_s():
+    """Of 4000 replies of worth N(0, 1), rated by 10 people each with an error of N(0, 2): halves are reliable by
+    1 / (1 + 4 / 5), the mean by 1 / (1 + 4 / 10), and correlates with the worth by the root of that."""
+    draw = random.Random(1)
+    worth = [draw.gauss(0, 1) for _ in range(4000)]
+    rated = [[w + draw.gauss(0, 2) for _ in range(10)] for w in worth]
+    found = reliability(rated, 0)
+    assert found["replies"] == 4000 and found["people"] == 10
+    assert found["halves"] == pytest.approx(5 / 9, abs=0.03) and found["mean_of_all"] == pytest.approx(
+        10 / 14, abs=0.03
+    )
+    means = torch.tensor([[w, sum(some) / 10] for w, some in zip(worth, rated)])
+    assert found["ceiling"] == pytest.approx(float(torch.corrcoef(means.T)[0, 1]), abs=0.02)
+    assert reliability(rated, 0) == found and reliability([some[:1] for some in rated], 0) is None
+    assert reliability(rated[:2], 0) is None and reliability([[1.0, 1.0, 1.0]] * 9, 0) is None
+    assert reliability([*rated, [5.0]], 0) == found  # one person's rating has no other half
+
+
+def test_what_people_say_of_each_other_is_in_the_report():
+    draw = random.Random(2)
+    rows = [
+        parse_feedback(
+            {"prompt": f"p{n}", "response": f"word{n}", "ratings": [n % 5, draw.choice((n % 5, 2))]}, "x", (0, 4)
+        )
+        for n in range(30)
+    ]
+    report = figures(rows, [[row.scores[0]] for row in rows])
+    assert report["people"]["replies"] == 30 and 0 < report["people"]["halves"] < report["people"]["ceiling"] < 1
+    [line] = [line for line in lines(report) if line.startswith("half of the people")]
+    assert f"r = {report['people']['halves']:.3f} (30 replies); no model can pass" in line
+    without = figures([scored("p", "a", 1.0), scored("q", "b", -1.0)], [[0.0], [1.0]])
+    assert without["people"] is None and not any("half of the people" in line for line in lines(without))
 
 
 def test_without_scikit_learn_the_row_says_what_to_install(monkeypatch):

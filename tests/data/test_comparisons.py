@@ -148,3 +148,7 @@ def test_scores_that_leave_out_an_end_of_the_scale_are_noted():
     assert not load_feedback([*rows, {**rows[0], "score": 5}])[1].noted
     labels = [{"prompt": "Hi", "response": "a", "label": True}] * 20
     assert not load_feedback(labels)[1].noted
+    rated = [
+        {"prompt": "Hi", "response": "a", "ratings": [1, *[3] * (n % 3), 5]} for n in range(20)
+    ]  # no mean is an end
+    assert load_feedback(rated)[1].noted == {"rated by 2 to 4 people a reply, of whom the mean is learnt": 20}

@@ -56,6 +56,18 @@ def test_edit_puts_the_edited_text_first():
     assert parse(row) == Feedback("edit", MESSAGES, ("好的。", "ok"), ((0,), (1,)), None, None, WHERE)
 
 
+def test_ratings_of_several_people_are_one_score_each_their_mean():
+    one = parse({"prompt": "p", "response": "a", "ratings": [1, 5, 5, 3], "mean": 9})
+    assert one == Feedback("score", "p", ("a",), scores=(0.25,), ratings=((-1.0, 1.0, 1.0, 0.0),), where=WHERE)
+    both = parse({"prompt": "p", "responses": ["a", "b"], "ratings": [[4], [-4, 0]]}, (-4.0, 4.0))
+    assert both.scores == (1.0, -0.5) and both.ratings == ((1.0,), (-1.0, 0.0)) and both.ordered_pairs() == [(0, 1)]
+
+
+def test_an_unsafe_reply_has_no_ratings_left():
+    marked = parse({"prompt": "p", "responses": ["a", "b"], "ratings": [[5], [5, 3]], "unsafe": [False, True]})
+    assert marked.scores == (1.0, -1.0) and marked.ratings is None
+
+
 @pytest.mark.parametrize(
     ("ranking", "groups"),
     [
@@ -105,6 +117,7 @@ def test_rows_without_a_preference_are_dropped_not_bad(row, reason):
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 RANKED = {"prompt": "p", "responses": ["a", "b"], "ranking": [0, 1]}
 SCORED = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}
+RATED = {"prompt": "p", "response": "a", "ratings": [1, 5, 4]}
 
 
 def without(row: dict, *names: str, **more) -> dict:
@@ -146,6 +159,23 @@ BAD_ROWS = [
     (without(SCORED, scores=[1, 10**400]), 'field "scores[1]" must be a number, found int'),
     (without(SCORED, scores=[1]), 'field "scores" must be a list of 2 numbers'),
     (without(SCORED, scores=3), 'field "scores" must be a list of 2 numbers, found int 3'),
+    (
+        without(RATED, ratings=[]),
+        'field "ratings" must be a list of numbers, what each person gave it, found list []',
+    ),
+    (without(RATED, ratings=4), 'field "ratings" must be a list of numbers, what each person gave it, found int 4'),
+    (without(RATED, ratings=[4, "5"]), 'field "ratings[1]" must be a number, found str'),
+    (without(RATED, ratings=[4, 7]), "rating 7 is outside the declared range 1 to 5; set score_range"),
+    (
+        without(RATED, score=4),
+        "a record has ratings or score, not both; leave one out with ignore_columns, as in [score]",
+    ),
+    (without(RATED, "response"), 'field "response" is missing'),
+    (without(RATED, ranking=[0]), "a record has a ranking or scores, not both"),
+    (without(SCORED, "scores", ratings=[1, 2]), "a list for each of the 2 responses"),
+    (without(SCORED, "scores", ratings=[[1]]), "a list for each of the 2 responses"),
+    (without(SCORED, "scores", ratings=[[1], [2, True]]), 'field "ratings[1][1]" must be a number, found bool'),
+    (without(SCORED, "scores", ratngs=[[1], [2]]), 'field "ratings" is missing (found "ratngs"'),
     (without(SCORED, responses="ab"), 'field "responses" must be a list of at least 1 texts'),
     (without(SCORED, scores=[0, 2]), "score 0 is outside the declared range 1 to 5; set score_range"),
     (without(SCORED, scores=[1, 5.5]), "score 5.5 is outside the declared range 1 to 5"),
@@ -220,6 +250,7 @@ def test_a_conversation_is_a_pair_messages_or_text():
         ({"prompt": "a", "respnse": "b"}, "auto", 'found "respnse"; did you mean "response"?'),
         ({"response": "b"}, "auto", 'field "prompt" is missing'),
         ({"prompt": "a", "response": "b", "score": 1}, "auto", 'field "score": judged replies are no SFT data'),
+        ({"prompt": "a", "response": "b", "ratings": [1]}, "auto", 'field "ratings": judged replies are no SFT data'),
         (RANKED, "auto", 'field "ranking": judged replies'),
         ({"messages": MESSAGES}, "auto", "must end with a reply, its last role is 'user'"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "auto", "'assistant' at the beginning"),

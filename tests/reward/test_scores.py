@@ -209,6 +209,22 @@ def test_rows_of_one_prompt_and_person_are_learnt_together():
     assert [len(r.rows) for r in many.items] == [TOGETHER, TOGETHER, 2]
 
 
+def test_ratings_of_several_people_are_learnt_as_their_mean_and_stay_beside_their_replies():
+    """A reply is one row, whatever the number of its ratings, and where records are joined each keeps its own."""
+    rated = [
+        {"prompt": MOON, "response": "yes", "ratings": [1, 5, 3]},
+        {"prompt": MOON, "response": "no", "ratings": [2, 1]},
+    ]
+    means = [{"prompt": MOON, "response": "yes", "score": 3}, {"prompt": MOON, "response": "no", "score": 1.5}]
+    one, other = trainer(data=rated), trainer(data=means)
+    [joined] = one.items
+    assert joined.rows == other.items[0].rows and joined.feedback.ratings == ((-1.0, 1.0, 0.0), (-0.5, -1.0))
+    assert joined.feedback.scores == other.items[0].feedback.scores == (0.0, -0.75)
+    assert one.train()["loss/train"] == other.train()["loss/train"]
+    [mixed] = trainer(data=[rated[0], means[1]]).items
+    assert mixed.feedback.scores == (0.0, -0.75) and mixed.feedback.ratings is None  # of one of them nobody knows
+
+
 def test_the_order_of_scores_is_learnt_through_the_preference_loss():
     """Two replies scored 5 and 4, beside others at 1: their margin grows as that of a pair does."""
     rows = [scored(5, reply="yes"), scored(4, reply="no"), scored(1, prompt=MOON), scored(1, prompt=WEATHER)]
