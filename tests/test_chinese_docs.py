@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAIRS = {"README.md": "README.zh-CN.md"} | {
-    f"docs/{name}.md": f"docs/zh/{name}.md" for name in ("label", "data", "options", "api")
+    f"docs/{name}.md": f"docs/zh/{name}.md" for name in ("label", "data", "options", "api", "ratings")
 }
 TRANSLATED = {ROOT / english: ROOT / chinese for english, chinese in PAIRS.items()}
 ESCAPED = "\0"  # stands for a \| inside a table's cell
@@ -57,7 +57,8 @@ _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 
 
 def _is_other_language(target: str) -> bool:
-    return target in ("README.md", "README.zh-CN.md") or target.startswith(("zh/", "../"))
+    in_folder = target.startswith(("zh/", "../")) and target.partition("#")[0].endswith(".md")  # no figure
+    return target in ("README.md", "README.zh-CN.md") or in_folder
 
 
 def _target(target: str, path: Path) -> Path | str:

@@ -26,6 +26,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "kernels/README.md").read_
         "docs/label.md",
         "docs/eval.md",
         "docs/overoptimisation.md",
+        "docs/ratings.md",
         "docs/plan.md",
         "CHANGELOG.md",
     ],
