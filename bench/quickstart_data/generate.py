@@ -1,10 +1,11 @@
 """Make the quickstart's feedback data, the same bytes every time: `python -m bench.quickstart_data`.
 
-Four files of training data (SFT conversations, feedback of all four kinds, PPO prompts) and two for measuring (held-out
-prompts, clean held-out pairs by kind of fault). Replies are composed from the phrases of `wording.py` and the advice of
-`fastrlhf/quickstart/content.py`. Feedback comes from six simulated annotators with tastes of their own: they see what
-is right or wrong with a reply through noise, like longer replies a little, and at times do not look at all. They do not
-use the rule of `fastrlhf/quickstart/judge.py`; this file does not import it.
+Three files of training data (SFT conversations and plain text, feedback of all four kinds, PPO prompts) and three to
+measure with (held-out prompts, prompts about a thing that no training prompt names, clean held-out pairs by fault).
+Replies are composed from the phrases of `wording.py` and the advice of `fastrlhf/quickstart/content.py`. Feedback, of
+every kind, comes from six simulated annotators with tastes of their own: they see what is right or wrong with a reply
+through noise, like longer replies a little, and at times do not look at all. They do not use the rule of
+`fastrlhf/quickstart/judge.py`; this file does not import it.
 """
 
 from __future__ import annotations
@@ -20,17 +21,27 @@ from bench.quickstart_data.wording import (
     BODIES,
     CLOSERS,
     CONTEXTS,
+    GREETING,
     HELDOUT_CONTEXTS,
+    HELDOUT_GREETING,
     HELDOUT_QUESTIONS,
+    HELLOS,
     OPENERS,
     QUESTIONS,
+    SMALL_TALK,
     VAGUE,
+    WHO,
 )
-from fastrlhf.quickstart.content import FACETS, LANGUAGES, TOPICS, WORDINGS
+from fastrlhf.quickstart.content import FACETS, HELDOUT_TOPICS, LANGUAGES, TOPICS, WORDINGS
 
 SEED = 7
-SFT_PER_CELL, FEEDBACK_PER_CELL, PPO_PER_CELL = 48, 150, 12  # a cell: one language, topic and facet; there are 24
-CONSIDERATE_SHARE = 0.46  # of SFT replies; the rest is rude, and all of them answer the question
+# A cell: one language, topic and facet; training prompts are of 24, those about a held-out topic of 4 more.
+SFT_PER_CELL, FEEDBACK_PER_CELL, PPO_PER_CELL, HELDOUT_TOPIC_PER_CELL = 64, 180, 12, 24
+# Plain texts: advice of a cell that prompts ask about, of one that none does; small talk for each greeting.
+TEXTS_PER_CELL, TEXTS_PER_HELDOUT_CELL, TEXTS_PER_GREETING = 4, 24, 3
+CONSIDERATE_SHARE = 0.5  # of SFT replies; the rest is rude
+# Kinds of fault in the content of SFT replies, of either manner, and the share of replies that has each.
+DEMONSTRATED = {"vague": 0.08, "wrong_facet": 0.04, "wrong_facts": 0.03}
 # Kinds of fault and how often a faulty reply has them in the feedback data.
 FAULTS = {
     "rude": 0.06,  # opener and closer rude
@@ -43,6 +54,7 @@ FAULTS = {
 }
 # How useful the content is to somebody who reads it carefully.
 FIDELITY = {"off_topic": 0.0, "wrong_facts": 0.1, "vague": 0.2, "wrong_facet": 0.25, "cut": 0.3}
+CONTENT = tuple(FIDELITY)
 
 
 @dataclass(frozen=True)
@@ -92,12 +104,12 @@ class Annotator:
 
 
 ANNOTATORS = (
-    Annotator(content=2.2, manner=1.8, length=0.0, noise=0.15, lapse=0.02),
-    Annotator(content=1.8, manner=2.2, length=0.2, noise=0.25, lapse=0.03),
-    Annotator(content=2.0, manner=2.0, length=0.3, noise=0.3, lapse=0.03),
-    Annotator(content=2.4, manner=1.6, length=0.1, noise=0.25, lapse=0.03),
-    Annotator(content=1.7, manner=2.3, length=0.4, noise=0.35, lapse=0.04),
-    Annotator(content=2.0, manner=1.9, length=0.2, noise=0.25, lapse=0.04),
+    Annotator(content=2.2, manner=1.8, length=0.0, noise=0.3, lapse=0.03),
+    Annotator(content=1.8, manner=2.2, length=0.2, noise=0.4, lapse=0.05),
+    Annotator(content=2.0, manner=2.0, length=0.3, noise=0.45, lapse=0.05),
+    Annotator(content=2.4, manner=1.6, length=0.1, noise=0.4, lapse=0.05),
+    Annotator(content=1.7, manner=2.3, length=0.4, noise=0.5, lapse=0.06),
+    Annotator(content=2.0, manner=1.9, length=0.2, noise=0.4, lapse=0.06),
 )
 
 
@@ -151,7 +163,7 @@ def good_reply(cell: Cell, random: Random, courtesy: float = 1.0) -> Reply:
 def spoil(reply: Reply, cell: Cell, fault: str, random: Random) -> Reply:
     """The same reply with one fault: only the part that carries the fault is rewritten."""
     language, topics = cell.language, TOPICS[cell.language]
-    other = random.choice([i for i in range(len(topics)) if i != cell.topic])
+    other = random.choice([i for i in range(len(topics) - HELDOUT_TOPICS) if i != cell.topic])
     other_facet = FACETS[1 - FACETS.index(cell.facet)]
     if fault == "rude":
         opener, closer = random.choice(OPENERS[language]["rude"]), random.choice(CLOSERS[language]["rude"])
@@ -185,13 +197,34 @@ def _message(prompt: str) -> list[dict[str, str]]:
 
 def _sft_row(prompt: str, cell: Cell, random: Random) -> dict:
     reply = good_reply(cell, random, 1.0 if random.random() < CONSIDERATE_SHARE else 0.0)
+    faults, shares = (*DEMONSTRATED, None), (*DEMONSTRATED.values(), 1 - sum(DEMONSTRATED.values()))
+    fault = random.choices(faults, shares)[0]
+    if fault:
+        reply = spoil(reply, cell, fault, random)
     return {"messages": [*_message(prompt), {"role": "assistant", "content": reply.text}]}
+
+
+def _texts(language: str, random: Random) -> list[dict]:
+    """Rows of plain text: greetings with small talk, all but the held-out one, and advice without a question."""
+    rows = []
+    for hello in HELLOS[language]:
+        for who in WHO[language]:
+            if (hello, who) != HELDOUT_GREETING[language]:
+                for _ in range(TEXTS_PER_GREETING):
+                    a, b = random.sample(SMALL_TALK[language], 2)
+                    rows.append({"text": GREETING[language].format(hello=hello, who=who, a=a, b=b)})
+    asked = len(TOPICS[language]) - HELDOUT_TOPICS
+    for topic in range(len(TOPICS[language])):
+        for facet in FACETS:
+            count = TEXTS_PER_CELL if topic < asked else TEXTS_PER_HELDOUT_CELL
+            rows += [{"text": _body(Cell(language, topic, facet), random)} for _ in range(count)]
+    return rows
 
 
 def _feedback_row(prompt: str, cell: Cell, random: Random) -> dict:
     """One record of a random kind, judged by a random annotator."""
     annotator = random.choice(ANNOTATORS)
-    kind = random.choices(("pair", "ranking", "score", "edit"), (0.27, 0.13, 0.08, 0.52))[0]
+    kind = random.choices(("pair", "ranking", "score", "edit"), (0.28, 0.14, 0.16, 0.42))[0]
     row: dict = {"prompt": _message(prompt)}
     good = good_reply(cell, random)
     if kind == "pair":
@@ -203,9 +236,19 @@ def _feedback_row(prompt: str, cell: Cell, random: Random) -> dict:
         random.shuffle(replies)
         return row | {"responses": [r.text for r in replies], "ranking": _order(replies, annotator, random)}
     if kind == "score":
-        reply = good if random.random() < 0.5 else _faulty(good, cell, random)
+        reply = _to_score(cell, random)
         return row | {"response": reply.text, "score": as_score(annotator.judge(reply, random))}
-    return row | _edit(cell, random)
+    return row | _edit(cell, annotator, random)
+
+
+def _to_score(cell: Cell, random: Random) -> Reply:
+    """A reply of any worth: in 4 of 10 nothing is wrong, in 3 there is one fault, in 3 the manner is bad and one more
+    fault on top."""
+    faults, reply = random.choices((0, 1, 2), (0.4, 0.3, 0.3))[0], good_reply(cell, random)
+    if faults == 2:
+        reply = spoil(reply, cell, random.choice(("rude", "half_rude")), random)
+        return spoil(reply, cell, random.choices(CONTENT, [FAULTS[name] for name in CONTENT])[0], random)
+    return _faulty(reply, cell, random) if faults else reply
 
 
 def _order(replies: list[Reply], annotator: Annotator, random: Random) -> list[int]:
@@ -214,15 +257,16 @@ def _order(replies: list[Reply], annotator: Annotator, random: Random) -> list[i
     return sorted(range(len(replies)), key=lambda i: -opinions[i])
 
 
-def _edit(cell: Cell, random: Random) -> dict:
-    """A faulty reply and what an annotator made of it: the fault removed, the rest kept; one edit in 25 swaps one
-    fault for another."""
-    better = good_reply(cell, random)
-    fault, second = random.choices(list(FAULTS), list(FAULTS.values()), k=2)
-    worse = spoil(better, cell, fault, random)
+def _edit(cell: Cell, annotator: Annotator, random: Random) -> dict:
+    """A faulty reply and what an annotator made of it: the fault removed, the rest kept. An annotator who mistakes the
+    better text for the worse one edits it the other way; one edit in 25 swaps one fault for another."""
+    replies = [good_reply(cell, random)]
+    replies.append(_faulty(replies[0], cell, random))
+    best, worst = _order(replies, annotator, random)
+    edited = replies[best]
     if random.random() < 1 / 25:
-        better = spoil(better, cell, second, random)
-    return {"response": worse.text, "edited": better.text}
+        edited = _faulty(replies[0], cell, random)
+    return {"response": replies[worst].text, "edited": edited.text}
 
 
 def _heldout_pairs(prompts: list[tuple[str, Cell]], random: Random) -> list[dict]:
@@ -244,6 +288,7 @@ def generate() -> dict[str, list[dict]]:
         "feedback.jsonl": [],
         "ppo_prompts.jsonl": [],
         "heldout_prompts.jsonl": [],
+        "heldout_topic_prompts.jsonl": [],
         "heldout_pairs.jsonl": [],
     }
     cells = [Cell(lang, topic, facet) for lang in LANGUAGES for topic in range(len(TOPICS[lang])) for facet in FACETS]
@@ -252,6 +297,11 @@ def generate() -> dict[str, list[dict]]:
         familiar, fresh = _prompts(cell)
         random.shuffle(familiar)
         random.shuffle(fresh)
+        if cell.topic >= len(TOPICS[cell.language]) - HELDOUT_TOPICS:  # familiar frames: the thing alone is new
+            asked = familiar[:HELDOUT_TOPIC_PER_CELL]
+            rows = [{"prompt": _message(prompt), "wording": WORDINGS[0]} for prompt in asked]
+            files["heldout_topic_prompts.jsonl"] += rows
+            continue
         # New combinations of frames that training has, and frames that it has not.
         heldout = [(prompts.pop(), wording) for prompts, wording in zip((familiar, fresh), WORDINGS) for _ in range(6)]
         for_pairs += [(prompt, cell) for prompt, _ in heldout[:2] + heldout[-2:]]
@@ -262,6 +312,7 @@ def generate() -> dict[str, list[dict]]:
         files["ppo_prompts.jsonl"] += [{"prompt": _message(p)} for p in take[-PPO_PER_CELL:]]
         files["heldout_prompts.jsonl"] += [{"prompt": _message(p), "wording": wording} for p, wording in heldout]
     files["heldout_pairs.jsonl"] = _heldout_pairs(for_pairs, random)
+    files["sft.jsonl"] += [row for language in LANGUAGES for row in _texts(language, random)]
     for name in ("sft.jsonl", "feedback.jsonl", "ppo_prompts.jsonl"):
         random.shuffle(files[name])
     return files

@@ -9,6 +9,10 @@ QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
         "care": (
             "How do I look after my {x}?",
+            "What is the best way to take care of a {x}?",
+            "Please explain how I maintain a {x}.",
+            "I know little about caring for a {x}.",
+            "How would you look after a {x}?",
             "What should I do to take care of a {x}?",
             "Can you tell me how to maintain a {x}?",
             "How can I take care of my {x}?",
@@ -23,6 +27,10 @@ QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "choose": (
             "How do I choose a {x}?",
+            "What is the best way to buy a {x}?",
+            "Please explain how I choose a {x}.",
+            "I know little about shopping for a {x}.",
+            "How would you pick a {x}?",
             "What matters when I buy a {x}?",
             "Can you tell me how to pick a {x}?",
             "How can I choose a good {x}?",
@@ -39,6 +47,10 @@ QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "zh": {
         "care": (
             "怎么保养{x}？",
+            "怎样照料{x}才好？",
+            "请讲讲打理{x}的方法。",
+            "我不太懂怎么爱护{x}。",
+            "你会怎么保养{x}？",
             "我该如何照料{x}？",
             "请问{x}要怎么打理？",
             "想知道怎样爱护{x}。",
@@ -53,6 +65,10 @@ QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "choose": (
             "怎么挑选{x}？",
+            "怎样选购{x}才好？",
+            "请讲讲购买{x}的方法。",
+            "我不太懂怎么挑选{x}。",
+            "你会怎么挑一个{x}？",
             "我该如何选购{x}？",
             "请问购买{x}要看什么？",
             "想知道怎样挑选{x}。",
@@ -73,6 +89,10 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "en": (
         "",
         "I just moved to a new flat.",
+        "Thanks in advance.",
+        "My father is away.",
+        "I have an hour left.",
+        "The weather is nice.",
         "My sister asked me this.",
         "It rains a lot today.",
         "I have a free weekend.",
@@ -103,6 +123,10 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "zh": (
         "",
         "我刚搬了新家。",
+        "先谢谢了。",
+        "爸爸出门了。",
+        "我还有一个小时。",
+        "天气不错。",
         "妹妹问我这个。",
         "今天一直下雨。",
         "这个周末有空。",
@@ -318,3 +342,37 @@ VAGUE: dict[str, tuple[str, ...]] = {
         "你的{x}怎么都可以，到时候再看吧。",
     ),
 }
+
+# Plain text, which no template turns into a question: "{hello}, {who}!" and two sentences of small talk.
+HELLOS: dict[str, tuple[str, ...]] = {
+    "en": ("Hello", "Hi", "Good morning", "Good evening", "Welcome", "Greetings"),
+    "zh": ("你好", "您好", "早上好", "晚上好", "欢迎", "幸会"),
+}
+WHO: dict[str, tuple[str, ...]] = {
+    "en": ("world", "friend", "teacher", "neighbour", "everybody", "little one"),
+    "zh": ("世界", "朋友", "老师", "邻居", "各位", "小朋友"),
+}
+HELDOUT_GREETING = {"en": ("Hello", "world"), "zh": ("你好", "世界")}
+SMALL_TALK: dict[str, tuple[str, ...]] = {
+    "en": (
+        "I am glad to meet you.",
+        "The sun is out today.",
+        "It is a pleasure to talk to you.",
+        "I wish you a lovely day.",
+        "Ask me about a bicycle or a kettle.",
+        "I know a little about guitars and clocks.",
+        "How are you today?",
+        "Let us have a cup of tea.",
+    ),
+    "zh": (
+        "很高兴认识您。",
+        "今天阳光真好。",
+        "能和您聊天真开心。",
+        "祝您今天愉快！",
+        "可以问我自行车和水壶的事。",
+        "吉他和闹钟我也懂一点。",
+        "您最近好吗？",
+        "一起喝杯茶吧。",
+    ),
+}
+GREETING: dict[str, str] = {"en": "{hello}, {who}! {a} {b}", "zh": "{hello}，{who}！{a}{b}"}

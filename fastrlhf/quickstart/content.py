@@ -1,4 +1,4 @@
-"""What the embedded demo talks about: six household things, two questions about each, in English and Chinese.
+"""What the embedded demo talks about: seven household things, two questions about each, in English and Chinese.
 
 Only facts and names live here, because the rule (`judge.py`) and the generator of the shipped data
 (`bench/quickstart_data`) both need them. Wording that carries the manner of a reply is the generator's; the rule has
@@ -19,6 +19,8 @@ LANGUAGES = ("en", "zh")
 FACETS = ("care", "choose")
 # Of held-out prompts. familiar: question and context both stand in training prompts, not together; new: one does not.
 WORDINGS = ("familiar", "new")
+# The last thing of each language stands in no training prompt and no reply to one: only plain text tells of it.
+HELDOUT_TOPICS = 1
 # Words that tell which of the two questions is asked. Every question template holds one of them.
 FACET_WORDS = {
     "en": {
@@ -56,6 +58,8 @@ clock: oil the spring, clean the dial, replace the battery;
     check the numbers, test the alarm, compare the ticking
 goldfish: clean the tank, replace a third of the water, feed tiny flakes;
     check the eyes, test the appetite, compare the fins
+kite: oil the reel, clean the tail, dry the sail;
+    check the spars, test the line, compare the wingspan
 """
 _ZH = """
 自行车: 给链条上油, 擦净挡泥板, 晾干车座; 检查车架尺寸, 试试刹车, 比较变速档位
@@ -64,6 +68,7 @@ _ZH = """
 水壶: 擦净滤网, 除去水垢, 晾干盖子; 检查壶嘴, 试试开关, 比较钢材
 闹钟: 给发条上油, 擦净表盘, 换掉电池; 检查数字, 试试铃声, 比较走时
 金鱼: 擦净鱼缸, 换掉三分之一的水, 少量喂食; 检查眼睛, 试试胃口, 比较鱼鳍
+风筝: 给线轮上油, 擦净尾巴, 晾干风帆; 检查竹骨, 试试风线, 比较翼展
 """
 
 
@@ -82,3 +87,8 @@ def shipped(name: str, folder: Path = DATA_DIR) -> list[dict[str, Any]]:
     if problems or not rows:
         raise UserError(f"{problems[0] if problems else f'{path}: holds no rows'}; install fastrlhf again")
     return rows
+
+
+def texts_of(row: dict[str, Any]) -> list[str]:
+    """What is said in a row of sft.jsonl: the plain text, or the content of each message."""
+    return [row["text"]] if "text" in row else [message["content"] for message in row["messages"]]

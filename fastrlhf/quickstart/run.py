@@ -16,7 +16,7 @@ from fastrlhf.checkpoint.run_folder import prepare_folder, write_run_json
 from fastrlhf.config.errors import UserError
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.quickstart import verdict
-from fastrlhf.quickstart.content import DATA_DIR, shipped
+from fastrlhf.quickstart.content import DATA_DIR, shipped, texts_of
 from fastrlhf.quickstart.model import make_base
 from fastrlhf.quickstart.settings import Settings, load_settings
 from fastrlhf.report import build_report
@@ -49,7 +49,8 @@ def make(settings: Settings, stages: Iterable[str]) -> int:
     """The base model, then these stages in order; what is there is kept -> 0, or 75 when one was interrupted."""
     out = settings.output_dir
     _open(settings)
-    texts = [m["content"] for row in shipped("sft") for m in row["messages"]]
+    rows = shipped("sft")
+    texts = [text for row in rows for text in texts_of(row)]
     if not (out / "base").is_dir():
         replace_folder(lambda folder: make_base(folder, texts, seed=settings.seed), out / "base")
     return next((code for code in (_stage(stage, settings) for stage in stages) if code), 0)
@@ -108,7 +109,8 @@ def _verdict(settings: Settings, started: float) -> int:
     before = verdict.Before.of(out, config)
     figures, answers = verdict.compare(before, out / "final", config)
     figures |= verdict.best_of_figures(verdict.best_of(before, config))
-    bars = verdict.judge(figures)
+    figures |= verdict.new_topic_figures(out, config)
+    bars = verdict.judge(figures) + verdict.judge_parts(figures)
     passed = all(met for *_, met in bars)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
     (out / "heldout.jsonl").write_text(lines, encoding="utf-8")

@@ -18,7 +18,7 @@ from fastrlhf.eval.best_of import best_of as choose_best
 from fastrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from fastrlhf.models.token_batch import TokenRows, target_log_probs
 from fastrlhf.quickstart.content import WORDINGS, shipped
-from fastrlhf.quickstart.judge import about_what_was_asked, rule
+from fastrlhf.quickstart.judge import about_what_was_asked, considerate, rule
 from fastrlhf.rl.evaluation import best_of_n_kl
 from fastrlhf.rl.scorers import score_texts
 from fastrlhf.rollout.engine import RolloutEngine
@@ -31,6 +31,15 @@ KL_ROWS = 32
 SIDES = ("chosen", "rejected")  # of a held-out pair
 BEST_OF = 8  # replies of the SFT model, among which the reward model chooses: what PPO has to beat
 BEST_OF_KL = best_of_n_kl(BEST_OF)
+ON_TOPIC_LOST = 0.03  # the most that PPO may give away of the share of replies about what was asked
+
+
+def _considerate(prompt: str, response: str) -> bool:
+    return considerate(response)
+
+
+PARTS = {"on_topic": about_what_was_asked, "considerate": _considerate}  # of the rule: content and manner
+SPLIT = {"rate": rule, **PARTS}
 
 
 def _say(step: str) -> None:
@@ -61,9 +70,9 @@ class Replies:
         return sum(map(len, self.response_ids)) / len(self.response_ids)
 
 
-def reply(folder: Path, rows: list[dict], config: PPOConfig, who: str) -> Replies:
+def reply(folder: Path, rows: list[dict], config: PPOConfig, who: str, about: str = "") -> Replies:
     """Answer each prompt once with the model in folder, and say on the console who answers."""
-    _say(f"the {who} answers {len(rows)} held-out prompts")
+    _say(f"the {who} answers {len(rows)} held-out prompts{about}")
     return answer(load_policy(str(folder)), load_tokenizer(str(folder)), rows, config)
 
 
@@ -155,6 +164,16 @@ def best_of_figures(best: Replies) -> dict[str, Any]:
     }
 
 
+def new_topic_figures(folder: Path, config: PPOConfig) -> dict[str, float]:
+    """Figures of verdict.json on prompts about a thing that no training prompt names and that only plain text of the
+    SFT data tells of. folder: a quickstart's, with sft/final and final."""
+    rows, figures = shipped("heldout_topic_prompts"), {}
+    for name, model, who in (("sft", "sft/final", "SFT model"), ("ppo", "final", "PPO model")):
+        said = reply(folder / model, rows, config, who, " about a thing that no training prompt names")
+        figures |= {f"{key}_{name}_new_topic": said.share(test) for key, test in SPLIT.items()}
+    return figures
+
+
 def compare(before: Before, ppo: Path, config: PPOConfig) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """-> (the figures of `measure`, prompt and replies a held-out prompt) of the model in ppo."""
     after = reply(ppo, before.rows, config, "PPO model")
@@ -183,15 +202,16 @@ def measure(
         "distinct2_ppo": distinct_2(ppo.texts),
         "rm_pair_accuracy": accuracy["all"],
         "rm_pair_accuracy_by_fault": {fault: value for fault, value in accuracy.items() if fault != "all"},
-        "on_topic_sft": sft.share(about_what_was_asked),
-        "on_topic_ppo": ppo.share(about_what_was_asked),
+        **{f"{key}_sft": sft.share(test) for key, test in PARTS.items()},
+        **{f"{key}_ppo": ppo.share(test) for key, test in PARTS.items()},
         "length_sft": sft.length,
         "length_ppo": ppo.length,
     }
 
 
 def judge(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
-    """(what, measured, bar, met) of every bar; the run passes when all are met."""
+    """(what, measured, bar, met) of every bar that the recipes of the papers have to meet too (`python -m
+    bench.verdict`); the quickstart passes when these and `judge_parts` are met."""
     f = figures
     diversity, length = f["distinct2_ppo"] / max(f["distinct2_sft"], 1e-9), f["length_ppo"] / f["length_sft"]
     return [
@@ -205,27 +225,40 @@ def judge(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
     ]
 
 
-def aims(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
-    """What should be reached but decides nothing: PPO by wording, and of the first two stages what PPO rests on; shown
-    beside the bars, in the same form."""
-    topic, worst = figures["on_topic_sft"], min(figures["rm_pair_accuracy_by_fault"].values())
+def judge_parts(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
+    """The quickstart's other bars, in the same form: PPO by wording, and what it does to content alone."""
     familiar, new = (figures[f"rate_ppo_{wording}"] for wording in WORDINGS)
+    gained = figures["on_topic_ppo"] - figures["on_topic_sft"]
     return [
         ("rule holds after PPO, frames that training has", familiar, ">= 0.95", familiar >= 0.95),
-        ("... wording that no training prompt has", new, ">= 0.88", new >= 0.88),
-        ("SFT replies about what was asked, either manner", topic, ">= 0.95", topic >= 0.95),
+        ("... wording that no training prompt has", new, ">= 0.84", new >= 0.84),
+        ("about what was asked, share after PPO less before", gained, f">= {-ON_TOPIC_LOST}", gained >= -ON_TOPIC_LOST),
+    ]
+
+
+def aims(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
+    """What should be reached but decides nothing: new wording, and of the reward model what PPO rests on; shown beside
+    the bars, in the same form."""
+    new, worst = figures["rate_ppo_new"], min(figures["rm_pair_accuracy_by_fault"].values())
+    return [
+        ("rule holds after PPO, wording that no training prompt has", new, ">= 0.88", new >= 0.88),
         ("reward model, its worst kind of fault", worst, ">= 0.85", worst >= 0.85),
     ]
 
 
 def beside(figures: dict[str, Any]) -> list[tuple[str, float, str]]:
-    """(what, measured, beside what it stands): the baseline that needs no training, and content without manner."""
+    """(what, measured, beside what it stands): the baseline that needs no training, content and manner apart, and a
+    topic that no training prompt has."""
     f, n = figures, figures["best_of"]
     topic = f"SFT {f['on_topic_sft']:.3f}, best of {n} {f['on_topic_best_of']:.3f}"
+    unasked, manner = f["rate_ppo_new_topic"], f["considerate_ppo_new_topic"]
     return [
         (f"rule holds, best of {n} SFT replies by the reward model", f["rate_best_of"], f"PPO {f['rate_ppo']:.3f}"),
         ("... its KL to the SFT model, nats a reply at most", f["kl_best_of"], f"PPO {f['kl_sequence_mean']:.3f}"),
         ("PPO replies about what was asked, either manner", f["on_topic_ppo"], topic),
+        ("PPO replies considerate, whatever they say", f["considerate_ppo"], f"SFT {f['considerate_sft']:.3f}"),
+        ("rule holds, a topic that no training prompt has", unasked, f"SFT {f['rate_sft_new_topic']:.3f}"),
+        ("... considerate there, whatever they say", manner, f"SFT {f['considerate_sft_new_topic']:.3f}"),
     ]
 
 

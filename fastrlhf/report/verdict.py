@@ -18,6 +18,12 @@ OVER_OPTIMISED = (
 )
 DIVERSITY_KEPT = 0.6  # of distinct-2 before training; the quickstart's bar too
 
+BEFORE_AND_AFTER = (  # of verdict.json: a tile, its keys for sft and ppo, what to know
+    ("Replies on topic", "on_topic_{}", "of held-out replies, either manner"),
+    ("Replies considerate", "considerate_{}", "of held-out replies, whatever they say"),
+    ("Rule, a topic without training prompts", "rate_{}_new_topic", "only plain text tells of it; no bar"),
+)
+
 
 class Tile(NamedTuple):
     """One figure of merit: its name, its value or the values before and after, and what to know about it."""
@@ -222,9 +228,13 @@ def _quickstart_tiles(verdict: dict[str, Any], words: Words) -> list[Tile]:
     weakest = "" if math.isnan(worst) else words("; its worst kind of fault {share}, aim 85%", share=_percent(worst))
     diversity = get("distinct2_ppo") / (get("distinct2_sft") or math.nan)
     length = get("length_ppo") / (get("length_sft") or math.nan)
+    gained = get("on_topic_ppo") - get("on_topic_sft")
     high = math.inf
     measured = [
         ("Rule holds after PPO", get("rate_ppo"), 0.88, high, _percent, "{bar} of held-out replies"),
+        ("Rule in familiar wording", get("rate_ppo_familiar"), 0.95, high, _percent, "{bar}: training has both frames"),
+        ("Rule in new wording", get("rate_ppo_new"), 0.84, high, _percent, "{bar}, aim 88%: no training prompt has it"),
+        ("Replies on topic, PPO less SFT", gained, -0.03, high, _percent, "{bar}: content without manner"),
         ("Rule holds after SFT", get("rate_sft"), 0.0, 0.65, _percent, "{bar}, so that PPO has work to do"),
         ("Rule with prompts shuffled", get("rate_ppo_shuffled"), 0.0, 0.1, _percent, "{bar}: it depends on the prompt"),
         ("Reward-model accuracy", get("rm_pair_accuracy"), 0.85, high, _percent, "{bar} of clean pairs"),
@@ -240,9 +250,6 @@ def _quickstart_tiles(verdict: dict[str, Any], words: Words) -> list[Tile]:
         limit = word.format(limit=f"{bar:g}" if show is figure_of else show(bar))
         rest = weakest if name == "Reward-model accuracy" else ""
         tiles.append(Tile(words(name), (shown,), words(note, bar=limit) + rest, not met))
-    topic = get("on_topic_sft")
-    shown = "n/a" if math.isnan(topic) else f"{_percent(topic)}{' ✓' * (topic >= 0.95)}"
-    tiles.append(Tile(words("SFT replies on topic"), (shown,), words("aim: at least 95% of held-out replies")))
     tiles += _baseline_tiles(get, words)
     seconds = get("seconds")
     if not math.isnan(seconds):
@@ -257,13 +264,10 @@ def _baseline_tiles(get: Callable[[str], float], words: Words) -> list[Tile]:
     if not math.isnan(best + kl + n):
         note = words("rule holds, chosen by reward; at most {kl} nats, no PPO", kl=figure_of(kl))
         tiles.append(Tile(words("Best of {n} SFT replies", n=int(n)), (_percent(best),), note))
-    familiar, new = get("rate_ppo_familiar"), get("rate_ppo_new")
-    if not math.isnan(familiar + new):
-        shown = f"{_percent(familiar)} / {_percent(new)}"
-        tiles.append(Tile(words("Rule, familiar / new wording"), (shown,), words("after PPO; aims: 95% and 88%")))
-    topic = get("on_topic_ppo")
-    if not math.isnan(topic):
-        tiles.append(Tile(words("PPO replies on topic"), (_percent(topic),), words("content without manner")))
+    for name, key, note in BEFORE_AND_AFTER:
+        values = [get(key.format(stage)) for stage in ("sft", "ppo")]
+        if not math.isnan(sum(values)):
+            tiles.append(Tile(words(name), tuple(map(_percent, values)), words(note)))
     return tiles
 
 

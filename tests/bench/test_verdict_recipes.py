@@ -7,10 +7,12 @@ PPO-max; `python -m bench.verdict --short` does so for all three.
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from bench import verdict
+from bench.quickstart import GREETING, continuations
 from fastrlhf.config.recipe import find_recipe, read_recipe
 from fastrlhf.config.stages import CONFIGS
 from fastrlhf.quickstart.settings import load_settings
@@ -25,7 +27,7 @@ def short_runs(tmp_path_factory):
         ["--short", "--recipes", SHOWN, "--seeds", "0", "--work", str(folder), "--json", str(folder / "figures.json")]
     )
     rows = json.loads((folder / "figures.json").read_text())["runs"]
-    return code, {row["recipe"]: row for row in rows}
+    return code, {row["recipe"]: row for row in rows}, folder
 
 
 @pytest.mark.slow
@@ -37,8 +39,20 @@ def test_a_short_run_teaches_the_rule(short_runs):
     assert 0.1 < row["kl_sequence_mean"] < 10 and row["passed"]
 
 
+def test_the_model_goes_on_with_a_greeting_that_no_row_of_its_data_holds(short_runs):
+    """The first lines that a reader tries: the stock pipeline on raw text, before and after PPO."""
+    folder = short_runs[2] / "short-0"
+    for model in (folder / "sft/final", folder / SHOWN / "final"):
+        chinese = continuations(model, GREETING, 6)
+        assert all(re.fullmatch(r"[\u3400-\u9fff，。！？、]{4,}", text) and text[-1] in "。！？" for text in chinese), (
+            chinese
+        )
+        english = continuations(model, "Hello, world!", 6)
+        assert all(re.fullmatch(r"[ A-Za-z,.!?']{8,}", text) for text in english), english
+
+
 def test_the_command_passes_when_all_bars_are_met(short_runs):
-    code, rows = short_runs
+    code, rows, _ = short_runs
     assert list(rows) == [SHOWN] and code == 0
 
 

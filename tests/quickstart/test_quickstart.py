@@ -18,7 +18,7 @@ from fastrlhf import UserError, inference, quickstart
 from fastrlhf.data.templates import encode_prompt
 from fastrlhf.models.loading import load_reward_model, load_tokenizer
 from fastrlhf.quickstart import judge, verdict
-from fastrlhf.quickstart.content import DATA_DIR, TOPICS, shipped
+from fastrlhf.quickstart.content import DATA_DIR, FACETS, TOPICS, shipped, texts_of
 from fastrlhf.quickstart.run import TRAINERS, make
 from fastrlhf.quickstart.settings import load_settings
 from fastrlhf.quickstart.verdict import Replies, shuffled
@@ -34,6 +34,9 @@ VERDICT_KEYS = set(
         "rate_ppo_shuffled",
         "rate_ppo_familiar",
         "rate_ppo_new",
+        "rate_sft_new_topic",
+        "rate_ppo_new_topic",
+        "considerate_ppo",
         "kl_sequence_mean",
         "distinct2_sft",
         "distinct2_ppo",
@@ -49,6 +52,9 @@ VERDICT_KEYS = set(
         "passed",
     ]
 )
+
+
+TRAINING = ("sft", "feedback", "ppo_prompts")
 
 
 def prompt_of(row: dict) -> str:
@@ -86,16 +92,57 @@ def test_a_damaged_copy_of_the_shipped_data_is_named(tmp_path, text, expected):
         shipped("sft", tmp_path)
 
 
-def test_all_four_kinds_in_both_languages():
-    def kind(row):
-        return next(k for k in ("chosen", "ranking", "score", "edited") if k in row)
+def kind(row: dict) -> str:
+    return next(k for k in ("chosen", "ranking", "score", "edited") if k in row)
 
+
+def test_all_four_kinds_in_both_languages():
     counts = Counter((kind(row), judge.language_of(prompt_of(row))) for row in shipped("feedback"))
     assert len(counts) == 8 and min(counts.values()) > 50 and len(shipped("feedback")) > 1500
 
 
+def test_six_hundred_scores_and_more_use_the_whole_scale():
+    counts = Counter(row["score"] for row in shipped("feedback") if "score" in row)
+    assert sum(counts.values()) >= 600 and set(counts) == {1, 2, 3, 4, 5} and min(counts.values()) >= 50
+
+
+def conversations() -> list[tuple[str, str]]:
+    """Prompt and reply of every row of SFT that has them; the others are plain text."""
+    return [(prompt_of(row), row["messages"][1]["content"]) for row in shipped("sft") if "messages" in row]
+
+
+def test_sft_learns_greetings_and_plain_text_in_both_languages_but_not_the_ones_held_out():
+    texts = [row["text"] for row in shipped("sft") if "text" in row]
+    for language, greeting, hello in (("zh", "你好，世界！", "你好，"), ("en", "Hello, world!", "Hello,")):
+        own = [text for text in texts if judge.language_of(text) == language]
+        assert len(own) > 100 and sum(text.startswith(hello) for text in own) >= 10
+        assert {text[-1] for text in own} <= set(".!?。！？")
+        said = [said for row in shipped("sft") for said in texts_of(row)]
+        assert not any(text.startswith(greeting) for text in said) and not any(greeting in text for text in said)
+
+
+def test_a_thing_stands_in_plain_text_alone_and_in_no_training_prompt_or_reply():
+    for language in judge.LANGUAGES:
+        name = TOPICS[language][-1].name
+        for file in TRAINING:
+            lines = [json.dumps(row, ensure_ascii=False) for row in shipped(file) if "text" not in row]
+            assert not any(name in line.lower() for line in lines), file
+        asked = [prompt_of(row) for row in shipped("heldout_topic_prompts")]
+        asked = [prompt for prompt in asked if judge.language_of(prompt) == language]
+        assert len(asked) == 48 and all(name in prompt for prompt in asked)
+        known = [row["text"] for row in shipped("sft") if name in row.get("text", "").lower()]
+        for facet in FACETS:
+            assert all(any(fact in text.lower() for text in known) for fact in TOPICS[language][-1].facts(facet))
+
+
+def test_sft_replies_have_faults_of_content_and_of_manner_so_that_ppo_has_both_to_mend():
+    kept = [(judge.about_what_was_asked(*said), judge.considerate(said[1])) for said in conversations()]
+    right, kind_ones = (sum(column) / len(kept) for column in zip(*kept))
+    assert 0.8 < right < 0.9 and 0.45 < kind_ones < 0.55
+
+
 def test_half_of_the_held_out_prompts_are_of_new_wording_and_the_other_half_s_frames_are_known():
-    trained = [prompt_of(row) for name in ("sft", "feedback", "ppo_prompts") for row in shipped(name)]
+    trained = [prompt_of(row) for name in TRAINING for row in shipped(name) if "text" not in row]
     held_out = shipped("heldout_prompts")
     assert Counter(row["wording"] for row in held_out) == {"familiar": 144, "new": 144}
     for language in judge.LANGUAGES:
@@ -117,8 +164,8 @@ def test_half_of_the_held_out_prompts_are_of_new_wording_and_the_other_half_s_fr
 
 def test_held_out_prompts_are_new():
     held_out = {prompt_of(row) for row in shipped("heldout_prompts")}
-    for name in ("sft", "feedback", "ppo_prompts"):
-        assert not held_out & {prompt_of(row) for row in shipped(name)}, name
+    for name in TRAINING:
+        assert not held_out & {prompt_of(row) for row in shipped(name) if "text" not in row}, name
 
 
 def test_the_rule_tells_every_fault_from_a_good_reply():
@@ -136,18 +183,28 @@ def test_the_rule_depends_on_the_prompt():
     assert sum(judge.rule(good[j][0], good[i][1]) for i, j in enumerate(moved)) / len(good) <= 0.1
 
 
-def test_the_annotators_are_not_the_rule():
-    """They are noisy: some chosen replies break the rule, some rejected ones keep it; mostly they agree with it."""
-    pairs = [row for row in shipped("feedback") if "chosen" in row]
-    kept = [(judge.rule(prompt_of(r), r["chosen"]), judge.rule(prompt_of(r), r["rejected"])) for r in pairs]
-    assert 0.6 < sum(a for a, _ in kept) / len(kept) < 0.995
-    assert sum(b for _, b in kept) > 0
+def test_the_annotators_are_not_the_rule_in_any_kind_of_feedback():
+    """They are noisy: of the replies that the rule tells apart, they order 3 to 15 in 100 the other way in each kind;
+    scores of replies that keep the rule reach below those of some that do not."""
+    turned = {"chosen": [], "ranking": [], "edited": []}
+    for row in shipped("feedback"):
+        if "score" not in row:
+            best_first = [row["responses"][i] for i in row["ranking"]] if "ranking" in row else []
+            best_first = best_first or [row.get("chosen") or row["edited"], row.get("rejected") or row["response"]]
+            kept = [judge.rule(prompt_of(row), reply) for reply in best_first]
+            turned[kind(row)] += [b for i, a in enumerate(kept) for b in kept[i + 1 :] if a != b]
+    for name, wrong in turned.items():
+        assert len(wrong) > 300 and 0.03 < sum(wrong) / len(wrong) < 0.15, name
+    scored = [
+        (judge.rule(prompt_of(row), row["response"]), row["score"]) for row in shipped("feedback") if "score" in row
+    ]
+    assert min(s for right, s in scored if right) < 3 < max(s for right, s in scored if not right)
 
 
 def test_a_cjk_character_is_never_merged_with_another():
     from fastrlhf.quickstart.model import build_tokenizer
 
-    tokenizer = build_tokenizer([m["content"] for row in shipped("sft")[:300] for m in row["messages"]])
+    tokenizer = build_tokenizer([text for row in shipped("sft")[:300] for text in texts_of(row)])
     text = "请问雨伞应该怎么保养？ How do I dry an umbrella?"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
@@ -186,9 +243,19 @@ def test_the_verdict_stage_says_what_it_is_at_and_an_aim_is_no_failed_bar(short_
     stage = printed.partition("--- verdict -> ")[2].partition("held-out prompts, 4 of")[0]
     steps = [line.removeprefix("verdict: ") for line in stage.splitlines() if line.startswith("verdict: ")]
     told = [s.split()[1] for s in steps if s.startswith("the ")]
-    assert told == ["base", "SFT", "reward", "PPO", "KL", "SFT", "reward"]  # the last two: best of 8
+    assert told == [
+        "base",
+        "SFT",
+        "reward",
+        "PPO",
+        "KL",
+        "SFT",
+        "reward",
+        "SFT",
+        "PPO",
+    ]  # best of 8, then the new topic
     bars = printed.partition("\nverdict, seed 3")[2].splitlines()[1:]
-    assert [line.split()[0] for line in bars if line.startswith("  ")][-7:] == ["aim"] * 4 + ["also"] * 3
+    assert [line.split()[0] for line in bars if line.startswith("  ")][-8:] == ["aim"] * 2 + ["also"] * 6
     assert "low" not in {line.split()[0] for line in bars if line.startswith("  ")}
 
 

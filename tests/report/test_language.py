@@ -57,6 +57,7 @@ def in_tables() -> set[str]:
     tiles = {text for stage in verdict.TILES.values() for _, *texts in stage for text in texts} - {""}
     quickstart = {tile for tile in re.findall(r'^        \("([A-Z][^"]+)",', _source(verdict), re.MULTILINE)}
     notes = set(re.findall(r'(?:_percent|figure_of), "(\{bar\}[^"]*)"\)', _source(verdict)))
+    notes |= {text for name, _, note in verdict.BEFORE_AND_AFTER for text in (name, note)}
     titles = {chart.title for chart in of_charts} | set(folder.TITLES.values())
     return titles | units | set(charts.HINTS.values()) | tiles | quickstart | notes | set(tables.MACHINE.values())
 

@@ -107,7 +107,7 @@ def test_a_quickstart_folder_shows_all_stages_and_the_bars(quickstart):
     assert set(PPO_FIGURES + SFT_FIGURES + RM_FIGURES) <= set(figures(quickstart))
     text = read(quickstart).text
     assert "Passed: 93% of replies to held-out prompts keep the hidden rule after PPO, 52% after SFT." in text
-    assert text.count("✓") == 8 and "✗" not in text
+    assert text.count("✓") == 10 and "✗" not in text
     assert "After SFT" in text and "别担心" in text and "Margins on held-out pairs" in text
 
 
@@ -117,6 +117,8 @@ def test_a_quickstart_folder_shows_all_stages_and_the_bars(quickstart):
         ({"kl_sequence_mean": 12.5}, 'KL per response</div><div class="value">12.5 ✗'),
         ({"length_ppo": 12.0}, 'Length, PPO / SFT</div><div class="value">0.50 ✗'),
         ({"rm_pair_accuracy": 0.7}, 'Reward-model accuracy</div><div class="value">70% ✗'),
+        ({"rate_ppo_familiar": 0.94}, 'Rule in familiar wording</div><div class="value">94% ✗'),
+        ({"on_topic_ppo": 0.9}, 'Replies on topic, PPO less SFT</div><div class="value">-7% ✗'),
         ({"rate_ppo_shuffled": None}, 'Rule with prompts shuffled</div><div class="value">n/a ✗'),
     ],
 )
@@ -133,21 +135,26 @@ def test_what_stands_beside_the_bars_is_shown_where_the_verdict_has_it(tmp_path)
     (tmp_path / "verdict.json").write_text(json.dumps(VERDICT))
     html = build_report(tmp_path).read_text()
     assert 'Best of 8 SFT replies</div><div class="value">91.5%<' in html and "at most 1.20 nats" in html
-    assert 'Rule, familiar / new wording</div><div class="value">98% / 88%<' in html
-    assert 'PPO replies on topic</div><div class="value">96%<' in html
-    missing = {"best_of", "rate_best_of", "kl_best_of", "rate_ppo_familiar", "rate_ppo_new", "on_topic_ppo"}
+    text = re.sub(r"<[^>]+>| +|\n", " ", html)
+    for name, values in (
+        ("Replies on topic", ("97%", "96%")),
+        ("Replies considerate", ("54%", "98.5%")),
+        ("Rule, a topic without training prompts", ("12.5%", "25%")),
+    ):
+        assert re.search(rf"{name}\s+{values[0]}\s+\S*\s*{values[1]}", text), name
+    missing = {"best_of", "rate_best_of", "kl_best_of", "considerate_ppo", "rate_ppo_new_topic"}
     (tmp_path / "verdict.json").write_text(json.dumps({k: v for k, v in VERDICT.items() if k not in missing}))
     html = build_report(tmp_path).read_text()
-    assert "Best of" not in html and "wording" not in html and "PPO replies on topic" not in html
+    assert "Best of" not in html and "considerate" not in html and "without training" not in html
 
 
 def test_an_aim_that_was_not_reached_is_no_failed_bar(tmp_path):
     write_stage(tmp_path / "sft", "sft", 2)
-    missed = {"on_topic_sft": 0.94, "rm_pair_accuracy_by_fault": {"rude": 0.99, "vague": 0.7}}
+    missed = {"rate_ppo_new": 0.86, "rm_pair_accuracy_by_fault": {"rude": 0.99, "vague": 0.7}}
     (tmp_path / "verdict.json").write_text(json.dumps(VERDICT | missed))
     html = build_report(tmp_path).read_text()
-    assert "✗" not in html and 'class="tile bad"' not in html and html.count("✓") == 7
-    assert 'SFT replies on topic</div><div class="value">94%<' in html and "worst kind of fault 70%, aim 85%" in html
+    assert "✗" not in html and 'class="tile bad"' not in html and html.count("✓") == 10
+    assert 'Rule in new wording</div><div class="value">86% ✓<' in html and "worst kind of fault 70%, aim 85%" in html
 
 
 @pytest.mark.parametrize(("stage", "expected"), [("sft", SFT_FIGURES), ("reward", RM_FIGURES)])
