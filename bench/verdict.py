@@ -5,6 +5,8 @@
     python -m bench.verdict --short     # one seed, few steps, about a minute: the rule rate must rise clearly over SFT
     python -m bench.verdict --critics [--seeds 0] [--ppo-seeds 0 1 2] [--json bench/results/critics_cpu.json]
                                         # instead: PPO with critic=separate and critic=shared_trunk (bench/critics.py)
+    python -m bench.verdict --kinds [--seeds 0 1 2] [--json bench/results/kinds_cpu.json]
+                                        # instead: reward models from each kind of feedback alone (bench/kinds.py)
     ... --jobs 8                        # as many runs at once, each in a process of its own with one thread
 
 SFT and reward model of a seed are made once, by the quickstart's own stages, and kept in --work. Each recipe then
@@ -24,7 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bench import critics
+from bench import critics, kinds
 from bench.kernels import machine
 from bench.processes import positive, side_by_side, write_row
 from fastrlhf.config.recipe import load_recipe
@@ -161,7 +163,9 @@ def _sft(models: Path) -> tuple[Settings, verdict.Replies]:
 
 
 def planned(options: argparse.Namespace, seeds: Sequence[int]) -> list[str]:
-    """The names of the runs: RECIPE:SEED, or with --critics FORM:SEED:PPO SEED."""
+    """The names of the runs: RECIPE:SEED, with --kinds KIND:SEED, or with --critics FORM:SEED:PPO SEED."""
+    if options.kinds:
+        return [f"{kind}:{seed}" for seed in seeds for kind in kinds.KINDS]
     if options.critics:
         return [f"{form}:{seed}:{ppo}" for seed in seeds for ppo in options.ppo_seeds for form in critics.FORMS]
     return [f"{recipe}:{seed}" for seed in seeds for recipe in options.recipes]
@@ -173,6 +177,8 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     folder = place(options, int(seeds[0]))
     if what == MODELS:
         return {"seed": make_models(folder, int(seeds[0]), short=options.short).seed}
+    if what in kinds.KINDS:
+        return kinds.run(what, kept(folder))
     if what in critics.FORMS:
         models, sft = _sft(folder)
         return critics.run(what, models, sft, int(seeds[1]))
@@ -197,7 +203,8 @@ def make_missing(options: argparse.Namespace, seeds: Sequence[int], needed: Sequ
 def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """-> (the figures of all runs that ended, in the order of `planned`; why each of the others has none)."""
     seeds = options.seeds[:1] if options.short else options.seeds
-    failed = make_missing(options, seeds, FINAL if options.critics else ("base", *FINAL))
+    needed = FINAL[:1] if options.kinds else FINAL if options.critics else ("base", *FINAL)
+    failed = make_missing(options, seeds, needed)
     rows: dict[str, Any] = {}
 
     def keep(known: dict[str, Any]) -> None:
@@ -231,7 +238,7 @@ def _slowest_first(name: str) -> int:
 def write(options: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> None:
     """--json, where it is asked for."""
     if options.json:
-        about = {"forms": critics.FORMS} if options.critics else {"sizes": SIZES}
+        about = {"forms": critics.FORMS} if options.critics else {} if options.kinds else {"sizes": SIZES}
         about |= {"machine": machine() | {"jobs": options.jobs}}
         options.json.write_text(json.dumps(about | more | {"runs": rows}, indent=1) + "\n", encoding="utf-8")
 
@@ -244,6 +251,10 @@ def judged(options: argparse.Namespace, rows: list[dict[str, Any]], failed: dict
         print(critics.table(rows, difference))
         write(options, rows, difference=difference, **more)
         return 0 if difference["passed"] and not failed else 1
+    if options.kinds:
+        print(kinds.table(rows))
+        write(options, rows, **more)
+        return 1 if failed else 0
     print(table(rows, short=options.short))
     write(options, rows, **more)
     return 0 if all(row["passed"] for row in rows if row["recipe"] != BEST_OF) and not failed else 1
@@ -264,6 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--short", action="store_true", help="few steps of every stage, the first seed only")
     parser.add_argument("--critics", action="store_true", help="compare the forms of the critic instead of recipes")
+    parser.add_argument("--kinds", action="store_true", help="reward models of each kind of feedback, no recipes")
     parser.add_argument("--ppo-seeds", nargs="+", type=int, default=[0, 1, 2], help="with --critics: of PPO alone")
     parser.add_argument("--set", nargs="+", type=_override, default=[], help="RECIPE.FIELD=VALUE, to try sizes")
     parser.add_argument("--work", type=Path, default=Path("runs/verdict"), help="where models are made and kept")

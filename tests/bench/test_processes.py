@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 
 import pytest
 
-from bench import overoptimise, verdict
+from bench import kinds, overoptimise, quickstart, verdict
 from bench.processes import positive, side_by_side
 
 RUN = """
@@ -144,6 +145,58 @@ def test_a_pair_of_critics_that_lost_a_half_is_left_out_of_the_difference(made, 
     written = json.loads((made / "all.json").read_text())
     assert len(written["runs"]) == 3 and written["difference"]["runs"] == 1 and written["difference"]["passed"]
     assert list(written["failed"]) == ["shared_trunk:1:0"] and not [name for name in asked if "models" in name]
+
+
+def kind_row(name):
+    kind, seed = name.split(":")
+    faults = {"rude": 1.0, "vague": 0.5}
+    return {
+        "kind": kind,
+        "seed": int(seed),
+        "rows": 9,
+        "pairs_right": 0.7 + int(seed) / 10,
+        "pairs_right_by_fault": faults,
+    }
+
+
+def test_reward_models_of_each_kind_of_feedback_need_an_sft_model_alone(made, monkeypatch, capsys):
+    (made / "seed-1/reward/final").rmdir()
+    asked = stand_in(monkeypatch, verdict, kind_row)
+    arguments = ["--kinds", "--seeds", "0", "1", "--jobs", "2", "--work", str(made), "--json", str(made / "all.json")]
+    assert verdict.main(arguments) == 0
+    assert set(asked) == {f"{kind}:{seed}" for kind in kinds.KINDS for seed in (0, 1)}
+    assert "| score | 9 | 0.750 (0.700, 0.800) | 1.00 | 0.50 |" in capsys.readouterr().out
+    assert len(json.loads((made / "all.json").read_text())["runs"]) == 10
+
+
+def test_a_kind_s_rows_are_those_of_its_form():
+    by = {kind: kinds.rows_of(kind) for kind in kinds.KINDS}
+    assert len(by["all"]) == sum(len(by[kind]) for kind in kinds.KINDS[1:])
+    for row in by["score"]:
+        assert row.keys() == {"prompt", "response", "score"}
+
+
+def test_seeds_of_the_quickstart_are_gathered_and_a_missed_bar_is_marked(tmp_path, monkeypatch, capsys):
+    figures = {**FIGURES, "rate_before_sft": 0.0, "rate_ppo_familiar": 0.97, "rate_ppo_new": 0.83, "on_topic_sft": 0.9}
+    figures |= {"on_topic_ppo": 0.95, "rm_pair_accuracy_by_fault": {"rude": 0.9}, "best_of": 8, "rate_best_of": 0.9}
+    figures |= {"on_topic_best_of": 0.95, "kl_best_of": 1.2, "considerate_sft": 0.5, "considerate_ppo": 0.99}
+    figures |= {f"{name}_new_topic": 0.25 for name in ("rate_sft", "rate_ppo", "considerate_sft", "considerate_ppo")}
+
+    def row(name):
+        return figures | {"seed": int(name), "passed": name == "2", "greeting": ["你好。"]}
+
+    stand_in(monkeypatch, quickstart, row)
+    arguments = ["--seeds", "1", "2", "--jobs", "2", "--work", str(tmp_path), "--json", str(tmp_path / "all.json")]
+    assert quickstart.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "| ... wording that no training prompt has | >= 0.84 | 0.830 missed | 0.830 missed |" in printed
+    assert "| rule holds, a topic that no training prompt has |  | 0.250 (SFT 0.250) | 0.250 (SFT 0.250) |" in printed
+    assert f"seed 2: {quickstart.GREETING} -> 你好。" in printed
+    written = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
+    assert [run["seed"] for run in written["runs"]] == [1, 2] and written["heldout_prompts"] == 288
+    chinese = quickstart.table(written["runs"], quickstart.IN_CHINESE)
+    first = [line.split("|")[1].strip() for line in chinese.splitlines()]
+    assert all(text == "---" or re.search("[\u4e00-\u9fff]", text) for text in first), first
 
 
 def test_the_child_writes_the_figures_of_its_run_alone(made, monkeypatch):
