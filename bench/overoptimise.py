@@ -134,6 +134,24 @@ def table(runs: dict[str, dict[str, list[dict[str, float]]]]) -> str:
     return "\n".join(lines)
 
 
+def in_words(runs: dict[str, dict[str, list[dict[str, float]]]]) -> str:
+    """A Markdown list, a line a seed: where vanilla PPO is at its best, and how both runs end."""
+    lines = []
+    for seed, figures in runs.items():
+        first, best = figures["vanilla"][0], max(figures["vanilla"][:-1], key=lambda row: row["rule"])
+        ends = {name: rows[-1] for name, rows in figures.items()}
+        said = {
+            name: f"at {row['rule']:.0%} with reward {row['reward']:.2f}, {row['kl']:.1f} nats from the SFT model, "
+            f"with {row['distinct2'] / first['distinct2']:.2f} of its distinct-2"
+            for name, row in ends.items()
+        }
+        lines.append(
+            f"- seed {seed}: at its best, at step {best['step']}, {best['rule']:.0%} of vanilla PPO's replies keep the "
+            f"rule; it ends {said['vanilla']}; PPO-max ends {said['ppo-max']}."
+        )
+    return "\n".join(lines)
+
+
 def one(name: str, options: argparse.Namespace) -> Any:
     """What the run RUN:SEED measures, in this process; its models are there."""
     run, seed = name.split(":")

@@ -47,7 +47,7 @@ def sections(path: Path) -> list[Section]:
 
 def _section(heading: str, body: str, path: Path) -> Section:
     fences = [(m[2], re.sub(rf"^{m[1]}", "", m[3], flags=re.MULTILINE)) for m in _FENCE.finditer(body)]
-    body = _FENCE.sub("", body)
+    body = re.sub(r"<!--.*?-->", "", _FENCE.sub("", body), flags=re.DOTALL)
     targets = [t for t in re.findall(r"\]\(([^)]+)\)", body) if not _is_other_language(t)]
     text = re.sub(r"\]\([^)]+\)", "]", body)
     return Section(heading, text, _tables(text), fences, [_target(target, path) for target in targets])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.overoptimise import VANILLA, draw, over_optimised, table
+from bench.overoptimise import VANILLA, draw, in_words, over_optimised, table
 from bench.verdict import BEST_OF, SIZES
 from bench.verdict import table as verdict_table
 from fastrlhf.report.page import figure_of
@@ -45,6 +45,20 @@ def test_what_was_measured_shows_it_and_stands_in_the_docs():
     for runs in MEASURED.values():
         assert over_optimised(runs["vanilla"]) and not over_optimised(runs["ppo-max"])
     assert table(MEASURED) in PAGE
+
+
+def test_a_line_a_seed_says_where_vanilla_is_best_and_how_both_end():
+    runs = {
+        "vanilla": rows((-1, 2, 4), (0.4, 0.9, 0.5), (0.2, 0.15, 0.05)),
+        "ppo-max": rows((-1, 2, 3), (0.4, 0.8, 0.9), (0.2, 0.2, 0.1)),
+    }
+    one, two = in_words({"0": runs, "7": runs}).splitlines()
+    assert one == (
+        "- seed 0: at its best, at step 5, 90% of vanilla PPO's replies keep the rule; it ends at 50% with reward "
+        "4.00, 4.0 nats from the SFT model, with 0.25 of its distinct-2; PPO-max ends at 90% with reward 3.00, 4.0 "
+        "nats from the SFT model, with 0.50 of its distinct-2."
+    )
+    assert two == one.replace("seed 0", "seed 7")
 
 
 def test_the_page_quotes_the_report_s_own_sentence():
