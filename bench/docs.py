@@ -270,7 +270,7 @@ def _of(name: str, make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
 
     def made() -> str:
         found = performance.read(name)
-        return "Not measured yet." if found is None else make(found)
+        return make(found) if found and found["runs"] else "Not measured yet."
 
     return made
 

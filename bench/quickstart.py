@@ -26,9 +26,9 @@ from transformers import pipeline, set_seed
 from bench.kernels import machine
 from bench.processes import positive, side_by_side, write_row
 from fastrlhf import quickstart
-from fastrlhf.models.loading import load_policy
 from fastrlhf.quickstart import verdict
-from fastrlhf.quickstart.content import shipped
+from fastrlhf.quickstart.content import shipped, texts_of
+from fastrlhf.quickstart.model import build_model, build_tokenizer
 
 GREETING = "你好，世界！"
 DRAWN = 8
@@ -54,7 +54,6 @@ def one(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(code)
     figures = json.loads((out / "verdict.json").read_text(encoding="utf-8"))
     figures |= {"cpu_seconds": round(time.process_time() - began, 1), "threads": torch.get_num_threads()}
-    figures |= {"parameters": load_policy(str(out / "final")).num_parameters()}
     figures |= {"greeting": continuations(out / "final", GREETING, DRAWN)}
     write_row(out / KEPT, figures)
     return figures
@@ -114,12 +113,19 @@ def table(runs: list[dict[str, Any]], words: Mapping[str, str] = MappingProxyTyp
     return "\n".join(lines)
 
 
+def about(jobs: int) -> dict[str, Any]:
+    """What is the same for every seed: the machine, how many rows ship, the size of the model, the KL of best of n."""
+    rows = {name: len(shipped(name)) for name in ("sft", "feedback", "heldout_prompts", "heldout_topic_prompts")}
+    texts = [text for row in shipped("sft") for text in texts_of(row)]
+    size = {"parameters": build_model(build_tokenizer(texts), seed=0).num_parameters()}
+    kl = {"best_of": verdict.BEST_OF, "kl_best_of": verdict.BEST_OF_KL}
+    return {"machine": machine() | {"jobs": jobs}, "prompt": GREETING} | rows | size | kl
+
+
 def write(options: argparse.Namespace, runs: list[dict[str, Any]], **more: Any) -> None:
     """--json, where it is asked for."""
     if options.json:
-        about = {"machine": machine() | {"jobs": options.jobs}, "prompt": GREETING}
-        about |= {name: len(shipped(name)) for name in ("sft", "feedback", "heldout_prompts", "heldout_topic_prompts")}
-        text = json.dumps(about | more | {"runs": runs}, indent=1, ensure_ascii=False)
+        text = json.dumps(about(options.jobs) | more | {"runs": runs}, indent=1, ensure_ascii=False)
         options.json.write_text(text + "\n", encoding="utf-8")
 
 

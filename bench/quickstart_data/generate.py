@@ -41,16 +41,16 @@ SFT_PER_CELL, FEEDBACK_PER_CELL, PPO_PER_CELL, HELDOUT_TOPIC_PER_CELL = 64, 180,
 TEXTS_PER_CELL, TEXTS_PER_HELDOUT_CELL, TEXTS_PER_GREETING = 4, 24, 3
 CONSIDERATE_SHARE = 0.5  # of SFT replies; the rest is rude
 # Kinds of fault in the content of SFT replies, of either manner, and the share of replies that has each.
-DEMONSTRATED = {"vague": 0.08, "wrong_facet": 0.04, "wrong_facts": 0.03}
+DEMONSTRATED = {"vague": 0.1, "wrong_facet": 0.02, "wrong_facts": 0.02}
 # Kinds of fault and how often a faulty reply has them in the feedback data.
 FAULTS = {
-    "rude": 0.06,  # opener and closer rude
-    "half_rude": 0.13,  # one of the two
-    "off_topic": 0.19,  # about another thing
-    "wrong_facts": 0.32,  # names the right thing, advice of another
-    "wrong_facet": 0.20,  # right thing, advice for the other question
+    "rude": 0.05,  # opener and closer rude
+    "half_rude": 0.12,  # one of the two
+    "off_topic": 0.16,  # about another thing
+    "wrong_facts": 0.34,  # names the right thing, advice of another
+    "wrong_facet": 0.24,  # right thing, advice for the other question
     "vague": 0.05,  # right thing, no advice
-    "cut": 0.05,  # stops in the middle
+    "cut": 0.04,  # stops in the middle
 }
 # How useful the content is to somebody who reads it carefully.
 FIDELITY = {"off_topic": 0.0, "wrong_facts": 0.1, "vague": 0.2, "wrong_facet": 0.25, "cut": 0.3}

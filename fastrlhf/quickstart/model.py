@@ -50,7 +50,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2ForCausalLM:
-    """A Qwen2-shaped causal LM of 1.0M parameters with tied embeddings; its weights depend on `seed` only."""
+    """A Qwen2-shaped causal LM of 1.1M parameters with tied embeddings; its weights depend on `seed` only."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN_SIZE,
