@@ -2,7 +2,7 @@
 
     python -m bench.verdict [--recipes ppo-max grpo rloo best-of-8] [--seeds 0 1 2]
                             [--json bench/results/verdict_cpu.json]
-    python -m bench.verdict --short     # one seed, few steps, about a minute: the rule rate must rise clearly over SFT
+    python -m bench.verdict --short     # one seed, few steps, a minute or two: the rule rate must rise clearly over SFT
     python -m bench.verdict --critics [--seeds 0] [--ppo-seeds 0 1 2] [--json bench/results/critics_cpu.json]
                                         # instead: PPO with critic=separate and critic=shared_trunk (bench/critics.py)
     python -m bench.verdict --kinds [--seeds 0 1 2] [--json bench/results/kinds_cpu.json]
@@ -66,7 +66,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 TASK = ("max_prompt_tokens", "max_new_tokens", "temperature", "dtype")  # the quickstart's own, for every recipe
-SHORT_MODELS = ["sft.total_steps=300", "reward.total_steps=150", "reward.epochs=1"]
+SHORT_MODELS = ["sft.total_steps=540", "reward.total_steps=150", "reward.epochs=1"]
 SHORT = {"total_steps": 8, "rollout_batch_size": 32, "mini_batch_size": 16}
 SHORT_RISE = 0.1  # of the rule rate, in 288 replies: about 3 standard errors of a difference
 
