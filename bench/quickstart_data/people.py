@@ -29,10 +29,10 @@ from fastrlhf.label.workbench import Workbench
 from fastrlhf.quickstart.content import FACETS, TOPICS
 from fastrlhf.quickstart.judge import parse_prompt
 
-# Far noisier than those who made the shipped feedback: they prefer the reply that keeps the rule in about 5 of 6 pairs,
+# Noisier than those who made the shipped feedback: they prefer the reply that keeps the rule in about 5 of 6 pairs,
 # so that two of them would agree on 7 in 10, as people do (Ouyang et al. 2022: 73%).
 PEOPLE = {
-    f"person {i}": replace(annotator, noise=5 * annotator.noise, lapse=0.1) for i, annotator in enumerate(ANNOTATORS, 1)
+    f"person {i}": replace(annotator, noise=3 * annotator.noise, lapse=0.1) for i, annotator in enumerate(ANNOTATORS, 1)
 }
 KINDS = {"score": 0.35, "rank": 0.4, "edit": 0.25}
 TIE = 0.25  # opinions nearer than this are a tie
