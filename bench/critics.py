@@ -82,7 +82,7 @@ def interval(differences: Tensor, seed: int = 0) -> tuple[float, float, float]:
     chosen = torch.randint(runs, (DRAWS, runs), generator=draw)
     asked = torch.randint(prompts, (DRAWS, prompts), generator=draw)
     means = torch.stack([differences[r][:, p].mean() for r, p in zip(chosen, asked)])
-    low, high = torch.quantile(means, torch.tensor([0.05, 0.95], dtype=means.dtype)).tolist()
+    low, high = torch.quantile(means, torch.tensor([0.05, 0.95], dtype=means.dtype)).tolist()  # the middle 90 %
     return float(differences.mean()), low, high
 
 

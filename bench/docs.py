@@ -28,6 +28,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import StringIO
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from tokenize import COMMENT as COMMENT_TOKEN
@@ -176,7 +177,7 @@ def measured(path: Path, key: str) -> list[float]:
     figures = [(names, float(value)) for names, value in rows if isinstance(value, (int, float))]
     groups: dict[tuple[str, ...], list[float]] = {(): [value for _, value in figures]}
     for names, value in figures:
-        for name in {(name,) for name in names} | {names}:
+        for name in {*((name,) for name in names), *combinations(names, 2), names}:
             groups.setdefault(name, []).append(value)
     for group in filter(None, groups.values()):
         values += [*group, min(group), max(group), fmean(group)]

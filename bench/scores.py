@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append(run(options.folder / f"seed-{seed}/sft/final", form, kind, seed))
                 print(json.dumps(rows[-1]), flush=True)
                 if options.json is not None:
-                    write_row(options.json, report)
+                    write_row(options.json, report | {"printed": table(rows).splitlines()})
     print(table(rows))
     return 0 if passed(rows) else 1
 
