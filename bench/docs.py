@@ -27,6 +27,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from io import StringIO
 from itertools import combinations
 from pathlib import Path
@@ -35,7 +36,7 @@ from tokenize import COMMENT as COMMENT_TOKEN
 from tokenize import generate_tokens
 from typing import Any, NamedTuple
 
-from bench import critics, kinds, label_study, overoptimise, performance, quickstart
+from bench import critics, kinds, label_study, overoptimise, performance, quickstart, ratings_page
 from bench import verdict as recipes
 
 ROOT = Path(__file__).parent.parent.resolve()
@@ -60,6 +61,7 @@ NO_FIGURES = [
         r"\]\([^)]*\)",  # where a link leads
         r"arXiv:\S+|\b\d{4}-\d\d-\d\d\b|\b(?:19[5-9]\d|200[1-9]|20[1-3]\d)\b",
         rf"\b(?:eq|fig|sec|app|[Tt]able|[Ss]ection|[Ff]igure)s?\b\.? [A-Z]?\.?\d[\d.]*{_MORE}",
+        r"\b[A-Z][a-z]+ 1[89]\d\d\b",  # an author's year
         rf"\bseeds? \d+{_MORE}|\(\d(?:, \d)+\)",
         r"\b(?:Python|TRL|torch|[Tt]riton|transformers|CUDA|Apache|Tulu) ?-?\d[\d.]*",
         r"^\s*\d+\. ",
@@ -276,6 +278,11 @@ def _of(name: str, make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
     return made
 
 
+def _of_ratings(number: int) -> str:
+    """One of the three tables of docs/ratings.md."""
+    return ratings_page.tables(performance.read("ratings_cpu.json")).split("\n\n")[number]
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **performance.TABLES,
     "critics": _of("critics_cpu.json", lambda found: critics.table(found["runs"], found["difference"])),
@@ -286,6 +293,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "overoptimisation": _of("overoptimisation_cpu.json", lambda found: overoptimise.table(found["runs"])),
     "quickstart": _of("quickstart_cpu.json", lambda found: quickstart.table(found["runs"])),
     "quickstart_zh": _of("quickstart_cpu.json", lambda found: quickstart.table(found["runs"], quickstart.IN_CHINESE)),
+    "ratings_models": partial(_of_ratings, 0),
+    "ratings_ways": partial(_of_ratings, 1),
+    "ratings_samples": partial(_of_ratings, 2),
     "verdict": _of("verdict_cpu.json", lambda found: recipes.table(found["runs"], short=False)),
 }
 

@@ -13,6 +13,7 @@ from fastrlhf.data.checks import BadRow, text_of
 from fastrlhf.data.feedback import Feedback, parse_feedback
 from fastrlhf.data.rows import read_rows
 
+# DATA of docs/ratings.md: 8605 sentences about films, each rated by 15 to 29 people.
 SCALE = (-4.0, 4.0)
 SUBJECTS = (
     "a film",
