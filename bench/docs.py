@@ -36,7 +36,7 @@ from tokenize import COMMENT as COMMENT_TOKEN
 from tokenize import generate_tokens
 from typing import Any, NamedTuple
 
-from bench import critics, kinds, label_study, overoptimise, performance, quickstart, ratings_page
+from bench import critics, kinds, label_study, overoptimise, performance, quickstart, ratings_page, scaling
 from bench import verdict as recipes
 
 ROOT = Path(__file__).parent.parent.resolve()
@@ -278,6 +278,11 @@ def _of(name: str, make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
     return made
 
 
+def _of_scaling(make: Callable[[list[dict[str, Any]]], str], key: str) -> str:
+    """A table of docs/scaling.md."""
+    return make(performance.read("scaling_cpu.json")[key])
+
+
 def _of_ratings(number: int) -> str:
     """One of the three tables of docs/ratings.md."""
     return ratings_page.tables(performance.read("ratings_cpu.json")).split("\n\n")[number]
@@ -296,6 +301,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ratings_models": partial(_of_ratings, 0),
     "ratings_ways": partial(_of_ratings, 1),
     "ratings_samples": partial(_of_ratings, 2),
+    "scaling": partial(_of_scaling, scaling.table, "rows"),
+    "scaling_computed": partial(_of_scaling, scaling.predicted_table, "computed"),
     "verdict": _of("verdict_cpu.json", lambda found: recipes.table(found["runs"], short=False)),
 }
 

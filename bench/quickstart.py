@@ -53,7 +53,9 @@ def one(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     if code not in (0, 1):
         raise SystemExit(code)
     figures = json.loads((out / "verdict.json").read_text(encoding="utf-8"))
-    figures |= {"cpu_seconds": round(time.process_time() - began, 1), "threads": torch.get_num_threads()}
+    figures["threads"] = torch.get_num_threads()
+    if "resume=true" not in given:  # else these are not of a whole run
+        figures["cpu_seconds"] = round(time.process_time() - began, 1)
     figures |= {"greeting": continuations(out / "final", GREETING, DRAWN)}
     write_row(out / KEPT, figures)
     return figures

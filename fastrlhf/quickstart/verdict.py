@@ -227,21 +227,22 @@ def judge(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
 
 def judge_parts(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
     """The quickstart's other bars, in the same form: PPO by wording, and what it does to content alone."""
-    familiar, new = (figures[f"rate_ppo_{wording}"] for wording in WORDINGS)
+    new = figures["rate_ppo_new"]
     gained = figures["on_topic_ppo"] - figures["on_topic_sft"]
     return [
-        ("rule holds after PPO, frames that training has", familiar, ">= 0.95", familiar >= 0.95),
-        ("... wording that no training prompt has", new, ">= 0.84", new >= 0.84),
+        ("rule holds after PPO, wording that no training prompt has", new, ">= 0.84", new >= 0.84),
         ("about what was asked, share after PPO less before", gained, f">= {-ON_TOPIC_LOST}", gained >= -ON_TOPIC_LOST),
     ]
 
 
 def aims(figures: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
-    """What should be reached but decides nothing: new wording, and of the reward model what PPO rests on; shown beside
-    the bars, in the same form."""
-    new, worst = figures["rate_ppo_new"], min(figures["rm_pair_accuracy_by_fault"].values())
+    """What should be reached but decides nothing: PPO by wording, and of the reward model what PPO rests on; shown
+    beside the bars, in the same form."""
+    familiar, new = (figures[f"rate_ppo_{wording}"] for wording in WORDINGS)
+    worst = min(figures["rm_pair_accuracy_by_fault"].values())
     return [
-        ("rule holds after PPO, wording that no training prompt has", new, ">= 0.88", new >= 0.88),
+        ("rule holds after PPO, frames that training has", familiar, ">= 0.95", familiar >= 0.95),
+        ("... wording that no training prompt has", new, ">= 0.88", new >= 0.88),
         ("reward model, its worst kind of fault", worst, ">= 0.85", worst >= 0.85),
     ]
 
