@@ -280,7 +280,8 @@ def _of(name: str, make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
 
 def _of_scaling(make: Callable[[list[dict[str, Any]]], str], key: str) -> str:
     """A table of docs/scaling.md."""
-    return make(performance.read("scaling_cpu.json")[key])
+    found = performance.read("scaling_cpu.json")
+    return make(found[key]) if found else "Not measured yet."
 
 
 def _of_ratings(number: int) -> str:

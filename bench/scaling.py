@@ -37,7 +37,8 @@ from fastrlhf.runtime import distributed
 
 LENGTHS = {"max_prompt_tokens": 16, "max_new_tokens": 24}
 SEVEN_B = {"parameters": 7_615_616_512, "roles": 2, "updates": 8, "width": 2}  # Qwen2.5-7B, bf16, policy and critic
-LINKS = {8: 350e9, 64: 45e9}  # bytes a second of a GPU, assumed: NVLink inside a machine; 400 Gbit/s between machines
+# Bytes a second of a GPU, assumed: 350 GB/s by NVLink inside a machine of 8, 45 GB/s (400 Gbit/s) between machines.
+LINKS = {8: 350e9, 64: 45e9}
 SENT = {"all_reduce": 2, "reduce_scatter_tensor": 1, "all_gather": 1}  # times (N - 1) / N of the whole
 
 

@@ -217,7 +217,7 @@ def _quickstart_sentence(verdict: dict[str, Any], words: Words) -> str:
 def _quickstart_tiles(verdict: dict[str, Any], words: Words) -> list[Tile]:
     """The bars and aims of the quickstart, each with what was measured; verdict.json alone decides about `passed`.
 
-    An aim of an earlier stage that was not reached is no failed bar: its tile is not marked as bad.
+    An aim that was not reached is no failed bar: its tile is not marked as bad.
     """
 
     def get(name: str) -> float:
@@ -232,7 +232,6 @@ def _quickstart_tiles(verdict: dict[str, Any], words: Words) -> list[Tile]:
     high = math.inf
     measured = [
         ("Rule holds after PPO", get("rate_ppo"), 0.88, high, _percent, "{bar} of held-out replies"),
-        ("Rule in familiar wording", get("rate_ppo_familiar"), 0.95, high, _percent, "{bar}: training has both frames"),
         ("Rule in new wording", get("rate_ppo_new"), 0.84, high, _percent, "{bar}, aim 88%: no training prompt has it"),
         ("Replies on topic, PPO less SFT", gained, -0.03, high, _percent, "{bar}: content without manner"),
         ("Rule holds after SFT", get("rate_sft"), 0.0, 0.65, _percent, "{bar}, so that PPO has work to do"),
@@ -250,6 +249,10 @@ def _quickstart_tiles(verdict: dict[str, Any], words: Words) -> list[Tile]:
         limit = word.format(limit=f"{bar:g}" if show is figure_of else show(bar))
         rest = weakest if name == "Reward-model accuracy" else ""
         tiles.append(Tile(words(name), (shown,), words(note, bar=limit) + rest, not met))
+    familiar = get("rate_ppo_familiar")
+    if not math.isnan(familiar):
+        note = words("aim 95%: training has both frames")
+        tiles.append(Tile(words("Rule in familiar wording"), (_percent(familiar),), note))
     tiles += _baseline_tiles(get, words)
     seconds = get("seconds")
     if not math.isnan(seconds):

@@ -136,7 +136,7 @@ CHINESE = {
     "bar: at least {limit}": "标准：至少 {limit}",
     "bar: at most {limit}": "标准：至多 {limit}",
     "Rule in familiar wording": "熟悉措辞下符合规则",
-    "{bar}: training has both frames": "{bar}：两部分在训练中都出现过",
+    "aim 95%: training has both frames": "目标 95%：两部分在训练中都出现过",
     "Rule in new wording": "新措辞下符合规则",
     "{bar}, aim 88%: no training prompt has it": "{bar}，目标 88%：训练提示中没有",
     "Replies on topic, PPO less SFT": "切题的回复，PPO 减 SFT",

@@ -255,7 +255,7 @@ def test_the_verdict_stage_says_what_it_is_at_and_an_aim_is_no_failed_bar(short_
         "PPO",
     ]  # best of 8, then the new topic
     bars = printed.partition("\nverdict, seed 3")[2].splitlines()[1:]
-    assert [line.split()[0] for line in bars if line.startswith("  ")][-8:] == ["aim"] * 2 + ["also"] * 6
+    assert [line.split()[0] for line in bars if line.startswith("  ")][-9:] == ["aim"] * 3 + ["also"] * 6
     assert "low" not in {line.split()[0] for line in bars if line.startswith("  ")}
 
 

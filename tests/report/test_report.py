@@ -107,7 +107,7 @@ def test_a_quickstart_folder_shows_all_stages_and_the_bars(quickstart):
     assert set(PPO_FIGURES + SFT_FIGURES + RM_FIGURES) <= set(figures(quickstart))
     text = read(quickstart).text
     assert "Passed: 93% of replies to held-out prompts keep the hidden rule after PPO, 52% after SFT." in text
-    assert text.count("✓") == 10 and "✗" not in text
+    assert text.count("✓") == 9 and "✗" not in text
     assert "After SFT" in text and "别担心" in text and "Margins on held-out pairs" in text
 
 
@@ -117,7 +117,7 @@ def test_a_quickstart_folder_shows_all_stages_and_the_bars(quickstart):
         ({"kl_sequence_mean": 12.5}, 'KL per response</div><div class="value">12.5 ✗'),
         ({"length_ppo": 12.0}, 'Length, PPO / SFT</div><div class="value">0.50 ✗'),
         ({"rm_pair_accuracy": 0.7}, 'Reward-model accuracy</div><div class="value">70% ✗'),
-        ({"rate_ppo_familiar": 0.94}, 'Rule in familiar wording</div><div class="value">94% ✗'),
+        ({"rate_ppo_new": 0.83}, 'Rule in new wording</div><div class="value">83% ✗'),
         ({"on_topic_ppo": 0.9}, 'Replies on topic, PPO less SFT</div><div class="value">-7% ✗'),
         ({"rate_ppo_shuffled": None}, 'Rule with prompts shuffled</div><div class="value">n/a ✗'),
     ],
@@ -150,10 +150,15 @@ def test_what_stands_beside_the_bars_is_shown_where_the_verdict_has_it(tmp_path)
 
 def test_an_aim_that_was_not_reached_is_no_failed_bar(tmp_path):
     write_stage(tmp_path / "sft", "sft", 2)
-    missed = {"rate_ppo_new": 0.86, "rm_pair_accuracy_by_fault": {"rude": 0.99, "vague": 0.7}}
+    missed = {
+        "rate_ppo_new": 0.86,
+        "rate_ppo_familiar": 0.94,
+        "rm_pair_accuracy_by_fault": {"rude": 0.99, "vague": 0.7},
+    }
     (tmp_path / "verdict.json").write_text(json.dumps(VERDICT | missed))
     html = build_report(tmp_path).read_text()
-    assert "✗" not in html and 'class="tile bad"' not in html and html.count("✓") == 10
+    assert "✗" not in html and 'class="tile bad"' not in html and html.count("✓") == 9
+    assert 'Rule in familiar wording</div><div class="value">94%<' in html and "aim 95%: training" in html
     assert 'Rule in new wording</div><div class="value">86% ✓<' in html and "worst kind of fault 70%, aim 85%" in html
 
 
