@@ -189,7 +189,7 @@ def test_seeds_of_the_quickstart_are_gathered_and_a_missed_bar_is_marked(tmp_pat
     arguments = ["--seeds", "1", "2", "--jobs", "2", "--work", str(tmp_path), "--json", str(tmp_path / "all.json")]
     assert quickstart.main(arguments) == 1
     printed = capsys.readouterr().out
-    assert "| ... wording that no training prompt has | >= 0.84 | 0.830 missed | 0.830 missed |" in printed
+    assert "| rule holds after PPO, wording that no training prompt has | >= 0.84 | 0.830 missed |" in printed
     assert "| rule holds, a topic that no training prompt has |  | 0.250 (SFT 0.250) | 0.250 (SFT 0.250) |" in printed
     assert f"seed 2: {quickstart.GREETING} -> 你好。" in printed
     written = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
