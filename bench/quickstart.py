@@ -30,7 +30,7 @@ from fastrlhf.quickstart import verdict
 from fastrlhf.quickstart.content import shipped, texts_of
 from fastrlhf.quickstart.model import build_model, build_tokenizer
 
-# PPO takes 26 steps at kl_coef 0.25: at 0.15 seed 3's replies had 0.51 of the SFT model's distinct-2, with 34 steps 0.58.
+# PPO takes 26 steps at kl_coef 0.25: at 0.15 seed 3's replies had 0.51 of SFT's distinct-2, with 34 steps 0.58.
 GREETING = "你好，世界！"
 DRAWN = 8
 KEPT = "bench.json"
