@@ -127,8 +127,8 @@ class Optimizer:
         them is spent; nor where nothing is to be clipped."""
         factor = self.max_grad_norm / (norm + 1e-6) if self.max_grad_norm > 0 else 1.0
         if isinstance(self.inner, torch.optim.AdamW):
-            divisor = torch.tensor(1.0 / factor, device=self.masters[0].device) if factor < 1.0 else None
-            self.inner.grad_scale = divisor
+            where = self.masters[0].device  # filled there: a copy from the host would wait
+            self.inner.grad_scale = torch.full((), 1.0 / factor, device=where) if factor < 1.0 else None
         elif factor < 1.0:
             torch._foreach_mul_([p.grad for p in self.masters if p.grad is not None], factor)
 

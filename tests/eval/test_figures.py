@@ -81,9 +81,11 @@ def test_an_answer_is_no_refusal(text):
     assert refusal_in(text) is None
 
 
-def test_the_docs_say_how_many_there_are():
+def test_the_docs_say_how_it_is_counted():
     page = (Path(__file__).parents[2] / "docs/eval.md").read_text(encoding="utf-8")
-    assert f"has {len(REFUSING)} refusals that it finds and {len(ANSWERING)} answers" in page
+    assert (
+        len(REFUSING) > 20 and len(ANSWERING) > 10 and "`tests/eval/test_figures.py` has refusals that it finds" in page
+    )
     assert f"first {OPENING_CHARS} characters" in page and f"{RESAMPLES} bootstrap samples" in page
 
 

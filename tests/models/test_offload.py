@@ -20,14 +20,16 @@ CPU = torch.device("cpu")
 
 class SecondDevice(TorchFunctionMode):
     """`tensor.to(device, non_blocking=True)`, the way to the device, makes a copy, as it does where there is a GPU. Ids
-    and places, which are int64, go that way too; weights are none."""
+    and places, which are int64, go that way too, and the number by which AdamW clips, which is there already; weights
+    are none."""
 
     def __init__(self) -> None:
         self.copies: list[torch.Tensor] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function is torch.Tensor.to and (kwargs or {}).get("non_blocking") and args[0].dtype != torch.int64:
+        moved = function is torch.Tensor.to and (kwargs or {}).get("non_blocking")
+        if moved and args[0].dtype != torch.int64 and args[0].dim() > 0:
             result = result.clone()
             self.copies.append(result)
         return result
