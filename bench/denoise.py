@@ -26,7 +26,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.kernels import machine
-from bench.processes import write_row
+from bench.processes import begun, write_row
 from bench.quickstart_data.generate import FAULTS, Cell, good_reply, spoil
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.data.feedback import Feedback, parse_feedback
@@ -198,24 +198,14 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command above -> its exit code, 1 where less than ENOUGH of the cost is won back."""
     parser = argparse.ArgumentParser(prog="python -m bench.denoise", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", metavar="RUN")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each of the three models")
     parser.add_argument("--strength-steps", type=int, default=STRENGTH_STEPS, help="of each ensemble of --cross-fit")
     parser.add_argument("--kept", type=Path, metavar="FOLDER", help="keep strengths here, and read them again")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="held-out prompts, seven pairs each")
-    parser.add_argument("--json", type=Path, help="where to write each seed as it comes; what stands there is kept")
-    parser.add_argument("--print", type=Path, metavar="JSON", help="print the table of this file, and train nothing")
-    options = parser.parse_args(arguments)
-    if options.print is not None:
-        print(table(json.loads(options.print.read_text(encoding="utf-8"))["runs"]))
+    options, runs = begun(parser, arguments, table)
+    if runs is None:
         return 0
-    if options.folder is None:
-        parser.error("RUN: the folder of the SFT models is needed")
-    runs: list[dict[str, Any]] = []
-    if options.json is not None and options.json.exists():
-        runs += json.loads(options.json.read_text(encoding="utf-8"))["runs"]
     sizes = {"steps": options.steps, "strength_steps": options.strength_steps, "prompts": options.prompts}
     report = {**sizes, "folds": FOLDS, "heads": HEADS, "recipe": RECIPE, "machine": machine(), "runs": runs}
     with few_threads():

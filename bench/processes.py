@@ -76,3 +76,22 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
     return int(text)
+
+
+def begun(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, table: Callable[[list[dict[str, Any]]], str]
+) -> tuple[argparse.Namespace, list[dict[str, Any]] | None]:
+    """Parse the arguments of a bench that trains from a quickstart's SFT models, seed by seed, and can be gone on with
+    -> (options, the runs that --json holds already; None: --print has printed the table of a file)."""
+    parser.add_argument("folder", type=Path, nargs="?", metavar="RUN")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, help="where to write each run as it comes; what stands there is kept")
+    parser.add_argument("--print", type=Path, metavar="JSON", help="print the table of this file, and train nothing")
+    options = parser.parse_args(arguments)
+    if options.print is not None:
+        print(table(json.loads(options.print.read_text(encoding="utf-8"))["runs"]))
+        return options, None
+    if options.folder is None:
+        parser.error("RUN: the folder of the SFT models is needed")
+    there = options.json is not None and options.json.exists()
+    return options, json.loads(options.json.read_text(encoding="utf-8"))["runs"] if there else []

@@ -201,11 +201,9 @@ def measure_best_of(judges: tuple[Judge, Judge], options: argparse.Namespace) ->
     }
 
 
-def train_policy(
-    name: str, judges: tuple[Judge, Judge], options: argparse.Namespace, seconds: Callable[[], float]
-) -> dict[str, Any]:
+def train_policy(name: str, judges: tuple[Judge, Judge], options: argparse.Namespace, end: float) -> dict[str, Any]:
     """Train the start with one of ALGORITHMS -> a row a step, of the replies sampled in it, and the replies to held-out
-    prompts at the end. seconds: that are left for it."""
+    prompts at the end. end: when it has to be done, in time.monotonic()."""
     proxy, gold = judges
     config = ppo_config(name, proxy.worst, options)
     began, rows = time.monotonic(), []
@@ -227,7 +225,10 @@ def train_policy(
             "seconds": round(time.monotonic() - began, 1),
         })  # fmt: skip
         print(json.dumps({"run": name, **rows[-1]}), flush=True)
-        if seconds() < 2 * rows[-1]["seconds"] / len(rows) and trainer.steps_done < trainer.total_steps - 1:
+        if (
+            end - time.monotonic() < 2 * rows[-1]["seconds"] / len(rows)
+            and trainer.steps_done < trainer.total_steps - 1
+        ):
             _say(f"{name}: --minutes allow one more step, of {trainer.total_steps}")
             trainer.last_step = trainer.steps_done + 1
     replies = answer(trainer.policy, trainer.tokenizer, options.answers, options)
@@ -331,8 +332,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     parts["best_of"] = part("best_of", options, lambda: measure_best_of(judges, options))
     for to_come, name in zip(range(len(ALGORITHMS), 0, -1), ALGORITHMS):
         end = time.monotonic() + max(0.0, began + 60 * options.minutes - time.monotonic()) / to_come
-        left = lambda end=end: end - time.monotonic()  # noqa: E731
-        parts[name] = part(name, options, lambda name=name, left=left: train_policy(name, judges, options, left))
+        parts[name] = part(name, options, lambda name=name, end=end: train_policy(name, judges, options, end))
     for name in ("proxy", "gold"):
         found = agreement(parts[name], rows[name], rows["test"], options.seed)
         parts[name] = {"agreement": found} | {one: parts[name][one] for one in ("slope", "offset", "seconds")}

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bench.critics import interval
 from bench.kernels import machine
-from bench.processes import write_row
+from bench.processes import begun, write_row
 from bench.quickstart_data.generate import ANNOTATORS, FAULTS, Cell, Reply, as_score, good_reply, spoil
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.data.feedback import Feedback
@@ -204,19 +204,9 @@ def passed(rows: Sequence[dict[str, Any]]) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """The command above -> its exit code, 1 where `link` misses a bar."""
     parser = argparse.ArgumentParser(prog="python -m bench.scores", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", metavar="RUN")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--json", type=Path, help="where to write each run as it comes; what stands there is kept")
-    parser.add_argument("--print", type=Path, metavar="JSON", help="print the table of this file, and train nothing")
-    options = parser.parse_args(arguments)
-    if options.print is not None:
-        print(table(json.loads(options.print.read_text(encoding="utf-8"))["runs"]))
+    options, rows = begun(parser, arguments, table)
+    if rows is None:
         return 0
-    if options.folder is None:
-        parser.error("RUN: the folder of the SFT models is needed")
-    rows: list[dict[str, Any]] = []
-    if options.json is not None and options.json.exists():
-        rows += json.loads(options.json.read_text(encoding="utf-8"))["runs"]
     made = {(row["seed"], row["form"], row["data"]) for row in rows}
     report = {"steps": STEPS, "records": RECORDS, "pairs": PROMPTS * len(FAULTS), "machine": machine(), "runs": rows}
     with few_threads():

@@ -213,7 +213,9 @@ class TrainedRole(NamedTuple):
     adapter: Callable[[Path], None] | None = None
 
 
-def _add_to(owner: Any):  # noqa: ANN202
+def _add_to(owner: Any) -> Callable[[Tensor], None]:
+    """A hook that moves a parameter's gradient to where it is added up in fp32."""
+
     def move(param: Tensor) -> None:
         grad = param.grad.float()
         owner.grad = grad if owner.grad is None else owner.grad.add_(grad)

@@ -104,7 +104,7 @@ def test_parts_of_other_sizes_are_not_gone_on_with(done, model):
 def test_minutes_end_a_run_of_the_policy(done, model, tmp_path, capsys):
     options = ratings.parse(arguments(done, model, str(done / "rated.jsonl")))
     judges = tuple(ratings_replies.Judge(options.work / name / "final", 1.0, 0.0, -1.0) for name in ("proxy", "gold"))
-    found = ratings.train_policy("ppo", judges, options, lambda: 0.0)
+    found = ratings.train_policy("ppo", judges, options, 0.0)
     assert [row["step"] for row in found["steps"]] == [1, 2]
     assert "--minutes allow one more step, of 3" in capsys.readouterr().out
 
