@@ -1,12 +1,12 @@
 """Seconds from a list of rows to the token ids of a run, with every check before its first step, for each stage.
 
-    python -m bench.encode [--json FILE] [--rows 10000 30000 100000]      on this machine's CPU, with all its cores
+    python -m bench.encode [--json FILE] [--rows 10000 30000 100000] [--words 13 40]     on this CPU, with all its cores
 
-Rows are a prompt and a reply (reward: two replies) of 40 words each, drawn from the words of LICENSE, as
-messages through a chat template of a byte-level BPE that is trained on them. `text by text` encodes the first rows one
-text at a time, as a reply in a rollout is; `ratio` compares the two a row. `growth` is the time a row at the largest
-size over that at the smallest: 1 is linear. `cpu` counts the seconds of all cores: on a machine with other work it says
-more than the clock.
+Rows are a prompt and a reply (reward: two replies) of so many words each, drawn from the words of LICENSE, as
+messages through a chat template of a byte-level BPE that is trained on them: 13 make a pair of 40 words in all, 40 one
+of 120. `text by text` encodes the first rows one text at a time, as a reply in a rollout is; `ratio` compares the two a
+row. `growth` is the time a row at the largest size over that at the smallest: 1 is linear. `cpu` counts the seconds of
+all cores: on a machine with other work it says more than the clock.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from fastrlhf import PPOConfig, RewardConfig, SFTConfig
 from fastrlhf.data.templates import PRESETS, encode_prompt, encode_response
 from fastrlhf.preflight.stages import prepare_ppo, prepare_supervised
 
-WORDS = 40
 ONE_BY_ONE = 1000  # rows encoded text by text
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 
@@ -51,11 +50,11 @@ def tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
     return made
 
 
-def rows_of(stage: str, count: int, corpus: list[str]) -> list[dict[str, Any]]:
+def rows_of(stage: str, count: int, corpus: list[str], words: int) -> list[dict[str, Any]]:
     draw = random.Random(count)
 
     def text() -> str:
-        return " ".join(draw.choices(corpus, k=WORDS))
+        return " ".join(draw.choices(corpus, k=words))
 
     replies = {"sft": ("response",), "reward": ("chosen", "rejected"), "ppo": ()}[stage]
     return [
@@ -87,9 +86,32 @@ def text_by_text(rows: list[dict[str, Any]], tok: PreTrainedTokenizerFast) -> No
                 encode_response(tok, row["prompt"], row[name])
 
 
+def measured(
+    sizes: list[int], words: int, corpus: list[str], tok: PreTrainedTokenizerFast, model: LlamaForCausalLM
+) -> dict[str, Any]:
+    """The figures of each stage, for texts of so many words."""
+    results = {}
+    for stage in ("sft", "reward", "ppo"):
+        one = timed(lambda s=stage: text_by_text(rows_of(s, ONE_BY_ONE, corpus, words), tok))
+        runs = {}
+        for count in sizes:
+            rows = rows_of(stage, count, corpus, words)
+            runs[count] = run = timed(lambda s=stage, r=rows: prepared(s, r, tok, model))
+            print(
+                f"{words:3} words {stage:7}{count:8} rows {run['seconds']:7.1f} s {run['cpu']:7.1f} s cpu", flush=True
+            )
+        first, last = min(runs), max(runs)
+        growth = runs[last]["cpu"] / last / (runs[first]["cpu"] / first)
+        ratio = one["seconds"] / ONE_BY_ONE / (runs[last]["seconds"] / last)
+        results[stage] = {"runs": runs, "text_by_text": one, "growth": growth, "ratio": ratio}
+        print(f"{words:3} words {stage:7}growth {growth:.2f}, text by text {ratio:.1f}x as long a row")
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.encode", description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 30_000, 100_000])
+    parser.add_argument("--words", type=int, nargs="+", default=[13, 40], help="of a prompt, and of each reply")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args()
     corpus = words()
@@ -98,21 +120,7 @@ def main() -> int:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8000, max_position_embeddings=2048, **sizes))
     machine = about(torch.device("cpu")) | {"cores": os.cpu_count(), "load before": os.getloadavg()[0]}
     print(machine)
-    results = {}
-    for stage in ("sft", "reward", "ppo"):
-        one = timed(lambda s=stage: text_by_text(rows_of(s, ONE_BY_ONE, corpus), tok))
-        runs = {}
-        for count in options.rows:
-            rows = rows_of(stage, count, corpus)
-            runs[count] = timed(lambda s=stage, r=rows: prepared(s, r, tok, model))
-            print(
-                f"{stage:7}{count:8} rows {runs[count]['seconds']:7.1f} s {runs[count]['cpu']:7.1f} s cpu", flush=True
-            )
-        first, last = min(runs), max(runs)
-        growth = runs[last]["cpu"] / last / (runs[first]["cpu"] / first)
-        ratio = one["seconds"] / ONE_BY_ONE / (runs[last]["seconds"] / last)
-        results[stage] = {"runs": runs, "text_by_text": one, "growth": growth, "ratio": ratio}
-        print(f"{stage:7}growth {growth:.2f}, text by text {ratio:.1f}x as long a row")
+    results = {count: measured(options.rows, count, corpus, tok, model) for count in options.words}
     machine["load after"] = os.getloadavg()[0]
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
