@@ -2,9 +2,9 @@
 Language Models Part II: Reward Modeling, section 2).
 
 The strength of a preference is the mean over an ensemble of r(better) - r(worse). Where it is far below 0 the ensemble
-is sure that the label is the wrong way round; near 0 it does not know. The weakest can be flipped, smoothed or left out,
-and the strength of the others can be the margin that a pair has to keep. How often the weakest are wrong depends on how good
-the ensemble is: `python -m bench.denoise` measures it.
+is sure that the label is the wrong way round; near 0 it does not know. The weakest can be flipped, smoothed or left
+out, and the strength of the others can be the margin that a pair has to keep. How often the weakest are wrong depends
+on how good the ensemble is: `python -m bench.denoise` measures it.
 """
 
 from __future__ import annotations
