@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -27,11 +28,14 @@ BACKWARD = 2.5  # of attention's forward: five products for two
 LOGIT_BYTES = 10  # a logit of `linear_ppo_loss`: written in fp32, read and written by the sweep and the products
 
 
+@dataclass
 class Work:
-    """Operators by what each does: (floating-point operations, bytes) -> how often it was launched."""
+    """launched: (floating-point operations, bytes) of an operator -> how often it was launched."""
 
-    def __init__(self, launched: Mapping[tuple[int, int], int] | None = None) -> None:
-        self.launched: Counter[tuple[int, int]] = Counter(launched or {})
+    launched: Mapping[tuple[int, int], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.launched: Counter[tuple[int, int]] = Counter(self.launched)
 
     def add(self, flops: float, size: float, times: int = 1) -> None:
         self.launched[round(flops), round(size)] += times
