@@ -81,7 +81,13 @@ def interval(differences: Tensor, seed: int = 0) -> tuple[float, float, float]:
     runs, prompts = differences.shape
     chosen = torch.randint(runs, (DRAWS, runs), generator=draw)
     asked = torch.randint(prompts, (DRAWS, prompts), generator=draw)
-    means = torch.stack([differences[r][:, p].mean() for r, p in zip(chosen, asked)])
+    drawn = [  # how often each run and each prompt is in a draw
+        torch.zeros(DRAWS, count, dtype=differences.dtype).scatter_add_(
+            1, of, torch.ones_like(of, dtype=differences.dtype)
+        )
+        for count, of in ((runs, chosen), (prompts, asked))
+    ]
+    means = ((drawn[0] @ differences) * drawn[1]).sum(1) / (runs * prompts)
     low, high = torch.quantile(means, torch.tensor([0.05, 0.95], dtype=means.dtype)).tolist()  # the middle 90 %
     return float(differences.mean()), low, high
 

@@ -179,6 +179,8 @@ def _plan(verb: str, arguments: list[str]) -> int:
     parser.add_argument("--stage", choices=STAGES, help="what the recipe is for (default: what its fields say)")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="of each GPU, such as 24GiB (default: this machine's)")
     parser.add_argument("--gpus", metavar="N", type=int, default=1, help="GPUs that share a step's rows (default 1)")
+    parser.add_argument("--device", metavar="NAME", help="what a step takes on it at its published peaks, such as h100")
+    parser.add_argument("--calibrate", action="store_true", help="what a step takes at the rates of this machine")
     parser.add_argument("--json", action="store_true", help="print one JSON object, all sizes in bytes")
     args = _parse(parser, arguments)
     if args.gpus < 1:
@@ -187,7 +189,8 @@ def _plan(verb: str, arguments: list[str]) -> int:
     stage = args.stage or recipe.stage_of(source, overrides)
     unread = [f"{name}=unread" for name, spec in recipe.INPUTS[stage].items() if spec.required and spec.kind == "data"]
     inputs, config = recipe.load_recipe(stage, source, [*overrides, *unread, "output_dir=unwritten"])
-    text, too_large = _load("plan.report").planned(stage, inputs, config, args.gpu_memory, args.gpus, args.json)
+    sizes = (args.gpu_memory, args.gpus, args.json, args.device, args.calibrate)
+    text, too_large = _load("plan.report").planned(stage, inputs, config, *sizes)
     print(text)
     return EXIT_BUG if too_large else EXIT_DONE
 

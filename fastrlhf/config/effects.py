@@ -72,7 +72,7 @@ IDLE = [
     Idle("total_steps", None, "replaces epochs", "leave total_steps out", "epochs"),
     Idle("head_only", (False,), "trains what the last token's state is made of", "use true", "readout readout_layer"),
     Idle("head_only", (True,), "trains nothing below the head", "use false there", "gradient_checkpointing lm_coef"),
-    Idle("weakest", ("keep",), "leaves all records as they are", "use flip or smooth", "weakest_share"),
+    Idle("weakest", ("keep",), "leaves all records as they are", "use flip, smooth or drop", "weakest_share"),
 ]
 ASKS_FOR_NOTHING = {  # beside the default
     "critic_learning_rate": 0,

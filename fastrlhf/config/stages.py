@@ -67,7 +67,7 @@ class RewardConfig(SupervisedConfig):
     """share of preferences that are taken to be wrong; with weakest = smooth of the weakest alone"""
     lm_coef: float = Field(0.0, ge=0)
     """weight of the language-model loss on the best reply of pairs, edits and rankings (Secrets of RLHF: 1)"""
-    weakest: Literal["keep", "flip", "smooth"] = "keep"
+    weakest: Literal["keep", "flip", "smooth", "drop"] = "keep"
     """what becomes of the records of the lowest preference strength (column `strength`)"""
     weakest_share: float = Field(0.2, gt=0, lt=1)
     """share of the records with a strength that count as the weakest"""

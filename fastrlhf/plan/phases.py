@@ -28,6 +28,7 @@ from fastrlhf.models.token_batch import TokenRows
 from fastrlhf.plan.counter import storage_bytes
 from fastrlhf.plan.models import WORD, model_without_weights, parameters_of, stand_in_tokenizer
 from fastrlhf.plan.unknown import UnknownNumbers
+from fastrlhf.plan.work import Work, of_update
 from fastrlhf.ppo import PPOTrainer
 from fastrlhf.preflight.fits import positions_of
 from fastrlhf.preflight.readout import asked_readout
@@ -76,7 +77,8 @@ class Phase:
     """The most bytes alive at a time; rounded: as a GPU's allocator hands them out.
 
     Of them, cache: keys and values; parked: of models that wait in host memory; cpu_only: what only a CPU needs. head:
-    rows that the fused head reads at once, and whether to a PPO loss. trains: it makes gradients.
+    rows that the fused head reads at once, and whether to a PPO loss. trains: it makes gradients. work: what it does
+    with one micro-batch, or with all prompts of a rollout; token: what a decoding step does.
     """
 
     peak: int
@@ -86,6 +88,17 @@ class Phase:
     cpu_only: int = 0
     head: tuple[int, bool] | None = None
     trains: bool = False
+    work: Work = field(default_factory=Work)
+    token: Work = field(default_factory=Work)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a step does so many times. in_graph: launched from a CUDA graph on a GPU."""
+
+    work: Work
+    times: float
+    in_graph: bool = False
 
 
 @dataclass
@@ -93,7 +106,7 @@ class Measured:
     """held: bytes that stay from step to step, by name; phases: by name, in the order of a step. rows: sequences of a
     micro-batch, of `count` in a mini-batch of a GPU, each of `length` tokens; slots: sequences that decode together,
     each with `slot_bytes` of keys and values; shape: vocabulary and width of the head; largest: bytes of the largest
-    gradient."""
+    gradient; step: what a step of training does, by name."""
 
     held: dict[str, int]
     phases: dict[str, Phase]
@@ -106,6 +119,7 @@ class Measured:
     slots: int = 0
     slot_bytes: int = 0
     notes: list[str] = field(default_factory=list)
+    step: dict[str, Part] = field(default_factory=dict)
 
 
 class Measurer:
@@ -207,10 +221,11 @@ class _Supervised:
             trainer.accumulate(first)
         head = None if self.reward else (size * (length - 1), False)
         notes = [note for name, note in LEFT_OUT.items() if getattr(self.config, name, None)]
-        update = Phase(self.live.peak, self.live.rounded_peak, head=head, trains=True)
+        update = Phase(self.live.peak, self.live.rounded_peak, head=head, trains=True, work=self.live.work.copy())
+        step = {"update": Part(update.work, count / size), "optimizer": _optimizer([trainer.optimizer], 1)}
         held = _held_by_roles({"model": trainer.model}, [trainer.optimizer], self.config)
         shape = _shape(trainer.model, [trainer.optimizer])
-        return Measured(held, {"update": update}, size, count, length, notes=notes, **shape)
+        return Measured(held, {"update": update}, size, count, length, notes=notes, step=step, **shape)
 
 
 @contextmanager
@@ -305,8 +320,22 @@ class _PPO:
             slots=slots,
             slot_bytes=phases["rollout"].cache // slots,
             notes=self.notes,
+            step=self._step(phases, len(groups[0]), slots),
             **_shape(trainer.policy, optimizers),
         )
+
+    def _step(self, phases: dict[str, Phase], rows: int, slots: int) -> dict[str, Part]:
+        """What a step does: its phases on all responses, those that train in every epoch. rows: of a micro-batch."""
+        config, rollout = self.config, phases["rollout"]
+        parts = {
+            "prefill": Part(rollout.work, 1),
+            "decode": Part(rollout.token, self.response * self.count / slots, in_graph=True),
+        }
+        for name, phase in phases.items():
+            if phase is not rollout:
+                parts[name] = Part(phase.work, self.count / rows * (config.ppo_epochs if phase.trains else 1))
+        updates = config.ppo_epochs * self.count / config.mini_batch_size
+        return {**parts, "optimizer": _optimizer(self.trainer.learner.optimizers(), updates)}
 
     def _updates(self, rollout: Rollout, rows: list[int], groups: int) -> dict[str, Phase]:
         """Every phase but the rollout, with one micro-batch of `rows`, of `groups` in a mini-batch."""
@@ -364,7 +393,8 @@ class _PPO:
         with self.live.phase():
             work()
         waiting = sum(size for role, size in away.items() if here is None or not role.startswith(here))
-        return Phase(self.live.peak, self.live.rounded_peak, parked=waiting, head=head, trains=trains)
+        peak, rounded = self.live.peak, self.live.rounded_peak
+        return Phase(peak, rounded, parked=waiting, head=head, trains=trains, work=self.live.work.copy())
 
     def _rollout(self, slots: int) -> Phase:
         """The prompts of all slots and their first token; then, over the same cache, a token behind full rows."""
@@ -384,14 +414,19 @@ class _PPO:
         )
         with self.live.phase():
             engine.generate(prompts, params)
+            prefill = self.live.work.copy()
             _last_token(engine, slots, self.length)
+            peak, rounded = self.live.peak, self.live.rounded_peak
+        with self.live.phase():  # a row is half as long as it gets when its mean token is decoded
+            _last_token(engine, slots, self.prompt + max(1, self.response // 2))
+        token = self.live.work.copy()
         engine.release()
         away = sum(storage_bytes(parameters_of(model)) for model in self._parked().values())
         cached = known_parity(trainer.policy).cached
         cache = positions * (cache_bytes_per_token(trainer.policy) if cached else 8)
         # A CPU decodes with an fp32 copy of the head; a GPU multiplies it as it is.
         copy = 4 * lm_head(trainer.policy).weight.numel() if config.dtype != "fp32" else 0
-        return Phase(self.live.peak, self.live.rounded_peak, cache, away, copy)
+        return Phase(peak, rounded, cache, away, copy, work=prefill, token=token)
 
     def _stand_in_rollout(self) -> Rollout:
         count, response = self.count, self.response
@@ -434,6 +469,15 @@ def _shape(model: Any, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
         "layers": model.config.get_text_config().num_hidden_layers,
         "largest": max(4 * m.numel() for optimizer in optimizers for m in optimizer.masters),
     }
+
+
+def _optimizer(optimizers: Sequence[Optimizer], times: float) -> Part:
+    """The updates of all roles, so many of each."""
+    work = Work()
+    for optimizer in optimizers:
+        for param, master in zip(optimizer.params, optimizer.masters, strict=True):
+            work += of_update(master.numel(), param.element_size())
+    return Part(Work({(work.flops, work.bytes): 1}), times)  # one fused launch, or few
 
 
 def _held_by_roles(

@@ -11,6 +11,7 @@ from fastrlhf.config.base import StageConfig
 from fastrlhf.config.outcome import outcome
 from fastrlhf.plan.estimate import Plan, make_plan, parse_size
 from fastrlhf.plan.phases import Target
+from fastrlhf.plan.speed import Profile, profile_of, shares
 
 
 def size(count: int) -> str:
@@ -70,8 +71,30 @@ def lines_of(plan: Plan) -> list[str]:
     return result
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """All numbers in bytes."""
+def step_lines(plan: Plan, profile: Profile) -> list[str]:
+    """What a step does, and how long that takes at least on a device."""
+    parts = shares(plan.measured, plan.dtype, profile)
+    tflops, gigabytes = profile.flops[plan.dtype] / 1e12, profile.bandwidth / 1e9
+    peaks = f"{tflops:.4g} TFLOP/s in {plan.dtype}, {gigabytes:.4g} GB/s"
+    result = [
+        "",
+        f"a step: at least {sum(part.seconds for part in parts.values()):.3g} s ({profile.name}: {peaks}); computed, "
+        "not run",
+        f"  {'part':24}{'times':>10}{'launches':>12}{'TFLOP':>10}{'GB':>10}{'s':>10}  mostly",
+    ]
+    for name, part in parts.items():
+        figures = f"{part.flops / 1e12:>10.3g}{part.bytes / 1e9:>10.3g}{part.seconds:>10.3g}"
+        result.append(f"  {name:24}{part.times:>10.4g}{part.launches:>12}{figures}  {part.bound}")
+    return result
+
+
+def as_json(plan: Plan, profile: Profile | None = None) -> dict[str, Any]:
+    """All numbers in bytes, and in seconds."""
+    step = None
+    if profile is not None:
+        parts = {name: part._asdict() for name, part in shares(plan.measured, plan.dtype, profile).items()}
+        seconds = sum(part["seconds"] for part in parts.values())
+        step = {"device": profile._asdict(), "seconds": seconds, "parts": parts}
     return {
         "stage": plan.stage,
         "computed": True,
@@ -89,16 +112,29 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "largest_rollout": plan.most_slots,
         "changes": [vars(change) for change in plan.changes],
         "notes": plan.measured.notes,
+        "step": step,
     }
 
 
 def planned(
-    stage: str, inputs: Mapping[str, Any], config: StageConfig, gpu_memory: str | None, gpus: int, as_data: bool
+    stage: str,
+    inputs: Mapping[str, Any],
+    config: StageConfig,
+    gpu_memory: str | None,
+    gpus: int,
+    as_data: bool,
+    device: str | None = None,
+    calibrate: bool = False,
 ) -> tuple[str, bool]:
     """-> what `fastrlhf plan` prints, and whether the run does not fit. gpu_memory None: this machine's GPU, where it
-    has one."""
+    has one. device: of PROFILES, or calibrate this machine's: how long a step takes."""
+    profile = profile_of(device, calibrate)
     plan = make_plan(stage, inputs, config, target_of(gpu_memory, gpus), search=True)
-    return json.dumps(as_json(plan), indent=1) if as_data else "\n".join(lines_of(plan)), plan.fits is False
+    if as_data:
+        return json.dumps(as_json(plan, profile), indent=1), plan.fits is False
+    hint = ["", "how long a step takes: give --device, for example --device h100, or --calibrate"]
+    lines = lines_of(plan) + (hint if profile is None else step_lines(plan, profile))
+    return "\n".join(lines), plan.fits is False
 
 
 def target_of(gpu_memory: str | None, gpus: int = 1) -> Target:

@@ -8,8 +8,8 @@ gradient's norm, whether two tensors are close), the number is 1: finite, positi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 from unittest import mock
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.outcome import outcome
 from fastrlhf.plan.counter import LiveBytes, tensors_in
+from fastrlhf.plan.work import Work
 
 aten = torch.ops.aten
 KNOWN_BYTES = 16 << 20  # the largest tensor of known numbers; a larger one would take memory and time
@@ -32,10 +33,14 @@ NUMBER = {aten._local_scalar_dense.default, aten.item.default, aten.equal.defaul
 
 
 class UnknownNumbers(LiveBytes):
-    """Counts as `LiveBytes` does. What is computed of an unknown number has none itself; `unknown` makes the first."""
+    """Counts as `LiveBytes` does. What is computed of an unknown number has none itself; `unknown` makes the first.
+
+    work: what the operators on unknown numbers did since the phase began; the others are the host's.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.work = Work()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._making = 0
         self._stack = ExitStack()
@@ -52,6 +57,13 @@ class UnknownNumbers(LiveBytes):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
         super().__exit__(kind, error, trace)
+
+    @contextmanager
+    def phase(self) -> Iterator[None]:
+        """Have `peak`, `rounded_peak` and `work` be those of what runs inside."""
+        self.work = Work()
+        with super().phase():
+            yield
 
     def unknown(self, make: Callable[[], Any]) -> Any:
         """make(), every tensor of which is without numbers."""
@@ -82,6 +94,7 @@ class UnknownNumbers(LiveBytes):
             raise UserError(f"torch cannot tell what {function} takes without computing it here: {why}") from error
         if error is not None:
             raise error
+        self.work.count(function, args, kwargs, result)
         return result
 
     def _known(self, function: Any, args: tuple, kwargs: dict, tensors: list[Tensor]) -> Any:

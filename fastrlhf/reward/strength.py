@@ -2,9 +2,9 @@
 Language Models Part II: Reward Modeling, section 2).
 
 The strength of a preference is the mean over an ensemble of r(better) - r(worse). Where it is far below 0 the ensemble
-is sure that the label is the wrong way round; near 0 it does not know. The weakest can be flipped or smoothed, and the
-strength of the others can be the margin that a pair has to keep. How often the weakest are wrong depends on how good
-the ensemble is: `python -m bench.denoise` measures it.
+is sure that the label is the wrong way round; near 0 it does not know. The weakest can be flipped, smoothed or left
+out, and the strength of the others can be the margin that a pair has to keep. How often the weakest are wrong depends
+on how good the ensemble is: `python -m bench.denoise` measures it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def turned(feedback: Feedback) -> Feedback:
 
 
 def denoised(records: Sequence[Record], config: RewardConfig) -> tuple[list[Record], str | None]:
-    """What is learnt from: label smoothing, the weakest records turned or smoothed, strengths as margins -> records in
-    their order, and a line of what was done; None: nothing is said of strengths.
+    """What is learnt from: label smoothing, the weakest records turned, smoothed or left out, strengths as margins ->
+    records in their order, and a line of what was done; None: nothing is said of strengths.
 
     UserError where strengths are asked for and no record has one.
     """
@@ -68,7 +68,12 @@ def denoised(records: Sequence[Record], config: RewardConfig) -> tuple[list[Reco
     weakest: set[int] = set()
     if config.weakest != "keep":
         weakest = {i for _, i in known[: math.ceil(config.weakest_share * len(known))]}
-    result = [_treated(record, i in weakest, config) for i, record in enumerate(records)]
+    left = [(i, record) for i, record in enumerate(records) if config.weakest != "drop" or i not in weakest]
+    if not left:
+        raise UserError(
+            f"weakest = drop: weakest_share = {config.weakest_share:g} leaves none of {len(records)} records; lower it"
+        )
+    result = [_treated(record, i in weakest, config) for i, record in left]
     return result, _note(known, len(weakest), len(records), config) if known else None
 
 
@@ -85,7 +90,8 @@ def _note(known: Sequence[tuple[float, int]], weak: int, records: int, config: R
     below = sum(strength < 0 for strength, _ in known)
     text = f"strengths of {len(known)} of {records} records, {below} of them below 0"
     if weak:
-        done = "turned round" if config.weakest == "flip" else f"smoothed by {config.label_smoothing:g}"
+        smoothed = f"smoothed by {config.label_smoothing:g}"
+        done = {"flip": "turned round", "smooth": smoothed, "drop": "left out"}[config.weakest]
         text += f"; the {weak} weakest, up to {known[weak - 1][0]:.3g}, are {done}"
     elif config.weakest == "keep" and not config.strength_margin:
         text += "; weakest and strength_margin, which would use them, are off"

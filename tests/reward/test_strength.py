@@ -99,6 +99,15 @@ def test_the_weakest_share_is_smoothed_and_no_other():
     assert [r.smoothing for r in done] == [0.1, 0.1] and note is None
 
 
+def test_the_weakest_share_is_left_out_and_no_other():
+    given = records(0.3, -0.9, None, -0.1, 1.0, 0.2)
+    done, note = denoised(given, config(weakest="drop", weakest_share=0.4))
+    assert done == [given[i] for i in (0, 2, 4, 5)]  # what has no strength stays
+    assert note == "strengths of 5 of 6 records, 2 of them below 0; the 2 weakest, up to -0.1, are left out"
+    with pytest.raises(UserError, match="weakest = drop: weakest_share = 0.9 leaves none of 2 records; lower it"):
+        denoised(records(0.3, -0.9), config(weakest="drop", weakest_share=0.9))
+
+
 def test_strengths_above_0_are_margins_where_there_is_none():
     given = [*records(0.3, -0.9, None), *records(0.5, row=MARGIN)]
     done, _ = denoised(given, config(strength_margin=True))
@@ -117,12 +126,13 @@ def test_training_learns_what_the_strengths_say(capsys):
     turned, and both teach the same."""
     rows = [{**PAIR, "strength": 2.0}, {**PAIR, "chosen": "no", "rejected": PAIR["chosen"], "strength": -2.0}]
     margins = {}
-    for fields in ({}, {"weakest": "flip", "weakest_share": 0.5}, {"strength_margin": True}):
+    for fields in ({}, {"weakest": "flip", "weakest_share": 0.5}, {"weakest": "drop"}, {"strength_margin": True}):
         t = trainer(config(total_steps=30, mini_batch_size=2, learning_rate=3e-3, **fields), data=rows)
         t.train()
         better, worse = scores_of(t, t.items[0].rows)
         margins[tuple(fields)] = better - worse
     assert abs(margins[()]) < 0.3 and margins["weakest", "weakest_share"] > 2.0
+    assert margins[("weakest",)] > 2.0  # the other is left out
     assert margins[("strength_margin",)] > 0.5  # the believed pair asks for a margin, the other for none
     assert "the 1 weakest, up to -2, are turned round" in capsys.readouterr().out
 
