@@ -146,22 +146,27 @@ def _add_cross_fit(parser: _Parser) -> None:
 
 
 def _run_stage(verb: str, inputs: dict[str, Any], config: Any) -> int:
-    """The run; on a GPU, the peak that it will have is printed before weights are loaded, and the run takes the size of
-    its micro-batches from it where that is auto and no checkpoint holds it."""
+    """The run; on a GPU, the peak that it will have is printed before weights are loaded, and the run takes from it the
+    size of its micro-batches and whether it checkpoints, where these are auto and no run before it has settled them."""
     stage = _load(STAGES[verb])
     if not _load("runtime.hardware").gpu_alone():
         return stage.main(inputs, config)
 
     @cache
-    def tokens() -> int | None:
+    def plan() -> Any:
         report = _load("plan.report")
-        line, most = report.before_a_run(verb, inputs, config, report.target_of(None))
+        line, found = report.before_a_run(verb, inputs, config, report.target_of(None))
         print(line, flush=True)
-        return most
+        return found
 
-    if not config.resume:
-        tokens()
-    return stage.main(inputs, config, tokens)
+    def tokens() -> int | None:
+        return None if plan() is None else plan().tokens
+
+    open_question = config.gradient_checkpointing is None and not getattr(config, "head_only", False)
+    settled = config
+    if (open_question or not config.resume) and plan() is not None and open_question:
+        settled = config.replace(gradient_checkpointing=plan().checkpointing)
+    return stage.main(inputs, settled, tokens)
 
 
 def _memory_of(verb: str, inputs: dict[str, Any], config: Any) -> str:

@@ -47,8 +47,8 @@ class StageConfig(BaseModel):
     """added to the root of AdamW's second moment"""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled decay of the weights"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, slower"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass: less memory, slower (auto: where a plan of a GPU needs it)"""
     lora: Any = None
     """train low-rank adapters on the frozen model: a rank, or {r, alpha, target_modules}; alpha is 2 r by default"""
     quantize: Literal["nf4", "int8"] | None = None

@@ -334,7 +334,9 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return freeze(copy.deepcopy(model))
 
 
-def make_trainable(model: PreTrainedModel, gradient_checkpointing: bool, *, frozen: bool = False) -> PreTrainedModel:
+def make_trainable(
+    model: PreTrainedModel, gradient_checkpointing: bool | None, *, frozen: bool = False
+) -> PreTrainedModel:
     """Every parameter takes gradients (frozen: those stay as they are, adapters train). Checkpointing works in training
     mode only, where our models behave the same: their dropout is off."""
     if gradient_checkpointing:

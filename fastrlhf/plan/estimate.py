@@ -25,6 +25,7 @@ GRAPH_NODE = 2048  # assumed: bytes of a recorded launch
 LAUNCHES = 40  # of a layer in a decoding step
 BUCKETS = 14  # CUDA graphs of a rollout at most
 AUTO_SHARE = 0.9  # of the memory that micro_batch_tokens: auto fills; what fragmentation takes no plan knows
+ENOUGH = 4096  # tokens of a micro-batch that keep a GPU busy: with fewer, gradient_checkpointing: auto is on
 CLOSE = 0.97  # of the memory: a micro-batch that fills so much is large enough
 FREE_SHARE = 2  # a rollout's cache takes half of what is free
 SHARED_BY_ZERO = ("fp32 masters", "optimizer")  # of several GPUs each holds its share
@@ -73,6 +74,7 @@ class Plan:
     needs: dict[str, Need]
     changes: list[Change]
     tokens: int  # of a micro-batch: what the recipe says, or auto is
+    checkpointing: bool = False  # the same of gradient_checkpointing
     most_rows: int | None = None
     most_slots: int | None = None
 
@@ -94,32 +96,48 @@ class Plan:
 def make_plan(stage: str, inputs: Mapping[str, Any], config: StageConfig, target: Target, *, search: bool) -> Plan:
     """Plan a stage's memory. search: look for what fits, and for what would make it fit; it runs the parts again, some
     ten times. UserError as `measure` has it."""
-    auto = config.micro_batch_tokens is None
-    config, measure = _for(config, target), Measurer(stage, inputs, target)
-    plan = _plan(measure, config)
+    measure = Measurer(stage, inputs, target)
+    config, plan = _settled(measure, config)
+    if target.gpu is None or not search:
+        return plan
     peak_of = partial(_peak_of_rows, measure, config, plan.measured.length)
-    if target.gpu is None:
-        return plan
-    if auto and plan.peak > (room := int(AUTO_SHARE * target.gpu)):
-        rows = _most_rows(plan, peak_of, room, plan.measured.rows) or 1
-        config = config.model_copy(update={"micro_batch_tokens": rows * plan.measured.length})
-        plan = _plan(measure, config)
-    if not search:
-        return plan
     most_rows = _most_rows(plan, peak_of, target.gpu, plan.measured.count)
     changes = [] if plan.fits else list(_changes(measure, config))
     return replace(plan, changes=changes, most_rows=most_rows, most_slots=_most_slots(plan))
+
+
+def _settled(measure: Measurer, config: StageConfig) -> tuple[StageConfig, Plan]:
+    """What is auto, chosen for the target, and the plan with it. Checkpointing costs a forward pass: it is on where the
+    run does not fit without, or in micro-batches that would leave the GPU idle."""
+    auto, target = config.micro_batch_tokens is None, measure.target
+    choose = (
+        config.gradient_checkpointing is None and target.gpu is not None and not getattr(config, "head_only", False)
+    )
+    room = 0 if target.gpu is None else int(AUTO_SHARE * target.gpu)
+    for checkpointing in (False, True) if choose else (bool(config.gradient_checkpointing),):
+        tried = _for(config, target).model_copy(update={"gradient_checkpointing": checkpointing})
+        plan = _plan(measure, tried)
+        if auto and target.gpu is not None and plan.peak > room:
+            peak_of = partial(_peak_of_rows, measure, tried, plan.measured.length)
+            rows = _most_rows(plan, peak_of, room, plan.measured.rows) or 1
+            tried = tried.model_copy(update={"micro_batch_tokens": rows * plan.measured.length})
+            plan = _plan(measure, tried)
+        small = plan.tokens < ENOUGH and plan.measured.rows < plan.measured.count
+        if plan.peak <= room and not (auto and small):
+            break
+    return tried, plan
 
 
 def _plan(measure: Measurer, config: StageConfig) -> Plan:
     measured, needs = _needs(measure, config)
     target = measure.target
     dtype = target.dtype(config.dtype)
-    return Plan(measure.stage, target, dtype, measured, needs, [], config.micro_batch_tokens)
+    chosen = {"tokens": config.micro_batch_tokens, "checkpointing": config.gradient_checkpointing}
+    return Plan(measure.stage, target, dtype, measured, needs, [], **chosen)
 
 
 def _for(config: StageConfig, target: Target) -> StageConfig:
-    """`auto` at its most on the target."""
+    """`micro_batch_tokens: auto` at its most on the target."""
     tokens = config.micro_batch_tokens or AUTO_MICRO_BATCH_TOKENS["cpu" if target.gpu is None else "cuda"]
     return config.model_copy(update={"micro_batch_tokens": tokens})
 

@@ -27,20 +27,21 @@ def one_line(plan: Plan) -> str:
     where = "a CPU" if plan.target.gpu is None else "each GPU" if plan.target.gpus > 1 else "the GPU"
     verdict = "" if plan.fits is None else f", of {size(plan.target.gpu)}: {'fits' if plan.fits else 'does not fit'}"
     tokens = "" if plan.fits is None else f" with micro-batches of {plan.tokens} tokens"
+    tokens += " and gradient checkpointing" if plan.fits is not None and plan.checkpointing else ""
     peak = f"{size(plan.peak)} of {where} at the {plan.phase} ({plan.dtype}){tokens}{verdict}"
     return f"memory: {peak}; computed, not run"
 
 
-def before_a_run(stage: str, inputs: Mapping[str, Any], config: StageConfig, target: Target) -> tuple[str, int | None]:
-    """-> the peak in a sentence, and on a GPU the tokens of a micro-batch; None: not computed, as the sentence says.
-    Random numbers go on from where they were."""
+def before_a_run(stage: str, inputs: Mapping[str, Any], config: StageConfig, target: Target) -> tuple[str, Plan | None]:
+    """-> the peak in a sentence, and on a GPU the plan, which says what auto is; None: not computed, as the sentence
+    says. Random numbers go on from where they were."""
     random_numbers = rng_tensors()
     # A model's own code runs here on tensors without numbers, which it may not expect.
     plan, error = outcome(lambda: make_plan(stage, inputs, config, target, search=False))
     restore_rng(random_numbers)
     if error is not None:
         return f"memory: not computed: {str(error).strip().partition(chr(10))[0] or type(error).__name__}", None
-    return one_line(plan), None if target.gpu is None else plan.tokens
+    return one_line(plan), None if target.gpu is None else plan
 
 
 def lines_of(plan: Plan) -> list[str]:
@@ -104,6 +105,7 @@ def as_json(plan: Plan, profile: Profile | None = None) -> dict[str, Any]:
         "peak": plan.peak,
         "phase": plan.phase,
         "micro_batch_tokens": plan.tokens,
+        "gradient_checkpointing": plan.checkpointing,
         "fits": plan.fits,
         "phases": {name: {"total": need.total, "lines": need.lines} for name, need in plan.needs.items()},
         "micro_batch": {"sequences": plan.measured.rows, "tokens": plan.measured.rows * plan.measured.length},

@@ -129,16 +129,16 @@ class MemoryBackoff:
 
 def remedies(config: StageConfig) -> list[str]:
     """Settings that this run does not use yet and that save memory, the least costly first; three at least."""
-    switches: dict[str, tuple[Any, str]] = {  # what a field is where it saves nothing, what to set
-        "gradient_checkpointing": (False, "gradient_checkpointing=true"),
-        "offload": (False, "offload=true"),
-        "lora": (None, "lora=16"),
-        "critic": ("separate", "critic=shared_trunk"),
+    switches: dict[str, tuple[tuple[Any, ...], str]] = {  # what a field is where it saves nothing, what to set
+        "gradient_checkpointing": ((False, None), "gradient_checkpointing=true"),
+        "offload": ((False,), "offload=true"),
+        "lora": ((None,), "lora=16"),
+        "critic": (("separate",), "critic=shared_trunk"),
     }
     if getattr(config, "advantage", None) != "gae":
         del switches["critic"]
     fields = type(config).model_fields
-    unused = [remedy for name, (off, remedy) in switches.items() if name in fields and getattr(config, name) == off]
+    unused = [remedy for name, (off, remedy) in switches.items() if name in fields and getattr(config, name) in off]
     length = "max_new_tokens" if config.stage == "ppo" else "max_tokens"
     paged = [] if config.optimizer == "paged_adamw8bit" else ["optimizer=paged_adamw8bit"]
     return [*unused, f"a smaller {length}", *paged, "a smaller mini_batch_size", "a smaller model"]

@@ -113,11 +113,30 @@ def test_auto_is_the_largest_micro_batch_that_leaves_a_tenth_of_the_gpu_and_is_a
     tight = make_plan("sft", {}, config, Target(int(room / estimate.AUTO_SHARE) + 1), search=False)
     assert tight.tokens == 4000 and tight.measured.rows == 40 and tight.peak == room
     assert "with micro-batches of 4000 tokens" in report.one_line(tight)
+    config = config.model_copy(update={"gradient_checkpointing": False})
     none = make_plan("sft", {}, config, Target(BESIDE), search=False)
     assert none.tokens == 100 and none.fits is False  # the least there is; the run may need less than its limits
     assert make_plan("sft", {}, config, Target(), search=False).tokens == 8192
     stated = config.model_copy(update={"micro_batch_tokens": 9000})
     assert make_plan("sft", {}, stated, Target(room), search=False).tokens == 9000
+
+
+def test_checkpointing_that_is_auto_is_on_where_micro_batches_would_be_small_or_nothing_fits(monkeypatch):
+    faked(monkeypatch, lambda config, rows: (1 << 30) + rows * (1 << (20 if config.gradient_checkpointing else 24)))
+    config = CONFIGS["sft"](mini_batch_size=512)
+
+    def plan(rows, **fields):  # rows of 100 tokens fit without it
+        memory = int((BESIDE + (1 << 30) + rows * (1 << 24)) / estimate.AUTO_SHARE) + 1
+        return make_plan("sft", {}, config.model_copy(update=fields), Target(memory), search=False)
+
+    assert (plan(41).tokens, plan(41).checkpointing) == (4100, False)
+    assert (plan(40).tokens, plan(40).checkpointing) == (16384, True)  # 4000 tokens would fit
+    assert "of 16384 tokens and gradient checkpointing" in report.one_line(plan(40))
+    assert not plan(40, mini_batch_size=40).checkpointing  # a mini-batch is no larger
+    assert (plan(40, gradient_checkpointing=False).tokens, plan(0).checkpointing) == (4000, True)
+    assert plan(20, micro_batch_tokens=4000).checkpointing and not plan(20, micro_batch_tokens=2000).checkpointing
+    assert report.as_json(plan(40))["gradient_checkpointing"]
+    assert not make_plan("sft", {}, config, Target(), search=False).checkpointing  # on a CPU
 
 
 def test_one_measurer_serves_several_sizes_and_gives_what_a_new_one_gives(folder):
@@ -160,6 +179,8 @@ def test_a_run_on_a_gpu_says_its_peak_first_and_takes_its_micro_batches_from_it_
     assert cli.main(["sft", *given]) == 0
     out = capsys.readouterr().out
     assert "with micro-batches of 128 tokens" in out and out.index("memory: ") < out.index("in all: ")
+    assert "128 tokens and gradient checkpointing" in out  # more than that would not fit either way
+    assert "gradient_checkpointing: true\n" in (tmp_path / "run/config.yaml").read_text()
     (state,) = (tmp_path / "run").glob("checkpoints/*/state.json")
     assert json.loads(state.read_text())["parts"]["memory"]["chosen"] == 128
     monkeypatch.setattr(report, "target_of", lambda given: Target(1 << 40))
@@ -173,7 +194,7 @@ def test_switches_come_in_the_order_of_their_cost_each_on_top_of_the_others_unti
 
     faked(monkeypatch, peak)
     monkeypatch.setattr(estimate, "installed", lambda package: True)
-    config = CONFIGS["sft"](micro_batch_tokens=100)
+    config = CONFIGS["sft"](micro_batch_tokens=100, gradient_checkpointing=False)
     plan = make_plan("sft", {}, config, Target(BESIDE + 5000), search=True)
     assert [(c.switch, c.peak - BESIDE) for c in plan.changes] == [
         ("gradient_checkpointing=true", 7001),
