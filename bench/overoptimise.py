@@ -165,7 +165,11 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], dic
     seeds = [seed for seed in options.seeds if f"{MODELS}:{seed}" not in failed]
     names = [f"{run}:{seed}" for seed in seeds for run in RUNS]
     if options.jobs == 1:
-        return _by_seed({name: one(name, options) for name in names}), failed
+        found: dict[str, Any] = {}
+        for name in names:
+            found[name] = one(name, options)
+            write(options, _by_seed(found))
+        return _by_seed(found), failed
     sizes = ["--work", str(options.work), "--steps", str(options.steps), "--every", str(options.every)]
     runs = {name: [*sizes, "--only", name] for name in names}
 
