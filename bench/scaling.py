@@ -45,15 +45,18 @@ SENT = {"all_reduce": 2, "reduce_scatter_tensor": 1, "all_gather": 1}  # times (
 def computed(parameters: int, ranks: int, parallel: str, *, updates: int, width: int) -> float:
     """Bytes that one rank sends in the updates of a step, for a role of so many trained parameters of `width` bytes.
 
-    ddp sums fp32 gradients; zero scatters that sum and gathers the new weights.
+    ddp sums fp32 gradients; zero scatters that sum and gathers the new weights; fsdp gathers them for the forward and
+    for the backward pass, of one micro-batch a rank.
     """
-    each = 2 * 4 if parallel == "ddp" else 4 + width
+    each = {"ddp": 2 * 4, "zero": 4 + width, "fsdp": 4 + 2 * width}[parallel]
     return updates * parameters * each * (ranks - 1) / ranks
 
 
 def held(parameters: int, ranks: int, parallel: str, *, width: int) -> float:
     """Bytes of a trained role on one rank: weights, fp32 sums of gradients, masters (of weights that are no fp32) and
-    moments."""
+    moments. With fsdp shares of fp32 masters, moments and sums of gradients, scattered in each micro-batch."""
+    if parallel == "fsdp":
+        return parameters * (4 + 8 + 4) / ranks
     own = (0 if width == 4 else 4) + 8
     return parameters * (width + 4 + own / (ranks if parallel == "zero" else 1))
 
@@ -139,7 +142,7 @@ def predictions() -> list[dict[str, Any]]:
     sizes = {name: SEVEN_B[name] for name in ("updates", "width")}
     rows = []
     for ranks, link in LINKS.items():
-        for parallel in ("ddp", "zero"):
+        for parallel in ("ddp", "zero", "fsdp"):
             sent = SEVEN_B["roles"] * computed(SEVEN_B["parameters"], ranks, parallel, **sizes)
             kept = held(SEVEN_B["parameters"], ranks, parallel, width=SEVEN_B["width"])
             row = {"gpus": ranks, "parallel": parallel, "sent": sent, "seconds": sent / link, "a trained role": kept}

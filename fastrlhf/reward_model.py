@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ from fastrlhf.models.reward_folder import (
 )
 from fastrlhf.models.saving import padding_tokenizer
 from fastrlhf.models.token_batch import TargetRow, reply_log_probs, token_states
+from fastrlhf.parallel import sharding
+from fastrlhf.parallel.optimizers import make_optimizer
 from fastrlhf.preflight.readout import asked_readout
 from fastrlhf.preflight.stages import Supervised, prepare_supervised
 from fastrlhf.reward.ensemble import bootstrap, over_heads, widen
@@ -52,7 +55,6 @@ from fastrlhf.rl.scorers import score_rows
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches
 from fastrlhf.runtime.optim import TrainedRole
-from fastrlhf.runtime.zero import make_optimizer
 from fastrlhf.supervised import SupervisedTrainer
 from fastrlhf.trainer import PlannedTokens, Stateful, Step, device_of, run_stage
 
@@ -124,6 +126,8 @@ class RewardTrainer(SupervisedTrainer):
             widen(self.model, config.ensemble, config.seed, rows, new=new, known=known)
         elif new:
             settle_head(self.model, rows)
+        if sharding.wanted(config):
+            sharding.shard(self.model)
         trained = self.model if self.adapters is None else self._trained_parts()
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
 
@@ -169,7 +173,8 @@ class RewardTrainer(SupervisedTrainer):
         for group in self.micro_batches(records):
             scores, replies = self._forward(group)
             parts = scores.split([len(record.rows) for record in group])
-            loss = torch.stack([self._record_loss(s, r) for s, r in zip(parts, group, strict=True)]).sum() / weight
+            losses = [self._record_loss(s, r) for s, r in zip(parts, group, strict=True)]
+            loss = torch.stack(losses).sum() / weight if losses else scores.sum()  # 0, of a rank that only keeps step
             if replies:  # eq. 2 of Zheng et al. 2023, a reply's mean over its tokens
                 losses = [-record.judgements * log_probs.mean() for record, log_probs in replies]
                 loss = loss + self.config.lm_coef * torch.stack(losses).sum() / weight
@@ -240,7 +245,8 @@ class RewardTrainer(SupervisedTrainer):
         them all."""
         mine = [records[i] for i in assign_rows([len(r.rows) * r.longest for r in records])]
         lengths, counts = [r.longest for r in mine], [len(r.rows) for r in mine]
-        for group in micro_batches(lengths, self.memory.tokens, counts=counts):
+        groups = micro_batches(lengths, self.memory.tokens, counts=counts)
+        for group in sharding.in_step(self.model, groups):
             yield [mine[i] for i in group]
 
     def step_metrics(self, sums: Sequence[Tensor]) -> dict[str, float]:
@@ -360,7 +366,7 @@ class RewardTrainer(SupervisedTrainer):
 
     def _stock_weights(self) -> dict[str, Tensor]:
         """The weights as stock transformers has them, without a bias of the head."""
-        return {name: tensor for name, tensor in self.model.state_dict().items() if name != "score.bias"}
+        return {name: tensor for name, tensor in sharding.state_dict(self.model).items() if name != "score.bias"}
 
     def trained(self) -> dict[str, TrainedRole]:
         head = dict(self.model.score.named_parameters())
@@ -371,7 +377,10 @@ class RewardTrainer(SupervisedTrainer):
         if self.adapters is not None:
             role = self.adapters.trained(REWARD, self.optimizer, self._trained_parts(), head)
         if self.config.ensemble is not None:
-            weights, means = role.merged or self.model.state_dict, {f"score.{name}": t for name, t in head.items()}
+            weights, means = (
+                role.merged or partial(sharding.state_dict, self.model),
+                {f"score.{name}": t for name, t in head.items()},
+            )
             role = role._replace(merged=lambda: {name: means.get(name, t) for name, t in weights().items()})
         return {"model": role}
 

@@ -23,11 +23,12 @@ from fastrlhf.models.backbone import load_backbone
 from fastrlhf.models.loading import make_trainable
 from fastrlhf.models.lora import POLICY
 from fastrlhf.models.token_batch import TokenBatch, likeliest_tokens, resolve_packing, target_log_probs, target_row
+from fastrlhf.parallel import sharding
+from fastrlhf.parallel.optimizers import make_optimizer
 from fastrlhf.preflight.stages import Supervised, prepare_supervised
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import assign_rows, micro_batches, pack
 from fastrlhf.runtime.optim import TrainedRole
-from fastrlhf.runtime.zero import make_optimizer
 from fastrlhf.supervised import SupervisedTrainer
 from fastrlhf.trainer import PlannedTokens, device_of, run_stage
 
@@ -70,6 +71,8 @@ class SFTTrainer(SupervisedTrainer):
         ready.fits(self.model)
         self.joined = resolve_packing(config.packing, [self.model])
         make_trainable(self.model, config.gradient_checkpointing, frozen=self.adapters is not None)
+        if sharding.wanted(config):
+            sharding.shard(self.model)
         trained = self.model if self.adapters is None else self.adapters.parameters(POLICY)
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
 
@@ -93,9 +96,10 @@ class SFTTrainer(SupervisedTrainer):
         lengths = [len(examples[i].ids) for i in mine]
         rows = pack(lengths, self.config.max_tokens) if self.joined else [[i] for i in range(len(lengths))]
         sizes = [sum(lengths[i] for i in row) for row in rows]
-        for group in micro_batches(sizes, self.memory.tokens):
+        groups = micro_batches(sizes, self.memory.tokens)
+        for group in sharding.in_step(self.model, groups):
             filled = [[mine[i] for i in rows[r]] for r in group]
-            if self.joined and "flash" in str(self.model.config._attn_implementation):
+            if filled and self.joined and "flash" in str(self.model.config._attn_implementation):
                 filled = [[index for row in filled for index in row]]  # it keeps examples apart in one row only
             yield filled
 
@@ -142,7 +146,9 @@ class SFTTrainer(SupervisedTrainer):
             hidden = batch.hidden(self.model)
             log_probs = target_log_probs(self.model, batch, 1.0, hidden, self.memory.workspace)
             part = torch.stack([likeliest_tokens(self.model, hidden).double(), log_probs.double()])
-            found[:, torch.cat([places[i] for row in rows for i in row])] = part.cpu()
+            found[:, torch.cat([torch.zeros(0, dtype=torch.int64), *(places[i] for row in rows for i in row)])] = (
+                part.cpu()
+            )
         return found
 
     def predictions(self, found: Tensor) -> list[TokenPrediction]:

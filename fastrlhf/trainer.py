@@ -32,6 +32,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models.heads import agreed_workspace
 from fastrlhf.models.saving import write_model
+from fastrlhf.parallel import sharding
 from fastrlhf.preflight.rows import Sentences
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.guards import Interrupted, StopNow, StopSignal
@@ -169,7 +170,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         if distributed.is_lead():
             self.run_folder.take()
         try:
-            yield from self._steps()
+            with distributed.inside_the_model():
+                yield from self._steps()
         finally:
             self.run_folder.release()
 
@@ -185,17 +187,19 @@ class Trainer(metaclass=_BegunWhenBuilt):
         adapter merged into them), tokenizer, chat template and generation config.
 
         A folder that holds anything but an earlier export is refused with a UserError that names it. adapter: the LoRA
-        adapter alone, as peft loads it (with the head of a reward model); UserError without `lora`.
+        adapter alone, as peft loads it (with the head of a reward model); UserError without `lora`. The lead of several
+        ranks writes; with parallel = fsdp all of them call it.
         """
         first = next(iter(self.trained().values()))
         if adapter and first.adapter is None:
             raise UserError("save: adapter=True needs a run with lora; this one trains all weights")
-        if not distributed.is_lead():
-            return
         model = first.model
-        stops = stop_token_ids(self.tokenizer, getattr(model, "generation_config", None))
-        with self.averaged():
-            weights = first.merged() if first.merged and not adapter else None
+        with self.averaged(), sharding.whole(model):
+            if not distributed.is_lead():
+                return
+            stops = stop_token_ids(self.tokenizer, getattr(model, "generation_config", None))
+            weights = sharding.state_dict(model) if sharding.is_sharded(model) else None
+            weights = first.merged() if first.merged and not adapter else weights
             write_adapter = first.adapter if adapter else None
 
             def write(target: Path) -> None:
@@ -378,20 +382,21 @@ class Trainer(metaclass=_BegunWhenBuilt):
             return
         end = self._end
         random = _rng_of_every_rank()
-        states = {name: role.optimizer.checkpoint(name) for name, role in self.trained().items()}
+        trained = self.trained()
+        states = {name: role.optimizer.checkpoint(name) for name, role in trained.items()}
+        weights, parts = _whole_weights(trained)
         if not distributed.is_lead():
             return
         for note in self.run_folder.hashed():
             self.tracker.note(note)
         self.tracker.sync()
-        trained = self.trained()
         groups = {name: part.tensors() for name, part in self.tensor_parts().items()}
         groups = {name: group for name, group in groups.items() if group}
         tensors, optimizers = {**random, **groups}, {}
         for name, role in trained.items():
             tensors[f"optimizer_{name}"], optimizers[name] = states[name]
             if role.parts is not None:
-                tensors[f"weights_{name}"] = {key: tensor.detach() for key, tensor in role.parts.items()}
+                tensors[f"weights_{name}"] = parts[name]
         state = {
             **{name: end[name] for name in ("step", "last_step", "best", "unfinished", "parts", "bytes")},
             "config": identity(self.config),
@@ -402,7 +407,8 @@ class Trainer(metaclass=_BegunWhenBuilt):
         models = {name: role.model for name, role in trained.items() if role.parts is None}
         try:
             with self.tracker.phase("save"):
-                self.store.save(self.steps_done, models=models, tensors=tensors, state=state, tokenizer=self.tokenizer)
+                held = {"models": models, "weights": weights, "tensors": tensors}
+                self.store.save(self.steps_done, **held, state=state, tokenizer=self.tokenizer)
             self._saved_end = end
         except CheckpointError as error:
             if error.fatal:
@@ -413,9 +419,10 @@ class Trainer(metaclass=_BegunWhenBuilt):
         state = checkpoint.state
         for name, role in self.trained().items():
             if role.parts is None:
-                checkpoint.load_model(name, role.model)
+                sharding.load_model(checkpoint, name, role.model)
             else:
-                load_parts(role.parts, checkpoint.tensors(f"weights_{name}"), str(checkpoint.path))
+                saved = checkpoint.tensors(f"weights_{name}")
+                load_parts(*sharding.shares(role.parts, saved), str(checkpoint.path))
             role.optimizer.restore(checkpoint.tensors(f"optimizer_{name}"), state["optimizers"][name])
         mine = _rng_name(distributed.rank())  # a run may go on with more ranks than it had
         restore_rng(checkpoint.tensors(mine if f"{mine}.safetensors" in checkpoint.files else "rng"))
@@ -430,6 +437,22 @@ class Trainer(metaclass=_BegunWhenBuilt):
         if distributed.is_lead():
             self.store.rotate(checkpoint.path)
         self.tracker.note(f"resumed from {checkpoint.path} at step {self.steps_done} of {self.total_steps}")
+
+
+def _whole_weights(trained: dict[str, TrainedRole]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a checkpoint holds of the roles that are trained, whole in the lead; all ranks call it. -> state dicts of
+    sharded models, and the tensors of roles that are parts of a model, by role."""
+    weights = {
+        name: sharding.whole_state(role.model)
+        for name, role in trained.items()
+        if role.parts is None and sharding.is_sharded(role.model)
+    }
+    parts = {
+        name: {key: sharding.whole_tensor(tensor) for key, tensor in role.parts.items()}
+        for name, role in trained.items()
+        if role.parts is not None
+    }
+    return weights, parts
 
 
 def device_of(model: object) -> torch.device:
@@ -451,10 +474,10 @@ def run_stage(
         stage.memory.choose(tokens)
     try:
         stage.train()
-        with distributed.lead_first():  # nobody leaves before it is written
-            stage.save_as_trained(stage.folder / "final")
-            if config.lora is not None and config.quantize is None:
-                stage.save(stage.folder / "adapter", adapter=True)
+        stage.save_as_trained(stage.folder / "final")
+        if config.lora is not None and config.quantize is None:
+            stage.save(stage.folder / "adapter", adapter=True)
+        distributed.wait_for_all()  # nobody leaves before it is written
         stage.tracker.note(f"done: {stage.folder / 'final'}")
     except Interrupted as stopped:
         stage.tracker.note(str(stopped))

@@ -23,8 +23,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, cli
+from fastrlhf.models.loading import scalar_model
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.guards import Interrupted
 from tests import tiny
@@ -49,6 +51,7 @@ FORMS = {
         "critic_warmup_steps": 2,
         "critic_pretrain_epochs": 2,
     },
+    "tied": {"total_steps": 5, "ptx_coef": 0.5, "critic_warmup_steps": 1, "gradient_checkpointing": True},
     "rloo": {"advantage": "rloo", "critic_learning_rate": 0, "kl_in": "loss", "loss_aggregation": "sequence_mean"},
 }
 SUPERVISED = {"total_steps": 2, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 2, "micro_batch_tokens": 40}
@@ -68,7 +71,7 @@ def judge(prompts: list[str], responses: list[str], baselines: list[str]) -> lis
 
 
 def build(form: str):
-    """The trainer of a form; FORM+zero: with parallel = zero."""
+    """The trainer of a form; FORM+zero, FORM+fsdp: with that parallel."""
     form, _, parallel = form.partition("+")
     shared = {"parallel": parallel or "ddp"}
     tokenizer = tiny.tokenizer()
@@ -85,16 +88,19 @@ def build(form: str):
         return RewardTrainer(config, model=tiny.llama(), tokenizer=tokenizer, data=data, eval_data=PAIRS[:3])
     config = PPOConfig(**{**PPO, **FORMS[form]}, **shared)
     held = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:4]}
-    if form == "extras":
+    if "ptx_coef" in FORMS[form]:
         held["ptx_data"] = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
     scored = {"reward": token_reward, "judge": judge} if form == "tokens" else {"reward": reward}
-    return PPOTrainer(config, policy=tiny.llama(), tokenizer=tokenizer, **held, **scored)
+    policy = tiny.llama(tie_word_embeddings=form == "tied")
+    if form == "tied":  # whose critic starts from the reward model
+        scored["reward"] = scalar_model(tiny.llama(seed=3), tokenizer, seed=4)
+    return PPOTrainer(config, policy=policy, tokenizer=tokenizer, **held, **scored)
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
     """Everything that was trained."""
     return {
-        f"{role}.{name}": tensor.detach().clone()
+        f"{role}.{name}": (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
         for role, part in trainer.trained().items()
         for name, tensor in (part.parts or part.model.state_dict()).items()
     }
@@ -139,27 +145,34 @@ def check_resume(out: Path) -> None:
     assert (out / "through" / "metrics.jsonl").read_bytes() == (out / "resumed" / "metrics.jsonl").read_bytes()
 
 
-def check_zero(out: Path) -> None:
-    """The same with parallel = zero and bf16 weights; what step 2 left stays in zero-left, for one process."""
-    ways = {"parallel": "zero", "policy": tiny.llama().bfloat16()}
-    through = noisy_run(out / "zero-through", **ways)
+def check_shares(out: Path, parallel: str) -> None:
+    """The same with shares of the optimizer and bf16 weights; what step 2 left stays in PARALLEL-left, for one
+    process. Where the weights are shares too, the lead's checkpoint and export are whole all the same."""
+
+    def run(folder: str, **fields: object) -> PPOTrainer:
+        return noisy_run(out / folder, **{"parallel": parallel, "policy": tiny.llama().bfloat16(), **fields})
+
+    through = run(f"{parallel}-through")
     through.train()
-    ways["policy"] = tiny.llama().bfloat16()
-    first = iter(noisy_run(out / "zero-left", **ways))
+    first = iter(run(f"{parallel}-left"))
     next(first), next(first)
     first.close()
     distributed.wait_for_all()
     if distributed.is_lead():
-        shutil.copytree(out / "zero-left", out / "zero-resumed")
+        shutil.copytree(out / f"{parallel}-left", out / f"{parallel}-resumed")
     distributed.wait_for_all()
-    ways["policy"] = tiny.llama().bfloat16()
-    again = noisy_run(out / "zero-resumed", resume=True, **ways)
+    again = run(f"{parallel}-resumed", resume=True)
     again.train()
     assert fingerprint(weights(through)) == fingerprint(weights(again))
     optimizers = [o for t in (through, again) for o in t.learner.optimizers()]
     assert all(sum(m.numel() for m in o.masters) < 0.6 * sum(p.numel() for p in o.params) for o in optimizers)
     distributed.wait_for_all()
-    assert (out / "zero-through/metrics.jsonl").read_bytes() == (out / "zero-resumed/metrics.jsonl").read_bytes()
+    rows = [(out / f"{parallel}-{name}/metrics.jsonl").read_bytes() for name in ("through", "resumed")]
+    assert rows[0] == rows[1]
+    if parallel == "fsdp":
+        again.save(out / "exported")
+        other = run("zero-left", resume=True)  # which two ranks with zero have left
+        assert other.steps_done == 2
 
 
 def check_signal(out: Path) -> None:
@@ -197,7 +210,8 @@ def main(out: Path, forms: Iterable[str]) -> None:
     if distributed.size() == 2:  # of one process tests/test_resume.py says it
         check_resume(out)
         check_signal(out)
-        check_zero(out)
+        check_shares(out, "zero")
+        check_shares(out, "fsdp")
     for form in forms:
         trainer = build(form)
         before = weights(trainer)

@@ -30,6 +30,7 @@ RULE = (
     ("rl",),
     ("rollout",),
     ("models",),
+    ("parallel",),
     ("runtime",),
     ("checkpoint",),
     ("data",),

@@ -156,10 +156,17 @@ class Checkpoint:
 
     def load_model(self, name: str, model: torch.nn.Module) -> None:
         """Copy the saved weights into the live model in place: same storages, tied weights stay tied, other
-        buffers untouched.
+        buffers untouched. Errors are those of `model_tensors`; nothing is changed then.
+        """
+        live = model.state_dict()
+        with torch.no_grad():
+            for key, tensor in self.model_tensors(name, model, live).items():
+                live[key].copy_(tensor)
 
-        Raises UserError naming the first tensor that is missing, unknown, or of another shape or dtype;
-        nothing is changed then.
+    def model_tensors(self, name: str, model: torch.nn.Module, live: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The saved weights under the names of the live ones, a state dict of `model`.
+
+        Raises UserError naming the first tensor that is missing, unknown, or of another shape or dtype.
         """
         folder = self.path / name
         shards = [file for file in self.files if file.startswith(f"{name}/") and file.endswith(".safetensors")]
@@ -169,13 +176,10 @@ class Checkpoint:
         for shard in shards:
             with safe_open(self.path / shard, framework="pt") as file:
                 saved.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
-        live = model.state_dict()
         if saved.keys() - live.keys() and _model_type(folder) == model.config.model_type:
-            saved = _in_memory_form(folder, type(model), model.dtype)
+            saved = _in_memory_form(folder, type(model), next(iter(live.values())).dtype)
         _check_weights(str(folder), saved, live, getattr(model, "_keys_to_ignore_on_save", None) or ())
-        with torch.no_grad():
-            for key, tensor in saved.items():
-                live[key].copy_(tensor)
+        return saved
 
 
 def _model_type(folder: Path) -> str:
@@ -278,12 +282,14 @@ class CheckpointStore:
         tensors: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
         tokenizer: Any = None,
+        weights: dict[str, dict[str, Tensor]] | None = None,
     ) -> Path:
         """Commit a checkpoint of `step` and rotate the old ones. Returns its folder.
 
         models: name -> transformers model, written by `save_pretrained` in its own dtype; tensors: name ->
         tensors of any dtype and device; state: anything JSON can hold (floats come back exactly, tuples as
-        lists); the tokenizer goes beside the first model. Raises CheckpointError when the disk is full or
+        lists); the tokenizer goes beside the first model; weights: name -> state dict to write in place of the
+        model's own. Raises CheckpointError when the disk is full or
         fails: nothing of this save is left and older checkpoints are untouched.
         """
         for name in [*models, *tensors]:
@@ -291,11 +297,14 @@ class CheckpointStore:
                 rule = "letters, digits, - and _, each name once"
                 raise ValueError(f"{name!r} cannot name a part of a checkpoint: {rule}")
 
+        given = weights or {}
+
         def write(folder: Path) -> None:
-            _require_space(folder, [model.state_dict() for model in models.values()] + list(tensors.values()))
+            states = [given[name] if name in given else model.state_dict() for name, model in models.items()]
+            _require_space(folder, states + list(tensors.values()))
             for index, (name, model) in enumerate(models.items()):
                 with quiet_loading():
-                    model.save_pretrained(folder / name)
+                    model.save_pretrained(folder / name, state_dict=given.get(name))
                 if index == 0 and tokenizer is not None:
                     tokenizer.save_pretrained(folder / name)
             for name, group in tensors.items():

@@ -21,6 +21,15 @@ from fastrlhf.config.plain_yaml import parse_value
 Schedule = Literal["constant", "cosine", "linear", "inverse_sqrt"]
 
 
+UNSHARDED = {  # fields that parallel = fsdp does not have, and why
+    "quantize": "blocks of 4 or 8 bits are no shares of a weight, which fsdp cuts along its first dimension",
+    "offload": "fsdp holds a share of the frozen models on each device, and gathers them as they are read",
+    "ref_refresh_every": "copies a whole policy into the reference, and fsdp holds shares of both",
+    "head_only": "trains a head on states that are read once, without the trunk that fsdp shares",
+    "lm_coef": "reads the language model's head apart from the trunk, and fsdp gathers both together",
+}
+
+
 class StageConfig(BaseModel):
     """The fields and checks that SFT, reward model and PPO share."""
 
@@ -35,8 +44,8 @@ class StageConfig(BaseModel):
     """optimizer steps over which the learning rate rises from 0 to its peak"""
     max_grad_norm: float = Field(1.0, gt=0)
     """gradients are scaled down to this global 2-norm"""
-    parallel: Literal["ddp", "zero"] = "ddp"
-    """of several ranks, each holds all of an optimizer (ddp) or its share (zero: fp32 masters and AdamW's moments)"""
+    parallel: Literal["ddp", "zero", "fsdp"] = "ddp"
+    """of several ranks each has a model whole (ddp), its share of masters and moments (zero), of weights too (fsdp)"""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     """AdamW; the 8-bit ones need bitsandbytes: pip install 'fastrlhf[8bit]'"""
     micro_batch_tokens: int | None = Field(None, ge=1)
@@ -157,9 +166,12 @@ class StageConfig(BaseModel):
             wrong.append(f"adam_betas = {spelled(self.adam_betas)}: both must be in [0, 1)")
         if self.quantize is not None and self.lora is None:
             wrong.append(f"quantize = {self.quantize}: quantised weights cannot be trained; set lora too")
-        if self.parallel == "zero" and self.optimizer != "adamw":
-            blocks = "holds its moments in blocks of whole weights, which zero cuts into shares"
+        if self.parallel != "ddp" and self.optimizer != "adamw":
+            blocks = f"holds its moments in blocks of whole weights, which {self.parallel} cuts into shares"
             wrong.append(f"optimizer = {self.optimizer}: {blocks}; use optimizer = adamw or parallel = ddp")
+        if self.parallel == "fsdp":
+            given = ((name, getattr(self, name, None), why) for name, why in UNSHARDED.items())
+            wrong += [f"{name} = {spelled(value)}: {why}; use parallel = zero" for name, value, why in given if value]
         return wrong
 
 

@@ -257,7 +257,7 @@ class PPOConfig(StageConfig):
             wrong.append(f"mini_batch_size = {self.mini_batch_size}: above rollout_batch_size = {batch}")
         if self.advantage in WITH_BASELINE and per_prompt < 2:
             wrong.append(f"advantage = {self.advantage}: compares responses; set samples_per_prompt >= 2")
-        if self.ema_decay is not None and self.parallel == "zero":
+        if self.ema_decay is not None and self.parallel != "ddp":
             wrong.append(f"ema_decay = {self.ema_decay:g}: averages whole weights; use parallel = ddp, or no average")
         if self.overlong_penalty is not None and self.overlong_penalty > self.max_new_tokens:
             wrong.append(f"overlong_penalty = {self.overlong_penalty}: above max_new_tokens = {self.max_new_tokens}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.parallel.sharding import is_whole
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.memory import ran_out
 from fastrlhf_kernels.workspace import default_workspace
@@ -124,10 +125,12 @@ def head_logits(head: Head, hidden: Tensor) -> Tensor:
 
 
 def right_padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """-> input_ids [B, L] int64 padded on the right, lengths [B] int64."""
+    """-> input_ids [B, L] int64 padded on the right, lengths [B] int64. Without rows there is one of padding, for the
+    ranks that have some (`in_step`), and no length."""
     lengths = [len(row) for row in rows]
-    longest = max(lengths)
-    ids = torch.tensor([list(row) + [fill] * (longest - len(row)) for row in rows], dtype=torch.int64)
+    longest = max(lengths, default=1)
+    padded = [list(row) + [fill] * (longest - len(row)) for row in rows] or [[fill]]
+    ids = torch.tensor(padded, dtype=torch.int64)
     return ids.to(device), torch.tensor(lengths, dtype=torch.int64, device=device)
 
 
@@ -144,7 +147,15 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    return model.base_model(**inputs).last_hidden_state
+    return _trunk(model, inputs)
+
+
+def _trunk(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    """The last hidden states, or those of all layers where `inputs` ask for them."""
+    if not is_whole(model):
+        return model.trunk(**inputs)
+    output = model.base_model(**inputs)
+    return output.hidden_states if inputs.get("output_hidden_states") else output.last_hidden_state
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
@@ -243,13 +254,13 @@ def states_of_layers(
     inputs = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": True}
     if takes_positions(model):
         inputs["position_ids"] = torch.arange(input_ids.shape[1], device=model.device).expand_as(input_ids)
-    layers = model.base_model(**inputs).hidden_states
+    layers = _trunk(model, inputs)
     ends = torch.arange(len(rows), device=model.device), lengths - 1
     kept = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
     return [
         layers[layer][ends]
         if pooling == "last"
-        else layers[layer].float().masked_fill(~kept[..., None], 0.0).sum(1) / lengths[:, None]
+        else layers[layer][: len(rows)].float().masked_fill(~kept[..., None], 0.0).sum(1) / lengths[:, None]
         for pooling, layer in readouts
     ]
 

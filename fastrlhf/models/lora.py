@@ -27,6 +27,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.models import quantization
 from fastrlhf.models.adapter_folder import AdapterFolder, LowRank, linear_layer, write_adapter
 from fastrlhf.models.quantization import QuantizedLinear, is_transposed, quantized_layers
+from fastrlhf.parallel import sharding
 from fastrlhf.runtime.hardware import bitsandbytes, installed
 from fastrlhf.runtime.optim import Optimizer, TrainedRole
 
@@ -196,7 +197,7 @@ class Adapters:
             if isinstance(layer, QuantizedLinear):
                 lost += float((merged[f"{name}.weight"].float() - weight).square().sum())
                 total += float(weight.square().sum())
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in sharding.state_dict(self.model).items():
             if name.rpartition(".")[0] not in layers and ".base_layer." not in name and ".lora_" not in name:
                 merged[name] = tensor
         if total:

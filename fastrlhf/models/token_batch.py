@@ -51,7 +51,9 @@ class TokenBatch:
     @classmethod
     def build(cls, rows: Sequence[Sequence[TargetRow]], device: torch.device) -> TokenBatch:
         """Each row holds the sequences that are joined in it. N runs over the target tokens of all sequences in order,
-        so it flattens [B, T] tensors under their mask."""
+        so it flattens [B, T] tensors under their mask. Without rows there is one of a token that predicts nothing, for
+        the ranks that have some (`in_step`)."""
+        rows = rows or [[TargetRow([0], [])]]
         width = max(sum(len(sequence.ids) for sequence in row) for row in rows)
         input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
         # Behind joined sequences, which may be longer than the model has positions, the padding stays at position 0.
@@ -91,8 +93,8 @@ def target_log_probs(
 
     hidden [N, H]: `batch.hidden(model)`, where it is known. workspace: bytes, `MemoryBackoff.workspace` of a run.
     """
-    head = lm_head(model)
     hidden = batch.hidden(model) if hidden is None else hidden
+    head = lm_head(model)  # behind the trunk, which gathers a sharded one
     options = {"temperature": temperature, "workspace": workspace, **head.kwargs()}
     return linear_log_probs(hidden, head.weight, batch.labels, **options)
 
@@ -159,7 +161,7 @@ class TokenRows:
         for row in rows:
             start, ids = len(self.prompt_ids[row]), self.whole(row)
             sequences.append(TargetRow(ids, range(start, len(ids))))
-        return TokenBatch.build([sequences] if self.joined else [[s] for s in sequences], device)
+        return TokenBatch.build([sequences] if self.joined and sequences else [[s] for s in sequences], device)
 
     def micro_batches(self, rows: Sequence[int], budget: int) -> list[list[int]]:
         """Cut this rank's part of `rows` into groups of at most `budget` tokens.

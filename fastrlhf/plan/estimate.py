@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from fastrlhf.config.base import StageConfig
+from fastrlhf.config.base import UNSHARDED, StageConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import lora_options
 from fastrlhf.config.stages import PPOConfig
+from fastrlhf.parallel.sharding import SUMS_SHARE
 from fastrlhf.plan.phases import Measured, Measurer, Phase, Target
 from fastrlhf.runtime.distributed import BUCKET_ELEMENTS
 from fastrlhf.runtime.hardware import installed
@@ -144,18 +145,51 @@ def _for(config: StageConfig, target: Target) -> StageConfig:
 
 def _needs(measure: Measurer, config: StageConfig) -> tuple[Measured, dict[str, Need]]:
     measured, target = measure(config), measure.target
-    needs = {name: _need(measured, phase, config, target) for name, phase in measured.phases.items()}
+    needs = _need_of_phases(measured, config, target)
     if measured.slots and target.gpu is not None:  # a rollout takes as many slots as half of the free memory holds
         rollout = measured.phases["rollout"]
         free = target.gpu - (needs["rollout"].total - rollout.cache)
         slots = max(1, min(measured.slots, free // FREE_SHARE // measured.slot_bytes))
         if slots < measured.slots:
             measured = measure(config, slots)
-            needs = {name: _need(measured, phase, config, target) for name, phase in measured.phases.items()}
+            needs = _need_of_phases(measured, config, target)
     return measured, needs
 
 
-def _need(measured: Measured, phase: Phase, config: StageConfig, target: Target) -> Need:
+def _need_of_phases(measured: Measured, config: StageConfig, target: Target) -> dict[str, Need]:
+    needs = {name: _need(measured, name, phase, config, target) for name, phase in measured.phases.items()}
+    if config.parallel == "fsdp" and target.gpus > 1:  # which reads models whole, and cuts the reference at once
+        lines = {name: size for name, size in measured.held.items() if _is_of_weights(name)}
+        lines |= {name: -(-size // target.gpus) for name, size in lines.items() if name.startswith("reference")}
+        lines["CUDA context (assumed)"] = CONTEXT if target.gpu is not None else 0
+        needs["loading"] = Need({name: size for name, size in lines.items() if size})
+    return needs
+
+
+def _is_of_weights(line: str) -> bool:
+    return line.endswith((": parameters", ": adapters"))
+
+
+def _shared(lines: dict[str, int], measured: Measured, phase: str, config: StageConfig, target: Target) -> None:
+    """What of a phase several GPUs share, in place: with zero masters and moments, with fsdp weights too, of which it
+    gathers some for the phase, and sums of gradients that are not kept whole."""
+    names = [name for name in SHARED_BY_ZERO if name in lines]
+    if config.parallel == "fsdp" and target.gpus > 1:
+        weights = {name: size for name, size in lines.items() if _is_of_weights(name)}
+        names += weights
+        read = {"rollout": "policy", "score": "reward model"}.get(phase)
+        whole = sum(size for name, size in weights.items() if name.startswith(read or "\0"))
+        lines["gathered weights"] = whole if read else sum(measured.layered.values())
+        sums = measured.held["gradients"]
+        if "gradients" in lines and target.gpu is not None and SUMS_SHARE * sums > target.gpu:
+            lines["gradients"] = -(-lines["gradients"] // target.gpus)
+        for role in measured.recast:
+            lines.pop(f"{role}: parameters", None)
+    if config.parallel != "ddp":
+        lines |= {name: -(-lines[name] // target.gpus) for name in names if name in lines}
+
+
+def _need(measured: Measured, name: str, phase: Phase, config: StageConfig, target: Target) -> Need:
     """What stays, then what the phase adds, then what no tensor shows."""
     cuda = target.gpu is not None
     lines = {name: size for name, size in measured.held.items() if name != "gradients"}
@@ -166,8 +200,7 @@ def _need(measured: Measured, phase: Phase, config: StageConfig, target: Target)
     if phase.trains:
         lines["gradients"] = min(measured.held["gradients"], max(0, rest))
         rest -= lines["gradients"]
-    if config.parallel == "zero":
-        lines |= {name: -(-lines[name] // target.gpus) for name in SHARED_BY_ZERO if name in lines}
+    _shared(lines, measured, name, config, target)
     if cuda:
         rest -= phase.cpu_only
         lines["parked in host memory"] = -phase.parked
@@ -185,7 +218,10 @@ def _need(measured: Measured, phase: Phase, config: StageConfig, target: Target)
         if phase.cache:
             lines["CUDA graphs (assumed)"] = GRAPH_NODE * LAUNCHES * BUCKETS * measured.layers
         if target.gpus > 1 and phase.trains:
-            lines["buckets between GPUs"] = min(measured.held["gradients"], max(4 * BUCKET_ELEMENTS, measured.largest))
+            bucket = max(4 * BUCKET_ELEMENTS, measured.largest)
+            if config.parallel == "fsdp":  # the fp32 gradients of what is gathered, and as much again to be scattered
+                bucket = 2 * max(measured.layered.values()) * (1 if target.dtype(config.dtype) == "fp32" else 2)
+            lines["buckets between GPUs"] = min(measured.held["gradients"], bucket)
     return Need({name: size for name, size in lines.items() if size})
 
 
@@ -267,3 +303,8 @@ def _switches(config: StageConfig, gpus: int) -> Iterator[tuple[str, dict[str, A
         yield "offload=true", {"offload": True}, None
     if ppo and config.advantage == "gae" and config.critic == "separate":
         yield "critic=shared_trunk", {"critic": "shared_trunk"}, None
+    given = [name for name in UNSHARDED if getattr(config, name, None)]
+    if gpus > 1 and config.parallel != "fsdp" and config.optimizer == "adamw" and not averages and not given:
+        # In place of what it does not take, which stands above.
+        without = {"quantize": None, **({"offload": False} if ppo else {})}
+        yield "parallel=fsdp, without quantize and offload", {"parallel": "fsdp", "optimizer": "adamw", **without}, None

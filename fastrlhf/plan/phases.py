@@ -25,6 +25,7 @@ from fastrlhf.models import loading
 from fastrlhf.models.heads import Readout, head_logits, lm_head
 from fastrlhf.models.reward_folder import kept_readout
 from fastrlhf.models.token_batch import TokenRows
+from fastrlhf.parallel.sharding import layers_of
 from fastrlhf.plan.counter import storage_bytes
 from fastrlhf.plan.models import WORD, model_without_weights, parameters_of, stand_in_tokenizer
 from fastrlhf.plan.unknown import UnknownNumbers
@@ -106,7 +107,8 @@ class Measured:
     """held: bytes that stay from step to step, by name; phases: by name, in the order of a step. rows: sequences of a
     micro-batch, of `count` in a mini-batch of a GPU, each of `length` tokens; slots: sequences that decode together,
     each with `slot_bytes` of keys and values; shape: vocabulary and width of the head; largest: bytes of the largest
-    gradient; step: what a step of training does, by name."""
+    gradient; step: what a step of training does, by name. layered: by role, bytes of its weights that parallel = fsdp
+    gathers at a time, layer by layer; recast: the roles whose weights it holds in fp32 alone, as their masters."""
 
     held: dict[str, int]
     phases: dict[str, Phase]
@@ -118,6 +120,8 @@ class Measured:
     largest: int
     slots: int = 0
     slot_bytes: int = 0
+    layered: dict[str, int] = field(default_factory=dict)
+    recast: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     step: dict[str, Part] = field(default_factory=dict)
 
@@ -223,8 +227,9 @@ class _Supervised:
         notes = [note for name, note in LEFT_OUT.items() if getattr(self.config, name, None)]
         update = Phase(self.live.peak, self.live.rounded_peak, head=head, trains=True, work=self.live.work.copy())
         step = {"update": Part(update.work, count / size), "optimizer": _optimizer([trainer.optimizer], 1)}
-        held = _held_by_roles({"model": trainer.model}, [trainer.optimizer], self.config)
-        shape = _shape(trainer.model, [trainer.optimizer])
+        models = {"model": trainer.model}
+        held = _held_by_roles(models, [trainer.optimizer], self.config)
+        shape = _shape(trainer.model, [trainer.optimizer]) | _layers(models)
         return Measured(held, {"update": update}, size, count, length, notes=notes, step=step, **shape)
 
 
@@ -322,6 +327,7 @@ class _PPO:
             notes=self.notes,
             step=self._step(phases, len(groups[0]), slots),
             **_shape(trainer.policy, optimizers),
+            **_layers(models),
         )
 
     def _step(self, phases: dict[str, Phase], rows: int, slots: int) -> dict[str, Part]:
@@ -478,6 +484,25 @@ def _optimizer(optimizers: Sequence[Optimizer], times: float) -> Part:
         for param, master in zip(optimizer.params, optimizer.masters, strict=True):
             work += of_update(master.numel(), param.element_size())
     return Part(Work({(work.flops, work.bytes): 1}), times)  # one fused launch, or few
+
+
+def _layers(models: Mapping[str, Any]) -> dict[str, Any]:
+    """`layered` and `recast` of these roles. Beside what is outside of the layers two of them are there: the next one
+    is gathered while one runs."""
+
+    def size(part: Any) -> int:
+        return sum(p.numel() * p.element_size() for p in part.parameters())
+
+    layered, recast, seen = {}, set(), set()
+    for role, model in models.items():
+        if id(model) in seen or not hasattr(model, "config"):  # a shared trunk, or a head alone
+            continue
+        seen.add(id(model))
+        layers = [size(layer) for layer in layers_of(model)]
+        layered[role] = size(model) - sum(layers) + sum(sorted(layers)[-2:])
+        if all(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
+            recast.add(role)
+    return {"layered": layered, "recast": recast}
 
 
 def _held_by_roles(

@@ -20,6 +20,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.models.heads import ValueHead, last_hidden, scalar_outputs
 from fastrlhf.models.lora import VALUE, Adapters
 from fastrlhf.models.token_batch import TokenBatch
+from fastrlhf.parallel.sharding import is_whole
 from fastrlhf.runtime.batching import derive_seed
 
 
@@ -81,7 +82,7 @@ class Critic:
         ended the response, for nothing follows."""
         values = torch.zeros(len(rows), device=self.trunk.device)
         cut = [row for row, done in enumerate(finished) if not done]
-        if cut:
+        if cut or not is_whole(self.trunk):  # of a sharded one all ranks run it
             with self.active():
                 values[cut] = self.read(last_hidden(self.trunk, [rows[row] for row in cut]))
         return values

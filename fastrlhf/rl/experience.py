@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.models.token_batch import TokenRows, target_log_probs
+from fastrlhf.parallel.sharding import in_step
 from fastrlhf.rl.advantages import RunningMoments, equal_groups, estimate_advantages, shape_scores
 from fastrlhf.rl.roles import Roles
 from fastrlhf.rl.scorers import Scores
@@ -73,7 +74,8 @@ class ValueExperience:
     def places(self, rows: Sequence[int]) -> Tensor:
         """Where the response tokens of these rows stand in a flattened [B, T]: [N] int64."""
         width = self.token_mask.shape[1]
-        places = torch.cat([torch.arange(row * width, row * width + self.lengths[row]) for row in rows])
+        ranges = (torch.arange(row * width, row * width + self.lengths[row]) for row in rows)
+        places = torch.cat([torch.zeros(0, dtype=torch.int64), *ranges])
         return places.to(self.token_mask.device, non_blocking=True)
 
     def value_tokens(self, rows: Sequence[int]) -> TokenValues:
@@ -97,7 +99,7 @@ class Experience(ValueExperience):
         """Return what the policy loss reads of these rows. weights, kl_weights [B, T]: of the tokens in this
         mini-batch."""
         places = self.places(rows)
-        row_mask = self.token_mask[torch.tensor(rows).to(places.device, non_blocking=True)]
+        row_mask = self.token_mask[torch.tensor(rows, dtype=torch.int64).to(places.device, non_blocking=True)]
         tensors = (self.response_mask, self.old_log_probs, self.ref_log_probs, self.advantages)
         both = (None if w is None else w.flatten()[places] for w in (weights, kl_weights))
         return TokenExperience(row_mask, *(t.flatten()[places] for t in tensors), *both)
@@ -265,7 +267,7 @@ def _forwards(
         values=None if critic is None or (shared and not recompute) else zeros(token_mask.shape),
         end_values=zeros(len(token_mask)) if config.bootstrap_truncated else None,
     )
-    for rows in micro_batches_of(rollout.rows, epoch, memory):
+    for rows in in_step(roles.policy, list(micro_batches_of(rollout.rows, epoch, memory))):
         batch, mask = rollout.rows.batch(rows, token_mask.device), token_mask[rows]
         if recompute:
             hidden = batch.hidden(roles.policy)

@@ -16,6 +16,7 @@ from fastrlhf.config.stages import PPOConfig
 from fastrlhf.data.encode import Example, target_count
 from fastrlhf.models.lora import POLICY, REFERENCE
 from fastrlhf.models.token_batch import TokenBatch, target_log_probs, target_row
+from fastrlhf.parallel.sharding import in_step
 from fastrlhf.rl.roles import Roles
 from fastrlhf.runtime.batching import Sampler, assign_rows, micro_batches
 from fastrlhf.runtime.optim import Optimizer
@@ -52,7 +53,7 @@ class PretrainingMix:
         targets, total = target_count(examples), torch.zeros((), device=model.device)
         weight = self.coef * self._unit(targets / len(examples), response_tokens)
         mine = [examples[i] for i in assign_rows([len(e.ids) for e in examples])]
-        for group in micro_batches([len(e.ids) for e in mine], budget):
+        for group in in_step(model, micro_batches([len(e.ids) for e in mine], budget)):
             batch = TokenBatch.build([[target_row(mine[i])] for i in group], model.device)
             loss = -target_log_probs(model, batch, workspace=workspace).sum() / targets
             (weight * loss).backward()

@@ -23,6 +23,8 @@ from fastrlhf.models.heads import lm_head
 from fastrlhf.models.loading import make_trainable
 from fastrlhf.models.lora import POLICY
 from fastrlhf.models.token_batch import TokenBatch, TokenRows
+from fastrlhf.parallel.optimizers import make_optimizer
+from fastrlhf.parallel.sharding import in_step
 from fastrlhf.rl.experience import Experience, MiniBatch, ValueExperience
 from fastrlhf.rl.extras import PretrainingMix, WeightAverage
 from fastrlhf.rl.losses import aggregation_weights, normalizer_of, policy_loss, token_weights, value_loss
@@ -32,7 +34,6 @@ from fastrlhf.runtime.memory import MemoryBackoff
 from fastrlhf.runtime.metrics import Stats, explained_variance, mismatch_metrics
 from fastrlhf.runtime.optim import Optimizer, StepResult, TrainedRole, lr_at
 from fastrlhf.runtime.updates import UpdateGuard
-from fastrlhf.runtime.zero import make_optimizer
 
 POLICY_STATS = ("approx_kl", "clip_frac", "entropy", "ratio")
 VALUE_STATS = ("clip_frac", "sum_sq_error", "sum_return", "sum_return_sq", "count")
@@ -221,7 +222,8 @@ class Learner:
             result.policy = torch.zeros(len(POLICY_STATS) + 1, device=self.device)
         if critic:
             result.critic = torch.zeros(len(VALUE_STATS) + 1, device=self.device)
-        for group in rows.micro_batches(mini_batch, self.memory.tokens) if mini_batch else ():
+        groups = rows.micro_batches(mini_batch, self.memory.tokens) if mini_batch else []
+        for group in in_step(self.policy if policy else self.critic.trunk, groups):
             batch, losses = rows.batch(group, self.device), []
             with nullcontext() if policy else self.critic.active():
                 hidden = self._hidden(batch, policy)

@@ -26,6 +26,7 @@ from fastrlhf.models.loading import freeze, frozen_copy, load_policy, load_rewar
 from fastrlhf.models.lora import POLICY, REFERENCE, REWARD, VALUE, Adapters
 from fastrlhf.models.offload import Offload
 from fastrlhf.models.reward_folder import kept_readout
+from fastrlhf.parallel.sharding import reading, settle, shard, wanted
 from fastrlhf.rl.critic import Critic
 from fastrlhf.rl.scorers import AdapterScorer, RewardModelScorer, Scorer, make_scorer, reward_tokenizer
 from fastrlhf.runtime.memory import MemoryBackoff
@@ -56,8 +57,9 @@ class Roles:
             way = self.offload.here(self.ref_policy)
         else:
             way = self.adapters.using(REFERENCE if REFERENCE in self.adapters.roles else None)
-        with way as model, torch.inference_mode():
+        with way as model, reading(model):
             yield model
+            settle(model)
 
 
 def load_roles(
@@ -90,7 +92,15 @@ def load_roles(
         scorer = AdapterScorer(adapters, folder, reward_tokenizer(reward, tokenizer), tokenizer, memory, config)
     if reference is None and adapters is None:
         reference = frozen_copy(trained)
+    if wanted(config) and reference is not None:  # before another model is made
+        shard(reference)
     critic = _make_critic(config, tokenizer, scorer, trained, value_model, adapters)
+    if wanted(config):
+        for model in scorer.models:
+            shard(freeze(model))
+        if critic is not None and critic.owns_trunk:
+            shard(critic.trunk.requires_grad_(True))
+        shard(trained if adapters is not None else trained.requires_grad_(True))
     if config.offload:
         for model in filter(None, (reference, *scorer.models)):
             offload.park(model)

@@ -38,6 +38,7 @@ from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.offload import Offload
 from fastrlhf.models.reward_folder import HeldOut, bias_of, heads_of, held_out_of
 from fastrlhf.models.token_batch import TokenRows
+from fastrlhf.parallel.sharding import in_step, reading, whole
 from fastrlhf.rl.functions import (
     MESSAGES,
     QUERIES,
@@ -83,9 +84,15 @@ class Scorer(ABC):
         """Every model that scores, beside the policy's base."""
         return [] if self.model is None else [self.model]
 
+    @property
+    def read(self) -> list[PreTrainedModel]:
+        """Every model that is run to score."""
+        return self.models
+
     def __call__(self, rollout: Rollout) -> Scores:
         self.take_spread()  # of responses that something else had judged
-        rewards, ensembles = self._over_ranks(rollout), self.take_spread()
+        with whole(*self.read):  # each rank judges its own, in micro-batches of its own
+            rewards, ensembles = self._over_ranks(rollout), self.take_spread()
         spread = None
         if ensembles is not None:
             distributed.all_reduce_sum(ensembles)
@@ -240,6 +247,10 @@ class AdapterScorer(RewardModelScorer):
         self.head.to(adapters.model.device)
         self.ensemble = ensemble_of(folder.path, self.head, config)
 
+    @property
+    def read(self) -> list[PreTrainedModel]:
+        return [self.adapters.model]
+
     def judge(self, texts: Texts, rows: TokenRows) -> list[float | None]:
         ids = self._token_ids(texts, rows)
         head = self.head if self.ensemble is None else self.ensemble.heads
@@ -265,9 +276,9 @@ def score_rows(
     head = getattr(model, "score", None) if head is None else head
     heads = head.out_features if label is None else 1
     scores = torch.empty((len(rows), heads) if heads > 1 else (len(rows),), dtype=torch.float32)
-    for group in micro_batches([len(row) for row in rows], budget):
+    for group in in_step(model, micro_batches([len(row) for row in rows], budget)):
         batch = [rows[i] for i in group]
-        with torch.inference_mode():
+        with reading(model):
             part = sequence_scores(model, batch, head) if label is None else label_log_probs(model, batch, label)
         scores[group] = part.cpu()
     return scores
@@ -329,6 +340,10 @@ class FunctionScorer(Scorer):
     @property
     def models(self) -> list[PreTrainedModel]:
         return [model for _, judge in self.parts if isinstance(judge, Scorer) for model in judge.models]
+
+    @property
+    def read(self) -> list[PreTrainedModel]:
+        return [model for _, judge in self.parts if isinstance(judge, Scorer) for model in judge.read]
 
     def take_spread(self) -> Tensor | None:
         spreads = [(w, judge.take_spread()) for w, judge in self.parts if isinstance(judge, Scorer)]

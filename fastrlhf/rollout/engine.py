@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.models.heads import Head, ValueHead, lm_head
+from fastrlhf.parallel.sharding import whole
 from fastrlhf.rollout.cuda_graphs import cuda_capture
 from fastrlhf.rollout.decoder import Decoder
 from fastrlhf.rollout.gather import gather_generation
@@ -86,8 +87,9 @@ class RolloutEngine:
             Row(tuple(prompt), i * params.n + j) for i, prompt in enumerate(prompt_ids, first) for j in range(params.n)
         ]
         stats = dict.fromkeys(STATS, 0)
-        if rows:
-            self._decode(rows, params, stats)
+        with whole(self.model):  # also in a rank without a row
+            if rows:
+                self._decode(rows, params, stats)
         stats["new_tokens"] = sum(len(row.tokens) for row in rows)
         return Generation(
             response_ids=[row.tokens for row in rows],
@@ -283,7 +285,7 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        with whole(model), torch.inference_mode():
             yield
     finally:
         for module in training:

@@ -75,8 +75,42 @@ def _together() -> Iterator[None]:
             _stores.append(store)
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise RankLost(f"another rank of this run is gone, so rank {rank()} ends too ({reason})") from error
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> RankLost:
+    reason = str(error).strip().splitlines()[0][:200]
+    return RankLost(f"another rank of this run is gone, so rank {rank()} ends too ({reason})")
+
+
+@contextmanager
+def inside_the_model() -> Iterator[None]:
+    """Around work in which a sharded model talks to the other ranks: one that is gone is the same sentence. Any other
+    error stays what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RankLost) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise _lost(error) from error
+
+
+def begin() -> None:
+    """Start the process group, where none of the functions below has."""
+    with _together():
+        pass
+
+
+def memory() -> float:
+    """Bytes of this rank's device, on the rank where they are least; of a CPU infinite."""
+    here = device()
+    total = torch.cuda.get_device_properties(here).total_memory if here.type == "cuda" else float("inf")
+    return float(gather(torch.tensor([total], dtype=torch.float64)).min())
+
+
+def largest(count: int) -> int:
+    """The largest of the ranks' numbers."""
+    return int(gather(torch.tensor([count])).max())
 
 
 def all_reduce_sum(*tensors: Tensor) -> None:

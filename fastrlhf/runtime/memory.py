@@ -101,6 +101,11 @@ class MemoryBackoff:
 
     def _halve(self, message: str) -> None:
         before = self.tokens
+        if self.config.parallel == "fsdp" and distributed.size() > 1:
+            raise UserError(
+                f"micro_batch_tokens: memory ran out with {before} tokens, and with parallel=fsdp no rank tries again "
+                f"alone; cheapest first: half as many, {', '.join(remedies(self.config)[:3])} ({message})"
+            )
         if self.halvings == MOST_HALVINGS:
             raise UserError(
                 f"micro_batch_tokens: memory ran out with {before} tokens too, after {self.halvings} halvings; "

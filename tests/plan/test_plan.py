@@ -227,6 +227,22 @@ def test_lines_add_up_to_the_total_and_several_gpus_share_the_rows(folder):
     assert json.loads(json.dumps(data)) == data and data["fits"] and data["peak"] == plan.peak
 
 
+def test_fsdp_shares_the_weights_too_and_gathers_what_runs(folder):
+    inputs = {"policy": folder, "reward": "module:f"}
+    config = CONFIGS["ppo"](**{**bench.PPO, "dtype": "bf16", "parallel": "fsdp"})
+    plan = make_plan("ppo", inputs, config, Target(2 << 30, gpus=4), search=False)
+    held = plan.measured.held
+    lines = {name: need.lines for name, need in plan.needs.items()}
+    for name in ("rollout", "experience", "update of the critic", "update of the policy"):
+        assert "policy: parameters" not in lines[name]  # the shares of the masters are the weights
+        assert lines[name]["fp32 masters"] == -(-held["fp32 masters"] // 4)
+        assert lines[name]["reference: parameters"] == -(-held["reference: parameters"] // 4)
+        assert lines[name]["activations and the rest"] >= 0
+    assert lines["rollout"]["gathered weights"] == held["policy: parameters"]
+    assert 0 < lines["experience"]["gathered weights"] <= sum(plan.measured.layered.values())
+    assert lines["loading"]["policy: parameters"] == held["policy: parameters"]
+
+
 BESIDE_TENSORS = {
     "workspace of the fused head",
     "allocator rounding",

@@ -13,15 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from fastrlhf import cli
-from fastrlhf.runtime import batching, distributed, zero
+from fastrlhf.config.errors import UserError
+from fastrlhf.parallel import sharding, zero
+from fastrlhf.runtime import batching, distributed
 from tests import rank_runs, tiny
 
 ROOT = Path(__file__).parents[2]
 FORMS = [*rank_runs.FORMS, "sft", "reward", "linear"]
 ZERO = ["separate+zero", "lora+zero", "sft+zero", "reward+zero"]
-SHOWN = {1: FORMS, 2: [*FORMS, *ZERO], 3: ["extras", "reward", "linear", "shared_trunk+zero"]}  # 3 divides nothing
+FSDP = ["lora+fsdp", "shared_trunk+fsdp", "sft+fsdp"]
+SHOWN = {  # 3 divides nothing
+    1: FORMS,
+    2: [*(form for form in FORMS if form != "tied"), *ZERO, *FSDP],
+    3: ["extras", "reward", "linear", "shared_trunk+zero", "reward+fsdp", "tied+fsdp"],
+}
 
 
 def started(*command: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess:
@@ -50,9 +58,9 @@ def runs(tmp_path_factory) -> dict[int | str, Path]:
 @pytest.mark.parametrize(("ranks", "form"), [(ranks, form) for ranks in (2, 3) for form in SHOWN[ranks]])
 def test_ranks_give_what_one_process_gives(runs, form, ranks):
     """10 responses of 5 prompts in mini-batches of 5: neither divides by the ranks."""
-    whole = form.removesuffix("+zero")
+    whole = form.partition("+")[0]
     one, many = (json.loads((runs[n] / f"{name}.json").read_text()) for n, name in ((1, whole), (ranks, form)))
-    assert len(one) == len(many) == (5 if form == "extras" else 2)
+    assert len(one) == len(many) == (5 if whole in ("extras", "tied") else 2)
     for a, b in zip(one, many, strict=True):
         assert a["ids"] == b["ids"]
         assert a["metrics"].keys() == b["metrics"].keys()
@@ -68,9 +76,10 @@ def test_ranks_give_what_one_process_gives(runs, form, ranks):
     assert gap <= 1e-3 * math.sqrt(sum(float(t.square().sum()) for t in moved.values()))
 
 
-def test_one_process_goes_on_from_what_shares_were_saved_as(runs):
-    """Of two ranks with zero: weights, masters and moments of the checkpoint come back whole, and are saved so."""
-    left = runs[2] / "zero-left"
+@pytest.mark.parametrize("parallel", ["zero", "fsdp"])
+def test_one_process_goes_on_from_what_shares_were_saved_as(runs, parallel):
+    """Of two ranks: weights, masters and moments of the checkpoint come back whole, and are saved so."""
+    left = runs[2] / f"{parallel}-left"
     trainer = rank_runs.noisy_run(left, resume=True, parallel="ddp", policy=tiny.llama().bfloat16())
     assert trainer.steps_done == 2
     for name, role in trainer.trained().items():
@@ -81,6 +90,27 @@ def test_one_process_goes_on_from_what_shares_were_saved_as(runs):
         for param, master in zip(role.optimizer.params, role.optimizer.masters, strict=True):
             assert torch.equal(param, master.to(param.dtype))
     trainer.train()
+
+
+def test_shares_are_exported_as_one_model_of_their_dtype(runs):
+    """Weights, names, class and dtype of the last checkpoint, which one process has read above."""
+    exported, saved = runs[2] / "exported", runs[2] / "fsdp-resumed" / "checkpoints" / "step-000004" / "policy"
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert type(model) is type(tiny.llama()) and model.dtype == torch.bfloat16
+    assert json.loads((exported / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    weights, last = (load_file(folder / "model.safetensors") for folder in (exported, saved))
+    assert weights.keys() == last.keys() and all(torch.equal(weights[name], last[name]) for name in last)
+
+
+def test_a_model_that_cannot_be_sharded_is_refused_in_a_sentence():
+    model = tiny.llama()
+    with pytest.raises(UserError, match="a rank's share of LlamaForCausalLM takes .* use more GPUs, lora"):
+        sharding._check_memory(model, sharding.layers_of(model), 1e5)
+    sharding._check_memory(model, sharding.layers_of(model), 1e9)
+    assert len(sharding.layers_of(model)) == model.config.num_hidden_layers
+    model.model.norm.bfloat16()
+    with pytest.raises(UserError, match="trained weights are bfloat16 and float32, which it cannot mix"):
+        sharding.shard(model)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

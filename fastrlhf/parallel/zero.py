@@ -14,44 +14,16 @@ and any `parallel`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastrlhf.checkpoint.state import load_optimizer_tensors, optimizer_tensors
-from fastrlhf.config.base import StageConfig
+from fastrlhf.parallel.shares import SharesOptimizer
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.distributed import BUCKET_ELEMENTS
-from fastrlhf.runtime.memory import MemoryBackoff
-from fastrlhf.runtime.optim import Optimizer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state with the shape of its parameter
-
-
-def make_optimizer(
-    config: StageConfig,
-    model: nn.Module | Mapping[str, nn.Parameter],
-    memory: MemoryBackoff,
-    *,
-    learning_rate: float,
-    max_grad_norm: float | None = None,
-) -> Optimizer:
-    """Build the optimizer that a stage's config names, over a model or parameters by name; of one rank all forms of
-    `parallel` are the same. max_grad_norm None: the config's."""
-    kind = ZeroOptimizer if config.parallel == "zero" and distributed.size() > 1 else Optimizer
-    return kind(
-        model,
-        name=config.optimizer,
-        learning_rate=learning_rate,
-        max_grad_norm=config.max_grad_norm if max_grad_norm is None else max_grad_norm,
-        betas=config.adam_betas,
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        memory=memory,
-    )
 
 
 class Piece(NamedTuple):
@@ -97,26 +69,27 @@ def buckets_of(sizes: Sequence[int], dtypes: Sequence[torch.dtype], ranks: int, 
     return buckets
 
 
-class ZeroOptimizer(Optimizer):
-    """An `Optimizer` whose masters are this rank's pieces of the parameters. All ranks make it of the same model and
-    call its methods together."""
+class ZeroOptimizer(SharesOptimizer):
+    """An `Optimizer` whose masters are this rank's pieces of the parameters."""
 
     def _make_masters(self) -> list[nn.Parameter]:
         sizes, dtypes = [p.numel() for p in self.params], [p.dtype for p in self.params]
         self.buckets = buckets_of(sizes, dtypes, distributed.size(), distributed.rank())
         self.pieces = [piece for bucket in self.buckets for piece in bucket.mine]
+        self.owners = [piece.parameter for piece in self.pieces]
+        self.in_fp32 = [p.dtype == torch.float32 for p in self.params]
         # The sums of a rank's own micro-batches, whole: an fp32 parameter's own gradient, else beside it.
         self.sums: list[Any] = [p if p.dtype == torch.float32 else SimpleNamespace(grad=None) for p in self.params]
-        masters = [nn.Parameter(self._cut(piece, self.params[piece.parameter]).float()) for piece in self.pieces]
+        masters = [nn.Parameter(self._cut(i, self.params[owner]).float()) for i, owner in enumerate(self.owners)]
         device = self.params[0].device if self.params else None
         return masters or [nn.Parameter(torch.empty(0, device=device))]  # more ranks than there are weights
 
     def _owners_of_gradients(self) -> Sequence[Any]:
         return self.sums
 
-    def _cut(self, piece: Piece, tensor: Tensor) -> Tensor:
-        """A piece of a tensor with the shape of its parameter; of a contiguous one a view."""
-        return tensor.detach().reshape(-1)[piece.start : piece.stop]
+    def _cut(self, share: int, whole: Tensor) -> Tensor:
+        """Of a contiguous tensor a view."""
+        return whole.detach().reshape(-1)[self.pieces[share].start : self.pieces[share].stop]
 
     # ------------------------------------------------------------------------------------------------------- an update
 
@@ -172,9 +145,6 @@ class ZeroOptimizer(Optimizer):
             param.copy_(whole[begins : begins + param.numel()].view(param.shape))
             begins += param.numel()
 
-    def finite(self) -> bool:
-        return not distributed.any_of(not super().finite())
-
     def zero_grad(self) -> None:
         super().zero_grad()
         for each in self.sums:
@@ -194,57 +164,8 @@ class ZeroOptimizer(Optimizer):
                 begins += param.numel()
         return whole
 
-    def _stand_in(self) -> torch.optim.Optimizer:
-        """An optimizer of whole parameters, as `ddp` has it, without their memory: it holds what is saved or loaded."""
-        shapes = [nn.Parameter(torch.empty(()).expand(p.shape)) for p in self.params]
-        group = {key: value for key, value in self.inner.param_groups[0].items() if key != "params"}
-        made = type(self.inner)(shapes, lr=group["lr"])
-        made.param_groups[0].update(group)
-        return made
-
-    def checkpoint(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        states = [self.inner.state.get(master, {}) for master in self.masters]
-        steps = torch.zeros(len(self.params))
-        for piece, state in zip(self.pieces, states):
-            steps[piece.parameter] = float(state.get("step", 0))
-        steps = torch.stack(distributed.gather_each(steps)).amax(dim=0)
-        moments = {}
-        for key in MOMENTS:
-            zeros = (torch.zeros_like(master) for master in self.masters)
-            moments[key] = self._gathered([state.get(key, zero) for state, zero in zip(states, zeros)])
-        masters = self.master_tensors()
-        stand_in = self._stand_in()
-        if distributed.is_lead():
-            for index, param in enumerate(stand_in.param_groups[0]["params"]):
-                if steps[index] > 0:
-                    own = {key: whole[index] for key, whole in moments.items()}
-                    stand_in.state[param] = {"step": steps[index].clone(), **own}
-        tensors, data = optimizer_tensors(stand_in, prefix)
-        return {**tensors, **masters}, data
-
-    def master_tensors(self) -> dict[str, Tensor]:
-        """The fp32 masters of low-precision parameters, whole, in the lead; all ranks call it."""
-        if all(p.dtype == torch.float32 for p in self.params):
-            return {}
-        whole = self._gathered(self.masters)
-        return {f"master.{i}": whole[i] for i in whole if self.params[i].dtype != torch.float32}
-
     @torch.no_grad()
     def load_masters(self, tensors: dict[str, Tensor]) -> None:
-        for piece, master in zip(self.pieces, self.masters):
-            param = self.params[piece.parameter]
-            whole = param if param.dtype == torch.float32 else tensors[f"master.{piece.parameter}"]
-            master.copy_(self._cut(piece, whole))
-
-    def _load_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-        stand_in = self._stand_in()
-        load_optimizer_tensors(stand_in, tensors, data)
-        whole = stand_in.param_groups[0]["params"]
-        self.inner.state.clear()
-        for piece, master in zip(self.pieces, self.masters):
-            state = stand_in.state.get(whole[piece.parameter])
-            if state:
-                own = {key: self._cut(piece, value) if key in MOMENTS else value for key, value in state.items()}
-                self.inner.state[master] = {key: value.to(master.device, copy=True) for key, value in own.items()}
-        group = stand_in.param_groups[0]
-        self.inner.param_groups[0].update({key: value for key, value in group.items() if key != "params"})
+        for share, (owner, master) in enumerate(zip(self.owners, self.masters)):
+            whole = self.params[owner] if self.in_fp32[owner] else tensors[f"master.{owner}"]
+            master.copy_(self._cut(share, whole))

@@ -1,0 +1,324 @@
+"""parallel = fsdp: each rank holds its share of the weights too (PyTorch's FSDP2: Zhao et al. 2023, arXiv 2304.11277).
+
+`shard` cuts every parameter along its first dimension, trained roles and frozen ones alike. Shares of trained weights
+are fp32, whatever the model computes in: they are the masters. A layer is gathered when it runs, in the dtype of the
+model, and let go of behind it; gradients are summed and scattered. What the rest of the code has to know of it:
+
+- The trunk runs as the method `trunk` of the outer model, whose hooks gather what is outside of the layers: embeddings,
+  last norm, head. They stay gathered until the backward pass, so the head is read behind the trunk. (Sharding the inner
+  model instead would leave a tied head as it was before training, in silence.)
+- Each layer of a forward and of a backward pass is a collective. Ranks make as many of them, in one order: `in_step`
+  gives a rank that has fewer micro-batches than another empty ones.
+- Where ranks go their own ways (decoding, scoring, export), `whole` gathers all weights of the model once.
+
+Only this file and `Optimizer`'s subclass in it know how a weight is cut.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastrlhf.checkpoint.store import Checkpoint
+from fastrlhf.config.base import StageConfig
+from fastrlhf.config.errors import UserError
+from fastrlhf.parallel.shares import SharesOptimizer
+from fastrlhf.runtime import distributed
+
+T = TypeVar("T")
+SUMS_SHARE = 4  # whole sums of gradients are kept over the micro-batches where they take at most 1/4 of the memory
+GIB = 1 << 30
+
+
+def wanted(config: StageConfig) -> bool:
+    """Whether models are to be sharded: not of one rank."""
+    return config.parallel == "fsdp" and distributed.size() > 1
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this is a model that `shard` has cut."""
+    return getattr(model, "_gathered", None) is not None
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether all of its weights are here: it is not sharded, or `whole` has gathered it."""
+    return getattr(model, "_gathered", None) is not False
+
+
+# ------------------------------------------------------------------------------------------------------------- cutting
+
+
+def shard(model: PreTrainedModel) -> PreTrainedModel:
+    """Cut the model in place, all ranks together. What takes gradients now is what will.
+
+    UserError where a device cannot hold what is gathered of it at a time, and for trained weights of several dtypes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    if len(trained) > 1:
+        kinds = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in trained))
+        raise UserError(f"parallel = fsdp: trained weights are {kinds}, which it cannot mix; use parallel=zero")
+    layers = layers_of(model)
+    _check_memory(model, layers, distributed.memory())
+    computed_in = trained.pop() if trained else torch.float32
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if computed_in != torch.float32:
+        policy = MixedPrecisionPolicy(computed_in, torch.float32, cast_forward_inputs=False)
+    distributed.begin()
+    how: dict[str, Any] = {
+        "mesh": init_device_mesh(distributed.device().type, (distributed.size(),)),
+        "mp_policy": policy,
+    }
+    for part in (*layers, model):  # a layer at a time, so that no more than one is there whole in fp32
+        for parameter in part.parameters():
+            if parameter.requires_grad and not _is_share(parameter):
+                parameter.data = parameter.data.float()
+        # The head is read behind the trunk, so what the outer model holds stays until the backward pass.
+        fully_shard(part, reshard_after_forward=part is not model, **how)
+        part.set_gradient_divide_factor(1.0)  # losses are sums divided already
+        part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    for parameter in model.parameters():
+        parameter.computed_in = computed_in if parameter.requires_grad else parameter.dtype
+    model._gathered = False
+    size = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model._sums_whole = SUMS_SHARE * size <= distributed.memory()
+    model.trunk = types.MethodType(_trunk, model)
+    register_fsdp_forward_method(model, "trunk")
+    with torch.no_grad():  # the first call settles which part is the outermost
+        model.trunk(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=distributed.device()))
+    settle(model)
+    return model
+
+
+def _trunk(model: PreTrainedModel, **inputs: Any) -> Any:
+    """Run the trunk -> its last hidden states [B, L, H], or the tuple of all layers' where `inputs` ask for them."""
+    output = model.base_model(**inputs)
+    return output.hidden_states if inputs.get("output_hidden_states") else output.last_hidden_state
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers that are gathered one at a time: the longest list of modules; none where there is none."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
+
+
+def _check_memory(model: nn.Module, layers: Sequence[nn.Module], memory: float) -> None:
+    """UserError where the memory in bytes does not hold this rank's share beside the largest layer, whole."""
+
+    def size(part: nn.Module, wide: int) -> int:
+        return sum(p.numel() * (wide if p.requires_grad else p.element_size()) for p in part.parameters())
+
+    share = size(model, 12) / distributed.size()  # fp32 masters and AdamW's moments
+    layer = max((size(part, 4) for part in layers or [model]), default=0)
+    if share + layer > memory:
+        raise UserError(
+            f"parallel = fsdp: a rank's share of {type(model).__name__} takes {share / GIB:.1f} GiB and its largest "
+            f"layer {layer / GIB:.1f} GiB, of {memory / GIB:.1f} GiB of memory; use more GPUs, lora, or a smaller model"
+        )
+
+
+def _is_share(tensor: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a sharded tensor, in the same storage; any other as it is."""
+    with torch.no_grad():
+        return tensor.detach().to_local() if _is_share(tensor) else tensor
+
+
+def cut(like: Tensor, whole: Tensor) -> Tensor:
+    """This rank's share of a tensor with the shape of the sharded one: equal pieces of the first dimension, rounded
+    up, of which the last ranks may have fewer or none. Of a tensor that is not sharded all."""
+    if not _is_share(like):
+        return whole
+    rows = -(-len(whole) // distributed.size())
+    return whole[distributed.rank() * rows :][: len(local(like))]
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def in_step(model: nn.Module, groups: Sequence[list[T]]) -> Iterator[list[T]]:
+    """Run over this rank's micro-batches, and behind them over as many empty ones as another rank has more, where the
+    model is sharded: each is a forward and perhaps a backward pass of all ranks.
+
+    Gradients cross once, in the last micro-batch, where the device holds their whole sums; else in each.
+    """
+    if is_whole(model):
+        yield from groups
+        return
+    most = distributed.largest(len(groups))
+    for number in range(most):
+        model.set_requires_gradient_sync(number == most - 1 or not model._sums_whole)
+        yield groups[number] if number < len(groups) else []
+
+
+def settle(model: nn.Module) -> None:
+    """Let go of what a forward pass left gathered, where no backward pass follows."""
+    if not is_whole(model):
+        model.reset_iter_state()
+
+
+def reading(model: nn.Module) -> AbstractContextManager[None]:
+    """No gradients inside. A sharded model may not be gathered in inference mode, which would stay in its weights."""
+    return torch.inference_mode() if is_whole(model) else torch.no_grad()
+
+
+@contextmanager
+def whole(*models: nn.Module | None) -> Iterator[None]:
+    """Inside, sharded models are gathered, in the dtype that they compute in, and ranks may run them alone. Ranks enter
+    and leave together; inside of itself it does nothing."""
+    gathered = [model for model in models if model is not None and not is_whole(model)]
+    try:
+        for model in gathered:
+            _gather(model)
+        yield
+    finally:
+        for model in gathered:
+            model.set_reshard_after_forward(True)
+            model.set_reshard_after_forward(False, recurse=False)
+            model._gathered = False
+            settle(model)
+
+
+def _gather(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    model.set_reshard_after_forward(False)
+    model._gathered = True
+    with torch.inference_mode(False), torch.no_grad():
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.unshard()
+
+
+# ------------------------------------------------------------------------------------------------- reading and writing
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """As `model.state_dict()`, which would cut a gathered model again."""
+    if not is_sharded(model):
+        return model.state_dict()
+    named = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    return {**named, **_buffers(model)}
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that are saved."""
+    return {
+        f"{prefix}.{name}".lstrip("."): buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a sharded model in the lead's host memory, in the dtype that it computes in; tied weights stay
+    one. All ranks call it; no device holds more than its share and one tensor."""
+    settle(model)
+    tensors: dict[int, Tensor] = {}
+    state = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in tensors:
+            tensors[id(parameter)] = whole_tensor(parameter)
+        state[name] = tensors[id(parameter)]
+    return {**state, **_buffers(model)}
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor on the lead's CPU, in the dtype it computes in (empty in the others); any other as it is."""
+    if not _is_share(tensor):
+        return tensor.detach()
+    part = local(tensor).to(tensor.computed_in)
+    gathered = torch.cat(distributed.gather_each(part))
+    return gathered.to("cpu", copy=True) if distributed.is_lead() else gathered.new_empty(0, device="cpu")
+
+
+@torch.no_grad()
+def load_model(checkpoint: Checkpoint, name: str, model: PreTrainedModel) -> None:
+    """Put a checkpoint's weights into the live model; errors are those of `Checkpoint.load_model`. Each rank reads its
+    share of them."""
+    if not is_sharded(model):
+        checkpoint.load_model(name, model)
+        return
+    settle(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stands: dict[int, Tensor] = {}
+    for p in parameters.values():
+        stands.setdefault(id(p), torch.empty((), dtype=p.computed_in).expand(p.shape))
+    live = {name: stands[id(p)] for name, p in parameters.items()} | _buffers(model)
+    for key, saved in checkpoint.model_tensors(name, model, live).items():
+        if key in parameters:
+            local(parameters[key]).copy_(cut(parameters[key], saved))
+        else:
+            live[key].copy_(saved)
+
+
+def shares(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What this rank holds of named tensors, and its shares of whole ones of the same names and shapes."""
+    fits = {name for name in live.keys() & saved.keys() if live[name].shape == saved[name].shape}
+    ours = {name: local(tensor) if name in fits else tensor for name, tensor in live.items()}
+    return ours, {name: cut(live[name], tensor) if name in fits else tensor for name, tensor in saved.items()}
+
+
+class ShardedOptimizer(SharesOptimizer):
+    """An `Optimizer` whose masters are this rank's shares of a sharded model, in their own storage. Parameters that are
+    not of one (a critic's head) are whole on every rank, as with ddp."""
+
+    def _make_masters(self) -> list[nn.Parameter]:
+        self.owners = list(range(len(self.params)))
+        self.in_fp32 = [getattr(p, "computed_in", p.dtype) == torch.float32 for p in self.params]
+        self.sharded = [_is_share(p) for p in self.params]
+        return [nn.Parameter(local(p)) if cuts else p for p, cuts in zip(self.params, self.sharded)]
+
+    def _owners_of_gradients(self) -> Sequence[Any]:
+        return self.params  # the model moves them itself
+
+    def _cut(self, share: int, whole: Tensor) -> Tensor:
+        return cut(self.params[share], whole)
+
+    @torch.no_grad()
+    def _add_up_ranks(self) -> None:
+        for param, master, cuts in zip(self.params, self.masters, self.sharded):
+            if cuts:
+                master.grad = None if param.grad is None else local(param.grad)
+                param.grad = None
+        distributed.all_reduce_gradients([p for p, cuts in zip(self.params, self.sharded) if not cuts])
+
+    def _total_norm(self, grads: list[Tensor]) -> Tensor:
+        """grads: of the masters; those of shares are summed over the ranks."""
+        squares = torch.zeros(2, dtype=torch.float64)
+        for master, cuts in zip(self.masters, self.sharded):
+            if master.grad is not None:
+                squares[int(cuts)] += master.grad.double().square().sum().cpu()
+        distributed.all_reduce_sum(squares[1:])
+        return squares.sum().sqrt()
+
+    def _copy_down(self) -> None:
+        """The shares are the weights."""
+
+    def _gathered(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
+        gathered = {}
+        for index, (value, cuts) in enumerate(zip(values, self.sharded)):
+            parts = torch.cat(distributed.gather_each(value.detach().float())) if cuts else value.detach()
+            if distributed.is_lead():
+                gathered[index] = parts.to("cpu", copy=True)
+        return gathered
+
+    @torch.no_grad()
+    def load_masters(self, tensors: dict[str, Tensor]) -> None:
+        for index, master in enumerate(self.masters):
+            if not self.in_fp32[index]:
+                master.copy_(self._cut(index, tensors[f"master.{index}"]))
