@@ -119,6 +119,8 @@ def _stage(verb: str, arguments: list[str]) -> int:
     args = _parse(parser, arguments)
     source, overrides = _recipe_and_overrides(args.overrides)
     inputs, config = recipe.load_recipe(verb, source, overrides + args.flags + _accepted(args))
+    if _restarted() and os.path.isfile(f"{config.output_dir}/run.json"):
+        config = config.replace(resume=True, overwrite=False)  # torchrun does not change the command that it repeats
     recipe.check_paths(verb, inputs, config)
     if getattr(args, "cross_fit", None) is not None:
         _first_line(verb, f"{source or inputs['data']} -> {args.cross_fit}")
@@ -133,6 +135,13 @@ def _stage(verb: str, arguments: list[str]) -> int:
     model = inputs["policy" if verb == "ppo" else "model"]
     _first_line(verb, f"{source or model} -> {config.output_dir}")
     return _run_stage(verb, inputs, config)
+
+
+def _restarted() -> bool:
+    """Whether torchrun has started the run anew. Each of its machines counts its own failures alone."""
+    if launch.world_size() == 1 or launch.most_restarts() == 0:
+        return launch.restarts() > 0
+    return _load("runtime.distributed").largest(launch.restarts()) > 0
 
 
 def _add_cross_fit(parser: _Parser) -> None:

@@ -99,6 +99,7 @@ class PPOTrainer(Trainer):
             total_steps=config.total_steps,
             device=device_of(policy),
             said=ready.said,
+            rows=(ids for _, ids in (*self.prompts, *(self.eval_prompts or []))),
         )
 
         # Parts.

@@ -44,7 +44,9 @@ class SupervisedTrainer(Trainer):
         said: Sentences,
     ) -> None:
         steps = supervised_steps(config, len(items))
-        super().__init__(config, inputs=inputs, tokenizer=tokenizer, total_steps=steps, device=device, said=said)
+        rows = (row for item in items for row in self.token_ids(item))
+        about = {"inputs": inputs, "tokenizer": tokenizer, "device": device, "said": said}
+        super().__init__(config, **about, total_steps=steps, rows=rows)
         self.items = items
         self.sampler = Sampler(len(items), config.seed)
 

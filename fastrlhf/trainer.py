@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models.heads import agreed_workspace
 from fastrlhf.models.saving import write_model
 from fastrlhf.parallel import sharding
+from fastrlhf.parallel.same_run import check_same_run
 from fastrlhf.preflight.rows import Sentences
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.guards import Interrupted, StopNow, StopSignal
@@ -100,8 +101,11 @@ class Trainer(metaclass=_BegunWhenBuilt):
         total_steps: int,
         device: torch.device,
         said: Sentences,
+        rows: Iterable[Sequence[int]],
     ) -> None:
-        """inputs: the trainer's arguments by name. said: about the inputs, for the console and log.txt."""
+        """inputs: the trainer's arguments by name. said: about the inputs, for the console and log.txt. rows: token ids
+        of what the run reads."""
+        check_same_run(config, rows)
         self.config, self.tokenizer, self.device = config, tokenizer, device
         self.planned_steps, self.steps_done = total_steps, 0
         self.last_step: int | None = None  # where a step finds that it is the last one

@@ -1,8 +1,8 @@
 """What the ranks of tests/runtime/test_ranks.py run: `python -m tests.rank_runs FOLDER RANKS:FORM,FORM...`.
 
 The ranks are forked from one process that has imported torch and transformers, which takes longer than their runs. The
-environment is torchrun's; torchrun itself starts the ranks of the test that kills one. The lead writes. Last, two ranks
-of `fastrlhf ppo` in FOLDER/mistake, whose reward function raises.
+environment is torchrun's. The lead writes. Last, two ranks of `fastrlhf ppo`: in FOLDER/mistake its reward function
+raises, in FOLDER/killed and FOLDER/restarted it kills rank 1, under torchrun's own agents.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -18,17 +19,22 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, cli
+from fastrlhf.config.errors import UserError
 from fastrlhf.models.loading import scalar_model
-from fastrlhf.runtime import distributed
+from fastrlhf.parallel.vocabulary import shard_vocabulary, vocabulary_parallel_log_probs
+from fastrlhf.runtime import distributed, launch
 from fastrlhf.runtime.guards import Interrupted
+from fastrlhf_kernels import linear_log_probs, linear_ppo_loss, ppo_policy_loss
 from tests import tiny
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
@@ -195,6 +201,96 @@ def check_signal(out: Path) -> None:
     assert (out / "through" / "metrics.jsonl").read_bytes() == (out / "signalled" / "metrics.jsonl").read_bytes()
 
 
+def check_same_run_is_asked_for() -> None:
+    """What rank 1 has otherwise than rank 0 is named in both, before a model is loaded."""
+    rank, rows = distributed.rank(), [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
+    cases = {
+        "learning_rate: rank 1 has 0.002, and rank 0 has 0.001; start": {"learning_rate": 1e-3 + 1e-3 * rank},
+        "data: rank 1 reads other rows than rank 0": {"data": rows[rank:]},
+        "torch: rank 1 has 0.0, and rank 0 has ": {"version": "0.0"},
+    }
+    for said, given in cases.items():
+        fields = {**SUPERVISED, **given}
+        data, version, kept = fields.pop("data", rows), fields.pop("version", None), torch.__version__
+        if version and rank == 1:
+            torch.__version__ = version
+        try:
+            SFTTrainer(SFTConfig(**fields), model=tiny.llama(), tokenizer=tiny.tokenizer(), data=data)
+        except UserError as error:
+            assert said in str(error), str(error)
+        else:
+            raise AssertionError(said)
+        finally:
+            torch.__version__ = kept
+
+
+def check_vocabulary(vocabulary: int, **fields: object) -> None:
+    """Log-probs, entropies, a PPO loss and every gradient of a head split over the ranks are those of the whole one."""
+    torch.manual_seed(5)
+    n, width = 11, 16
+    hidden, labels = torch.randn(n, width), torch.randint(0, vocabulary, (n,))
+    weight, bias = torch.randn(vocabulary, width), torch.randn(vocabulary)
+    old, advantages, mask = torch.randn(n) - 3.0, torch.randn(n), torch.arange(n) % 4 != 1
+    shard = shard_vocabulary(weight, bias)
+    rows = slice(shard.start, shard.start + len(shard.weight))
+    whole = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    parts = [t.clone().requires_grad_() for t in (hidden, shard.weight, shard.bias)]
+    split = shard._replace(weight=parts[1], bias=parts[2])
+    ignored = labels.where(torch.arange(n) != 2, -100)
+    three = {**fields, "workspace": 4 * 3 * max(1, len(shard.weight))}  # tokens at a time
+    log_probs, entropy = vocabulary_parallel_log_probs(parts[0], split, ignored, **three)
+    again, again_entropy = vocabulary_parallel_log_probs(parts[0], split, labels, **three)
+    ours = ppo_policy_loss(again, old, advantages, mask).loss - 0.1 * again_entropy[mask].sum() / mask.sum()
+    (ours + (log_probs * advantages + entropy).sum()).backward()
+    kwargs = {"bias": whole[2], **fields}
+    expected = linear_log_probs(whole[0], whole[1], ignored, return_entropy=True, **kwargs)
+    theirs = linear_ppo_loss(*whole[:2], labels, old, advantages, mask, entropy_coef=0.1, **kwargs).loss
+    (theirs + (expected[0] * advantages + expected[1]).sum()).backward()
+    torch.testing.assert_close((log_probs, entropy, ours), (*expected, theirs), rtol=1e-5, atol=1e-5)
+    grads = (parts[0].grad, parts[1].grad, parts[2].grad)
+    torch.testing.assert_close(grads, (whole[0].grad, whole[1].grad[rows], whole[2].grad[rows]), rtol=1e-4, atol=1e-5)
+
+
+def check_vocabularies() -> None:
+    check_vocabulary(50, temperature=0.7)
+    check_vocabulary(5, logit_softcap=3.0, logit_scale=0.5, temperature=torch.linspace(0.5, 2.0, 11))  # a rank has none
+
+
+def check_non_finite(parallel: str) -> None:
+    """NaN in one rank alone, whatever its rows: all ranks skip the update, and go on from the same weights."""
+    rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
+    config = SFTConfig(**{**SUPERVISED, "eval_every": 0, "parallel": parallel})
+    trainer = SFTTrainer(config, model=tiny.llama(), tokenizer=tiny.tokenizer(), data=rows)
+    layer, before = trainer.model.base_model.layers[1].mlp, fingerprint(weights(trainer))
+    broken = layer.register_forward_hook(lambda _, __, out: out * (math.nan if distributed.rank() == 1 else 1.0))
+    steps = iter(trainer)
+    next(steps)
+    assert trainer.guard.updates_skipped == 1 and fingerprint(weights(trainer)) == before
+    broken.remove()
+    next(steps)
+    assert trainer.guard.updates_skipped == 1 and fingerprint(weights(trainer)) != before
+    steps.close()
+    prints = distributed.gather(torch.tensor([fingerprint(weights(trainer))])).tolist()
+    assert len(set(prints)) == 1
+
+
+def lose_a_rank(parallel: str) -> None:
+    """Rank 1 dies by SIGKILL in the forward pass of step 2; rank 0 must end with RankLost, exit code 3 here."""
+    rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
+    config = SFTConfig(**{**SUPERVISED, "eval_every": 0, "parallel": parallel})
+    trainer = SFTTrainer(config, model=tiny.llama(), tokenizer=tiny.tokenizer(), data=rows)
+
+    def die(*_: object) -> None:
+        if distributed.rank() == 1 and trainer.steps_done == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.model.base_model.layers[1].register_forward_pre_hook(die)
+    try:
+        trainer.train()
+    except launch.RankLost:
+        os._exit(3)
+
+
 def command(place: Path, *arguments: str) -> None:
     """The command line's own run in a folder; what this rank says there, and its exit code, go to said-RANK."""
     os.chdir(place)
@@ -206,12 +302,50 @@ def command(place: Path, *arguments: str) -> None:
         time.sleep(0.05)
 
 
+def elastic(place: Path, nodes: int, restarts: int, *arguments: str, code: int) -> None:
+    """The command line's own run in a folder by what torchrun calls, on two ranks of so many "machines", which meet at
+    a port; each is to end with this exit code. The ranks are forked, as everywhere here."""
+    port, context, began = free_port(), multiprocessing.get_context("fork"), time.time()
+    machines = [context.Process(target=as_node, args=(place, nodes, restarts, port, arguments)) for _ in range(nodes)]
+    for machine in machines:
+        machine.start()
+    for machine in machines:
+        machine.join(120)
+    if [machine.exitcode for machine in machines] != [code] * nodes:
+        sys.exit(f"{place.name}: the launchers ended with {[machine.exitcode for machine in machines]}")
+    (place / "seconds").write_text(str(time.time() - began))
+
+
+def as_node(place: Path, nodes: int, restarts: int, port: int, arguments: Sequence[str]) -> None:
+    """torchrun --nnodes NODES --nproc-per-node 2/NODES --max-restarts RESTARTS --rdzv-endpoint 127.0.0.1:PORT"""
+    config = LaunchConfig(
+        min_nodes=nodes, max_nodes=nodes, nproc_per_node=2 // nodes, max_restarts=restarts, run_id="ranks",
+        rdzv_backend="c10d", rdzv_endpoint=f"127.0.0.1:{port}", local_addr="127.0.0.1", start_method="fork",
+    )  # fmt: skip
+    try:
+        elastic_launch(config, spoken)(place, *arguments)
+    except ChildFailedError:
+        sys.exit(1)
+
+
+def spoken(place: Path, *arguments: str) -> None:
+    """A rank of `elastic`; what it says is added to said-RANK."""
+    os.chdir(place)
+    with open(f"said-{os.environ['RANK']}", "a", encoding="utf-8") as said, contextlib.redirect_stderr(said):
+        code = cli.main([*arguments])
+    sys.exit(code)
+
+
 def main(out: Path, forms: Iterable[str]) -> None:
+    check_vocabularies()
     if distributed.size() == 2:  # of one process tests/test_resume.py says it
         check_resume(out)
         check_signal(out)
         check_shares(out, "zero")
         check_shares(out, "fsdp")
+        check_same_run_is_asked_for()
+        for parallel in ("ddp", "zero", "fsdp"):
+            check_non_finite(parallel)
     for form in forms:
         trainer = build(form)
         before = weights(trainer)
@@ -227,18 +361,22 @@ def main(out: Path, forms: Iterable[str]) -> None:
             save_file({n: after[n] - before[n] for n in after}, out / f"{form}.safetensors")
 
 
-def fork(ranks: int, work: Callable[..., None], *arguments: object) -> None:
-    """Do the work in so many ranks. Ends the process where one of them fails."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def fork(ranks: int, work: Callable[..., None], *arguments: object, codes: Sequence[int] = ()) -> None:
+    """Do the work in so many ranks. Ends the process where one of them does not end with its exit code (0)."""
+    port = free_port()
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=as_rank, args=(rank, ranks, port, work, *arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
+        process.join(60 if codes else None)
+    if [process.exitcode for process in processes] != list(codes or [0] * ranks):
         sys.exit(f"{ranks} ranks ended with {[process.exitcode for process in processes]}")
 
 
@@ -262,3 +400,9 @@ if __name__ == "__main__":
         (place / count).mkdir()
         fork(int(count), main, place / count, named.split(","))
     fork(2, command, place / "mistake", "ppo", "r.yaml", "reward=mine.py:broken")
+    fork(2, command, place / "through", "ppo", "r.yaml", "reward=mine.py:kind")
+    elastic(place / "killed", 2, 0, "ppo", "r.yaml", "reward=mine.py:killer", code=1)
+    elastic(place / "restarted", 1, 1, "ppo", "r.yaml", "reward=mine.py:killer", code=0)
+    fork(4, check_vocabularies)
+    for parallel in ("zero", "fsdp"):
+        fork(2, lose_a_rank, parallel, codes=(3, -signal.SIGKILL))

@@ -30,7 +30,13 @@ BOUNDARY = "fastrlhf/config/outcome.py"  # where code of others is called, which
 ENVIRONMENT = {
     "fastrlhf/config/inputs.py": {"FASTRLHF_USE_MODELSCOPE"},
     "fastrlhf/runtime/console.py": {"NO_COLOR", "TERM"},
-    "fastrlhf/runtime/launch.py": {"WORLD_SIZE", "RANK", "LOCAL_RANK"},
+    "fastrlhf/runtime/launch.py": {
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "TORCHELASTIC_RESTART_COUNT",
+        "TORCHELASTIC_MAX_RESTARTS",
+    },
     "kernels/fastrlhf_kernels/backend.py": {"FASTRLHF_BACKEND", "TRITON_INTERPRET"},
 }
 

@@ -52,7 +52,8 @@ def folder_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of everything that a checkpoint's bytes depend on, by name."""
     libraries = {library.__name__: library.__version__ for library in (torch, transformers, safetensors)}
     return {"fastrlhf": __version__, "python": platform.python_version(), **libraries}
 
@@ -74,7 +75,7 @@ def _write_manifest(folder: Path, step: int) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in files(folder)
     }
-    manifest = {"format_version": FORMAT_VERSION, "step": step, "versions": _versions(), "files": listed}
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "versions": versions(), "files": listed}
     (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
 
 
@@ -339,7 +340,7 @@ class CheckpointStore:
                 self.notes.append(f"checkpoint {folder.name} is damaged and not used ({error})")
                 warnings.warn(self.notes[-1], stacklevel=2)
                 continue
-            here = _versions()
+            here = versions()
             changed = [f"{k} {v} -> {here.get(k)}" for k, v in checkpoint.versions.items() if here.get(k) != v]
             if changed:
                 self.notes.append(f"resumed under other versions, so not bit for bit: {', '.join(changed)}")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.parallel.sharding import is_whole
+from fastrlhf.parallel.vocabulary import project
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.memory import ran_out
 from fastrlhf_kernels.workspace import default_workspace
@@ -109,14 +110,9 @@ def check_packing(model: PreTrainedModel) -> None:
 
 def head_logits(head: Head, hidden: Tensor) -> Tensor:
     """Logits [..., V] of hidden [..., H] in fp32, accumulated in fp32 whatever the dtype: for a few rows."""
-    weight, bias = head.weight, head.bias
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        flat = torch.mm(hidden.flatten(0, -2), weight.t().to(hidden.dtype), out_dtype=torch.float32)
-        logits = flat.view(*hidden.shape[:-1], len(weight))
-    else:
-        logits = F.linear(hidden.float(), weight.float())
-    if bias is not None:
-        logits = logits + bias.float()
+    logits = project(hidden, head.weight)
+    if head.bias is not None:
+        logits = logits + head.bias.float()
     if head.logit_scale != 1.0:
         logits = logits * head.logit_scale
     if head.logit_softcap is not None:

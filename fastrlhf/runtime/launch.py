@@ -19,6 +19,16 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def restarts() -> int:
+    """How often torchrun has started this process anew, for a failure on this machine."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def most_restarts() -> int:
+    """How often it may (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
 def local_rank() -> int:
     """Number of this process on its machine: the GPU it takes."""
     return int(os.environ.get("LOCAL_RANK", "0"))
