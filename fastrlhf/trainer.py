@@ -478,9 +478,10 @@ def run_stage(
         stage.memory.choose(tokens)
     try:
         stage.train()
-        stage.save_as_trained(stage.folder / "final")
-        if config.lora is not None and config.quantize is None:
-            stage.save(stage.folder / "adapter", adapter=True)
+        with distributed.inside_the_model():
+            stage.save_as_trained(stage.folder / "final")
+            if config.lora is not None and config.quantize is None:
+                stage.save(stage.folder / "adapter", adapter=True)
         distributed.wait_for_all()  # nobody leaves before it is written
         stage.tracker.note(f"done: {stage.folder / 'final'}")
     except Interrupted as stopped:

@@ -9,9 +9,11 @@ own forward and backward, and the fused losses go round the first while fp32 mas
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -70,12 +72,36 @@ def _together() -> Iterator[None]:
     try:
         if not _stores:
             store, number, count = next(dist.rendezvous("env://"))
+            if launch.most_restarts() > 0:
+                store = _of_this_start(store, number, count)
             backend = "nccl" if device().type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
             _stores.append(store)
         yield
     except RuntimeError as error:
         raise _lost(error) from error
+
+
+def _of_this_start(store: dist.Store, number: int, count: int) -> dist.Store:
+    """The part of the store that belongs to this start of the ranks. torchrun keeps one store over restarts, with the
+    addresses that dead ranks have left there; a machine counts its own failures alone, so no number that all of them
+    know says which start this is. Rank 0 draws a name for it and tells whoever asks, by a name of its own."""
+    own = uuid4().hex
+    if number > 0:
+        store.set(f"fastrlhf/ask/{number}", own)
+        name = store.get(f"fastrlhf/answer/{own}").decode()
+        store.set(f"fastrlhf/told/{name}/{number}", "1")
+        return dist.PrefixStore(name, store)
+    waiting = set(range(1, count))
+    while waiting:
+        for other in sorted(waiting):
+            ask, told = f"fastrlhf/ask/{other}", f"fastrlhf/told/{own}/{other}"
+            if store.check([ask]):  # perhaps a dead one's; the live one will ask again
+                store.set(f"fastrlhf/answer/{store.get(ask).decode()}", own)
+            if store.check([told]):
+                waiting.discard(other)
+        time.sleep(0.02)
+    return dist.PrefixStore(own, store)
 
 
 def _lost(error: RuntimeError) -> RankLost:

@@ -364,6 +364,20 @@ def test_after_five_halvings_the_cheapest_fixes_are_named(tmp_path):
     assert all(map(torch.equal, before, t.policy.parameters())) and all(p.grad is None for p in t.policy.parameters())
 
 
+def test_a_rank_of_fsdp_does_not_try_again_alone(monkeypatch):
+    """The others would wait for it in the middle of a layer."""
+    config = SFTConfig(parallel="fsdp", micro_batch_tokens=64)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    backoff = MemoryBackoff(config, CPU, unheard)
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(UserError, match="ran out with 64 tokens, and with parallel=fsdp no rank tries again alone"):
+        backoff.attempt(fails)
+    assert backoff.halvings == 0
+
+
 def test_remedies_are_those_not_in_use():
     ppo = PPOConfig(gradient_checkpointing=True, offload=True)
     assert remedies(ppo)[:3] == ["lora=16", "critic=shared_trunk", "a smaller max_new_tokens"]
