@@ -22,6 +22,7 @@ from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.data.prompt_format import disagreement
 from fastrlhf.data.templates import stop_token_ids
 from fastrlhf.models.token_batch import TokenRows, resolve_packing
+from fastrlhf.parallel.sharding import dtype_of
 from fastrlhf.preflight.stages import prepare_ppo
 from fastrlhf.rl.advantages import KLController, RunningMoments
 from fastrlhf.rl.alarms import Alarms
@@ -182,7 +183,7 @@ class PPOTrainer(Trainer):
         with phase("update"):
             metrics |= self.learner.update(rollout.rows, experience, epochs, self.steps_done)
             metrics |= self._after_update(rollout.rows, experience)
-        self.alarms.after_learning(metrics["rollout/mismatch"], self.policy.dtype, self._cause_of_mismatch)
+        self.alarms.after_learning(metrics["rollout/mismatch"], dtype_of(self.policy), self._cause_of_mismatch)
         metrics |= {
             **({} if scores.spread is None else {"reward/ensemble_sd": scores.spread}),
             "length/mean": mean([float(len(ids)) for ids in rollout.response_ids]),
@@ -239,13 +240,14 @@ class PPOTrainer(Trainer):
         name, difference = type(self.policy).__name__, self.engine.difference(self.longest)
         if not difference.agrees:
             return f"decoding of {name} differs from its plain forward by {difference}; stop the run, use another model"
-        if self.policy.dtype == torch.float32:
+        dtype = dtype_of(self.policy)
+        if dtype == torch.float32:
             return (
                 f"decoding of {name} agrees with its plain forward ({difference}), so its weights changed between "
                 "sampling and learning; does a reward function or a hook write to them?"
             )
         return (
-            f"decoding of {name} agrees with its plain forward within what {self.policy.dtype} rounds ({difference}): "
+            f"decoding of {name} agrees with its plain forward within what {dtype} rounds ({difference}): "
             "as log-probs grow, so does their rounding; set importance_cap, which corrects for it, or dtype=fp32"
         )
 

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, cli
 from fastrlhf.config.errors import UserError
 from fastrlhf.models.loading import scalar_model
+from fastrlhf.parallel import sharding
 from fastrlhf.parallel.vocabulary import shard_vocabulary, vocabulary_parallel_log_probs
 from fastrlhf.runtime import distributed, launch
 from fastrlhf.runtime.guards import Interrupted
@@ -175,10 +176,27 @@ def check_shares(out: Path, parallel: str) -> None:
     distributed.wait_for_all()
     rows = [(out / f"{parallel}-{name}/metrics.jsonl").read_bytes() for name in ("through", "resumed")]
     assert rows[0] == rows[1]
+    assert "nats apart" not in (out / f"{parallel}-through/log.txt").read_text()  # what bf16 rounds is no alarm
     if parallel == "fsdp":
         again.save(out / "exported")
         other = run("zero-left", resume=True)  # which two ranks with zero have left
         assert other.steps_done == 2
+        check_that_no_memory_for_a_whole_model_is_said(other.policy)
+
+
+def check_that_no_memory_for_a_whole_model_is_said(model: torch.nn.Module) -> None:
+    def fails() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.unshard = fails
+    try:
+        with sharding.whole(model):
+            raise AssertionError("gathered")
+    except UserError as error:
+        assert "gather a model whole, and memory ran out" in str(error)
+    del model.unshard
+    with sharding.whole(model):  # and it can be gathered behind it
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def check_signal(out: Path) -> None:

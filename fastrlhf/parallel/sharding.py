@@ -30,6 +30,7 @@ from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.parallel.shares import SharesOptimizer
 from fastrlhf.runtime import distributed
+from fastrlhf.runtime.memory import ran_out
 
 T = TypeVar("T")
 SUMS_SHARE = 4  # whole sums of gradients are kept over the micro-batches where they take at most 1/4 of the memory
@@ -51,6 +52,11 @@ def is_whole(model: nn.Module) -> bool:
     return getattr(model, "_gathered", None) is not False
 
 
+def dtype_of(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that it computes in; `model.dtype` of a sharded one is that of its shares."""
+    return getattr(model, "_computed_in", model.dtype)
+
+
 # ------------------------------------------------------------------------------------------------------------- cutting
 
 
@@ -66,7 +72,7 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
     if len(trained) > 1:
         kinds = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in trained))
         raise UserError(f"parallel = fsdp: trained weights are {kinds}, which it cannot mix; use parallel=zero")
-    layers = layers_of(model)
+    layers, computes_in = layers_of(model), model.dtype
     _check_memory(model, layers, distributed.memory())
     computed_in = trained.pop() if trained else torch.float32
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -87,7 +93,7 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     for parameter in model.parameters():
         parameter.computed_in = computed_in if parameter.requires_grad else parameter.dtype
-    model._gathered = False
+    model._gathered, model._computed_in = False, computes_in
     size = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     model._sums_whole = SUMS_SHARE * size <= distributed.memory()
     model.trunk = types.MethodType(_trunk, model)
@@ -197,10 +203,19 @@ def _gather(model: nn.Module) -> None:
 
     model.set_reshard_after_forward(False)
     model._gathered = True
-    with torch.inference_mode(False), torch.no_grad():
-        for part in model.modules():
-            if isinstance(part, FSDPModule):
-                part.unshard()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for part in model.modules():
+                if isinstance(part, FSDPModule):
+                    part.unshard()
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        size = sum(p.numel() * p.computed_in.itemsize for p in model.parameters() if _is_share(p))
+        raise UserError(
+            f"parallel = fsdp: generation, scoring and export gather a model whole, and memory ran out as another "
+            f"{size / GIB:.1f} GiB of {type(model).__name__} came; use more or larger GPUs, or a smaller model"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------- reading and writing
