@@ -58,7 +58,13 @@ FORMS = {
         "critic_warmup_steps": 2,
         "critic_pretrain_epochs": 2,
     },
-    "tied": {"total_steps": 5, "ptx_coef": 0.5, "critic_warmup_steps": 1, "gradient_checkpointing": True},
+    "tied": {
+        "total_steps": 5,
+        "eval_every": 0,
+        "ptx_coef": 0.5,
+        "critic_warmup_steps": 1,
+        "gradient_checkpointing": True,
+    },
     "rloo": {"advantage": "rloo", "critic_learning_rate": 0, "kl_in": "loss", "loss_aggregation": "sequence_mean"},
 }
 SUPERVISED = {"total_steps": 2, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 2, "micro_batch_tokens": 40}
