@@ -124,7 +124,9 @@ class PPOTrainer(Trainer):
             if read_otherwise:
                 self.tracker.note(read_otherwise)
         shared = self.critic is not None and self.critic.shares_trunk
-        self.engine = RolloutEngine(self.policy, tokenizer, value_head=self.critic.head if shared else None)
+        head = self.critic.head if shared else None
+        self.engine = RolloutEngine(self.policy, tokenizer, value_head=head, compile=config.compile)
+        self.memory.spares.append(self.engine.give_up)
         self.longest = _longest(config, [*self.prompts, *(self.eval_prompts or [])], self.policy)
         if not config.resume:  # a resumed run's checkpoint holds the result; it is asked for where it does not
             note = self.engine.check(self.longest)

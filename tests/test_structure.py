@@ -29,6 +29,7 @@ BOUNDARY = "fastrlhf/config/outcome.py"  # where code of others is called, which
 # Where an environment variable may be read, and which.
 ENVIRONMENT = {
     "fastrlhf/config/inputs.py": {"FASTRLHF_USE_MODELSCOPE"},
+    "fastrlhf/rollout/compiled.py": {"CC", "CXX"},  # as triton and torch read them
     "fastrlhf/runtime/console.py": {"NO_COLOR", "TERM"},
     "fastrlhf/runtime/launch.py": {
         "WORLD_SIZE",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 AUTO = (  # fields whose None is spelt auto
-    *("micro_batch_tokens", "gradient_checkpointing", "packing", "probe", "loss_aggregation"),
+    *("micro_batch_tokens", "gradient_checkpointing", "packing", "probe", "compile", "loss_aggregation"),
     *("critic_learning_rate", "gae_lambda"),
 )
 

@@ -229,6 +229,8 @@ class PPOConfig(StageConfig):
     """join sequences in rows without padding; they do not attend to each other (auto: where flash attention runs)"""
     probe: bool | None = None
     """before step 1, an update on the longest sequences allowed: memory runs out at once or never (auto: on a GPU)"""
+    compile: bool | None = None
+    """decode through compiled layers, with fewer and larger kernels (auto: on a GPU, where the model's can be)"""
     offload: bool = False
     """hold the reference and the reward model in host memory between their phases"""
     eval_temperature: float | None = Field(None, ge=0)

@@ -18,9 +18,40 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from fastrlhf.rollout.kv_cache import Segment, SlotCache
 from fastrlhf_kernels import decode_attention
+from fastrlhf_kernels.layers import store_tokens
 
 NAME = "fastrlhf"
 _active: list[SlotCache] = []  # the cache of the rollout that runs
+in_region: list[LayerStep] = []  # the layer that is being compiled
+
+
+class LayerStep:
+    """What a layer's decoding step does with its cache, in a compiled region: two opaque operators.
+
+    keys and values [slots, positions, heads, size]; slots, lengths and seen [rows], as `SlotCache.decode` has them.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, seen: Tensor) -> None:
+        self.keys, self.values, self.slots, self.lengths, self.seen = keys, values, slots, lengths, seen
+        self.products: list[tuple[Tensor, Tensor, Tensor]] = []  # input, weight, result
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x weight^T + bias, once for all that ask for it: inference graphs keep equal products apart."""
+        for known, other, result in self.products:
+            if known is x and other is weight:
+                return result
+        self.products.append((x, weight, F.linear(x, weight, bias)))
+        return self.products[-1][2]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object):
+        """Store the new token's; the attention reads the store itself."""
+        store_tokens(key_states[:, :, 0], value_states[:, :, 0], self.keys, self.values, self.slots, self.lengths)
+        return key_states, value_states
+
+    def attend(self, query: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+        rows = len(query)
+        options = {"scale": scale, "softcap": softcap, "window": window, "validate": False}
+        return decode_attention(query[:, :, 0], self.keys[:rows], self.values[:rows], self.seen, **options)[:, None]
 
 
 @contextmanager
@@ -69,9 +100,11 @@ def attend(
     """
     if s_aux is not None:
         raise ValueError("generation does not support attention sinks (s_aux) yet; use another model")
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if torch.compiler.is_compiling():
+        return in_region[-1].attend(query, scale, sliding_window, softcap), None
     cache = _active[-1]
     cache.calls += 1
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if cache.packed is not None:
         return attend_inside_prompts(cache.packed.segments, query, key, value, scale, sliding_window, softcap), None
     window = sliding_window if sliding_window is not None and sliding_window < cache.longest else None

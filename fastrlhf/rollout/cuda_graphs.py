@@ -1,15 +1,19 @@
 """Decoding steps as CUDA graphs: a small model's step is a thousand launches, which take longer than its work.
 
 One graph a bucket of batch sizes, good for sequences of any length: lengths are read on the device, and the grids of
-the kernels depend on shapes only. A graph holds addresses, so it lives as long as one rollout's cache and state;
-weights may be updated in place, moved or replaced between rollouts.
+the kernels depend on shapes only. A graph holds addresses: it is good as long as cache, state and weights stay where
+they are, which the engine looks at before each rollout. All are recorded at once, the largest first: the smaller ones
+find their memory in its pool. Drawing tokens stays outside: its seed, another one each rollout, is a number of the
+launch.
+
+No GPU has confirmed this file's figures or its choice of what is a capture error.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -27,6 +31,11 @@ def bucket_of(count: int, most: int) -> int:
     power = 1 << (count - 1).bit_length()
     between = power * 3 // 4
     return min(most, between if power > 8 and between >= count else power)
+
+
+def buckets(most: int) -> list[int]:
+    """All batch sizes that up to `most` rows are padded to, the largest first."""
+    return sorted({bucket_of(count, most) for count in range(1, most + 1)}, reverse=True)
 
 
 @contextmanager
@@ -65,26 +74,36 @@ def cuda_capture() -> Capture:
 
 
 class StepGraphs:
-    """Runs `step(rows)` by replaying a graph of its bucket; eagerly, with a logged reason, once a capture failed."""
+    """Runs `step(rows)` by replaying a graph of its bucket; eagerly, with a logged reason, where it cannot be recorded.
 
-    def __init__(self, step: Callable[[int], Tensor], most: int, capture: Capture) -> None:
-        self.step, self.most, self.capture = step, most, capture
+    Only what CUDA refuses while it records is such a reason: an operation that waits for the GPU, or allocates outside
+    the pool. Every other error is one (a kernel that does not compile, an illegal address, no memory).
+    """
+
+    def __init__(self, step: Callable[[int], Tensor], most: int, capture: Capture, holds: Sequence[int] = ()) -> None:
+        """most: rows of the largest step. holds: the addresses of the weights that it reads."""
+        self.step, self.most, self.capture, self.holds = step, most, capture, holds
         self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
         self.failed = False
 
     def run(self, count: int) -> tuple[Tensor, int]:
         """-> (hidden states of the first `count` rows, rows computed)."""
-        bucket = bucket_of(count, self.most)
-        if bucket not in self.graphs and not self.failed:
-            try:
-                self.graphs[bucket] = self.capture(partial(self.step, bucket))
-            except RuntimeError as error:  # an operation that waits for the GPU, or allocates outside the pool
-                if ran_out(error):
-                    raise
-                self.failed = True
-                LOG.warning("decoding without CUDA graphs: %s", str(error).strip().split("\n")[0])
+        if not self.graphs and not self.failed:
+            self._record()
         if self.failed:
             return self.step(count), count
+        bucket = bucket_of(count, self.most)
         replay, hidden = self.graphs[bucket]
         replay()
         return hidden[:count], bucket
+
+    def _record(self) -> None:
+        try:
+            for bucket in buckets(self.most):
+                self.graphs[bucket] = self.capture(partial(self.step, bucket))
+        except RuntimeError as error:
+            self.graphs.clear()  # some alone would tie up their pool for nothing
+            if ran_out(error) or "captur" not in str(error).lower():
+                raise
+            self.failed = True
+            LOG.warning("decoding without CUDA graphs: %s", str(error).strip().split("\n")[0])

@@ -12,19 +12,28 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastrlhf.models.heads import Head, ValueHead, head_logits
-from fastrlhf.rollout.cuda_graphs import Capture, StepGraphs
+from fastrlhf.rollout.cuda_graphs import StepGraphs
 from fastrlhf.rollout.recompute import RecomputedTrunk
 from fastrlhf.rollout.sampling import SamplingParams
 from fastrlhf.rollout.slots import Row, Slots
 from fastrlhf.rollout.trunk import CachedTrunk, Prompt
 from fastrlhf_kernels import SampledTokens, sample_tokens, token_log_probs
+
+
+def replayable(trunk: CachedTrunk | RecomputedTrunk, slots: Slots) -> Callable[[int], Tensor]:
+    """The step of the first so many slots, at fixed addresses and good for every length: it looks at all positions."""
+    return partial(_step, trunk, slots, trunk.cache.positions)
+
+
+def _step(trunk: CachedTrunk | RecomputedTrunk, slots: Slots, longest: int, count: int) -> Tensor:
+    return trunk.step(slots.last[:count], slots.lengths[:count], longest)
 
 
 class Decoder:
@@ -34,61 +43,57 @@ class Decoder:
         self,
         trunk: CachedTrunk | RecomputedTrunk,
         head: Head,
-        slots: int,
+        slots: Slots,
         params: SamplingParams,
         stats: dict[str, float],
         *,
+        size: int | None = None,
         value_head: ValueHead | None = None,
         steps: int = 1,
-        capture: Capture | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
-        """slots: how many rows decode together; a cache with one more keeps the prompt whose samples still wait.
-        params: with its stop_token_ids resolved. value_head: read beside the model's own, from the hidden state that
-        predicts each token. steps: tokens between two looks of the host. capture: records a step as a CUDA graph."""
+        """slots: of this rollout alone while it runs; size: how many of them decode together (None: all). A cache with
+        one more keeps the prompt whose samples still wait. params: with its stop_token_ids resolved. value_head: read
+        beside the model's own, from the hidden state that predicts each token. steps: tokens between two looks of the
+        host. graphs: of `replayable(trunk, slots)`."""
         self.trunk, self.cache, self.head, self.value_head = trunk, trunk.cache, head, value_head
         self.params, self.steps, self.stats = params, steps, stats
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=trunk.slots.device)
-        self.slots = Slots(slots, params.max_new_tokens, trunk.slots.device)
+        self.slots, self.size, self.graphs = slots, size or len(slots.lengths), graphs
+        slots.reset()
         self.rows: list[Row] = []  # row of slot i
         self.hidden: Tensor | None = None  # [rows, H], what the next tokens are drawn from
         # No slot holds more tokens. Exact where the host may read lengths for nothing; elsewhere it counts its own
         # steps, and the bound grows until all slots are empty.
         self.longest = 0
-        self.graphs: StepGraphs | None = None
-        if capture is not None:  # good for every length, so the graphs look at all positions
-            self.graphs = StepGraphs(partial(self._step, longest=trunk.cache.positions), slots, capture)
         self.stash: tuple[Prompt, Tensor] | None = None  # a prompt whose samples still wait, its last hidden state
 
     def run(self, rows: Sequence[Row]) -> None:
         """Fill `tokens`, `log_probs`, `policy_log_probs` and `finished` of every row; equal prompts stand together."""
         waiting = deque(rows)
-        try:
-            while waiting or self.rows:
-                if self.rows:
-                    self._forward()
-                if self._may_enter(len(waiting)):
-                    self._admit(waiting)
+        while waiting or self.rows:
+            if self.rows:
+                self._forward()
+            if self._may_enter(len(waiting)):
+                self._admit(waiting)
+            self._sample()
+            for _ in range(self.steps - 1):
+                self._forward()
                 self._sample()
-                for _ in range(self.steps - 1):
-                    self._forward()
-                    self._sample()
-                self._harvest()
-        finally:
-            self.graphs = None  # they hold this decoder, and with it the cache, in a circle
+            self._harvest()
 
     # ------------------------------------------------------------------------------------------------ prompts
 
     def _may_enter(self, waiting: int) -> bool:
         """Prompts are computed in a forward of their own, so rows enter together: an eighth of the slots at least, or
         all that wait. Where every slot is empty there is nothing to wait for."""
-        size = len(self.slots.lengths)
-        free = size - len(self.rows)
-        return waiting > 0 and (free == size or free >= min(waiting, math.ceil(size / 8)))
+        free = self.size - len(self.rows)
+        return waiting > 0 and (free == self.size or free >= min(waiting, math.ceil(self.size / 8)))
 
     def _admit(self, waiting: deque[Row]) -> None:
         """The next rows take the slots behind the last one in use; the prompts among them are computed."""
         first = len(self.rows)
-        rows = [waiting.popleft() for _ in range(min(len(self.slots.lengths) - first, len(waiting)))]
+        rows = [waiting.popleft() for _ in range(min(self.size - first, len(waiting)))]
         groups: dict[Prompt, list[int]] = {}  # the slots of each prompt's samples
         for slot, row in enumerate(rows, first):
             groups.setdefault(row.prompt, []).append(slot)
@@ -135,15 +140,12 @@ class Decoder:
         count = computed = len(self.rows)
         self.longest += 1
         if self.graphs is None:
-            self.hidden = self._step(count, min(self.longest, self.cache.positions))
+            self.hidden = _step(self.trunk, self.slots, min(self.longest, self.cache.positions), count)
         else:
             self.hidden, computed = self.graphs.run(count)
         self.stats["decode_row_steps"] += computed
         self.stats["decode_steps"] += 1
         self.slots.lengths[:count] += (~self.slots.ended[:count]).long()
-
-    def _step(self, count: int, longest: int) -> Tensor:
-        return self.trunk.step(self.slots.last[:count], self.slots.lengths[:count], longest)
 
     def _sample(self) -> None:
         """Draw a token in every slot and write it down with its log-probs; slots that ended write behind the end."""

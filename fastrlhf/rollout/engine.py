@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.models.heads import Head, ValueHead, lm_head
 from fastrlhf.parallel.sharding import whole
-from fastrlhf.rollout.cuda_graphs import cuda_capture
-from fastrlhf.rollout.decoder import Decoder
-from fastrlhf.rollout.gather import gather_generation
+from fastrlhf.rollout.compiled import Compilation, Regions
+from fastrlhf.rollout.cuda_graphs import Capture, StepGraphs, cuda_capture
+from fastrlhf.rollout.decoder import Decoder, replayable
 from fastrlhf.rollout.kv_cache import SlotCache, cache_bytes_per_token
 from fastrlhf.rollout.parity import (
     Difference,
@@ -37,12 +37,14 @@ from fastrlhf.rollout.parity import (
     keep_parity,
     known_parity,
     make_cache,
+    trouble,
     trunk_over,
 )
-from fastrlhf.rollout.recompute import TokenCache
-from fastrlhf.rollout.result import Rollout, make_rollout
+from fastrlhf.rollout.recompute import RecomputedTrunk, TokenCache
+from fastrlhf.rollout.result import Rollout, gather_generation, make_rollout
 from fastrlhf.rollout.sampling import Generation, SamplingParams
-from fastrlhf.rollout.slots import Row
+from fastrlhf.rollout.slots import Row, Slots
+from fastrlhf.rollout.trunk import CachedTrunk
 from fastrlhf.runtime.batching import shard
 from fastrlhf.runtime.memory import ran_out
 
@@ -50,7 +52,23 @@ LOG = logging.getLogger(__name__)
 STATS = ("prefill_tokens", "decode_row_steps", "decode_steps", "new_tokens", "waves")
 MOST_SLOTS = 1024  # sequences decoded together, whatever the memory
 TOKEN_BYTES = 8  # of a position without keys and values
+TRIED_POSITIONS = 64  # of the sequences on which compiled layers are tried; windows and masks are not theirs
 SYNC_STEPS = 8  # tokens between two looks of the host on a GPU; on a CPU, where looking is free, it looks at each
+
+
+@dataclass
+class Kept:
+    """What one rollout may leave to the next: trunk and cache, the state of the slots, graphs of its steps."""
+
+    trunk: CachedTrunk | RecomputedTrunk
+    slots: Slots
+    graphs: StepGraphs | None = None
+
+    def fits(self, slots: int, extra: int, positions: int, new_tokens: int, model: PreTrainedModel) -> bool:
+        """Whether it serves a rollout of this size, with as many slots as `extra` behind those that decode."""
+        has, columns = self.slots.tokens.shape
+        enough = has >= slots and columns > new_tokens and has + extra <= self.trunk.cache.slots
+        return enough and self.trunk.cache.fits(slots + extra, positions, model)
 
 
 class RolloutEngine:
@@ -63,13 +81,23 @@ class RolloutEngine:
         *,
         max_batch_tokens: int | None = None,
         value_head: ValueHead | None = None,
+        compile: bool | None = False,
     ) -> None:
         """max_batch_tokens: positions of the cache of keys and values, for prompts and new tokens of what decodes
         together; None: what half of the free memory holds. value_head: a critic on the model's trunk, read
-        for each token on the way."""
+        for each token on the way. compile: decoder layers decode compiled (`compiled.py`), which takes some seconds
+        once: worth it for many rollouts; None: on a GPU, where it can be. UserError for true without a compiler."""
         self.model, self.tokenizer, self.value_head = model, tokenizer, value_head
         self.max_batch_tokens = max_batch_tokens
-        self.cache: SlotCache | TokenCache | None = None
+        self.compilation = Compilation(model, compile)
+        self.keeps = model.device.type == "cuda"  # cache, state and graphs over `release`
+        self._kept: Kept | None = None
+        self._released: int | None = None  # the allocator's retries when something was kept over `release`
+
+    @property
+    def cache(self) -> SlotCache | TokenCache | None:
+        """What the next rollout finds, if anything."""
+        return None if self._kept is None else self._kept.trunk.cache
 
     def generate(self, prompt_ids: list[list[int]], params: SamplingParams, *, first: int = 0) -> Generation:
         """Sample params.n replies to each prompt. first: number of the first prompt, where these are part of more.
@@ -112,22 +140,27 @@ class RolloutEngine:
         """Settle, once for a model, how it is generated from in sequences of up to `positions` tokens (`parity.py`) ->
         a sentence where that is slow, else nothing. UserError for a model that would generate otherwise than it trains.
         """
-        known = known_parity(self.model)
-        if known is not None and known.positions >= positions:
+        known, slow = known_parity(self.model), ""
+        if known is not None and known.positions >= positions and self.compilation.settled:
             return ""
         with _inference(self.model):
-            known = find_parity(self.model, positions)
-        if known.cached:
-            return ""
-        return (
-            f"generation reads every sequence anew for each token, which is slow: {type(self.model).__name__} cannot "
-            f"be cached ({known.reason})"
-        )
+            if known is None or known.positions < positions:
+                known = find_parity(self.model, positions)
+                if not known.cached:
+                    slow = (
+                        f"generation reads every sequence anew for each token, which is slow: "
+                        f"{type(self.model).__name__} cannot be cached ({known.reason})"
+                    )
+            return "; ".join(filter(None, (slow, self.compilation.settle(known.cached, self._trouble))))
+
+    def _trouble(self, regions: Regions) -> str:
+        """What is wrong with decoding through compiled layers."""
+        return trouble(self.model, int(min(TRIED_POSITIONS, position_limits(self.model))), True, regions)
 
     def difference(self, positions: int) -> Difference:
         """Decoding against the plain forward with the weights as they are, in sequences of up to `positions` tokens."""
         with _inference(self.model):
-            return compare(self.model, positions, known_parity(self.model).cached)
+            return compare(self.model, positions, known_parity(self.model).cached, self.compilation.regions)
 
     def state(self) -> list[Any] | None:
         """What `check` found, for a checkpoint."""
@@ -138,8 +171,22 @@ class RolloutEngine:
         keep_parity(self.model, state)
 
     def release(self) -> None:
-        """Give the cache's memory back, for the update that follows; the next rollout makes it anew."""
-        self.cache = None
+        """Give the memory of the cache back, for the update that follows; the next rollout makes it anew. On a GPU it
+        stays, with state and graphs, until memory was short once (`give_up`)."""
+        if self.keeps and self._kept is not None:
+            self._released = _allocator_retries(self.model.device)
+        else:
+            self._drop()
+
+    def give_up(self) -> bool:
+        """Memory is short: keep nothing over `release` from now on -> whether there was anything to give back."""
+        held, self.keeps = self._kept is not None, False
+        self._drop()
+        return held
+
+    def _drop(self) -> None:
+        self._kept = self._released = None
+        self.compilation.drop()
 
     def _decode(self, rows: list[Row], params: SamplingParams, stats: dict[str, float]) -> None:
         """Fill the rows, in as many slots as memory holds: half of them as often as it runs out."""
@@ -165,7 +212,7 @@ class RolloutEngine:
                 rows = [row for row in rows if not row.done]
                 LOG.warning("generation ran out of memory with %d sequences: again with %d", slots, slots // 2)
                 slots = min(slots // 2, len(rows))
-                self.release()
+                self._drop()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()  # for the allocators beside torch's own
 
@@ -174,13 +221,39 @@ class RolloutEngine:
         extra = int(len({row.prompt for row in rows}) < len(rows) > slots > 1)
         if extra and self.max_batch_tokens is not None and (slots + 1) * positions > self.max_batch_tokens:
             slots -= 1
-        cache, self.cache = self.cache, None  # dropped where anything below fails
-        if cache is None or not cache.fits(slots + extra, positions, self.model):
-            cache = make_cache(self.model, known_parity(self.model).cached, slots + extra, positions)
-        with decoding(self.model, cache):
-            self._decoder(head, cache, slots, params, stats).run(rows)
+        kept = self._prepared(slots, extra, positions, params)
+        with decoding(self.model, kept.trunk.cache, self.compilation.regions):
+            self._decoder(head, kept, slots, params, stats).run(rows)
         if all(bool(row.log_probs.isfinite().all()) for row in rows):  # or NaN would outlive the weights it came from
-            self.cache = cache
+            self._kept = kept
+
+    def _prepared(self, slots: int, extra: int, positions: int, params: SamplingParams) -> Kept:
+        """What the rollout before this one left, where it serves; else made anew. Dropped where what follows fails."""
+        kept, self._kept = self._kept, None
+        if self._released is not None and _allocator_retries(self.model.device) > self._released:
+            LOG.warning("the GPU's memory is short: the cache of keys and values is made anew for each rollout")
+            self.give_up()
+            kept = None
+        self._released = None
+        self.compilation.refresh()
+        if kept is None or not kept.fits(slots, extra, positions, params.max_new_tokens, self.model):
+            kept = None  # its memory first
+            cache = make_cache(self.model, known_parity(self.model).cached, slots + extra, positions)
+            trunk = trunk_over(self.model, cache, self.compilation.regions)
+            kept = Kept(trunk, Slots(slots, params.max_new_tokens, self.model.device))
+        capture = self._capture()
+        if capture is None or isinstance(kept.trunk.cache, TokenCache):
+            return kept
+        weights = [*self.model.parameters(), *self.model.buffers(), *self.compilation.tensors()]
+        addresses = [tensor.data_ptr() for tensor in weights]
+        if kept.graphs is None or kept.graphs.holds != addresses:
+            most = len(kept.slots.lengths)
+            kept.graphs = StepGraphs(replayable(kept.trunk, kept.slots), most, capture, addresses)
+        return kept
+
+    def _capture(self) -> Capture | None:
+        """How a step is recorded: on a GPU as a CUDA graph."""
+        return cuda_capture() if self.model.device.type == "cuda" else None
 
     def _bytes_per_token(self) -> int:
         known = known_parity(self.model)
@@ -194,20 +267,23 @@ class RolloutEngine:
             sentence = self.check(max(positions, room))
             if sentence and known is None:
                 LOG.warning(sentence)
+        elif not self.compilation.settled:
+            with _inference(self.model):
+                sentence = self.compilation.settle(known.cached, self._trouble)
+            if sentence:
+                LOG.warning(sentence)
 
-    def _decoder(self, head: Head, cache: SlotCache | TokenCache, slots: int, params, stats) -> Decoder:
-        options = {"value_head": self.value_head}
-        if self.model.device.type == "cuda":
-            options["steps"] = SYNC_STEPS
-            if isinstance(cache, SlotCache):
-                options["capture"] = cuda_capture()
-        return Decoder(trunk_over(self.model, cache), head, slots, params, stats, **options)
+    def _decoder(self, head: Head, kept: Kept, slots: int, params, stats) -> Decoder:
+        steps = SYNC_STEPS if self.model.device.type == "cuda" else 1
+        options = {"size": slots, "value_head": self.value_head, "steps": steps, "graphs": kept.graphs}
+        return Decoder(kept.trunk, head, kept.slots, params, stats, **options)
 
     def _slots(self, rows: int, positions: int) -> int:
         """Sequences that decode together."""
         tokens = self.max_batch_tokens
         if tokens is None:
-            tokens = free_bytes(self.model.device) // 2 // self._bytes_per_token()
+            kept = 0 if self.cache is None else self.cache.slots * self.cache.positions
+            tokens = (free_bytes(self.model.device) // self._bytes_per_token() + kept) // 2
         return max(1, min(rows, MOST_SLOTS, tokens // positions))
 
     def _stop_ids(self, params: SamplingParams) -> list[int]:
@@ -268,6 +344,11 @@ def _position_limits(config: PreTrainedConfig) -> tuple[float, float]:
     changing = rope.get("rope_type") in ("longrope", "dynamic")  # frequencies that depend on the longest sequence
     switch = rope.get("original_max_position_embeddings") if changing else None
     return positions, math.inf if switch is None else switch
+
+
+def _allocator_retries(device: torch.device) -> int:
+    """How often a GPU's memory had to be given back before it sufficed."""
+    return torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0
 
 
 def free_bytes(device: torch.device) -> int:

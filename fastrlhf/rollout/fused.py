@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -34,25 +34,36 @@ class Swap(NamedTuple):
     name: str
     ours: Callable[..., Any]
 
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Swapped in this context, and as it was behind it, also after an error."""
+        owner = self.owner()
+        if owner is None:
+            yield
+            return
+        original = vars(owner).get(self.name)  # None: it is its class's
+        setattr(owner, self.name, self.ours)
+        try:
+            yield
+        finally:
+            if original is None:
+                delattr(owner, self.name)
+            else:
+                setattr(owner, self.name, original)
+
 
 _known: WeakKeyDictionary[PreTrainedModel, tuple[tuple[Any, ...], list[Swap]]] = WeakKeyDictionary()
 
 
 @contextmanager
-def fused(model: PreTrainedModel) -> Iterator[None]:
-    """The model's parts are ours in this context, where they can be, and its own behind it, also after an error."""
-    owners = [(owner, swap) for swap in swaps_of(model) if (owner := swap.owner()) is not None]
-    before = [vars(owner).get(swap.name) for owner, swap in owners]  # None: it is its class's
-    try:
-        for owner, swap in owners:
-            setattr(owner, swap.name, swap.ours)
+def fused(model: PreTrainedModel, *, without: Container[int] = ()) -> Iterator[None]:
+    """The model's parts are ours in this context, where they can be, and its own behind it, also after an error.
+    without: ids of modules that stay their own, and with them the rotation."""
+    with ExitStack() as stack:
+        for swap in swaps_of(model):
+            if not without or (swap.name == "forward" and id(swap.owner()) not in without):
+                stack.enter_context(swap.made())
         yield
-    finally:
-        for (owner, swap), original in zip(owners, before, strict=True):
-            if original is None:
-                delattr(owner, swap.name)
-            else:
-                setattr(owner, swap.name, original)
 
 
 def swaps_of(model: PreTrainedModel) -> list[Swap]:
@@ -63,7 +74,7 @@ def swaps_of(model: PreTrainedModel) -> list[Swap]:
     key = (model.dtype, model.device)
     if model not in _known or _known[model][0] != key:
         with torch.no_grad():
-            _known[model] = key, [*_modules(model), *_rotations(model)]
+            _known[model] = key, [*_modules(model), *rotations(model)]
     return _known[model][1]
 
 
@@ -116,7 +127,7 @@ def _mlp(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], int, tuple[Any,
     return ours, width, (type(module), parts, width, getattr(gate, "out_features", None))
 
 
-def _rotations(model: PreTrainedModel) -> Iterator[Swap]:
+def rotations(model: PreTrainedModel) -> Iterator[Swap]:
     """The function by which the model's attention turns queries and keys."""
     for name in sorted({type(module).__module__ for module in model.base_model.modules()}):
         original = getattr(sys.modules.get(name), ROTATION, None)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from fastrlhf.config.errors import UserError
 from fastrlhf.models.heads import head_logits, hidden_states, lm_head
 from fastrlhf.rollout.attention import attending
+from fastrlhf.rollout.compiled import Regions
 from fastrlhf.rollout.fused import fused
 from fastrlhf.rollout.kv_cache import SlotCache
 from fastrlhf.rollout.recompute import RecomputedTrunk, TokenCache
@@ -121,9 +122,9 @@ def unfit(model: PreTrainedModel) -> str:
     return f"it has {', '.join(sorted(kinds))}, which a cache of keys and values does not serve" if kinds else ""
 
 
-def trouble(model: PreTrainedModel, positions: int, cached: bool) -> str:
+def trouble(model: PreTrainedModel, positions: int, cached: bool, regions: Regions | None = None) -> str:
     """What is wrong with generating this way; nothing where it is exact."""
-    difference, failure = _tried(lambda: compare(model, positions, cached))
+    difference, failure = _tried(lambda: compare(model, positions, cached, regions))
     if difference is None:
         return failure
     return "" if difference.agrees else f"its decoding differs from its plain forward by {difference}"
@@ -154,19 +155,25 @@ def make_cache(model: PreTrainedModel, cached: bool, slots: int, positions: int)
     return SlotCache(model.config.get_text_config().num_hidden_layers, slots, positions)
 
 
-def trunk_over(model: PreTrainedModel, cache: SlotCache | TokenCache) -> CachedTrunk | RecomputedTrunk:
-    """The model's trunk as decoding runs it."""
-    return RecomputedTrunk(model, cache) if isinstance(cache, TokenCache) else CachedTrunk(model, cache)
+def trunk_over(
+    model: PreTrainedModel, cache: SlotCache | TokenCache, regions: Regions | None = None
+) -> CachedTrunk | RecomputedTrunk:
+    """The model's trunk as decoding runs it. regions: its compiled layers."""
+    return RecomputedTrunk(model, cache) if isinstance(cache, TokenCache) else CachedTrunk(model, cache, regions)
 
 
 @contextmanager
-def decoding(model: PreTrainedModel, cache: SlotCache | TokenCache) -> Iterator[None]:
+def decoding(model: PreTrainedModel, cache: SlotCache | TokenCache, regions: Regions | None = None) -> Iterator[None]:
     """The context in which such a trunk runs."""
-    with fused(model), nullcontext() if isinstance(cache, TokenCache) else attending(model, cache):
+    with ExitStack() as stack:
+        if regions is None:  # it sees to its own parts
+            stack.enter_context(fused(model))
+        if isinstance(cache, SlotCache):
+            stack.enter_context(attending(model, cache))
         yield
 
 
-def compare(model: PreTrainedModel, positions: int, cached: bool) -> Difference:
+def compare(model: PreTrainedModel, positions: int, cached: bool, regions: Regions | None = None) -> Difference:
     """Decode known tokens behind prompts of four lengths, two near `positions` and two short that are one prompt, and
     read the same tokens in one forward each.
 
@@ -183,7 +190,7 @@ def compare(model: PreTrainedModel, positions: int, cached: bool) -> Difference:
     sizes = [longest, max(1, longest - 3), short, short]
     rows = [torch.randint(vocabulary, (size + steps,), generator=draw) for size in sizes]
     rows[3][:short] = rows[2][:short]  # two samples of one prompt
-    ours = _decoded(model, rows, sizes, steps, make_cache(model, cached, len(rows), positions))
+    ours = _decoded(model, rows, sizes, steps, make_cache(model, cached, len(rows), positions), regions)
     worst, agrees = Difference(-1.0, 0, 0, True), True
     for row, size, states in zip(rows, sizes, ours, strict=True):
         plain = hidden_states(model, row[None].to(model.device))[0, size - 1 :]
@@ -196,12 +203,17 @@ def compare(model: PreTrainedModel, positions: int, cached: bool) -> Difference:
 
 
 def _decoded(
-    model: PreTrainedModel, rows: list[Tensor], sizes: list[int], steps: int, cache: SlotCache | TokenCache
+    model: PreTrainedModel,
+    rows: list[Tensor],
+    sizes: list[int],
+    steps: int,
+    cache: SlotCache | TokenCache,
+    regions: Regions | None = None,
 ) -> list[Tensor]:
     """Hidden states [steps + 1, H] of each row from the end of its prompt on, as decoding computes them."""
-    trunk, device = trunk_over(model, cache), model.device
+    trunk, device = trunk_over(model, cache, regions), model.device
     prompts = [tuple(row[:size].tolist()) for row, size in zip(rows, sizes, strict=True)]
-    with decoding(model, cache):
+    with decoding(model, cache, regions):
         # One after the other where they are equal (positions of a token or two): a prompt has one slot.
         slot_of = {prompt: slot for slot, prompt in reversed(list(enumerate(prompts)))}
         states = trunk.prefill(slot_of)

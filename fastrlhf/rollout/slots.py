@@ -47,6 +47,11 @@ class Slots:
         self.tokens = whole(slots, columns)
         self.log_probs, self.policy_log_probs, self.values = torch.zeros(3, slots, columns, device=device)
 
+    def reset(self) -> None:
+        """As new, at the same addresses."""
+        for state in vars(self).values():
+            state.zero_()
+
     def enter(self, rows: Sequence[Row], first: int) -> None:
         """Rows that start with their prompts computed, in the slots from `first` on."""
         new, device = slice(first, first + len(rows)), self.lengths.device

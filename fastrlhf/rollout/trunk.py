@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from itertools import groupby
 
 import torch
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 
 from fastrlhf.models.token_batch import joined
 from fastrlhf.rollout.attention import cache_argument, uses_interface
+from fastrlhf.rollout.compiled import Regions
+from fastrlhf.rollout.fused import fused
 from fastrlhf.rollout.kv_cache import Packed, SlotCache
 
 PREFILL_TOKENS = 8192  # prompts of one forward; a longer prompt goes alone
@@ -21,13 +24,18 @@ Prompt = tuple[int, ...]
 class CachedTrunk:
     """The trunk of `model`, run with `cache` for its keys and values, where the model attends our way (`attending`)."""
 
-    def __init__(self, model: PreTrainedModel, cache: SlotCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: PreTrainedModel, cache: SlotCache, regions: Regions | None = None) -> None:
+        """regions: the compiled layers that decode; prompts go through the model's own."""
+        self.model, self.cache, self.regions = model, cache, regions
         self.interface, self.argument = uses_interface(model), cache_argument(model)
         self.slots = torch.arange(cache.slots, device=model.device)
 
     def prefill(self, slot_of: Mapping[Prompt, int]) -> dict[Prompt, Tensor]:
         """Keys and values of the prompts into their slots -> each one's last hidden state [H]."""
+        with nullcontext() if self.regions is None else fused(self.model):
+            return self._prefill_all(slot_of)
+
+    def _prefill_all(self, slot_of: Mapping[Prompt, int]) -> dict[Prompt, Tensor]:
         states: dict[Prompt, Tensor] = {}
         for chunk in _chunks(slot_of):
             # Packed prompts need our attention; a model with its own gets one length at a time, which needs no mask.
@@ -62,7 +70,8 @@ class CachedTrunk:
         """
         self.cache.decode(self.slots[: len(tokens)], lengths, longest)
         mask = {} if self.interface else {"attention_mask": self.cache.mask(None, self.model.dtype)}
-        return self._forward(tokens[:, None], lengths[:, None].clone(), **mask)[:, -1]
+        with nullcontext() if self.regions is None else self.regions.active(self.cache):
+            return self._forward(tokens[:, None], lengths[:, None].clone(), **mask)[:, -1]
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, **mask: Tensor) -> Tensor:
         inputs = {"input_ids": input_ids, "position_ids": position_ids, self.argument: self.cache}

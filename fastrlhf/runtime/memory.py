@@ -46,7 +46,9 @@ def token_budget(configured: int | None, device: torch.device) -> int:
 class MemoryBackoff:
     """The tokens of a micro-batch, halved when memory runs out; at most `MOST_HALVINGS` times a run.
 
-    report(kind, message, **fields) is told of every halving. Each rank halves its own; a checkpoint holds the lead's.
+    report(kind, message, **fields) is told of every halving. spares: each gives memory back that is kept for speed
+    alone, once, and says whether there was any; they come before a halving. Each rank halves its own; a checkpoint
+    holds the lead's.
     workspace: bytes that the head's kernels may take, the same on all ranks and after a resume, since it decides in
     which order they add; None until a run begins, for what suits the device. chosen: tokens that a plan of the memory
     gives where the configuration says auto, kept after a resume too; None: it says how many, or the device's default
@@ -59,6 +61,7 @@ class MemoryBackoff:
         self.halvings = 0
         self.workspace: int | None = None
         self.chosen: int | None = None
+        self.spares: list[Callable[[], bool]] = []
 
     def choose(self, plan: Callable[[], int | None]) -> None:
         """Take the tokens that plan() gives, unless the configuration or a checkpoint says how many."""
@@ -94,9 +97,13 @@ class MemoryBackoff:
                 message = str(error).strip().partition("\n")[0]
             # Only out here, where the exception and the frames that it keeps alive are gone, can memory come free.
             undo()
+            spared = [spare() for spare in self.spares]
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._halve(message)
+            if any(spared):
+                LOG.warning("memory ran out: again without what generation kept for its next rollout (%s)", message)
+            else:
+                self._halve(message)
             restore_rng(random_numbers)
 
     def _halve(self, message: str) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from . import checks
 from .backend import choose_backend
+from .operands import operator
 
 
 @torch.no_grad()
@@ -71,13 +72,33 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "au
     if size % 2 or len({q.dtype, k.dtype, cos.dtype, sin.dtype}) > 1:
         raise ValueError(f"heads of {size} in {q.dtype}, {k.dtype}, {cos.dtype}, {sin.dtype}; expected one dtype, even")
     checks.devices(q=q, k=k, cos=cos, sin=sin)
-    if choose_backend(backend, q).name == "triton":
+    return rotation.direct(q, k, cos, sin, choose_backend(backend, q).name == "triton")
+
+
+@operator(returns=2, name="rotate")
+def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, triton: bool):
+    """Both turned, each token's heads beside each other in memory: [B, T, H, D] seen as [B, H, T, D]."""
+    if triton:
         from .gpu import layers
 
         return layers.rotate(q, k, cos, sin)
-    cos, sin = cos[:, None], sin[:, None]
-    first, second = (torch.cat([-t[..., size // 2 :], t[..., : size // 2]], -1) for t in (q, k))
-    return q * cos + first * sin, k * cos + second * sin
+    cos, sin, half = cos[:, None], sin[:, None], q.shape[3] // 2
+    turned = []
+    for t in (q, k):
+        out = _heads_like(t)
+        torch.add(t * cos, torch.cat([-t[..., half:], t[..., :half]], -1) * sin, out=out)
+        turned.append(out)
+    return tuple(turned)
+
+
+@rotation.fake
+def _(q, k, **_):
+    return _heads_like(q), _heads_like(k)
+
+
+def _heads_like(t: Tensor) -> Tensor:
+    batch, heads, length, size = t.shape
+    return t.new_empty(batch, length, heads, size).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -99,11 +120,23 @@ def store_tokens(
             )
     checks.shapes(k.shape[:1], "the rows of k", slots=slots, lengths=lengths)
     checks.devices(k=k, v=v, keys=keys, values=values, slots=slots, lengths=lengths)
-    if k.shape == v.shape and choose_backend(backend, k).name == "triton":
+    triton = k.shape == v.shape and choose_backend(backend, k).name == "triton"
+    storing.direct(k, v, keys, values, slots, lengths, triton)
+
+
+@operator(returns=0, name="store_tokens", mutates=("keys", "values"))
+def storing(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, triton: bool):
+    if triton:
         from .gpu import layers
 
         return layers.store_tokens(k, v, keys, values, slots, lengths)
     keys[slots, lengths], values[slots, lengths] = k, v
+    return None
+
+
+@storing.fake
+def _(**_):
+    return None
 
 
 def _four(q: Tensor) -> torch.Size:

@@ -117,8 +117,9 @@ SCHEMA = {
 class Operator:
     """A function as an operator: opaque to torch.compile, and run outside autocast (its results are fp32)."""
 
-    def __init__(self, body: Callable[..., Any], returns: int, name: str) -> None:
-        """body: takes tensors, numbers and structures, all annotated; returns: how many tensors it gives back."""
+    def __init__(self, body: Callable[..., Any], returns: int, name: str, mutates: tuple[str, ...] = ()) -> None:
+        """body: takes tensors, numbers and structures, all annotated; returns: how many tensors it gives back; mutates:
+        the inputs that it changes in place."""
         hints = typing.get_type_hints(body)
         self.body = body
         self.parameters = {field: hint if hasattr(hint, "_fields") else None for field, hint in hints.items()}
@@ -129,8 +130,10 @@ class Operator:
                 inputs[field if field not in inputs else f"{parameter}_{field}"] = SCHEMA[hint]
         self.inputs = tuple(inputs)
         results = "Tensor" if returns == 1 else f"({', '.join(['Tensor'] * returns)})"
-        schema = f"({', '.join(f'{kind} {field}' for field, kind in inputs.items())}) -> {results}"
-        self.registered = torch.library.custom_op(f"fastrlhf::{name}", self.run, mutates_args=(), schema=schema)
+        written = {field: f"Tensor({'abcdefgh'[i]}!)" for i, field in enumerate(mutates)}
+        declared = ", ".join(f"{written.get(field, kind)} {field}" for field, kind in inputs.items())
+        schema = f"({declared}) -> {results}"
+        self.registered = torch.library.custom_op(f"fastrlhf::{name}", self.run, mutates_args=mutates, schema=schema)
 
     def __call__(self, *arguments):
         return self.registered(*flat(arguments))
@@ -232,9 +235,12 @@ class Operator:
         self.differentiable(prepare, gradients)
 
 
-def operator(returns: int = 1, name: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
-    """Decorator: the function as an Operator of `returns` results, under its own name or `name`."""
-    return lambda body: Operator(body, returns, name or body.__name__)
+def operator(
+    returns: int = 1, name: str | None = None, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorator: the function as an Operator of `returns` results, under its own name or `name`, that changes the
+    inputs `mutates` in place."""
+    return lambda body: Operator(body, returns, name or body.__name__, mutates)
 
 
 def flat(arguments) -> list[Any]:

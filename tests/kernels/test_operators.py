@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrlhf_kernels as kernels
-from fastrlhf_kernels import attention, backend, loss_ops, ops, sampling
+from fastrlhf_kernels import attention, backend, layers, loss_ops, ops, sampling
 from fastrlhf_kernels.eager import chunked
 from fastrlhf_kernels.operands import Head, LossOptions, Need, Rows, Tokens, flat
 
@@ -46,6 +46,8 @@ def operator_cases():
         "ppo_policy_loss": (loss_ops.ppo_policy_loss, leaf, tokens, count, clip, False),
         "ppo_value_loss": (loss_ops.ppo_value_loss, leaf, per_token, per_token, mask, None, count, 0.2, False),
         "sample_tokens": (sampling.draw, logits.detach(), 1.0, 5, 0.9, 3, drawn, drawn, False),
+        "rotate": (layers.rotation, *torch.randn(2, 2, 3, 4, 6).unbind(), *torch.randn(2, 2, 4, 6).unbind(), False),
+        "store_tokens": (layers.storing, keys[:, 0], keys[:, 1], keys.clone(), keys * 2, drawn, drawn % 5, False),
         "decode_attention": (attention.attention, keys[:, :2, 0], keys, keys, drawn % 5, 0.5, None, 3, False),
     }
 

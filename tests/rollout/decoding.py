@@ -11,16 +11,23 @@ from transformers import PreTrainedModel
 
 from fastrlhf.models.heads import lm_head
 from fastrlhf.rollout.attention import attending
-from fastrlhf.rollout.decoder import Decoder
+from fastrlhf.rollout.cuda_graphs import Capture, StepGraphs
+from fastrlhf.rollout.decoder import Decoder, replayable
 from fastrlhf.rollout.engine import STATS, RolloutEngine, position_limits
 from fastrlhf.rollout.kv_cache import SlotCache
 from fastrlhf.rollout.sampling import Generation, SamplingParams
-from fastrlhf.rollout.slots import Row
+from fastrlhf.rollout.slots import Row, Slots
 from fastrlhf.rollout.trunk import CachedTrunk
 
 
 def decode(
-    model: PreTrainedModel, prompts: list[list[int]], params: SamplingParams, slots: int, **how: object
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    slots: int,
+    *,
+    capture: Capture | None = None,
+    **how: object,
 ) -> Generation:
     """As the engine does, in so many slots and one for a prompt whose samples wait; how: steps, capture."""
     rows = [Row(tuple(prompt), i * params.n + j) for i, prompt in enumerate(prompts) for j in range(params.n)]
@@ -28,7 +35,10 @@ def decode(
     cache = SlotCache(model.config.num_hidden_layers, slots + 1, positions)
     stats = dict.fromkeys(STATS, 0)
     with torch.inference_mode(), attending(model, cache):
-        Decoder(CachedTrunk(model, cache), lm_head(model), slots, params, stats, **how).run(rows)
+        trunk, state = CachedTrunk(model, cache), Slots(slots, params.max_new_tokens, model.device)
+        if capture is not None:
+            how["graphs"] = StepGraphs(replayable(trunk, state), slots, capture)
+        Decoder(trunk, lm_head(model), state, params, stats, **how).run(rows)
     return Generation(
         response_ids=[row.tokens for row in rows],
         log_probs=[row.log_probs for row in rows],

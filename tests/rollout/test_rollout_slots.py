@@ -157,11 +157,11 @@ def test_the_memory_of_the_cache_is_free_at_once(llama, no_collector):
     caches = []
 
     def capture(step):
-        caches.append(weakref.ref(step.func.__self__.cache))
+        caches.append(weakref.ref(step.args[0].cache))
         return replayed(step)
 
     decode(llama, prompts(3), SamplingParams(4, stop_token_ids=[]), 3, capture=capture)
-    assert [cache() for cache in caches] == [None]
+    assert [cache() for cache in caches] == [None] * 3
 
 
 def test_nan_weights_do_not_outlive_themselves_in_the_cache(llama):
@@ -272,3 +272,68 @@ def test_a_graph_that_finds_no_memory_is_no_reason_to_go_without(llama, error):
     with before_forwards(unsure, failing(error, lambda rows: True)), pytest.raises(type(error)) as raised:
         RolloutEngine(unsure).generate([[5, 6]], SamplingParams(3))
     assert raised.value is error
+
+
+@pytest.fixture
+def as_on_a_gpu(llama, monkeypatch):
+    """An engine that keeps what it made over `release`, and a list of the rows of each step that it records."""
+    recorded = []
+
+    def capture(step):
+        replay, hidden = replayed(step)
+        recorded.append(len(hidden))
+        return replay, hidden
+
+    engine = RolloutEngine(llama)
+    monkeypatch.setattr(engine, "keeps", True)
+    monkeypatch.setattr(engine, "_capture", lambda: capture)
+    return engine, recorded
+
+
+def test_graphs_are_recorded_once_the_largest_first(llama, as_on_a_gpu):
+    """They outlive rollouts, smaller ones and updates in place; not weights that moved."""
+    engine, recorded = as_on_a_gpu
+    params = SamplingParams(9, n=2, stop_token_ids=STOPS, seed=3)
+    for round, asked in enumerate((prompts(9), prompts(9), prompts(7))):
+        same(engine.generate(asked, params), RolloutEngine(llama).generate(asked, params))
+        engine.release()
+        with torch.no_grad():
+            llama.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+        assert recorded == [18, 16, 12, 8, 4, 2, 1], round
+    weight = llama.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data / 1.1**3
+    same(engine.generate(prompts(9), params), RolloutEngine(llama).generate(prompts(9), params))
+    assert recorded == 2 * [18, 16, 12, 8, 4, 2, 1]
+
+
+def test_what_is_kept_is_given_up_when_memory_is_short(llama, as_on_a_gpu, monkeypatch, caplog):
+    """When the update asks, and when the allocator had to look for memory since the last rollout."""
+    engine, recorded = as_on_a_gpu
+    params = SamplingParams(4, stop_token_ids=[])
+    engine.generate(prompts(3), params)
+    engine.release()
+    keys = weakref.ref(engine.cache.layers[0].keys)
+    assert engine.give_up() and keys() is None and not engine.give_up()
+    engine.generate(prompts(3), params)
+    engine.release()
+    assert engine.cache is None and recorded == [3, 2, 1] * 2
+
+    engine.keeps, retries = True, [4]
+    monkeypatch.setattr("fastrlhf.rollout.engine._allocator_retries", lambda device: retries[0])
+    for more, recordings in ((0, 3), (0, 3), (1, 4)):
+        retries[0] += more
+        engine.generate(prompts(3), params)
+        engine.release()
+        assert recorded == [3, 2, 1] * recordings
+    assert engine.cache is None and "the GPU's memory is short" in caplog.text
+
+
+def test_a_failure_that_is_not_of_recording_is_loud(llama, as_on_a_gpu, monkeypatch):
+    engine, _ = as_on_a_gpu
+
+    def capture(step):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine, "_capture", lambda: capture)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        engine.generate(prompts(3), SamplingParams(4, stop_token_ids=[]))

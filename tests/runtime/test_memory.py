@@ -407,6 +407,20 @@ def test_random_numbers_are_drawn_again_and_memory_is_free_before_the_next_try()
     assert backoff.tokens == 1 and backoff.halvings == 2
 
 
+def test_what_is_kept_for_speed_goes_before_the_budget_is_halved():
+    backoff, kept = MemoryBackoff(SFTConfig(micro_batch_tokens=8), CPU, unheard), ["a cache"]
+    backoff.spares.append(lambda: bool(kept) and bool(kept.pop()))
+    tries = []
+
+    def work() -> str:
+        tries.append((backoff.tokens, len(kept)))
+        if len(tries) < 3:
+            raise torch.OutOfMemoryError("no memory")
+        return "done"
+
+    assert backoff.attempt(work) == "done" and tries == [(8, 1), (8, 0), (4, 0)]
+
+
 def test_the_real_allocator_is_understood():
     backoff, tries = MemoryBackoff(SFTConfig(), CPU, unheard), []
 

@@ -1,0 +1,271 @@
+"""Decoder layers of unmodified models compiled, region by region, for the steps of decoding.
+
+A region is one layer's step: `torch.compile` sees the layer's own code, with the cache write, the rotation and the
+attention as opaque operators (`fastrlhf_kernels`), so that it fuses what stands between the products and nothing else.
+Layers of one form share one graph: what differs between them (weights, keys, values) are its inputs. Batch and cache
+are dynamic, so no rollout compiles anew.
+
+Products of one input are joined where memory allows (q, k, v; gate, up): copies of the weights, made when decoding
+begins and never trained, saved or seen by anybody else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+from fastrlhf.config.errors import UserError
+from fastrlhf.parallel.sharding import is_sharded
+from fastrlhf.rollout.attention import LayerStep, in_region, uses_interface
+from fastrlhf.rollout.fused import fused, rotations
+from fastrlhf.rollout.kv_cache import SlotCache
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # children that multiply the same input
+JOINED_SHARE = 1 / 16  # of the device's memory, at most, for the joined copies
+
+
+class Compilation:
+    """Whether the layers of an engine's model decode compiled: asked for, possible, and tried once."""
+
+    def __init__(self, model: PreTrainedModel, wanted: bool | None) -> None:
+        """wanted: None is where it can be on a GPU. UserError for true where there is no compiler."""
+        missing = missing_compiler(model.device) if wanted else ""
+        if missing:
+            raise UserError(f"compile = true: {missing}; install it, or use compile = false")
+        self.model, self.wanted = model, wanted
+        self.settled = wanted is False or (wanted is None and model.device.type != "cuda")
+        self.regions: Regions | None = None
+
+    def settle(self, cached: bool, trouble: Callable[[Regions], str]) -> str:
+        """Decide, once -> a sentence where layers stay as they are though they need not. trouble(regions): what is
+        wrong with decoding through them. cached: whether there is a cache to decode over. UserError where it was asked
+        for and cannot be."""
+        if self.settled:
+            return ""
+        reason = self._settled(cached, trouble)
+        if reason and self.wanted:
+            raise UserError(f"compile = true: {reason}; use compile = auto or false")
+        self.settled = True
+        return f"decoding is not compiled: {reason}" if reason else ""
+
+    def _settled(self, cached: bool, trouble: Callable[[Regions], str]) -> str:
+        reason = missing_compiler(self.model.device)
+        if reason or not cached:
+            return reason or f"{type(self.model).__name__} decodes without a cache of keys and values"
+        if is_sharded(self.model):
+            return "its weights are sharded, and a layer's are gathered anew each rollout"
+        try:
+            regions = Regions(self.model)
+        except ValueError as error:
+            return str(error)
+        regions.refresh()
+        reason = trouble(regions)
+        if not reason:
+            self.regions = regions
+        return reason
+
+    def refresh(self) -> None:
+        """Before a rollout: joined weights are what the model's are now."""
+        if self.regions is not None:
+            self.regions.refresh()
+
+    def drop(self) -> None:
+        """Give the joined weights' memory back, until the next rollout."""
+        if self.regions is not None:
+            self.regions.drop()
+
+    def tensors(self) -> list[Tensor]:
+        """What compiled steps read beside the model's own weights."""
+        joined = [] if self.regions is None else self.regions.joined
+        return [tensor for join in joined for part in join.parts for tensor in part.buffers()]
+
+
+def missing_compiler(device: torch.device) -> str:
+    """What torch.compile lacks here, as a sentence; nothing where it can run."""
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "torch.compile needs triton on a GPU, which is not installed"
+        named = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    else:
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        named = [os.environ.get("CXX") or usual]
+    if not any(shutil.which(name) for name in named):
+        return f"torch.compile needs a compiler, and {' or '.join(named)} is not on the PATH"
+    return ""
+
+
+class Part(nn.Module):
+    """Columns `start` to `stop` of a joined product, in the place of the linear layer that computed them.
+
+    Its siblings multiply the same input by the same weight: in a region they are one product.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.start, self.stop = start, stop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_region[-1].product(x, self.weight, self.bias)[..., self.start : self.stop]
+
+
+class Joined:
+    """The weights of linear layers that stand side by side in `parent`, in one tensor."""
+
+    def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
+        self.parent, self.names = parent, names
+        self.linears: list[nn.Linear] = [getattr(parent, name) for name in names]
+        self.parts: list[Part] = []
+
+    def bytes(self) -> int:
+        return sum(linear.weight.numel() * linear.weight.element_size() for linear in self.linears)
+
+    def refresh(self) -> None:
+        """What the linear layers hold now, in the memory that compiled code and CUDA graphs know."""
+        weights = [linear.weight.detach() for linear in self.linears]
+        biases = [linear.bias.detach() for linear in self.linears if linear.bias is not None]
+        if self.parts and self.parts[0].weight.dtype == weights[0].dtype:
+            torch.cat(weights, out=self.parts[0].weight)
+            if biases:
+                torch.cat(biases, out=self.parts[0].bias)
+            return
+        weight, bias = torch.cat(weights), torch.cat(biases) if biases else None
+        stops = list(accumulate((linear.out_features for linear in self.linears), initial=0))
+        self.parts = [Part(weight, bias, start, stop) for start, stop in pairwise(stops)]
+
+    def drop(self) -> None:
+        self.parts = []
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The parts stand where the linear layers stood."""
+        try:
+            for name, part in zip(self.names, self.parts, strict=False):
+                self.parent._modules[name] = part
+            yield
+        finally:
+            for name, linear in zip(self.names, self.linears, strict=True):
+                self.parent._modules[name] = linear
+
+
+class Regions:
+    """The compiled decoder layers of a model. Raises ValueError for a model whose layers are not found."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.layers = decoder_layers(model)
+        inside = {id(module) for layer in self.layers for module in layer.modules()}
+        self.rotations = list(rotations(model))
+        self.outside = partial(fused, model, without=inside)
+        self.joined = [join for layer in self.layers for join in _joins(layer)]
+        if sum(join.bytes() for join in self.joined) > JOINED_SHARE * total_bytes(model.device):
+            self.joined = []
+        self.step: Callable[..., Any] = torch.compile(_of_its_own(_layer_step), fullgraph=True)
+
+    def refresh(self) -> None:
+        """Before a rollout: the joined weights are what the model's are now."""
+        for join in self.joined:
+            join.refresh()
+
+    def drop(self) -> None:
+        """Give the joined weights' memory back, until the next rollout."""
+        for join in self.joined:
+            join.drop()
+
+    @contextmanager
+    def active(self, cache: SlotCache) -> Iterator[None]:
+        """In this context, in which `cache` decodes, the model's layers are the compiled ones."""
+        with ExitStack() as stack:
+            stack.enter_context(self.outside())
+            for swap in self.rotations:
+                stack.enter_context(swap.made())
+            for join in self.joined:
+                stack.enter_context(join.active())
+            stack.callback(_uncovered, self.layers)
+            for index, layer in enumerate(self.layers):
+                layer.forward = partial(self._run, cache, index, layer)
+            yield
+
+    def _run(self, cache: SlotCache, index: int, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward."""
+        names = [name for name, value in kwargs.items() if value is cache]
+        if len(names) != 1:
+            raise ValueError(f"{type(layer).__name__} is not given its cache by name")
+        others = {name: value for name, value in kwargs.items() if value is not cache}
+        store = cache.layers[index]
+        state = (store.keys, store.values, cache.rows, cache.lengths, cache.seen)
+        for tensor in (store.keys, store.values):
+            torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
+        for value in pytree.tree_leaves((state[2:], args, others)):
+            if isinstance(value, Tensor) and value.ndim and len(value) == len(cache.rows):
+                torch._dynamo.maybe_mark_dynamic(value, 0)
+        return self.step(layer, names[0], state, args, others)
+
+
+def _uncovered(layers: list[nn.Module]) -> None:
+    for layer in layers:
+        vars(layer).pop("forward", None)
+
+
+def _layer_step(layer: nn.Module, name: str, state: tuple[Tensor, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The region: the layer's own code, over a cache that is its own alone."""
+    step = LayerStep(*state)
+    in_region.append(step)
+    result = type(layer).forward(layer, *args, **{name: step}, **kwargs)
+    in_region.pop()
+    return result
+
+
+def _of_its_own(function: types.FunctionType) -> types.FunctionType:
+    """A copy with code of its own: torch keeps graphs, and counts them against its limit, by code object."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's layers, in order. ValueError for a model that has none we know, or where somebody else changed their
+    forward."""
+    if not uses_interface(model):
+        raise ValueError(f"{type(model).__name__} does not call the attention it is configured with")
+    count = model.config.get_text_config().num_hidden_layers
+    for modules in model.base_model.modules():
+        if isinstance(modules, nn.ModuleList) and len(modules) == count:
+            indices = [{getattr(part, "layer_idx", None) for part in layer.modules()} - {None} for layer in modules]
+            if indices == [{index} for index in range(count)]:
+                if any("forward" in vars(layer) for layer in modules):
+                    raise ValueError(f"the layers of {type(model).__name__} have forwards that are not their own")
+                return list(modules)
+    raise ValueError(f"{type(model).__name__} has no list of {count} layers that each know their number")
+
+
+def _joins(layer: nn.Module) -> Iterator[Joined]:
+    for module in layer.modules():
+        for names in TOGETHER:
+            parts = [module._modules.get(name) for name in names]
+            if all(type(part) is nn.Linear for part in parts):  # neither adapters nor quantised
+                kinds = {(p.in_features, p.weight.dtype, p.weight.device, p.bias is None) for p in parts}
+                if len(kinds) == 1:
+                    yield Joined(module, names)
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return 8 << 30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
