@@ -14,6 +14,9 @@ head, losses, bookkeeping). The paths are those of a CPU: a GPU takes others whe
 is not in it. Phases: prefill (prompts, and the first token of each reply), decode (one token of all replies), reward (a
 reward model of the same size), experience (old and reference log-probs, values), and the two updates, forward and
 backward of a micro-batch.
+
+Last, the kernels of a layer's decoding step compiled (`compile` of the configuration), read from the compiler's code
+for a small model of the kind in bf16 (`bench.regions`), with the weights of products of one input apart and joined.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from bench.models import QWEN
+from bench.regions import of_model as compiled_regions
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.plan import phases
 from fastrlhf.plan.counter import tensors_in
@@ -235,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     if wrong:
         parser.error(f"MODEL {wrong[0]!r} is none of {', '.join(MODELS)}")
     results: dict[str, Any] = {}
+    regions = {name: compiled_regions(MODELS[name][0], torch.bfloat16) for name in args.models or MODELS}
     head = f"{'model':14} {'phase':21} {'a layer':>8} {'the rest':>9} {'all':>7} {'waits':>6} {'reads':>6}"
     print(f"{head} {'MiB a layer':>12}")
     for name in args.models or MODELS:
@@ -243,9 +248,13 @@ def main(argv: list[str] | None = None) -> int:
             counts = f"{row['layer']['operators']:8g} {row['rest']['operators']:9g} {row['total']['operators']:7g}"
             counts += f" {row['total']['waits']:6g} {row['total']['reads']:6g} {row['layer']['bytes'] / 2**20:12.1f}"
             print(f"{name:14} {phase:21} {counts}", flush=True)
+        for form, kernels in regions[name].items():
+            print(f"{name:14} {'decode, compiled':21} {len(kernels):8} kernels a layer, weights {form}", flush=True)
         if args.json:
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-            args.json.write_text(json.dumps({**versions, "config": CONFIG, "models": results}, indent=1) + "\n")
+            args.json.write_text(
+                json.dumps({**versions, "config": CONFIG, "models": results, "regions": regions}, indent=1) + "\n"
+            )
     return 0
 
 

@@ -14,6 +14,10 @@ from unittest import mock
 
 import torch
 from torch._inductor.graph import GraphLowering
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from fastrlhf import RolloutEngine
+from fastrlhf.rollout import compiled
 
 STARTS = re.compile(r"^\s+(?:\w+ = )?(cpp_fused\w*|triton_\w+|extern_kernels\.\w+|torch\.ops\.\w+\.\w+\.\w+)\(", re.M)
 
@@ -32,3 +36,19 @@ def kernels() -> Iterator[list[list[str]]]:
     )
     with caches[0], caches[1], mock.patch.object(GraphLowering, "save_output_code", look):
         yield graphs
+
+
+def of_model(kind: type[PreTrainedConfig], dtype: torch.dtype) -> dict[str, list[str]]:
+    """What a step of a layer starts, the weights of q, k, v and of gate, up apart and joined; of several kinds of
+    layers the longest. The model is small: what is fused does not depend on its sizes."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    found = {}
+    for form, share in (("apart", 0.0), ("joined", 1.0)):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(kind(**sizes, **heads, **ids)).to(dtype).eval()
+        with mock.patch.object(compiled, "JOINED_SHARE", share), kernels() as graphs:
+            RolloutEngine(model, compile=True).check(32)
+        found[form] = max(graphs, key=len)
+    return found

@@ -38,9 +38,10 @@ from fastrlhf.models.sources import locate
 from fastrlhf.models.token_batch import TokenRows, target_log_probs
 from fastrlhf.preflight.rows import check_dropped, describe_rows
 from fastrlhf.rl.scorers import score_rows
-from fastrlhf.rollout.engine import RolloutEngine, free_bytes, position_limits
+from fastrlhf.rollout.engine import RolloutEngine, position_limits
 from fastrlhf.runtime.distributed import device as local_device
 from fastrlhf.runtime.hardware import resolve_attention, resolve_dtype
+from fastrlhf.runtime.memory import free_bytes
 from fastrlhf_kernels import reference
 from fastrlhf_kernels.backend import OLDEST, TRITON, choose_backend
 

@@ -126,7 +126,7 @@ class PPOTrainer(Trainer):
         shared = self.critic is not None and self.critic.shares_trunk
         head = self.critic.head if shared else None
         self.engine = RolloutEngine(self.policy, tokenizer, value_head=head, compile=config.compile)
-        self.memory.spares.append(self.engine.give_up)
+        self.memory.spares += [self.engine.give_up, roles.offload.give_back]
         self.longest = _longest(config, [*self.prompts, *(self.eval_prompts or [])], self.policy)
         if not config.resume:  # a resumed run's checkpoint holds the result; it is asked for where it does not
             note = self.engine.check(self.longest)
@@ -162,10 +162,12 @@ class PPOTrainer(Trainer):
     def step(self) -> PPOStep:
         config, phase = self.config, self.tracker.phase
         with phase("rollout"):
+            self.roles.offload.fetch(next(iter(self.scorer.models), self.ref_policy))
             indices = self.sampler.take(config.rollout_batch_size // config.samples_per_prompt)
             rollout = self.rollout([self.prompts[i] for i in indices], config.samples_per_prompt, purpose="rollout")
         self.stop_together()
         with phase("score"):
+            self.roles.offload.fetch(self.ref_policy)
             scores = self.scorer(rollout)
             self.alarms.after_scoring(rollout.scored(scores.values), self.steps_done + 1)
         self.stop_together()

@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 from typing import Any
 
 import torch
@@ -31,9 +31,12 @@ from fastrlhf.parallel.sharding import is_sharded
 from fastrlhf.rollout.attention import LayerStep, in_region, uses_interface
 from fastrlhf.rollout.fused import fused, rotations
 from fastrlhf.rollout.kv_cache import SlotCache
+from fastrlhf.runtime.memory import total_bytes
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # children that multiply the same input
 JOINED_SHARE = 1 / 16  # of the device's memory, at most, for the joined copies
+
+_numbers = count()
 
 
 class Compilation:
@@ -232,8 +235,10 @@ def _layer_step(layer: nn.Module, name: str, state: tuple[Tensor, ...], args: tu
 
 
 def _of_its_own(function: types.FunctionType) -> types.FunctionType:
-    """A copy with code of its own: torch keeps graphs, and counts them against its limit, by code object."""
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    """A copy with code and name of its own: torch keeps graphs, and counts them against its limit, by code object; and
+    by name what it saw change from call to call, which between two models is every number."""
+    name = f"{function.__name__}_{next(_numbers)}"
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -241,15 +246,15 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     forward."""
     if not uses_interface(model):
         raise ValueError(f"{type(model).__name__} does not call the attention it is configured with")
-    count = model.config.get_text_config().num_hidden_layers
+    number = model.config.get_text_config().num_hidden_layers
     for modules in model.base_model.modules():
-        if isinstance(modules, nn.ModuleList) and len(modules) == count:
+        if isinstance(modules, nn.ModuleList) and len(modules) == number:
             indices = [{getattr(part, "layer_idx", None) for part in layer.modules()} - {None} for layer in modules]
-            if indices == [{index} for index in range(count)]:
+            if indices == [{index} for index in range(number)]:
                 if any("forward" in vars(layer) for layer in modules):
                     raise ValueError(f"the layers of {type(model).__name__} have forwards that are not their own")
                 return list(modules)
-    raise ValueError(f"{type(model).__name__} has no list of {count} layers that each know their number")
+    raise ValueError(f"{type(model).__name__} has no list of {number} layers that each know their number")
 
 
 def _joins(layer: nn.Module) -> Iterator[Joined]:
@@ -260,12 +265,3 @@ def _joins(layer: nn.Module) -> Iterator[Joined]:
                 kinds = {(p.in_features, p.weight.dtype, p.weight.device, p.bias is None) for p in parts}
                 if len(kinds) == 1:
                     yield Joined(module, names)
-
-
-def total_bytes(device: torch.device) -> int:
-    """Memory of the device, used or not."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return 8 << 30
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,7 +45,7 @@ from fastrlhf.rollout.sampling import Generation, SamplingParams
 from fastrlhf.rollout.slots import Row, Slots
 from fastrlhf.rollout.trunk import CachedTrunk
 from fastrlhf.runtime.batching import shard
-from fastrlhf.runtime.memory import ran_out
+from fastrlhf.runtime.memory import free_bytes, ran_out
 
 LOG = logging.getLogger(__name__)
 STATS = ("prefill_tokens", "decode_row_steps", "decode_steps", "new_tokens", "waves")
@@ -349,15 +348,6 @@ def _position_limits(config: PreTrainedConfig) -> tuple[float, float]:
 def _allocator_retries(device: torch.device) -> int:
     """How often a GPU's memory had to be given back before it sufficed."""
     return torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0
-
-
-def free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):  # macOS and Windows do not tell
-        return 2 << 30
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ is a sum divided by the mini-batch's own count. Nothing is sampled anew and no o
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -36,6 +37,25 @@ def ran_out(error: BaseException) -> bool:
     """Tell whether an exception means that memory ran out: the one definition, of generation, forward, backward and
     optimizer."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in MESSAGES)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody uses, what torch's allocator keeps for itself included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):  # macOS and Windows do not tell
+        return 2 << 30
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return 8 << 30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def token_budget(configured: int | None, device: torch.device) -> int:

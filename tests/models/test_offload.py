@@ -116,6 +116,78 @@ def test_a_run_has_the_same_bytes_and_moves_each_model_once_a_phase(tmp_path, fo
     assert read(tmp_path / "plain" / "metrics.jsonl") == read(tmp_path / "ours" / "metrics.jsonl")
 
 
+class Side:
+    """Stands for the stream of its own: copies are begun, and are there once they are waited for."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def begin(self, copies):
+        self.said.append("begin")
+        return copies
+
+    def join(self, there) -> None:
+        self.said.append("join")
+        there()
+
+
+def fetching(monkeypatch, *, room: int) -> tuple[Offload, Side]:
+    """room: bytes that are free beside the eighth that is spared."""
+    monkeypatch.setattr("fastrlhf.models.offload.free_bytes", lambda device: 100 + room)
+    monkeypatch.setattr("fastrlhf.models.offload.total_bytes", lambda device: 800)
+    side = Side()
+    return Offload(CPU, side), side
+
+
+def test_a_model_is_fetched_beside_the_phase_before_its_own(monkeypatch):
+    model, ids = loading.freeze(tiny.llama(tie_word_embeddings=True)), torch.arange(5)[None]
+    want, homes = heads.hidden_states(model, ids), addresses(model)
+    offload, side = fetching(monkeypatch, room=1 << 30)
+    assert not offload.fetch(model) and not offload.fetch(None)  # not parked
+    offload.park(model)
+    with SecondDevice() as device:
+        for _ in range(2):
+            assert offload.fetch(model) and offload.fetch(model)
+            assert addresses(model) == homes  # until its phase
+            with offload.here(model):
+                assert not set(addresses(model)) & set(homes)
+                assert torch.equal(heads.hidden_states(model, ids), want)
+                assert not offload.fetch(model)  # here already
+            assert addresses(model) == homes
+        with offload.here(model):
+            pass
+    assert side.said == ["begin", "join"] * 2 and len(device.copies) == len(homes)  # the last time only
+
+
+def test_no_model_is_fetched_without_room_nor_after_memory_was_short(monkeypatch):
+    model = loading.freeze(tiny.llama())
+    size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    for room, fits in ((size, True), (size - 1, False)):
+        offload, side = fetching(monkeypatch, room=room)
+        offload.park(model)
+        assert offload.fetch(model) is fits and side.said == ["begin"] * fits
+        assert offload.give_back() is fits and side.said == ["begin", "join"] * fits
+        assert not offload.give_back()
+    offload, side = fetching(monkeypatch, room=size)
+    offload.park(model)
+    offload.fetch(model)
+    offload.forget(model)
+    assert side.said == ["begin", "join"] and not offload.give_back()
+
+
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_a_run_that_fetches_early_has_the_same_bytes(monkeypatch, tmp_path, room):
+    """The reward model while the rollout runs, the reference while it is scored."""
+    plain = trainer(total_steps=1, eval_every=0, output_dir=str(tmp_path / "plain"))
+    plain.train()
+    ours = trainer(total_steps=1, eval_every=0, output_dir=str(tmp_path / "ours"), offload=True)
+    _, side = fetching(monkeypatch, room=room)
+    ours.roles.offload.side = side
+    ours.train()
+    assert side.said == (["begin", "begin", "join", "join"] if room else [])
+    assert differing(plain, ours) == []
+
+
 def test_nothing_holds_the_copies_on_the_device():
     ours = trainer(offload=True, eval_every=0, total_steps=1)
     with SecondDevice() as device:
