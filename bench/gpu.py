@@ -54,7 +54,7 @@ PARTS = {
     ),
     "rollout": Part(
         ["-m", "bench.rollout", "--device", "cuda", "--models", "qwen2.5-0.5b", "--batch", "64", "16", "--no-static",
-         "--repetitions", "1", "--json", "OUT/rollout.json"], 0.14,
+         "--compile", "--repetitions", "1", "--json", "OUT/rollout.json"], 0.14,
     ),
     "tests": Part(
         ["-m", "pytest", "-q", "-n", PROCESSES, "--dist", "worksteal", "-k", "not sanitizer", *KERNEL_TESTS], 0.18

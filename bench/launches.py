@@ -248,13 +248,13 @@ def main(argv: list[str] | None = None) -> int:
             counts = f"{row['layer']['operators']:8g} {row['rest']['operators']:9g} {row['total']['operators']:7g}"
             counts += f" {row['total']['waits']:6g} {row['total']['reads']:6g} {row['layer']['bytes'] / 2**20:12.1f}"
             print(f"{name:14} {phase:21} {counts}", flush=True)
-        for form, kernels in regions[name].items():
-            print(f"{name:14} {'decode, compiled':21} {len(kernels):8} kernels a layer, weights {form}", flush=True)
+        for form, region in regions[name].items():
+            figure = f"{region['kernels']:8} kernels a layer, weights {form}"
+            print(f"{name:14} {'decode, compiled':21} {figure}", flush=True)
         if args.json:
-            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-            args.json.write_text(
-                json.dumps({**versions, "config": CONFIG, "models": results, "regions": regions}, indent=1) + "\n"
-            )
+            record = {"torch": torch.__version__, "transformers": transformers.__version__, "config": CONFIG}
+            record |= {"models": results, "regions": regions}
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

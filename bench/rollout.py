@@ -76,9 +76,9 @@ class Ends(StoppingCriteria):
         return input_ids.shape[1] - self.prompt >= self.lengths
 
 
-def engine_run(model, prompts, lengths, batch: int) -> Callable[[], dict[str, float]]:
+def engine_run(model, prompts, lengths, batch: int, compile: bool | None = False) -> Callable[[], dict[str, float]]:
     most = max(lengths)
-    engine = RolloutEngine(model, max_batch_tokens=batch * (len(prompts[0]) + most))
+    engine = RolloutEngine(model, max_batch_tokens=batch * (len(prompts[0]) + most), compile=compile)
     forced = Forced(lengths, model.device)
 
     def run() -> dict[str, float]:
@@ -146,8 +146,10 @@ def measure(name: str, model, batch: int, options, bandwidth: float, rate: float
         lengths = [options.new] * count if workload == "fixed" else ragged_lengths(count, options.new)
         draw = torch.Generator().manual_seed(1)
         prompts = torch.randint(3, model.config.vocab_size, (count, options.prompt), generator=draw).tolist()
-        ours = engine_run(model, prompts, lengths, batch)
-        peers = {"generate": generate_run(model, prompts, lengths, batch, False)}
+        compiled = options.compile and (None if device.type == "cuda" else True)
+        ours = engine_run(model, prompts, lengths, batch, compiled)
+        peers = {"engine, not compiled": engine_run(model, prompts, lengths, batch)} if options.compile else {}
+        peers |= {"generate": generate_run(model, prompts, lengths, batch, False)}
         if options.static:
             peers["generate, static cache"] = generate_run(model, prompts, lengths, batch, True)
         stats = ours()
@@ -185,6 +187,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--no-static", dest="static", action="store_false", help="without the static cache")
+    parser.add_argument("--compile", action="store_true", help="with compiled layers, beside those that are not")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args()
     device = torch.device(options.device)

@@ -22,7 +22,7 @@ from fastrlhf_kernels.layers import store_tokens
 
 NAME = "fastrlhf"
 _active: list[SlotCache] = []  # the cache of the rollout that runs
-in_region: list[LayerStep] = []  # the layer that is being compiled
+in_region: list[LayerStep] = []  # the layer whose step is compiled, while it is traced
 
 
 class LayerStep:
@@ -101,7 +101,7 @@ def attend(
     if s_aux is not None:
         raise ValueError("generation does not support attention sinks (s_aux) yet; use another model")
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    if torch.compiler.is_compiling():
+    if in_region:
         return in_region[-1].attend(query, scale, sliding_window, softcap), None
     cache = _active[-1]
     cache.calls += 1

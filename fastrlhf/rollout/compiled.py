@@ -11,6 +11,7 @@ begins and never trained, saved or seen by anybody else.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -34,6 +35,7 @@ from fastrlhf.rollout.kv_cache import SlotCache
 from fastrlhf.runtime.memory import total_bytes
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # children that multiply the same input
+LOG = logging.getLogger(__name__)
 JOINED_SHARE = 1 / 16  # of the device's memory, at most, for the joined copies
 
 _numbers = count()
@@ -170,7 +172,7 @@ class Regions:
     """The compiled decoder layers of a model. Raises ValueError for a model whose layers are not found."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.name = type(model).__name__
         self.layers = decoder_layers(model)
         inside = {id(module) for layer in self.layers for module in layer.modules()}
         self.rotations = list(rotations(model))
@@ -200,6 +202,7 @@ class Regions:
             for join in self.joined:
                 stack.enter_context(join.active())
             stack.callback(_uncovered, self.layers)
+            stack.callback(in_region.clear)  # an error left it as it was
             for index, layer in enumerate(self.layers):
                 layer.forward = partial(self._run, cache, index, layer)
             yield
@@ -217,7 +220,14 @@ class Regions:
         for value in pytree.tree_leaves((state[2:], args, others)):
             if isinstance(value, Tensor) and value.ndim and len(value) == len(cache.rows):
                 torch._dynamo.maybe_mark_dynamic(value, 0)
-        return self.step(layer, names[0], state, args, others)
+        try:
+            return self.step(layer, names[0], state, args, others)
+        except (
+            torch._dynamo.exc.FailOnRecompileLimitHit
+        ):  # adapters or gradients that were switched on and off in many ways
+            LOG.warning("the layers of %s changed too often to be compiled: they decode as they are", self.name)
+            self.step = _layer_step
+            return self.step(layer, names[0], state, args, others)
 
 
 def _uncovered(layers: list[nn.Module]) -> None:

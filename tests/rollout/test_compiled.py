@@ -32,7 +32,7 @@ def same(model, engine: RolloutEngine, prompts=PROMPTS) -> None:
         torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
 
 
-def test_one_graph_of_all_layers_in_eleven_kernels_says_the_same():
+def test_one_graph_of_all_layers_in_eleven_kernels_says_the_same(caplog):
     """Also after an update of the weights, whose joined copies are made anew; the model keeps its own modules."""
     model = tiny.llama(num_hidden_layers=3)
     names, before = list(model.state_dict()), counters["stats"]["unique_graphs"]
@@ -50,6 +50,15 @@ def test_one_graph_of_all_layers_in_eleven_kernels_says_the_same():
     assert counters["stats"]["unique_graphs"] == before + 1
     assert list(model.state_dict()) == names and type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     assert not [module for module in model.modules() if "forward" in vars(module)]
+
+    def too_often(*_: object) -> None:
+        raise torch._dynamo.exc.FailOnRecompileLimitHit("8")
+
+    engine.compilation.regions.step = too_often
+    same(model, engine)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("fastrlhf")] == [
+        "the layers of LlamaForCausalLM changed too often to be compiled: they decode as they are"
+    ]
     engine.release()
     assert engine.compilation.tensors() == []
 
