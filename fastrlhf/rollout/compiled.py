@@ -222,9 +222,7 @@ class Regions:
                 torch._dynamo.maybe_mark_dynamic(value, 0)
         try:
             return self.step(layer, names[0], state, args, others)
-        except (
-            torch._dynamo.exc.FailOnRecompileLimitHit
-        ):  # adapters or gradients that were switched on and off in many ways
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # adapters switched on and off in many ways, or the like
             LOG.warning("the layers of %s changed too often to be compiled: they decode as they are", self.name)
             self.step = _layer_step
             return self.step(layer, names[0], state, args, others)

@@ -67,3 +67,11 @@ def test_the_committed_counts_are_those_of_this_code(small):
     for phase, row in record["models"]["smollm2-135m"].items():
         if phase != "prefill":  # whose copies are as many as there are prompts
             assert small[phase]["layer_operators"] == row["layer_operators"], phase
+
+
+def test_compiled_layers_are_at_most_fourteen_kernels_and_joined_twelve():
+    """As recorded; tests/rollout/test_compiled.py counts those of a Llama anew. Qwen3 norms its heads too."""
+    for name, forms in json.loads(RECORD.read_text())["regions"].items():
+        normed = 2 if name.startswith("qwen3") else 0
+        assert all(len(form["starts"]) == form["kernels"] for form in forms.values())
+        assert forms["apart"]["kernels"] <= 14 + normed and forms["joined"]["kernels"] <= 12, name
