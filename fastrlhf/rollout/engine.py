@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,6 +90,7 @@ class RolloutEngine:
         self.max_batch_tokens = max_batch_tokens
         self.compilation = Compilation(model, compile)
         self.keeps = model.device.type == "cuda"  # cache, state and graphs over `release`
+        self.capture: Callable[[], Capture] | None = cuda_capture if self.keeps else None  # how steps are recorded
         self._kept: Kept | None = None
         self._released: int | None = None  # the allocator's retries when something was kept over `release`
 
@@ -240,19 +241,14 @@ class RolloutEngine:
             cache = make_cache(self.model, known_parity(self.model).cached, slots + extra, positions)
             trunk = trunk_over(self.model, cache, self.compilation.regions)
             kept = Kept(trunk, Slots(slots, params.max_new_tokens, self.model.device))
-        capture = self._capture()
-        if capture is None or isinstance(kept.trunk.cache, TokenCache):
+        if self.capture is None or isinstance(kept.trunk.cache, TokenCache):
             return kept
         weights = [*self.model.parameters(), *self.model.buffers(), *self.compilation.tensors()]
         addresses = [tensor.data_ptr() for tensor in weights]
         if kept.graphs is None or kept.graphs.holds != addresses:
-            most = len(kept.slots.lengths)
-            kept.graphs = StepGraphs(replayable(kept.trunk, kept.slots), most, capture, addresses)
+            step, most = replayable(kept.trunk, kept.slots), len(kept.slots.lengths)
+            kept.graphs = StepGraphs(step, most, self.capture(), addresses)
         return kept
-
-    def _capture(self) -> Capture | None:
-        """How a step is recorded: on a GPU as a CUDA graph."""
-        return cuda_capture() if self.model.device.type == "cuda" else None
 
     def _bytes_per_token(self) -> int:
         known = known_parity(self.model)

@@ -286,7 +286,7 @@ def as_on_a_gpu(llama, monkeypatch):
 
     engine = RolloutEngine(llama)
     monkeypatch.setattr(engine, "keeps", True)
-    monkeypatch.setattr(engine, "_capture", lambda: capture)
+    monkeypatch.setattr(engine, "capture", lambda: capture)
     return engine, recorded
 
 
@@ -334,6 +334,6 @@ def test_a_failure_that_is_not_of_recording_is_loud(llama, as_on_a_gpu, monkeypa
     def capture(step):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(engine, "_capture", lambda: capture)
+    monkeypatch.setattr(engine, "capture", lambda: capture)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         engine.generate(prompts(3), SamplingParams(4, stop_token_ids=[]))
