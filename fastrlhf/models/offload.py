@@ -67,6 +67,8 @@ class Offload:
         if id(model) not in self._fetched:
             homes = [tensor.data for tensor in _tensors(model)]
             room = free_bytes(self.device) - total_bytes(self.device) // SPARE
+            if any(type(home) is not Tensor for home in homes):  # a sharded model's go the plain way
+                return False
             if sum(home.nbytes for home in homes) > room:
                 return False
             copies = [torch.empty_like(home, device=self.device) for home in homes]  # of the stream that reads them
