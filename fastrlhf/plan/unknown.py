@@ -52,6 +52,7 @@ class UnknownNumbers(LiveBytes):
         self._stack.enter_context(mock.patch.object(logging.getLogger(fake_tensor.__name__), "disabled", True))
         # Of fake tensors torch swaps the insides, which it refuses for those that anything else refers to.
         self._stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
+        self._stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copied, create=True))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -137,6 +138,16 @@ def _apply(module: torch.nn.Module, change: Callable[[Tensor], Tensor], recurse:
         if buffer is not None:
             module._buffers[name] = change(buffer)
     return module
+
+
+def _copied(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
+    """`Tensor.__deepcopy__`, which copies a fake tensor's mode too, with all that it knows: to free that copy crashes
+    the process."""
+    if id(tensor) not in memo:
+        copy = tensor.detach().clone()
+        parameter = isinstance(tensor, torch.nn.Parameter)
+        memo[id(tensor)] = torch.nn.Parameter(copy, tensor.requires_grad) if parameter else copy
+    return memo[id(tensor)]
 
 
 def _one(dtype: torch.dtype) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,19 @@ def test_unknown_numbers_are_one_and_the_others_are_computed():
         written += picked[:, 0].long()
         assert written.tolist() == [1, 1]
         assert live.now >= weight.nbytes + picked.nbytes == 6 * 4096
+
+
+def test_a_copy_of_a_model_without_numbers_shares_their_mode():
+    """A copy of the mode, which torch would make, corrupts memory when it is freed: plans of Gemma 2 crashed."""
+    with UnknownNumbers() as live:
+        model = live.unknown(lambda: torch.nn.Linear(3, 2))
+        model.tied = model.weight
+        live.unknown(lambda: model.register_buffer("scale", torch.ones(4)))
+        made = copy.deepcopy(model)
+        assert made.scale.fake_mode is made.weight.fake_mode is live.fake and made.tied is made.weight
+        assert isinstance(made.weight, torch.nn.Parameter) and made.weight.requires_grad
+        assert made.weight.untyped_storage()._cdata != model.weight.untyped_storage()._cdata
+        assert [name for name, _ in made.named_parameters()] == ["weight", "bias"] and [*made.buffers()]
 
 
 # ------------------------------------------------------------------------------------------------- what does not fit
