@@ -36,7 +36,7 @@ from tokenize import COMMENT as COMMENT_TOKEN
 from tokenize import generate_tokens
 from typing import Any, NamedTuple
 
-from bench import critics, kinds, label_study, overoptimise, performance, quickstart, ratings_page, scaling
+from bench import critics, denoise, kinds, label_study, overoptimise, performance, quickstart, ratings_page, scaling
 from bench import verdict as recipes
 
 ROOT = Path(__file__).parent.parent.resolve()
@@ -292,6 +292,7 @@ def _of_ratings(number: int) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **performance.TABLES,
     "critics": _of("critics_cpu.json", lambda found: critics.table(found["runs"], found["difference"])),
+    "denoise": _of("denoise_cpu.json", lambda found: denoise.table(found["runs"])),
     "kinds": _of("kinds_cpu.json", lambda found: kinds.table(found["runs"])),
     "labels": _of("label_study.json", lambda found: label_study.table(found["runs"])),
     "label_faults": _of("label_study.json", lambda found: label_study.fault_table(found["runs"])),
