@@ -6,11 +6,11 @@ import os
 
 import pytest
 
-from tests.interpreter import patch_once
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.interpreter import patch_once
+
     patch_once()
 REQUIRE_REAL = os.environ.get("FASTRLHF_REQUIRE_REAL") == "1"
 
