@@ -45,6 +45,7 @@ from fastrlhf.config.stages import PPOConfig
 from fastrlhf.plan import phases
 from fastrlhf.plan.counter import tensors_in
 from fastrlhf.plan.unknown import UnknownNumbers
+from fastrlhf.plan.work import GATHERS, NO_KERNEL, moved
 
 LAYERS = (2, 4)
 COMMON = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, "max_position_embeddings": 2048}
@@ -82,10 +83,8 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], int]] = {  # its
     ),
 }  # fmt: skip
 
-NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh"}
-NOTHING |= {"_local_scalar_dense", "item", "detach"}  # on the device
+NOTHING = NO_KERNEL | {"_local_scalar_dense", "item"}  # on the device
 WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "is_nonzero"}
-PICKS = {"embedding", "index", "index_select", "gather"}  # of a source they read what they give
 READS = {Tensor.cpu, Tensor.numpy}
 
 
@@ -107,19 +106,14 @@ class Counts:
             return
         self.operators[name] += 1
         read, written = list(tensors_in(*args)), list(tensors_in(result))
-        if name in PICKS:
+        if name in GATHERS:
             read = read[1:] + written
-        self.bytes += sum(map(_moved, read + written))
+        self.bytes += sum(map(moved, read + written))
 
 
 def _has_mask(args: Any) -> bool:
     indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
     return any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
-
-
-def _moved(tensor: Tensor) -> int:
-    """Bytes of its elements; of an expanded one those that are there."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 class Reads(TorchFunctionMode):

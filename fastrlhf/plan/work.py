@@ -12,16 +12,8 @@ from torch.utils.flop_counter import flop_registry
 
 from fastrlhf.plan.counter import tensors_in
 
-NO_KERNEL = {
-    "_unsafe_view",
-    "empty",
-    "empty_like",
-    "new_empty",
-    "empty_strided",
-    "new_empty_strided",
-    "alias",
-    "detach",
-}
+NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+NO_KERNEL |= {"_unsafe_view", "lift_fresh", "alias", "detach"}
 GATHERS = {"embedding", "index", "index_select", "gather"}  # read what they return, not all of their first argument
 SCATTERS = {"index_put", "index_put_", "index_copy_", "scatter", "scatter_", "masked_scatter_"}  # and write the values
 BACKWARD = 2.5  # of attention's forward: five products for two
@@ -97,13 +89,13 @@ def _attention(function: Any, args: tuple, kwargs: dict) -> float:
 
 def _bytes(name: str, given: list[Tensor], made: list[Tensor]) -> int:
     if name in GATHERS:
-        return sum(map(_size, given[1:])) + 2 * sum(map(_size, made))
+        return sum(map(moved, given[1:])) + 2 * sum(map(moved, made))
     if name in SCATTERS:
-        return sum(map(_size, given[1:])) + _size(given[-1])
-    return sum(map(_size, given)) + sum(map(_size, made))
+        return sum(map(moved, given[1:])) + moved(given[-1])
+    return sum(map(moved, given)) + sum(map(moved, made))
 
 
-def _size(tensor: Tensor) -> int:
+def moved(tensor: Tensor) -> int:
     """Bytes of a tensor; an expanded one is read where it lies."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
@@ -111,7 +103,7 @@ def _size(tensor: Tensor) -> int:
 def _ours(name: str, given: dict[str, Any], tensors: list[Tensor], made: list[Tensor]) -> tuple[float, int]:
     """(flops, bytes) of an operator of the kernels. Of the head: a product a forward pass; its backward makes the
     logits again and has two more; the loss has all three, and its logits pass through memory."""
-    flops, size = 0, sum(map(_size, tensors)) + sum(map(_size, made))
+    flops, size = 0, sum(map(moved, tensors)) + sum(map(moved, made))
     if name.startswith("linear_"):
         product = 2 * given["hidden"].numel() * given["weight"].shape[0]
         rows = given["hidden"].numel() // given["weight"].shape[1]

@@ -32,6 +32,7 @@ from fastrlhf.parallel.sharding import is_sharded
 from fastrlhf.rollout.attention import LayerStep, in_region, uses_interface
 from fastrlhf.rollout.fused import fused, rotations
 from fastrlhf.rollout.kv_cache import SlotCache
+from fastrlhf.runtime.hardware import installed
 from fastrlhf.runtime.memory import total_bytes
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # children that multiply the same input
@@ -100,9 +101,7 @@ class Compilation:
 def missing_compiler(device: torch.device) -> str:
     """What torch.compile lacks here, as a sentence; nothing where it can run."""
     if device.type == "cuda":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
+        if not installed("triton"):
             return "torch.compile needs triton on a GPU, which is not installed"
         named = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BloomConfig, LlamaConfig, MixtralConfig
+from transformers import BloomConfig, MixtralConfig
 
 from bench import plan as bench
 from fastrlhf import cli
@@ -25,15 +25,6 @@ from fastrlhf.plan.phases import Measured, Measurer, Phase, Target
 from fastrlhf.plan.unknown import UnknownNumbers
 from fastrlhf.runtime import hardware
 from tests import tiny
-
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("config")
-    LlamaConfig(**{**bench.SHAPE, **SMALL}, architectures=["LlamaForCausalLM"]).save_pretrained(path)
-    return str(path)
 
 
 @pytest.mark.parametrize("cell", ["sft/checkpointing", "ppo/shared_trunk"])

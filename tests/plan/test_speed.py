@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
 
 from bench import plan as bench
 from fastrlhf import cli
@@ -19,15 +18,7 @@ from fastrlhf.plan.speed import GRAPH_LAUNCH, LAUNCH, PROFILES, Profile, profile
 from fastrlhf.plan.unknown import UnknownNumbers
 from fastrlhf.plan.work import LOGIT_BYTES, Work
 from fastrlhf_kernels import linear_log_probs, linear_ppo_loss
-
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("config")
-    LlamaConfig(**{**bench.SHAPE, **SMALL}, architectures=["LlamaForCausalLM"]).save_pretrained(path)
-    return str(path)
+from tests.plan.conftest import SMALL
 
 
 def done(live: UnknownNumbers, work) -> Work:
