@@ -20,7 +20,7 @@ _MORE_THAN_TEXT = ("tools", "functions", "documents", "image", "images", "video"
 
 _JUDGEMENTS = ("chosen", "rejected", "margin", "ranking", "score", "scores", "ratings", "edited", "label", "unsafe")
 _TEXTS = ("prompt", "response", "responses", "messages", "conversations", "completion", "text")
-FIELDS = (*_JUDGEMENTS, *_TEXTS, "instruction", "output", "chat")
+FIELDS = frozenset((*_JUDGEMENTS, *_TEXTS, "instruction", "output", "chat"))
 
 _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -68,6 +68,8 @@ def missing(where: str, field: str, row: Mapping[str, Any], expected: str) -> Ba
 
 def meant(field: str, row: Mapping[str, Any]) -> str | None:
     """The column that looks like a misspelt field and holds what the field may hold, or None."""
+    if row.keys() <= FIELDS:  # no field is another's misspelling
+        return None
     for name in row:
         if _is_misspelt(field, str(name)) and _may_hold(field, row[name]):
             return name

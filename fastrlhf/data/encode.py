@@ -21,7 +21,7 @@ from fastrlhf.data.checks import BadRow, DroppedRow
 from fastrlhf.data.dataset import Counts, load_conversations, load_feedback, load_prompts, reading
 from fastrlhf.data.feedback import Conversation, Feedback, Prompt
 from fastrlhf.data.prompt_format import Form, describe, form_of
-from fastrlhf.data.templates import conversation_steps, prompt_steps, replies_steps, text_steps
+from fastrlhf.data.templates import conversation_steps, known_of, prompt_steps, replies_steps, text_steps
 
 Located = TypeVar("Located", Conversation, Feedback, Prompt)  # they know where they came from
 E = TypeVar("E")
@@ -166,11 +166,12 @@ class Encoder:
     def records(self, source: Any, role: str) -> Encoded[Record]:
         """Judgements; what is too long is dropped or cut and counted, never silently. Errors as `usable` has them."""
         config: RewardConfig = self.config
+        known = known_of(self.tokenizer)
 
         def encode(item: Feedback) -> Steps[Record]:
-            prompt, replies = yield from replies_steps(self.tokenizer, item.prompt, item.responses)
+            prompt, replies = yield from replies_steps(self.tokenizer, item.prompt, item.responses, known)
             rows = [prompt + reply for reply in replies]
-            if item.ranking is not None and all(reply == replies[0] for reply in replies):
+            if item.ranking is not None and replies.count(replies[0]) == len(replies):
                 raise DroppedRow("with equal replies")  # which differ by tokens that end them, or by blanks
             fits = max(map(len, rows)) <= config.max_tokens
             rows = rows if fits else _cut_rows(rows, len(prompt), config, counts)

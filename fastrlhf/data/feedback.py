@@ -253,14 +253,16 @@ _STRENGTH = (
     ("strength", "strength"),
     ("strength_sd", "strength_sd"),
 )
+_ABOUT = ("annotator", "source", *(column for _, column in _STRENGTH))
 
 
 def _marked(feedback: Feedback, row: dict, where: str) -> Feedback:
     """The judgement with the row's own marks of unsafe replies applied, who gave it and where it is from; DroppedRow
     where nothing is preferred then."""
-    about = {name: str(row[name]) for name in ("annotator", "source") if isinstance(row.get(name), (str, int))}
-    about |= {name: number_of(row[column], where, column) for name, column in _STRENGTH if column in row}
-    feedback = replace(feedback, **about) if about else feedback
+    if not row.keys().isdisjoint(_ABOUT):
+        about = {name: str(row[name]) for name in ("annotator", "source") if isinstance(row.get(name), (str, int))}
+        about |= {name: number_of(row[column], where, column) for name, column in _STRENGTH if column in row}
+        feedback = replace(feedback, **about)
     replies = feedback.responses
     if feedback.kind == "edit":
         replies = _replies(row, where, "responses", 1) if "responses" in row else replies[1:]

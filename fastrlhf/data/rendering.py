@@ -32,10 +32,10 @@ def render(
 ) -> str:
     """The chat template's text for the messages. Raises UserError where the template refuses them, takes longer than
     `seconds` or more memory than a text needs, or writes far more than the messages hold."""
-    shown = _shown(tokenizer, messages)
+    shown, is_plain = _shown(tokenizer, messages)
     slow = f"the chat template takes more than {seconds:g} s for a conversation of {len(messages)} messages"
     roles = ", ".join(str(m.get("role")) for m in messages)
-    return _bounded(_called(tokenizer, shown, add_generation_prompt, seconds, slow, roles), messages)
+    return _bounded(_called(tokenizer, shown, is_plain, add_generation_prompt, seconds, slow, roles), messages)
 
 
 def render_many(
@@ -50,8 +50,10 @@ def render_many(
     Raises SlowTemplate where several take longer than `seconds`.
     """
     try:
-        shown = [_shown(tokenizer, messages) for messages in conversations]
-        texts = _called(tokenizer, shown, add_generation_prompt, seconds, "the chat template is slow", "many")
+        both = [_shown(tokenizer, messages) for messages in conversations]
+        shown, is_plain = [messages for messages, _ in both], all(plain for _, plain in both)
+        slow = "the chat template is slow"
+        texts = _called(tokenizer, shown, is_plain, add_generation_prompt, seconds, slow, "many")
         return [_bounded(text, messages) for text, messages in zip(texts, conversations)]
     except UserError:  # of one of them: each by itself
         return _one_by_one(tokenizer, conversations, add_generation_prompt, seconds)
@@ -73,12 +75,12 @@ def _one_by_one(
     return texts
 
 
-def _shown(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
-    """The messages as the template gets them. UserError for what it would not write."""
+def _shown(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[Messages, bool]:
+    """The messages as the template gets them, and whether they are plain. UserError for what it would not write."""
     if not tokenizer.chat_template:
         raise UserError('the tokenizer has no chat template: name one, e.g. chat_template="default"')
     if _is_plain(messages):
-        return messages
+        return messages, True
     for number, message in enumerate(messages, 1):
         if _REASONING.isdisjoint(message):
             continue
@@ -87,8 +89,9 @@ def _shown(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
             remedy = "remove it, or write it into the content"
             raise UserError(f"message {number} has {key}, which the chat template does not write; {remedy}")
     if not any("weight" in message for message in messages):
-        return messages
-    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        return messages, False
+    shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    return shown, _is_plain(shown)
 
 
 def _bounded(text: str, messages: Messages) -> str:
@@ -102,16 +105,22 @@ def _bounded(text: str, messages: Messages) -> str:
 
 
 def _called(
-    tokenizer: PreTrainedTokenizerBase, shown: Any, add_generation_prompt: bool, seconds: float, slow: str, roles: str
+    tokenizer: PreTrainedTokenizerBase,
+    shown: Any,
+    is_plain: bool,
+    add_generation_prompt: bool,
+    seconds: float,
+    slow: str,
+    roles: str,
 ) -> Any:
-    """The text of one conversation, or those of a list of them."""
+    """The text of one conversation, or those of a list of them, all of them plain or not."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
         if _has_power(str(tokenizer.chat_template)):
             raise UserError(f"the chat template uses **, whose result may have no end; {REMEDY}")
         with time_limit(seconds, f"{slow}; {REMEDY}", SlowTemplate), memory_limit(TEMPLATE_BYTES):
-            return _applied(tokenizer, shown, add_generation_prompt)
+            return _applied(tokenizer, shown, is_plain, add_generation_prompt)
     except UserError:
         raise
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError) as error:
@@ -123,7 +132,7 @@ def _called(
         raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from error
 
 
-def _applied(tokenizer: PreTrainedTokenizerBase, shown: Any, add_generation_prompt: bool) -> Any:
+def _applied(tokenizer: PreTrainedTokenizerBase, shown: Any, is_plain: bool, add_generation_prompt: bool) -> Any:
     """tokenizer.apply_chat_template; of conversations that are plain dicts of texts by its compiled template alone,
     its globals put together once for all of them: a quarter of the time."""
     from transformers import PreTrainedTokenizerBase
@@ -135,7 +144,7 @@ def _applied(tokenizer: PreTrainedTokenizerBase, shown: Any, add_generation_prom
     is_stock = all(getattr(type(tokenizer), name) is getattr(PreTrainedTokenizerBase, name) for name in names)
     # What transformers may rename: then the way around it goes, nothing else.
     compiled_of = getattr(chat_template_utils, "_compile_jinja_template", None)
-    if compiled_of is None or not is_stock or not all(map(_is_plain, conversations)):
+    if compiled_of is None or not is_stock or not is_plain:
         return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=add_generation_prompt)
     template = compiled_of(tokenizer.get_chat_template())
     given = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}

@@ -225,9 +225,9 @@ def _plain(value: Any) -> Any:
     if kind in _PLAIN:
         return value
     if kind is dict or isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
+        return {name: part if type(part) in _PLAIN else _plain(part) for name, part in value.items()}
+    if kind is list or isinstance(value, (list, tuple)):
+        return [part if type(part) in _PLAIN else _plain(part) for part in value]
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     return str(value) if isinstance(value, str) else value

@@ -193,8 +193,8 @@ def _known_of(tokenizer: PreTrainedTokenizerBase) -> _Known:
     return known
 
 
-def _ending(tokenizer: PreTrainedTokenizerBase) -> _Known:
-    """What is known of a tokenizer that can end a reply. UserError where it cannot."""
+def known_of(tokenizer: PreTrainedTokenizerBase) -> _Known:
+    """What the steps of every row need of a tokenizer that can end a reply. UserError where it cannot."""
     known = _known_of(tokenizer)
     if known.eos is None:
         _need_eos(tokenizer)
@@ -252,7 +252,7 @@ def _without(content: str, heads: tuple[str, ...], tails: tuple[str, ...]) -> st
         text = bare.removeprefix(next(head for head in heads if bare.startswith(head))).lstrip("\n")
     while (bare := text.rstrip()).endswith(tails):
         text = bare.removesuffix(next(tail for tail in tails if bare.endswith(tail)))
-    return text if text.strip() else content
+    return text if text is content or text.strip() else content
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, known: _Known, role: str) -> _Written:
@@ -367,10 +367,13 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, 
 
 
 def replies_steps(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, responses: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, responses: Sequence[str], known: _Known | None = None
 ) -> Steps[tuple[list[int], list[list[int]]]]:
-    """The steps of encode_prompt and of encode_response for each of the replies to that prompt -> ids of both."""
-    known, asked = _ending(tokenizer), as_asked(tokenizer, prompt)
+    """The steps of encode_prompt and of encode_response for each of the replies to that prompt -> ids of both.
+
+    known: known_of(tokenizer), looked up once for many rows, between which nobody changes the tokenizer.
+    """
+    known, asked = known or known_of(tokenizer), as_asked(tokenizer, prompt)
     if isinstance(asked, str):
         replies = []
         stops = stop_token_ids(tokenizer)
@@ -412,15 +415,17 @@ def _turns(
     tokenizer: PreTrainedTokenizerBase, known: _Known, prompt: Messages, messages: Messages
 ) -> Steps[tuple[str, list[int], list[list[int]]]]:
     """Messages and replies to them, each by itself -> the text of the messages, its ids, and those of each reply."""
-    text, *fulls = yield [Rendered(prompt, True), *(Rendered([*prompt, message], False) for message in messages)]
+    text, *fulls = yield [Rendered(prompt, True), *[Rendered([*prompt, message], False) for message in messages]]
     stop = _end(tokenizer, known).text
     said = []
     for full, message in zip(fulls, messages, strict=True):
         said.append(full[(yield from _span(stop or "", full, text, prompt, message["content"]))])
     # From the prompt's last control token on: what stands before it has no part in a reply's ids.
-    at = max((text.rfind(border, -_TAIL) for border in _borders(tokenizer, known)), default=-1)
-    head = text[max(at, 0) :]
-    prompt_ids, head_ids, *wholes = yield [Ids(text), Ids(head), *(Ids(head + reply) for reply in said)]
+    at = 0
+    for border in _borders(tokenizer, known):
+        at = max(at, text.rfind(border, -_TAIL))
+    head = text[at:]
+    prompt_ids, head_ids, *wholes = yield [Ids(text), Ids(head), *[Ids(head + reply) for reply in said]]
     replies = []
     for reply, whole in zip(said, wholes, strict=True):
         ids = yield from _behind(head_ids, whole, reply)
@@ -447,7 +452,7 @@ def _span(stop: str, full: str, head: str, before: Messages, content: str) -> St
     for suffix in (stop, ""):  # "": a turn that ends differently from a plain reply, as MOSS commands do
         for text in (content, content.strip()):  # templates may strip
             at = full.find(text + suffix, len(head))
-            if at >= 0 and not (stop and stop in full[len(head) : at]):
+            if at >= 0 and not (stop and full.find(stop, len(head), at) >= 0):
                 return slice(len(head) if repeated else at, at + len(text + suffix))
     raise UserError(f"the chat template changes the assistant's text in turn {len(before) + 1}; use another one")
 
@@ -466,7 +471,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
 
 def conversation_steps(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Steps[tuple[list[int], list[bool]]]:
     """The steps of encode_conversation."""
-    known = _ending(tokenizer)
+    known = known_of(tokenizer)
     *prompt, last = _bare(tokenizer, known, messages)
     text, prompt_ids, [response_ids] = yield from _turns(tokenizer, known, prompt, [last])
     stop = _end(tokenizer, known).text or ""

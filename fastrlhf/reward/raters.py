@@ -95,12 +95,12 @@ def joined(records: Sequence[Record]) -> list[Record]:
     places: dict[tuple[str, str | None, float], int] = {}
     together: list[list[Record]] = []
     for record in records:
-        key = (record.group, record.feedback.annotator, record.smoothing)
-        place = places.get(key) if record.feedback.scores is not None else None
-        if place is not None and sum(len(r.rows) for r in together[place]) + len(record.rows) <= TOGETHER:
-            together[place].append(record)
-            continue
         if record.feedback.scores is not None:
+            key = (record.group, record.feedback.annotator, record.smoothing)
+            place = places.get(key)
+            if place is not None and sum(len(r.rows) for r in together[place]) + len(record.rows) <= TOGETHER:
+                together[place].append(record)
+                continue
             places[key] = len(together)
         together.append([record])
     return [_one(group) if len(group) > 1 else group[0] for group in together]

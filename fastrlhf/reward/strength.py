@@ -65,6 +65,8 @@ def denoised(records: Sequence[Record], config: RewardConfig) -> tuple[list[Reco
             f"{option}: no row of data has a strength; write them with fastrlhf reward-eval ENSEMBLE DATA --strength "
             "FILE, and give that file as data"
         )
+    if not known and not config.label_smoothing:
+        return list(records), None
     weakest: set[int] = set()
     if config.weakest != "keep":
         weakest = {i for _, i in known[: math.ceil(config.weakest_share * len(known))]}
