@@ -62,8 +62,8 @@ class ChildFailed(RuntimeError):
     """A side's process ended with an error; the message holds its last lines."""
 
 
-def child(pythons: dict[str, Path], spec: dict[str, Any]) -> Run:
-    """-> a function that runs one side in its process."""
+def child(pythons: dict[str, Path], spec: dict[str, Any], module: str = "bench.ppo_step") -> Run:
+    """-> a function that runs one side in its process: MODULE_trl or MODULE_ours."""
     root = Path(__file__).parent.parent.resolve()
     given = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []  # what this process was told, too
     path = os.pathsep.join([str(root), str(root / "kernels"), *given])
@@ -71,7 +71,7 @@ def child(pythons: dict[str, Path], spec: dict[str, Any]) -> Run:
 
     def run(side: str) -> dict[str, Any]:
         which = PEER if side == PEER else "ours"
-        command = [str(pythons[which]), "-m", f"bench.ppo_step_{which}", json.dumps({**spec, "side": side})]
+        command = [str(pythons[which]), "-m", f"{module}_{which}", json.dumps({**spec, "side": side})]
         done = subprocess.run(
             command, cwd=root, env=os.environ | threads | {"PYTHONPATH": path}, capture_output=True, text=True
         )

@@ -68,6 +68,15 @@ class Clock:
         return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def versions() -> dict[str, str]:
+    """Of what both sides run on."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
 def report(clock: Clock, what: dict[str, object]) -> None:
     """One line of JSON: medians over the measured steps."""
     kept = clock.phases[1:]
@@ -77,11 +86,7 @@ def report(clock: Clock, what: dict[str, object]) -> None:
         "phases": {name: statistics.median(p.get(name, 0.0) for p in kept) for name in kept[0]},
         "peak_mib": clock.peak_mib(),
         "imports_mib": clock.imports_mib,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": sys.version.split()[0],
-        },
+        "versions": versions(),
         "device": torch.cuda.get_device_name(clock.device) if clock.device.type == "cuda" else "cpu",
     }
     print(json.dumps(figures | what))

@@ -2,6 +2,7 @@
 
     python -m bench.scores RUN [--seeds 0 1 2] [--json bench/results/scores_cpu.json]
     python -m bench.scores --print bench/results/scores_cpu.json    # the table again
+    python -m bench.scores RUN --weights 0.1 0.2 0.3 0.5 1 [--seeds 3] [--json bench/results/score_weight_cpu.json]
 
 Simulated annotators of the quickstart (`bench/quickstart_data`) judge two replies to each of its feedback's prompts:
 which is better; or what the first is worth from 1 to 5; or what both are; or the first two in turns (mixed). `pairs of
@@ -10,6 +11,9 @@ RUN/seed-N/sft/final (`python -m bench.verdict --work RUN` makes them), a reward
 `raw`, as it was (squared error of the raw output to scores in [-1, 1], a head of N(0, 1/(H+1))), and `link`, as it is
 (fastrlhf/reward). Accuracy: of clean pairs of a good reply and one with a fault, as the quickstart's held-out ones are
 made, each fault once for each of PROMPTS held-out prompts. Intervals: 90 %, bootstrap over seeds and prompts.
+
+--weights: of the squared error of a score, on mixed records, beside the pairs alone; DRAWS draws of the records for a
+seed. It chose SCORE_WEIGHT (fastrlhf/reward/losses.py) on seed 3, which the table above does not have.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from fastrlhf.quickstart.content import shipped
 from fastrlhf.quickstart.judge import parse_prompt
 from fastrlhf.quickstart.run import few_threads
 from fastrlhf.reward.link import ScoreLink
-from fastrlhf.reward.losses import preference_loss
+from fastrlhf.reward.losses import SCORE_WEIGHT, preference_loss
 from fastrlhf.reward_model import RewardTrainer
 
 KINDS = {  # what is asked of the records, in turns; None: nothing, the record is left out
@@ -54,6 +58,7 @@ FORMS = ("raw", "link")
 STEPS, ROWS = 120, 8  # optimizer steps, and records of one
 RUNS = [("link", kind) for kind in KINDS] + [("raw", kind) for kind in ("pairs", "scores", "mixed")]  # of a seed
 RECORDS = STEPS * ROWS
+DRAWS = 3  # of the records of a seed, for --weights
 PROMPTS = 192  # held out, of 288
 BARS = {  # what is compared with what, and the bar of the difference
     ("scores", "pairs"): -0.03,
@@ -120,7 +125,7 @@ def two_replies(cell: Cell, random: Random) -> list[Reply]:
     return replies
 
 
-def run(model: Path, form: str, kind: str, seed: int) -> dict[str, Any]:
+def run(model: Path, form: str, kind: str, seed: int, weight: float = SCORE_WEIGHT) -> dict[str, Any]:
     """Train on one kind of data -> accuracy of held-out pairs, all and by fault, first losses, scale, seconds."""
     began = time.monotonic()
     steps = STEPS // 2 if kind == ONCE else STEPS
@@ -133,6 +138,7 @@ def run(model: Path, form: str, kind: str, seed: int) -> dict[str, Any]:
         with torch.no_grad():
             head.copy_(torch.randn(head.shape, generator=draw) * (head.shape[1] + 1) ** -0.5)
         trainer.link = Raw(trainer.link.raters, config.score_range)
+    trainer.link.weight = weight
     losses = [step.metrics["loss/train"] for step in trainer]
     parts = trainer._held_out_scores().split(2)
     right = [bool(better > worse) for better, worse in parts]
@@ -201,12 +207,47 @@ def passed(rows: Sequence[dict[str, Any]]) -> bool:
     return all(some is not None and some[0] >= bar for some, bar in found)
 
 
+def weights(options: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
+    """--weights -> its exit code."""
+    kinds = [("mixed", weight) for weight in options.weights]
+    kinds += [(kind, SCORE_WEIGHT) for kind in ("pairs of mixed", ONCE)]  # which have no scores
+    made = {(row["seed"], row["draw"], row["data"], row["weight"]) for row in rows}
+    with few_threads():
+        for seed in options.seeds:
+            for draw in range(seed, seed + DRAWS):
+                for kind, weight in kinds:
+                    if (seed, draw, kind, weight) in made:
+                        continue
+                    found = run(options.folder / f"seed-{seed}/sft/final", "link", kind, draw, weight)
+                    kept = {name: found[name] for name in ("data", "accuracy", "by_fault", "scale", "seconds")}
+                    rows.append({"seed": seed, "draw": draw, "weight": weight} | kept)
+                    if options.json is not None:
+                        report = {"steps": STEPS, "records": RECORDS, "pairs": PROMPTS * len(FAULTS)}
+                        report |= {"machine": machine(), "runs": rows, "printed": weights_table(rows).splitlines()}
+                        write_row(options.json, report)
+    print(weights_table(rows))
+    return 0
+
+
+def weights_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table: a line a weight, accuracies in the order of the draws and their mean."""
+    lines = ["| data | weight of the squared error | accuracy | mean |", "|---|---|---|---|"]
+    for kind, weight in dict.fromkeys((row["data"], row["weight"]) for row in rows):
+        found = [row["accuracy"] for row in rows if (row["data"], row["weight"]) == (kind, weight)]
+        said = f"{weight:g}" if kind == "mixed" else "no scores"
+        lines.append(f"| {kind} | {said} | {' / '.join(f'{x:.3f}' for x in found)} | {fmean(found):.3f} |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command above -> its exit code, 1 where `link` misses a bar."""
     parser = argparse.ArgumentParser(prog="python -m bench.scores", description=__doc__.split("\n")[0])
-    options, rows = begun(parser, arguments, table)
+    parser.add_argument("--weights", type=float, nargs="+", help="try these weights of the squared error instead")
+    options, rows = begun(parser, arguments, lambda rows: (weights_table if "weight" in rows[0] else table)(rows))
     if rows is None:
         return 0
+    if options.weights:
+        return weights(options, rows)
     made = {(row["seed"], row["form"], row["data"]) for row in rows}
     report = {"steps": STEPS, "records": RECORDS, "pairs": PROMPTS * len(FAULTS), "machine": machine(), "runs": rows}
     with few_threads():

@@ -1,8 +1,8 @@
 """Stage 2: a reward model from human feedback: pairs, edits, K-way rankings and scores, mixed in one data set.
 
 Each record weighs the same. Preferences: Plackett-Luce (for two responses Bradley-Terry), in fp32 through logsigmoid
-and logsumexp, so that badly misranked pairs keep their gradient. Scores: squared error to each person's own scale, read
-off the raw output through a learnt scale and offset (reward/link.py), and the order that they imply.
+and logsumexp, so that badly misranked pairs keep their gradient. Scores: weighted squared error to each person's own
+scale, read off the raw output through a learnt scale and offset (reward/link.py), and the order that they imply.
 """
 
 from __future__ import annotations

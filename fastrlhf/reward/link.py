@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.data.feedback import Feedback
-from fastrlhf.reward.losses import record_loss
+from fastrlhf.reward.losses import SCORE_WEIGHT, record_loss
 from fastrlhf.reward.raters import Raters
 
 RATE = 0.01  # Adam's step of log scale and offset at the peak of the schedule, whatever the model's learning rate
@@ -22,11 +22,13 @@ NOTE = "a given score is about scale * raw + offset, raw the output of the head 
 
 
 class ScoreLink:
-    """The learnt scale and offset, and how given scores are read.
+    """The learnt scale and offset, and how given scores are read; weight: of the squared error.
 
     raters: of the training scores. known: scale and offset as `text` wrote them, to go on from; None: scale 1 and
     offset 0 in deviations from the mean, so that a raw output of 0 is the mean score. score_range: as in RewardConfig.
     """
+
+    weight = SCORE_WEIGHT
 
     def __init__(
         self, raters: Raters, score_range: tuple[float, float], known: tuple[float, float] | None = None
@@ -57,7 +59,7 @@ class ScoreLink:
             return record_loss(scores, feedback, smoothing=smoothing)
         values = self.values.to(scores.device)
         read = scores * values[0].exp() + values[1]
-        return record_loss(scores, feedback, read, self.raters.read(feedback), smoothing)
+        return record_loss(scores, feedback, read, self.raters.read(feedback), smoothing, self.weight)
 
     def take_gradient(self) -> Tensor:
         """The gradient [2] of `values` since the last call, which is forgotten then."""

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from fastrlhf.data.feedback import Feedback, Ranking
 
+SCORE_WEIGHT = 0.2  # of the squared error of a score beside a preference's loss: see docs/options.md
+
 
 def preference_loss(
     scores: Tensor, ranking: Sequence[Sequence[int]], margin: float | None = None, smoothing: float = 0.0
@@ -56,10 +58,12 @@ def record_loss(
     read: Tensor | None = None,
     given: Sequence[float] = (),
     smoothing: float = 0.0,
+    weight: float = SCORE_WEIGHT,
 ) -> Tensor:
-    """Loss of one record from the raw outputs [K], or [K, M], of its responses. Of a record with scores: `score_loss`
-    of read and given, and the `preference_loss` of the order that they imply, where two of them differ."""
+    """Loss of one record from the raw outputs [K], or [K, M], of its responses. Of a record with scores: weight times
+    the `score_loss` of read and given, and the `preference_loss` of the order that they imply, where two of them
+    differ."""
     if feedback.scores is None:
         return preference_loss(scores, feedback.ranking, feedback.margin, smoothing)
-    loss, ranking = score_loss(read, given), implied_ranking(feedback.scores)
+    loss, ranking = weight * score_loss(read, given), implied_ranking(feedback.scores)
     return loss + preference_loss(scores, ranking, smoothing=smoothing) if len(ranking) > 1 else loss

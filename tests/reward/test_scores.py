@@ -15,7 +15,7 @@ from fastrlhf.data.feedback import Feedback, parse_feedback
 from fastrlhf.models.reward_folder import LINK_FILE, link_of
 from fastrlhf.reward.head import settle_head
 from fastrlhf.reward.link import ScoreLink
-from fastrlhf.reward.losses import implied_ranking, preference_loss
+from fastrlhf.reward.losses import SCORE_WEIGHT, implied_ranking, preference_loss
 from fastrlhf.reward.raters import PRIOR, TOGETHER, raters_of
 from tests import tiny
 from tests.reward_runs import CAT, EDIT, MOON, PAIR, WEATHER, config, scores_of, trainer
@@ -94,17 +94,17 @@ def test_scores_and_pairs_have_a_scale_each():
     def loss() -> torch.Tensor:
         return torch.stack([link.loss(raw[score], given(score)) for score in raw]).mean()
 
-    assert float(loss().detach()) > 5
+    assert float(loss().detach()) > 5 * SCORE_WEIGHT
     for _ in range(1000):
         loss().backward()
         link.step(link.take_gradient(), 1.0)
-    assert float(loss().detach()) < 2e-3
+    assert float(loss().detach()) < 2e-3 * SCORE_WEIGHT
     known = json.loads(link.text())
     for score, value in raw.items():
         assert known["scale"] * float(value.detach()) + known["offset"] == pytest.approx(score, abs=0.2)
         value.grad = None
     loss().backward()
-    assert all(abs(float(value.grad)) < 1e-2 for value in raw.values())
+    assert all(abs(float(value.grad)) < 1e-2 * SCORE_WEIGHT for value in raw.values())
 
 
 def test_the_scale_stays_positive():
@@ -187,11 +187,11 @@ def test_scores_of_one_record_imply_an_order():
     assert implied_ranking((0.5, -1.0, 0.5, 1.0)) == ((3,), (0, 2), (1,))
     record = parse_feedback({"prompt": "p", "responses": ["a", "b"], "scores": [2, 4]}, "here:1")
     link, raw = ScoreLink(raters_of([record]), (1.0, 5.0)), torch.tensor([0.3, -0.2])
-    squares = 0.5 * ((0.3 + 1) ** 2 + (-0.2 - 1) ** 2) / 2
+    squares = 0.2 * 0.5 * ((0.3 + 1) ** 2 + (-0.2 - 1) ** 2) / 2
     pair = float(preference_loss(raw, ((1,), (0,))))
     assert float(link.loss(raw, record).detach()) == pytest.approx(squares + pair, rel=1e-5)
     tied = parse_feedback({"prompt": "p", "responses": ["a", "b"], "scores": [4, 4]}, "here:1")
-    assert float(link.loss(raw, tied).detach()) == pytest.approx(0.5 * ((0.3 - 1) ** 2 + (-0.2 - 1) ** 2) / 2, rel=1e-5)
+    assert float(link.loss(raw, tied).detach()) == pytest.approx(0.1 * ((0.3 - 1) ** 2 + (-0.2 - 1) ** 2) / 2, rel=1e-5)
 
 
 def test_rows_of_one_prompt_and_person_are_learnt_together():
@@ -250,8 +250,8 @@ def test_a_row_that_is_not_finite_does_not_spoil_the_head():
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
 def test_the_first_loss_is_that_of_a_constant(make):
-    """Pairs: log 2. Scores: half their variance, which is 1 in deviations. States are far from 0, as those of real
-    models are."""
+    """Pairs: log 2. Scores: half their variance, which is 1 in deviations, by the weight. States are far from 0, as
+    those of real models are."""
     model = make()
     final = model.model.norm if hasattr(model, "model") else model.transformer.ln_f
     with torch.no_grad():
@@ -265,4 +265,4 @@ def test_the_first_loss_is_that_of_a_constant(make):
         math.log(2), abs=0.05
     )
     scores = trainer(config(mini_batch_size=25), model=model, data=apart(25)).train()["loss/train"]
-    assert scores == pytest.approx(0.5, abs=0.15)
+    assert scores == pytest.approx(0.5 * SCORE_WEIGHT, abs=0.15 * SCORE_WEIGHT)
