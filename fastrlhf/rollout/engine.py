@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.models.heads import Head, ValueHead, lm_head
-from fastrlhf.parallel.sharding import whole
+from fastrlhf.parallel.sharding import gathered, is_layered, reading
 from fastrlhf.rollout.compiled import Compilation, Regions
 from fastrlhf.rollout.cuda_graphs import Capture, StepGraphs, cuda_capture
 from fastrlhf.rollout.decoder import Decoder, replayable
@@ -115,7 +115,7 @@ class RolloutEngine:
             Row(tuple(prompt), i * params.n + j) for i, prompt in enumerate(prompt_ids, first) for j in range(params.n)
         ]
         stats = dict.fromkeys(STATS, 0)
-        with whole(self.model):  # also in a rank without a row
+        with gathered(self.model):  # also in a rank without a row
             if rows:
                 self._decode(rows, params, stats)
         stats["new_tokens"] = sum(len(row.tokens) for row in rows)
@@ -208,6 +208,11 @@ class RolloutEngine:
                 except RuntimeError as error:
                     if slots == 1 or not ran_out(error):
                         raise
+                    if is_layered(self.model):  # the others wait in the middle of a forward
+                        raise UserError(
+                            f"parallel = fsdp: memory ran out with {slots} sequences, and while layers are gathered as "
+                            "they run no rank tries again alone; use a smaller max_new_tokens, or more GPUs"
+                        ) from error
                 # Only out here, where the exception and the frames that it keeps alive are gone, can memory come free.
                 rows = [row for row in rows if not row.done]
                 LOG.warning("generation ran out of memory with %d sequences: again with %d", slots, slots // 2)
@@ -241,7 +246,7 @@ class RolloutEngine:
             cache = make_cache(self.model, known_parity(self.model).cached, slots + extra, positions)
             trunk = trunk_over(self.model, cache, self.compilation.regions)
             kept = Kept(trunk, Slots(slots, params.max_new_tokens, self.model.device))
-        if self.capture is None or isinstance(kept.trunk.cache, TokenCache):
+        if self.capture is None or isinstance(kept.trunk.cache, TokenCache) or is_layered(self.model):
             return kept
         weights = [*self.model.parameters(), *self.model.buffers(), *self.compilation.tensors()]
         addresses = [tensor.data_ptr() for tensor in weights]
@@ -352,7 +357,7 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with whole(model), torch.inference_mode():
+        with gathered(model), reading(model):
             yield
     finally:
         for module in training:
