@@ -9,9 +9,11 @@ from unittest import mock
 import torch
 from torch.distributed.tensor import DTensor
 
+from fastrlhf.data.feedback import Prompt
 from fastrlhf.models.loading import scalar_model
 from fastrlhf.parallel import sharding
 from fastrlhf.rollout.engine import RolloutEngine
+from fastrlhf.rollout.result import idle_share
 from fastrlhf.rollout.sampling import Generation, SamplingParams
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import shard
@@ -58,10 +60,36 @@ def check_layer_by_layer() -> None:
         assert not any(isinstance(p, DTensor) for p in model.parameters())
 
 
+def check_balance() -> None:
+    """A rank that is expected to sample long replies gets fewer prompts; who samples what changes no token, and what
+    comes back stands in the order of the prompts."""
+    tokenizer, model = tiny.tokenizer(), tiny.llama(seed=7)
+    prompts = [(Prompt(prompt=str(i)), [5 + i] * (1 + i)) for i in range(6)]
+    asked: list[list[int]] = []
+
+    class Watched(RolloutEngine):
+        def generate(self, prompt_ids, params, **where):
+            asked.append([*where["numbers"]])
+            return super().generate(prompt_ids, params, **where)
+
+    params = SamplingParams(max_new_tokens=9, n=2, stop_token_ids=tuple(range(30)), seed=4)
+    engine = Watched(model, tokenizer)
+    even = engine.rollout(prompts, params)
+    uneven = engine.rollout(prompts, params, expected=[30, 1, 1, 1, 1, 1])
+    assert asked[1] == [[0], [1, 2, 3, 4, 5]][distributed.rank()] != asked[0]
+    alone = RolloutEngine(model, tokenizer).generate([ids for _, ids in prompts], params)
+    for rollout in (even, uneven):
+        assert rollout.response_ids == alone.response_ids and rollout.finished == alone.finished
+        for ours, theirs in zip(rollout.policy_log_probs, alone.policy_log_probs, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert 0 <= rollout.idle < 0.5  # of two ranks
+    assert idle_share(3.0 if distributed.rank() else 1.0) == 1 - 2 / 3
+
+
 def generate(model: torch.nn.Module, prompts: list[list[int]], stops: range | tuple[()]) -> Generation:
     params = SamplingParams(max_new_tokens=12, n=2, stop_token_ids=tuple(stops), seed=3)
     mine = shard(len(prompts))
-    return RolloutEngine(model).generate(prompts[mine], params, first=mine.start)
+    return RolloutEngine(model).generate(prompts[mine], params, numbers=range(mine.start, mine.stop))
 
 
 def check_two_models_in_turns(one: torch.nn.Module, two: torch.nn.Module) -> None:

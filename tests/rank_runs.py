@@ -183,6 +183,8 @@ def check_shares(out: Path, parallel: str) -> None:
     distributed.wait_for_all()
     rows = [(out / f"{parallel}-{name}/metrics.jsonl").read_bytes() for name in ("through", "resumed")]
     assert rows[0] == rows[1]
+    timings = [json.loads(row) for row in (out / f"{parallel}-through/timings.jsonl").read_text().splitlines()]
+    assert [0 <= row["perf/rollout_idle"] < 1 for row in timings if row.get("perf/rollout_tokens")] == [True] * 4
     assert "nats apart" not in (out / f"{parallel}-through/log.txt").read_text()  # what bf16 rounds is no alarm
     if parallel == "fsdp":
         again.save(out / "exported")
@@ -372,6 +374,7 @@ def main(out: Path, forms: Iterable[str]) -> None:
         check_shares(out, "zero")
         check_shares(out, "fsdp")
         rank_checks.check_layer_by_layer()
+        rank_checks.check_balance()
         check_same_run_is_asked_for()
         for parallel in ("ddp", "zero", "fsdp"):
             check_non_finite(parallel)
