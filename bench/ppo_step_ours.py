@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -28,8 +29,8 @@ PHASES = {"rollout": "rollout", "score": "experience", "advantages": "experience
 class WholeReplies(RolloutEngine):
     """Every reply has all its tokens."""
 
-    def generate(self, prompt_ids: list[list[int]], params: SamplingParams, *, first: int = 0) -> Generation:
-        return super().generate(prompt_ids, replace(params, stop_token_ids=[]), first=first)
+    def generate(self, prompt_ids: list[list[int]], params: SamplingParams, **where: Any) -> Generation:
+        return super().generate(prompt_ids, replace(params, stop_token_ids=[]), **where)
 
 
 def trainer_of(spec: dict) -> PPOTrainer:

@@ -95,3 +95,14 @@ def begun(
         parser.error("RUN: the folder of the SFT models is needed")
     there = options.json is not None and options.json.exists()
     return options, json.loads(options.json.read_text(encoding="utf-8"))["runs"] if there else []
+
+
+def torchrun(ranks: int, module: str, arguments: Sequence[str], row: Path) -> Any:
+    """One run of so many ranks, with one thread each -> what its lead wrote to `row`. SystemExit with its last words
+    where it fails."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, "-m", *launcher, "-m", module, "--row", str(row), *arguments]
+    done = subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{module}, {ranks} ranks, {' '.join(arguments)}: {done.stderr.strip()[-2000:]}")
+    return json.loads(row.read_text())

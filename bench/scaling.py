@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,25 +30,42 @@ import torch.distributed as dist
 from bench.gpu_kernels import about
 from bench.models import classifier_of, policy_of, prompts_of, tokenizer_of
 from bench.ppo_step_ours import WholeReplies
-from bench.processes import ONE_THREAD
+from bench.processes import torchrun
 from fastrlhf import PPOConfig, PPOTrainer
+from fastrlhf.parallel.sharding import layers_of
 from fastrlhf.runtime import distributed
 
 LENGTHS = {"max_prompt_tokens": 16, "max_new_tokens": 24}
-SEVEN_B = {"parameters": 7_615_616_512, "roles": 2, "updates": 8, "width": 2}  # Qwen2.5-7B, bf16, policy and critic
+# Qwen2.5-7B, bf16, policy and critic; outer: embeddings, head and last norm.
+SEVEN_B = {"parameters": 7_615_616_512, "outer": 2 * 152064 * 3584 + 3584, "roles": 2, "updates": 8, "width": 2}
 # Bytes a second of a GPU, assumed: 350 GB/s by NVLink inside a machine of 8, 45 GB/s (400 Gbit/s) between machines.
 LINKS = {8: 350e9, 64: 45e9}
-SENT = {"all_reduce": 2, "reduce_scatter_tensor": 1, "all_gather": 1}  # times (N - 1) / N of the whole
+# Of each collective: times (N - 1) / N of the whole, and where in its call the whole is. `*_single`: torch from 2.13 on.
+SENT = {
+    "all_reduce": (2, 0, "tensor"),
+    "reduce_scatter_tensor": (1, 1, "input"),
+    "reduce_scatter_single": (1, 1, "input"),
+    "all_gather": (1, 0, "tensor_list"),
+    "all_gather_into_tensor": (1, 0, "output_tensor"),
+    "all_gather_single": (1, 0, "output_tensor"),
+}
 
 
-def computed(parameters: int, ranks: int, parallel: str, *, updates: int, width: int) -> float:
+def computed(parameters: int, ranks: int, parallel: str, *, updates: int, width: int, outer: int = 0) -> float:
     """Bytes that one rank sends in the updates of a step, for a role of so many trained parameters of `width` bytes.
 
     ddp sums fp32 gradients; zero scatters that sum and gathers the new weights; fsdp gathers them for the forward and
-    for the backward pass, of one micro-batch a rank.
+    for the backward pass, of one micro-batch a rank; the `outer` ones of them, which are outside of layers, once.
     """
     each = {"ddp": 2 * 4, "zero": 4 + width, "fsdp": 4 + 2 * width}[parallel]
-    return updates * parameters * each * (ranks - 1) / ranks
+    once = width * outer if parallel == "fsdp" else 0
+    return updates * (parameters * each - once) * (ranks - 1) / ranks
+
+
+def read(parameters: int, ranks: int, *, width: int) -> float:
+    """Bytes that one rank sends where fsdp gathers a model once, to generate, to score, or for the old, reference's and
+    critic's outputs."""
+    return parameters * width * (ranks - 1) / ranks
 
 
 def held(parameters: int, ranks: int, parallel: str, *, width: int) -> float:
@@ -67,12 +83,15 @@ class Counted:
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
         self.seconds = 0.0
-        for name, factor in SENT.items():
-            setattr(dist, name, self._counted(name, factor, getattr(dist, name)))
+        for name in SENT:
+            if hasattr(dist, name):
+                setattr(dist, name, self._counted(name, getattr(dist, name)))
 
-    def _counted(self, name: str, factor: int, call: Any) -> Any:
+    def _counted(self, name: str, call: Any) -> Any:
+        factor, place, argument = SENT[name]
+
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            tensor = args[1] if name == "reduce_scatter_tensor" else args[0]
+            tensor = args[place] if len(args) > place else kwargs[argument]
             size = sum(part.nbytes for part in tensor) if isinstance(tensor, list) else tensor.nbytes
             self.bytes[name] += round(factor * size * (distributed.size() - 1) / distributed.size())
             began = time.perf_counter()
@@ -99,6 +118,20 @@ def trainer_of(options: argparse.Namespace) -> PPOTrainer:
     return trainer
 
 
+def expected(trainer: PPOTrainer, parallel: str) -> float:
+    """Bytes that the cost model has for a step of `trainer`."""
+    ranks, roles, sent = distributed.size(), trainer.roles, 0.0
+    for role in trainer.trained().values():
+        size = sum(p.numel() for p in role.optimizer.params)
+        layers = sum(p.numel() for layer in layers_of(role.model) for p in layer.parameters())
+        sent += computed(size, ranks, parallel, updates=1, width=4, outer=size - layers)
+    if parallel == "fsdp" and ranks > 1:
+        once = [trainer.policy, *trainer.scorer.models]  # a rollout, scores
+        once += [trainer.policy, roles.ref_policy, roles.value_model]  # old and reference's log-probs, values
+        sent += sum(read(sum(p.numel() for p in model.parameters()), ranks, width=4) for model in once)
+    return sent
+
+
 def run_rank(options: argparse.Namespace) -> None:
     """What one rank measures; the lead writes it."""
     torch.set_num_threads(1)
@@ -112,7 +145,7 @@ def run_rank(options: argparse.Namespace) -> None:
         counted.bytes.clear()
         counted.seconds, began = 0.0, now
     steps = steps[1:]  # the first one allocates
-    model = sum(computed(n, distributed.size(), options.parallel, updates=1, width=4) for n in parameters.values())
+    model = expected(trainer, options.parallel)
     sent = sum(steps[-1]["bytes"].values())
     row = {
         "ranks": distributed.size(), "parallel": options.parallel, "parameters": parameters,
@@ -126,20 +159,14 @@ def run_rank(options: argparse.Namespace) -> None:
 
 
 def measure(ranks: int, parallel: str, arguments: list[str]) -> dict[str, Any]:
-    """One run of so many ranks -> what its lead wrote. SystemExit with its last words where it fails."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    """One run of so many ranks -> what its lead wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        row = Path(folder) / "row.json"
-        command = [sys.executable, "-m", *launcher, "-m", "bench.scaling", "--row", str(row), "--parallel", parallel]
-        done = subprocess.run([*command, *arguments], env=os.environ | ONE_THREAD, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{ranks} ranks, {parallel}: {done.stderr.strip()[-2000:]}")
-        return json.loads(row.read_text())
+        return torchrun(ranks, "bench.scaling", ["--parallel", parallel, *arguments], Path(folder) / "row.json")
 
 
 def predictions() -> list[dict[str, Any]]:
     """A 7B model in bf16, policy and critic, 8 updates a step; computed, nothing ran."""
-    sizes = {name: SEVEN_B[name] for name in ("updates", "width")}
+    sizes = {name: SEVEN_B[name] for name in ("updates", "width", "outer")}
     rows = []
     for ranks, link in LINKS.items():
         for parallel in ("ddp", "zero", "fsdp"):
@@ -185,7 +212,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="timed steps behind a first one")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--computed", action="store_true", help="the cost model alone")
-    parser.add_argument("--parallel", choices=["ddp", "zero"], default="ddp", help=argparse.SUPPRESS)
+    parser.add_argument("--parallel", choices=["ddp", "zero", "fsdp"], default="ddp", help=argparse.SUPPRESS)
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)  # of a rank: where its lead writes
     options = parser.parse_args()
     if options.row is not None:
@@ -198,7 +225,7 @@ def main() -> int:
     machine = about(torch.device("cpu")) | {"cores": os.cpu_count(), "load before": os.getloadavg()[0]}
     print(machine)
     arguments = ["--model", options.model, "--batch", str(options.batch), "--steps", str(options.steps)]
-    runs = [(n, parallel) for n in options.ranks for parallel in (("ddp",) if n == 1 else ("ddp", "zero"))]
+    runs = [(n, parallel) for n in options.ranks for parallel in (("ddp",) if n == 1 else ("ddp", "zero", "fsdp"))]
     rows = [measure(ranks, parallel, arguments) for ranks, parallel in runs]
     print(table(rows), predicted_table(computed_rows), sep="\n\n")
     if options.json:

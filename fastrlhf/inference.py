@@ -118,7 +118,8 @@ def sample(
         engine.check_prompts(prompt_ids, params, names)
         size = at_once or len(prompt_ids) or 1
         for first in range(0, len(prompt_ids), size):
-            out = engine.generate(prompt_ids[first : first + size], params, first=first)
+            numbers = range(len(prompt_ids))[first : first + size]
+            out = engine.generate([prompt_ids[i] for i in numbers], params, numbers=numbers)
             replies = list(map(Reply, reply_texts(tokenizer, out), out.response_ids, out.finished))
             yield from (replies[i : i + params.n] for i in range(0, len(replies), params.n))
     except ValueError as error:

@@ -37,7 +37,8 @@ from fastrlhf.rl.roles import load_roles
 from fastrlhf.rollout.engine import RolloutEngine, position_limits
 from fastrlhf.rollout.result import Rollout, ScoredRollout
 from fastrlhf.rollout.sampling import SamplingParams
-from fastrlhf.runtime.batching import Sampler, derive_seed
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.batching import ReplyLengths, Sampler, derive_seed
 from fastrlhf.runtime.metrics import mean, throughput
 from fastrlhf.runtime.optim import TrainedRole
 from fastrlhf.trainer import PlannedTokens, Stateful, Step, TensorPart, Trainer, device_of, run_stage
@@ -135,6 +136,7 @@ class PPOTrainer(Trainer):
         readers = [model for model in (self.policy, roles.ref_policy, roles.value_model) if model is not None]
         self.joined = resolve_packing(config.packing, readers)
         self.sampler = Sampler(len(self.prompts), config.seed)
+        self.lengths = ReplyLengths() if distributed.size() > 1 else None
         self.learner = Learner(
             config,
             roles,
@@ -164,7 +166,7 @@ class PPOTrainer(Trainer):
         with phase("rollout"):
             self.roles.offload.fetch(next(iter(self.scorer.models), self.ref_policy))
             indices = self.sampler.take(config.rollout_batch_size // config.samples_per_prompt)
-            rollout = self.rollout([self.prompts[i] for i in indices], config.samples_per_prompt, purpose="rollout")
+            rollout = self._answers(indices)
         self.stop_together()
         with phase("score"):
             self.roles.offload.fetch(self.ref_policy)
@@ -199,7 +201,18 @@ class PPOTrainer(Trainer):
         self._after_kl(metrics["kl/ref"])
         self.steps_done += 1
         timings = throughput("perf/rollout_tokens", rollout.stats["new_tokens"], self.device)
+        timings |= {} if rollout.idle is None else {"perf/rollout_idle": rollout.idle}
         return PPOStep(metrics, timings, rollout.scored(scores.values))
+
+    def _answers(self, indices: Sequence[int]) -> Rollout:
+        """The rollout of these prompts; of several ranks each samples what is expected to take it as long."""
+        prompts, samples = [self.prompts[i] for i in indices], self.config.samples_per_prompt
+        if self.lengths is None:
+            return self.rollout(prompts, samples, purpose="rollout")
+        expected = self.lengths.expected(indices, self.config.max_new_tokens)
+        rollout = self.rollout(prompts, samples, purpose="rollout", expected=expected)
+        self.lengths.note(indices, [len(ids) for ids in rollout.response_ids])
+        return rollout
 
     def rollout(
         self,
@@ -209,8 +222,10 @@ class PPOTrainer(Trainer):
         purpose: str,
         engine: RolloutEngine | None = None,
         temperature: float | None = None,
+        expected: Sequence[float] | None = None,
     ) -> Rollout:
-        """Sample `samples` responses to each prompt with the current weights (engine: of another model)."""
+        """Sample `samples` responses to each prompt with the current weights (engine: of another model). expected: see
+        `RolloutEngine.rollout`."""
         config, engine = self.config, engine or self.engine
         params = SamplingParams(
             max_new_tokens=config.max_new_tokens,
@@ -221,7 +236,7 @@ class PPOTrainer(Trainer):
             stop_token_ids=stop_token_ids(self.tokenizer, self.policy.generation_config),
             seed=derive_seed(config.seed, purpose, self.steps_done if purpose == "rollout" else 0),
         )
-        rollout = engine.rollout(prompts, params, joined=self.joined)
+        rollout = engine.rollout(prompts, params, joined=self.joined, expected=expected)
         engine.release()  # scoring and the update need the memory
         return rollout
 
@@ -313,6 +328,8 @@ class PPOTrainer(Trainer):
     def _restore(self, checkpoint: Checkpoint) -> None:
         if self.critic is not None and self.critic.shares_trunk:
             check_value_head(checkpoint.tensors("weights_value"), str(checkpoint.path))
+        if self.lengths is not None:  # one process has none to save, nor had earlier versions
+            checkpoint.state["parts"].setdefault("lengths", self.lengths.state())
         super()._restore(checkpoint)
 
     def parts(self) -> dict[str, Stateful]:
@@ -325,6 +342,7 @@ class PPOTrainer(Trainer):
             "evaluation": self.evaluation,
             "alarms": self.alarms,
             "engine": self.engine,
+            "lengths": self.lengths,
         }
         return {name: part for name, part in parts.items() if part is not None}
 

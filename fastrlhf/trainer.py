@@ -198,7 +198,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
         if adapter and first.adapter is None:
             raise UserError("save: adapter=True needs a run with lora; this one trains all weights")
         model = first.model
-        with self.averaged(), sharding.whole(model):
+        with self.averaged(), sharding.gathered(model):
             if not distributed.is_lead():
                 return
             stops = stop_token_ids(self.tokenizer, getattr(model, "generation_config", None))

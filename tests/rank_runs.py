@@ -36,7 +36,7 @@ from fastrlhf.parallel.vocabulary import shard_vocabulary, vocabulary_parallel_l
 from fastrlhf.runtime import distributed, launch
 from fastrlhf.runtime.guards import Interrupted
 from fastrlhf_kernels import linear_log_probs, linear_ppo_loss, ppo_policy_loss
-from tests import tiny
+from tests import rank_checks, tiny
 
 PROMPTS = [tiny.chat(p) for p in tiny.PROMPTS]
 PAIRS = [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in PROMPTS]
@@ -67,6 +67,7 @@ FORMS = {
     },
     "rloo": {"advantage": "rloo", "critic_learning_rate": 0, "kl_in": "loss", "loss_aggregation": "sequence_mean"},
 }
+SMALL = ("shared_trunk+fsdp", "tied+fsdp")
 SUPERVISED = {"total_steps": 2, "mini_batch_size": 4, "learning_rate": 1e-3, "eval_every": 2, "micro_batch_tokens": 40}
 LINEAR = {**SUPERVISED, "head_only": True, "readout": "auto"}
 
@@ -182,6 +183,8 @@ def check_shares(out: Path, parallel: str) -> None:
     distributed.wait_for_all()
     rows = [(out / f"{parallel}-{name}/metrics.jsonl").read_bytes() for name in ("through", "resumed")]
     assert rows[0] == rows[1]
+    timings = [json.loads(row) for row in (out / f"{parallel}-through/timings.jsonl").read_text().splitlines()]
+    assert [0 <= row["perf/rollout_idle"] < 1 for row in timings if row.get("perf/rollout_tokens")] == [True] * 4
     assert "nats apart" not in (out / f"{parallel}-through/log.txt").read_text()  # what bf16 rounds is no alarm
     if parallel == "fsdp":
         again.save(out / "exported")
@@ -196,12 +199,12 @@ def check_that_no_memory_for_a_whole_model_is_said(model: torch.nn.Module) -> No
 
     model.unshard = fails
     try:
-        with sharding.whole(model):
+        with sharding.gathered(model):
             raise AssertionError("gathered")
     except UserError as error:
-        assert "gather a model whole, and memory ran out" in str(error)
+        assert "gather a model, and memory ran out as all" in str(error)
     del model.unshard
-    with sharding.whole(model):  # and it can be gathered behind it
+    with sharding.gathered(model):  # and it can be gathered behind it
         assert not any(isinstance(p, DTensor) for p in model.parameters())
 
 
@@ -370,24 +373,32 @@ def main(out: Path, forms: Iterable[str]) -> None:
         check_signal(out)
         check_shares(out, "zero")
         check_shares(out, "fsdp")
+        rank_checks.check_layer_by_layer()
+        rank_checks.check_balance()
         check_same_run_is_asked_for()
         for parallel in ("ddp", "zero", "fsdp"):
             check_non_finite(parallel)
     for form in forms:
-        trainer = build(form)
-        if form == "shared_trunk+fsdp":  # as where whole sums of gradients do not fit
-            trainer.policy._sums_whole = False
-        before = weights(trainer)
-        steps = []
-        for step in trainer:
-            ids = step.rollout.response_ids if form.partition("+")[0] in FORMS else None
-            steps.append({"ids": ids, "metrics": step.metrics})
-        after = weights(trainer)
+        before, after, steps = run(form)
         prints = distributed.gather(torch.tensor([fingerprint(after)])).tolist()
         assert len(set(prints)) == 1, f"{form}: the ranks' weights differ"
         if distributed.is_lead():
             (out / f"{form}.json").write_text(json.dumps(steps))
             save_file({n: after[n] - before[n] for n in after}, out / f"{form}.safetensors")
+
+
+def run(form: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[dict]]:
+    """Weights before and after, and what each step says. Two forms are run as where memory is short."""
+    small = rank_checks.small_memory() if form in SMALL else contextlib.nullcontext()
+    with small:
+        trainer = build(form)
+        if form in SMALL:  # nor do whole sums of gradients fit
+            trainer.policy._sums_whole = False
+        before, steps = weights(trainer), []
+        for step in trainer:
+            ids = step.rollout.response_ids if form.partition("+")[0] in FORMS else None
+            steps.append({"ids": ids, "metrics": step.metrics})
+    return before, weights(trainer), steps
 
 
 def free_port() -> int:

@@ -10,18 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy
 import pytest
 import torch
 
+import fastrlhf.ppo
 from fastrlhf import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
 from fastrlhf.checkpoint.store import CheckpointStore
 from fastrlhf.config.errors import UserError
 from fastrlhf.models import heads, token_batch
 from fastrlhf.rl import losses
+from fastrlhf.runtime.batching import ReplyLengths
 from tests import tiny
 from tests.stage_runs import differing
 
@@ -196,6 +198,17 @@ def test_a_run_killed_before_its_first_byte_can_be_started_again(tmp_path: Path)
     ppo(run, total_steps=1).train()
     assert json.loads((run / "run.json").read_text())["verb"] == "ppo" and (run / "config.yaml").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_ranks_go_on_from_what_one_process_left_and_keep_the_lengths_of_replies(tmp_path: Path, monkeypatch) -> None:
+    next(iter(ppo(tmp_path / "run")))
+    monkeypatch.setattr(fastrlhf.ppo, "distributed", SimpleNamespace(size=lambda: 2))  # and one process all the same
+    ranks = ppo(tmp_path / "run", resume=True)
+    assert ranks.steps_done == 1 and ranks.lengths.state() == ReplyLengths().state()
+    next(iter(ranks))
+    kept = ranks.lengths.state()
+    assert len(kept["means"]) >= 3 and kept["all"][1] == 4
+    assert ppo(tmp_path / "run", resume=True).lengths.state() == kept
 
 
 @pytest.mark.parametrize("build", [sft, ppo])

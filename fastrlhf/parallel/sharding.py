@@ -9,7 +9,8 @@ model, and let go of behind it; gradients are summed and scattered. What the res
   model instead would leave a tied head as it was before training, in silence.)
 - Each layer of a forward and of a backward pass is a collective. Ranks make as many of them, in one order: `in_step`
   gives a rank that has fewer micro-batches than another empty ones.
-- Where ranks go their own ways (decoding, scoring, export), `whole` gathers all weights of the model once.
+- Where ranks go their own ways (decoding, scoring), `gathered` gathers all weights of the model once; where the memory
+  does not hold them, a layer at a time as it runs, in turns that all ranks take together.
 
 Only this file and `Optimizer`'s subclass in it know how a weight is cut.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +36,7 @@ from fastrlhf.runtime.memory import ran_out
 
 T = TypeVar("T")
 SUMS_SHARE = 4  # whole sums of gradients are kept over the micro-batches where they take at most 1/4 of the memory
+WHOLE_SHARE = 0.75  # of the memory, that shares and a whole model beside them may take: keys and values take the rest
 GIB = 1 << 30
 
 
@@ -48,8 +51,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_whole(model: nn.Module) -> bool:
-    """Whether all of its weights are here: it is not sharded, or `whole` has gathered it."""
+    """Whether this rank may run it alone: it is not sharded, or inside of `gathered`."""
     return getattr(model, "_gathered", None) is not False
+
+
+def is_layered(model: nn.Module) -> bool:
+    """Whether it is inside of `gathered`, and its layers are gathered as they run."""
+    return getattr(model, "_layered", False)
 
 
 def dtype_of(model: PreTrainedModel) -> torch.dtype:
@@ -93,15 +101,45 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     for parameter in model.parameters():
         parameter.computed_in = computed_in if parameter.requires_grad else parameter.dtype
-    model._gathered, model._computed_in = False, computes_in
+    model._gathered, model._layered, model._computed_in = False, False, computes_in
     size = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model._sums_whole = SUMS_SHARE * size <= distributed.memory()
+    model._memory = distributed.memory()
+    model._sums_whole = SUMS_SHARE * size <= model._memory
+    model._size = sum(p.numel() * p.computed_in.itemsize for p in model.parameters())  # where it is gathered
+    # This rank's share: fp32 masters and AdamW's moments of what is trained, the rest as it is.
+    share = sum(p.numel() * (12 if p.requires_grad else p.computed_in.itemsize) for p in model.parameters())
+    model._share = model._beside = share / distributed.size()
     model.trunk = types.MethodType(_trunk, model)
     register_fsdp_forward_method(model, "trunk")
+    model._order = []
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: model._order.append(layer)) for layer in layers]
     with torch.no_grad():  # the first call settles which part is the outermost
         model.trunk(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=distributed.device()))
+    for hook in hooks:
+        hook.remove()
     settle(model)
     return model
+
+
+def hold_together(*models: nn.Module | None) -> None:
+    """Tell the models of a run what lies on the device beside each: from it follows how they are gathered."""
+    sharded = {id(model): model for model in models if model is not None and is_sharded(model)}.values()
+    total = sum(model._share for model in sharded)
+    for model in sharded:
+        model._beside = total
+
+
+def fits_whole(held: float, weights: float, memory: float) -> bool:
+    """Whether so many bytes of weights are gathered whole beside the shares of a run in a device's memory. From sizes
+    alone, so that every rank and a resumed run decide alike."""
+    return held + weights <= WHOLE_SHARE * memory
+
+
+def layer_by_layer(*models: nn.Module | None) -> bool:
+    """Whether `gathered` gathers these, together, a layer at a time."""
+    sharded = {id(model): model for model in models if model is not None and is_sharded(model)}.values()
+    weights = sum(model._size for model in sharded)
+    return any(not fits_whole(model._beside, weights, model._memory) for model in sharded)
 
 
 def _trunk(model: PreTrainedModel, **inputs: Any) -> Any:
@@ -178,43 +216,84 @@ def settle(model: nn.Module) -> None:
 
 def reading(model: nn.Module) -> AbstractContextManager[None]:
     """No gradients inside. A sharded model may not be gathered in inference mode, which would stay in its weights."""
-    return torch.inference_mode() if is_whole(model) else torch.no_grad()
+    return torch.inference_mode() if is_whole(model) and not is_layered(model) else torch.no_grad()
 
 
 @contextmanager
-def whole(*models: nn.Module | None) -> Iterator[None]:
-    """Inside, sharded models are gathered, in the dtype that they compute in, and ranks may run them alone. Ranks enter
-    and leave together; inside of itself it does nothing."""
-    gathered = [model for model in models if model is not None and not is_whole(model)]
+def gathered(*models: nn.Module | None) -> Iterator[None]:
+    """Inside, ranks may run sharded models alone: they are gathered, in the dtype that they compute in; where the
+    memory does not hold them (`fits_whole`) what is outside of layers, and each layer while it runs (`reading`).
+
+    Ranks enter and leave together; of models that are gathered already nothing is done. UserError where memory ran out.
+    """
+    cut = list({id(model): model for model in models if model is not None and not is_whole(model)}.values())
+    turns = _Turns(cut) if layer_by_layer(*cut) else None
     try:
-        for model in gathered:
-            _gather(model)
+        for model in cut:
+            _gather(model, layered=turns is not None)
         yield
+        if turns is not None:
+            turns.take(None)
     finally:
-        for model in gathered:
+        if turns is not None:
+            turns.end()
+        for model in cut:
             model.set_reshard_after_forward(True)
             model.set_reshard_after_forward(False, recurse=False)
-            model._gathered = False
+            model._gathered = model._layered = False
             settle(model)
 
 
-def _gather(model: nn.Module) -> None:
+class _Turns:
+    """The forwards of models whose layers are gathered as they run, one forward of all ranks at a time.
+
+    Before a forward a rank says of which model it is. The first model that any rank wants has the turn: who wants
+    another one, or has no more to run, gathers its layers with the others and lets go of them, and asks again.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self.models = models
+        self.hooks = [
+            model.base_model.register_forward_pre_hook(partial(self._before, number))
+            for number, model in enumerate(models)
+        ]
+
+    def _before(self, number: int, *_: object) -> None:
+        self.take(number)
+
+    def take(self, number: int | None) -> None:
+        """Return when it is the turn of the model of this number; of None when no rank has a forward left."""
+        wanted = len(self.models) if number is None else number
+        said = torch.tensor([wanted], device=distributed.device())
+        while (now := int(distributed.gather_equal(said).min())) != wanted:
+            with torch.no_grad():
+                for layer in self.models[now]._order:
+                    layer.unshard()
+                    layer.reshard()
+
+    def end(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _gather(model: nn.Module, *, layered: bool) -> None:
     from torch.distributed.fsdp import FSDPModule
 
-    model.set_reshard_after_forward(False)
-    model._gathered = True
+    if not layered:
+        model.set_reshard_after_forward(False)
+    model._gathered, model._layered = True, layered
     try:
         with torch.inference_mode(False), torch.no_grad():
-            for part in model.modules():
+            for part in [model] if layered else model.modules():
                 if isinstance(part, FSDPModule):
                     part.unshard()
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        size = sum(p.numel() * p.computed_in.itemsize for p in model.parameters() if _is_share(p))
+        what = f"{'parts of' if layered else 'all'} {model._size / GIB:.1f} GiB of {type(model).__name__}"
         raise UserError(
-            f"parallel = fsdp: generation, scoring and export gather a model whole, and memory ran out as another "
-            f"{size / GIB:.1f} GiB of {type(model).__name__} came; use more or larger GPUs, or a smaller model"
+            f"parallel = fsdp: generation and scoring gather a model, and memory ran out as {what} came; use more or "
+            "larger GPUs, or a smaller model"
         ) from error
 
 

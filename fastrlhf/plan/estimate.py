@@ -12,7 +12,7 @@ from fastrlhf.config.base import UNSHARDED, StageConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import lora_options
 from fastrlhf.config.stages import PPOConfig
-from fastrlhf.parallel.sharding import SUMS_SHARE
+from fastrlhf.parallel.sharding import SUMS_SHARE, fits_whole
 from fastrlhf.plan.phases import Measured, Measurer, Phase, Target
 from fastrlhf.runtime.distributed import BUCKET_ELEMENTS
 from fastrlhf.runtime.hardware import installed
@@ -177,16 +177,27 @@ def _shared(lines: dict[str, int], measured: Measured, phase: str, config: Stage
     if config.parallel == "fsdp" and target.gpus > 1:
         weights = {name: size for name, size in lines.items() if _is_of_weights(name)}
         names += weights
-        read = {"rollout": "policy", "score": "reward model"}.get(phase)
-        whole = sum(size for name, size in weights.items() if name.startswith(read or "\0"))
-        lines["gathered weights"] = whole if read else sum(measured.layered.values())
         sums = measured.held["gradients"]
         if "gradients" in lines and target.gpu is not None and SUMS_SHARE * sums > target.gpu:
             lines["gradients"] = -(-lines["gradients"] // target.gpus)
         for role in measured.recast:
             lines.pop(f"{role}: parameters", None)
     if config.parallel != "ddp":
-        lines |= {name: -(-lines[name] // target.gpus) for name in names if name in lines}
+        shares = {name: -(-lines[name] // target.gpus) for name in names if name in lines}
+        lines |= shares
+        if config.parallel == "fsdp" and target.gpus > 1:
+            lines["gathered weights"] = _gathered(weights, measured, phase, sum(shares.values()), target)
+
+
+def _gathered(weights: dict[str, int], measured: Measured, phase: str, shares: int, target: Target) -> int:
+    """Bytes that parallel = fsdp gathers at a time in a phase, beside the shares: models that ranks run alone are whole
+    where that fits, all others in layers."""
+    alone = {"rollout": "policy", "score": "reward model"}.get(phase)
+    if alone is not None:
+        whole = sum(size for name, size in weights.items() if name.startswith(alone))
+        if fits_whole(shares, whole, target.gpu or float("inf")):
+            return whole
+    return sum(size for role, size in measured.layered.items() if role.startswith(alone or ""))
 
 
 def _need(measured: Measured, name: str, phase: Phase, config: StageConfig, target: Target) -> Need:

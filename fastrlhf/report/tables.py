@@ -29,6 +29,7 @@ MACHINE = {
     "mem/host_peak_gib": "Process memory, peak (GiB)",
     "perf/rollout_tokens": "Tokens of a step (median)",
     "perf/tokens": "Tokens of a step (median)",
+    "perf/rollout_idle": "Share of sampling in which ranks waited (median)",
     "perf/rollout_tokens_per_s": "Tokens per second while sampling (median)",
     "perf/tokens_per_s": "Tokens per second (median)",
 }

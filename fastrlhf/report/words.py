@@ -221,6 +221,7 @@ CHINESE = {
     "GPU memory, peak (GiB)": "GPU 显存峰值（GiB）",
     "Process memory, peak (GiB)": "进程内存峰值（GiB）",
     "Tokens of a step (median)": "每步 token 数（中位数）",
+    "Share of sampling in which ranks waited (median)": "采样中各 rank 等待的占比（中位数）",
     "Tokens per second while sampling (median)": "采样时每秒 token 数（中位数）",
     "Tokens per second (median)": "每秒 token 数（中位数）",
     "nothing was recorded": "没有记录",

@@ -26,7 +26,7 @@ from fastrlhf.models.loading import freeze, frozen_copy, load_policy, load_rewar
 from fastrlhf.models.lora import POLICY, REFERENCE, REWARD, VALUE, Adapters
 from fastrlhf.models.offload import Offload
 from fastrlhf.models.reward_folder import kept_readout
-from fastrlhf.parallel.sharding import reading, settle, shard, wanted
+from fastrlhf.parallel.sharding import hold_together, layer_by_layer, reading, settle, shard, wanted
 from fastrlhf.rl.critic import Critic
 from fastrlhf.rl.scorers import AdapterScorer, RewardModelScorer, Scorer, make_scorer, reward_tokenizer
 from fastrlhf.runtime.memory import MemoryBackoff
@@ -101,6 +101,10 @@ def load_roles(
         if critic is not None and critic.owns_trunk:
             shard(critic.trunk.requires_grad_(True))
         shard(trained if adapters is not None else trained.requires_grad_(True))
+        hold_together(trained, reference, None if critic is None else critic.trunk, *scorer.models)
+        for what, models in (("generation", [trained]), ("scoring", scorer.read)):
+            if layer_by_layer(*models):
+                report(f"parallel = fsdp: {what} gathers weights a layer at a time: whole they would not fit")
     if config.offload:
         for model in filter(None, (reference, *scorer.models)):
             offload.park(model)

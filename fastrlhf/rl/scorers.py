@@ -38,7 +38,7 @@ from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.offload import Offload
 from fastrlhf.models.reward_folder import HeldOut, bias_of, heads_of, held_out_of
 from fastrlhf.models.token_batch import TokenRows
-from fastrlhf.parallel.sharding import in_step, reading, whole
+from fastrlhf.parallel.sharding import gathered, in_step, reading
 from fastrlhf.rl.functions import (
     MESSAGES,
     QUERIES,
@@ -91,8 +91,9 @@ class Scorer(ABC):
 
     def __call__(self, rollout: Rollout) -> Scores:
         self.take_spread()  # of responses that something else had judged
-        with whole(*self.read):  # each rank judges its own, in micro-batches of its own
-            rewards, ensembles = self._over_ranks(rollout), self.take_spread()
+        with gathered(*self.read):  # each rank judges its own, in micro-batches of its own
+            mine, ensembles = self._judged_here(rollout), self.take_spread()
+        rewards = self._over_ranks(mine, [len(ids) for ids in rollout.response_ids], rollout.samples_per_prompt)
         spread = None
         if ensembles is not None:
             distributed.all_reduce_sum(ensembles)
@@ -110,21 +111,31 @@ class Scorer(ABC):
     def judge(self, texts: Texts, rows: TokenRows) -> list[Reward]:
         """Return the rewards of these responses, in this process."""
 
-    def _over_ranks(self, rollout: Rollout) -> list[Reward]:
+    def _judged_here(self, rollout: Rollout) -> list[Reward]:
+        """Of this rank's share of the prompts; inside of it no rank may wait for another."""
         if distributed.size() == 1:
             return self.judge(rollout.texts, rollout.rows)
-        per_prompt = rollout.samples_per_prompt
-        prompts = shard(len(rollout.rows) // per_prompt)
-        mine = slice(prompts.start * per_prompt, prompts.stop * per_prompt)
-        rewards = self.judge(rollout.texts[mine], rollout.rows[mine]) if mine.start < mine.stop else []
+        mine = _share(len(rollout.rows), rollout.samples_per_prompt)
+        return self.judge(rollout.texts[mine], rollout.rows[mine]) if mine.start < mine.stop else []
+
+    def _over_ranks(self, rewards: list[Reward], lengths: list[int], samples: int) -> list[Reward]:
+        """Each rank's rewards -> those of all responses, which are of so many tokens."""
+        if distributed.size() == 1:
+            return rewards
         if not self.per_token:
             scores = torch.tensor([math.nan if reward is None else reward for reward in rewards], dtype=torch.float64)
             return [None if math.isnan(score) else score for score in distributed.gather(scores).tolist()]
-        lengths = [len(ids) for ids in rollout.response_ids]
+        mine = _share(len(lengths), samples)
         rows = [[math.nan] * n if reward is None else reward for reward, n in zip(rewards, lengths[mine], strict=True)]
         flat = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
         whole = [part.tolist() for part in distributed.gather(flat).split(lengths)]
         return [None if math.isnan(row[0]) else row for row in whole]
+
+
+def _share(rows: int, samples: int) -> slice:
+    """This rank's rows; a prompt's samples stay together."""
+    prompts = shard(rows // samples)
+    return slice(prompts.start * samples, prompts.stop * samples)
 
 
 def split_rewards(rewards: Sequence[Reward], response_ids: Sequence[Sequence[int]]) -> Scores:

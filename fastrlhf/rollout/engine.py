@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.models.heads import Head, ValueHead, lm_head
-from fastrlhf.parallel.sharding import whole
+from fastrlhf.parallel.sharding import gathered, is_layered, reading
 from fastrlhf.rollout.compiled import Compilation, Regions
 from fastrlhf.rollout.cuda_graphs import Capture, StepGraphs, cuda_capture
 from fastrlhf.rollout.decoder import Decoder, replayable
@@ -40,11 +41,12 @@ from fastrlhf.rollout.parity import (
     trunk_over,
 )
 from fastrlhf.rollout.recompute import RecomputedTrunk, TokenCache
-from fastrlhf.rollout.result import Rollout, gather_generation, make_rollout
+from fastrlhf.rollout.result import Rollout, gather_generation, idle_share, make_rollout
 from fastrlhf.rollout.sampling import Generation, SamplingParams
 from fastrlhf.rollout.slots import Row, Slots
 from fastrlhf.rollout.trunk import CachedTrunk
-from fastrlhf.runtime.batching import shard
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.batching import dealt
 from fastrlhf.runtime.memory import free_bytes, ran_out
 
 LOG = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class RolloutEngine:
         self.keeps = model.device.type == "cuda"  # cache, state and graphs over `release`
         self.capture: Callable[[], Capture] | None = cuda_capture if self.keeps else None  # how steps are recorded
         self._kept: Kept | None = None
+        self.busy = 0.0  # seconds that the last `generate` took this rank for its own rows
         self._released: int | None = None  # the allocator's retries when something was kept over `release`
 
     @property
@@ -99,8 +102,10 @@ class RolloutEngine:
         """What the next rollout finds, if anything."""
         return None if self._kept is None else self._kept.trunk.cache
 
-    def generate(self, prompt_ids: list[list[int]], params: SamplingParams, *, first: int = 0) -> Generation:
-        """Sample params.n replies to each prompt. first: number of the first prompt, where these are part of more.
+    def generate(
+        self, prompt_ids: list[list[int]], params: SamplingParams, *, numbers: Sequence[int] | None = None
+    ) -> Generation:
+        """Sample params.n replies to each prompt. numbers: of each prompt, where these are part of more; None: from 0.
 
         The tokens of sample j of prompt i depend on (weights, prompt, params, i, j) only: neither on the other
         prompts nor on how many decode together. Raises UserError before any forward for an empty prompt, a prompt that
@@ -111,13 +116,15 @@ class RolloutEngine:
         """
         params = replace(params, stop_token_ids=self._stop_ids(params))
         self.check_prompts(prompt_ids, params)
-        rows = [
-            Row(tuple(prompt), i * params.n + j) for i, prompt in enumerate(prompt_ids, first) for j in range(params.n)
-        ]
+        numbers = range(len(prompt_ids)) if numbers is None else numbers
+        numbered = zip(numbers, prompt_ids, strict=True)
+        rows = [Row(tuple(prompt), i * params.n + j) for i, prompt in numbered for j in range(params.n)]
         stats = dict.fromkeys(STATS, 0)
-        with whole(self.model):  # also in a rank without a row
+        began = time.perf_counter()
+        with gathered(self.model):  # also in a rank without a row
             if rows:
                 self._decode(rows, params, stats)
+            self.busy = time.perf_counter() - began
         stats["new_tokens"] = sum(len(row.tokens) for row in rows)
         return Generation(
             response_ids=[row.tokens for row in rows],
@@ -128,13 +135,24 @@ class RolloutEngine:
             values=None if self.value_head is None else [row.values for row in rows],
         )
 
-    def rollout(self, prompts: Sequence[EncodedPrompt], params: SamplingParams, *, joined: bool = False) -> Rollout:
+    def rollout(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        params: SamplingParams,
+        *,
+        joined: bool = False,
+        expected: Sequence[float] | None = None,
+    ) -> Rollout:
         """Sample params.n replies to each prompt, over all ranks, and put texts and token rows together. joined: how a
-        micro-batch of these rows is put together. Errors are those of `generate`."""
-        mine = shard(len(prompts))
-        part = self.generate([ids for _, ids in prompts[mine]], params, first=mine.start)
-        whole = gather_generation(part, values=self.value_head is not None)
-        return make_rollout(self.tokenizer, prompts, params.n, whole, joined=joined)
+        micro-batch of these rows is put together. expected: tokens of a reply to each prompt, by which the prompts are
+        dealt to the ranks; None: max_new_tokens. Errors are those of `generate`."""
+        replies = expected or [params.max_new_tokens] * len(prompts)
+        shares = dealt([len(ids) + params.n * reply for (_, ids), reply in zip(prompts, replies, strict=True)])
+        mine = shares[distributed.rank()]
+        part = self.generate([prompts[i][1] for i in mine], params, numbers=mine)
+        generation = gather_generation(part, shares, params.n, values=self.value_head is not None)
+        idle = idle_share(self.busy)
+        return make_rollout(self.tokenizer, prompts, params.n, generation, joined=joined, idle=idle)
 
     def check(self, positions: int) -> str:
         """Settle, once for a model, how it is generated from in sequences of up to `positions` tokens (`parity.py`) ->
@@ -208,6 +226,11 @@ class RolloutEngine:
                 except RuntimeError as error:
                     if slots == 1 or not ran_out(error):
                         raise
+                    if is_layered(self.model):  # the others wait in the middle of a forward
+                        raise UserError(
+                            f"parallel = fsdp: memory ran out with {slots} sequences, and while layers are gathered as "
+                            "they run no rank tries again alone; use a smaller max_new_tokens, or more GPUs"
+                        ) from error
                 # Only out here, where the exception and the frames that it keeps alive are gone, can memory come free.
                 rows = [row for row in rows if not row.done]
                 LOG.warning("generation ran out of memory with %d sequences: again with %d", slots, slots // 2)
@@ -241,7 +264,7 @@ class RolloutEngine:
             cache = make_cache(self.model, known_parity(self.model).cached, slots + extra, positions)
             trunk = trunk_over(self.model, cache, self.compilation.regions)
             kept = Kept(trunk, Slots(slots, params.max_new_tokens, self.model.device))
-        if self.capture is None or isinstance(kept.trunk.cache, TokenCache):
+        if self.capture is None or isinstance(kept.trunk.cache, TokenCache) or is_layered(self.model):
             return kept
         weights = [*self.model.parameters(), *self.model.buffers(), *self.compilation.tensors()]
         addresses = [tensor.data_ptr() for tensor in weights]
@@ -352,7 +375,7 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with whole(model), torch.inference_mode():
+        with gathered(model), reading(model):
             yield
     finally:
         for module in training:

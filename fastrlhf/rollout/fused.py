@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastrlhf.parallel.sharding import is_layered
 from fastrlhf_kernels.backend import choose_backend
 from fastrlhf_kernels.layers import rms_norm, rotate, silu_mul
 
@@ -67,9 +68,10 @@ def fused(model: PreTrainedModel, *, without: Container[int] = ()) -> Iterator[N
 
 
 def swaps_of(model: PreTrainedModel) -> list[Swap]:
-    """What of the model can be swapped, tried once for its dtype and device; nothing without the kernels."""
+    """What of the model can be swapped, tried once for its dtype and device; nothing without the kernels, or where
+    layers are gathered as they run: then they are not there to be tried."""
     weight = model.get_input_embeddings().weight
-    if model.dtype not in TOLERANCE or choose_backend("auto", weight).name != "triton":
+    if is_layered(model) or model.dtype not in TOLERANCE or choose_backend("auto", weight).name != "triton":
         return []
     key = (model.dtype, model.device)
     if model not in _known or _known[model][0] != key:

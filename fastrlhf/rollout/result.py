@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ class Rollout:
     """Sampled responses to prompts, prompt-major, `samples_per_prompt` to each.
 
     finished: ended by a stop token. log_probs, policy_log_probs, values: lists of 1-d fp32 CPU tensors, as `Generation`
-    has them; values None: no critic reads the policy's trunk. stats: counts of the engine.
+    has them; values None: no critic reads the policy's trunk. stats: counts of the engine. idle: share of the time in
+    which ranks waited for the slowest of them; None: there is one.
     """
 
     rows: TokenRows
@@ -48,6 +49,7 @@ class Rollout:
     policy_log_probs: list[Tensor]
     values: list[Tensor] | None
     stats: dict[str, float]
+    idle: float | None = field(default=None, kw_only=True)
 
     @property
     def prompts(self) -> list[str]:
@@ -103,6 +105,7 @@ def make_rollout(
     generation: Generation,
     *,
     joined: bool,
+    idle: float | None = None,
 ) -> Rollout:
     """Put together what was asked and what was sampled. joined: how `TokenRows` puts a micro-batch into rows."""
     asked = [pair for pair in prompts for _ in range(samples_per_prompt)]
@@ -115,12 +118,13 @@ def make_rollout(
         policy_log_probs=generation.policy_log_probs,
         values=generation.values,
         stats=generation.stats,
+        idle=idle,
     )
 
 
-def gather_generation(part: Generation, *, values: bool) -> Generation:
-    """Return what all ranks sampled, in the order of the prompts. values: whether the engine reads a critic (a rank
-    without prompts cannot tell).
+def gather_generation(part: Generation, shares: Sequence[Sequence[int]], samples: int, *, values: bool) -> Generation:
+    """Return what all ranks sampled, in the order of the prompts. shares: each rank's prompts, with so many samples of
+    each. values: whether the engine reads a critic (a rank without prompts cannot tell).
 
     What a response is depends on its number in the whole rollout, not on the rank that sampled it; so any number of
     ranks gives the same rollout. A prompt's samples stay in one rank: a reward function may compare them.
@@ -131,17 +135,30 @@ def gather_generation(part: Generation, *, values: bool) -> Generation:
     distributed.all_reduce_sum(counts)
     sizes = [len(ids) for ids in part.response_ids]
     lengths = distributed.gather(torch.tensor(sizes, dtype=torch.int64)).tolist()
+    rows = [prompt * samples + sample for share in shares for prompt in share for sample in range(samples)]
+    order = sorted(range(len(rows)), key=rows.__getitem__)  # where each response stands in what is gathered
 
     def whole(pieces: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """A piece of each response of this rank -> those of all responses."""
-        return list(distributed.gather(torch.cat([torch.zeros(0, dtype=dtype), *pieces])).split(lengths))
+        found = distributed.gather(torch.cat([torch.zeros(0, dtype=dtype), *pieces])).split(lengths)
+        return [found[at] for at in order]
 
     tokens = whole([torch.tensor(ids) for ids in part.response_ids], torch.int64)
+    finished = distributed.gather(torch.tensor(part.finished, dtype=torch.bool)).tolist()
     return Generation(
         response_ids=[ids.tolist() for ids in tokens],
         log_probs=whole(part.log_probs),
         policy_log_probs=whole(part.policy_log_probs),
-        finished=distributed.gather(torch.tensor(part.finished, dtype=torch.bool)).tolist(),
+        finished=[finished[at] for at in order],
         stats=dict(zip(part.stats, counts.tolist(), strict=True)),
         values=whole(part.values or []) if values else None,
     )
+
+
+def idle_share(busy: float) -> float | None:
+    """1 - mean / largest of the seconds that each rank was busy: the share of the time, over all of them, in which they
+    waited for the slowest; None: there is one rank."""
+    if distributed.size() == 1:
+        return None
+    seconds = distributed.gather(torch.tensor([busy], dtype=torch.float64))
+    return float(1 - seconds.mean() / seconds.max().clamp(min=1e-9))

@@ -13,6 +13,8 @@ from itertools import pairwise
 from fastrlhf.config.errors import UserError
 from fastrlhf.runtime.distributed import rank, size
 
+REMEMBERED = 8192  # prompts whose replies' lengths are known
+
 
 def derive_seed(*parts: object) -> int:
     """Return an independent 63-bit seed for each (seed, purpose, number ...): streams of different steps never
@@ -86,13 +88,51 @@ def assign_rows(sizes: Sequence[int]) -> list[int]:
 
     They depend on the sizes (of all ranks' rows) only.
     """
-    return sorted(balanced(sizes, size())[rank()])
+    return dealt(sizes)[rank()]
 
 
-def balanced(sizes: Sequence[int], count: int) -> list[list[int]]:
+def dealt(sizes: Sequence[float]) -> list[list[int]]:
+    """Return every rank's rows, as `assign_rows` has them."""
+    return [sorted(rows) for rows in balanced(sizes, size())]
+
+
+class ReplyLengths:
+    """How long replies to each prompt of a data set were, of the last REMEMBERED prompts that were answered.
+
+    A part of a run, the same in every rank: from it follows which rank samples what, and never what is sampled.
+    """
+
+    def __init__(self) -> None:
+        self._means: dict[int, float] = {}
+        self._tokens, self._replies = 0, 0
+
+    def expected(self, prompts: Sequence[int], longest: int) -> list[float]:
+        """Tokens of a reply to each prompt: the mean of its last replies, else of all so far, else `longest`."""
+        usual = self._tokens / self._replies if self._replies else float(longest)
+        return [self._means.get(prompt, usual) for prompt in prompts]
+
+    def note(self, prompts: Sequence[int], lengths: Sequence[int]) -> None:
+        """lengths: tokens of the replies, prompt-major, as many to each prompt."""
+        samples = len(lengths) // len(prompts)
+        for at, prompt in enumerate(prompts):
+            self._means.pop(prompt, None)  # the newest stand last
+            self._means[prompt] = sum(lengths[at * samples : (at + 1) * samples]) / samples
+        self._tokens, self._replies = self._tokens + sum(lengths), self._replies + len(lengths)
+        for prompt in list(self._means)[: max(0, len(self._means) - REMEMBERED)]:
+            del self._means[prompt]
+
+    def state(self) -> dict[str, list]:
+        return {"means": [[prompt, mean] for prompt, mean in self._means.items()], "all": [self._tokens, self._replies]}
+
+    def load_state(self, state: dict[str, list]) -> None:
+        self._means = {int(prompt): float(mean) for prompt, mean in state["means"]}
+        self._tokens, self._replies = state["all"]
+
+
+def balanced(sizes: Sequence[float], count: int) -> list[list[int]]:
     """Deal rows 0..n-1 into `count` bins: the largest first, each to the bin with the least so far (Graham 1969)."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    loads = [0] * count
+    loads = [0.0] * count
     for row in _largest_first(sizes):
         emptiest = loads.index(min(loads))
         bins[emptiest].append(row)
@@ -100,7 +140,7 @@ def balanced(sizes: Sequence[int], count: int) -> list[list[int]]:
     return bins
 
 
-def _largest_first(sizes: Sequence[int]) -> list[int]:
+def _largest_first(sizes: Sequence[float]) -> list[int]:
     return sorted(range(len(sizes)), key=lambda row: (-sizes[row], row))
 
 

@@ -18,23 +18,27 @@ from fastrlhf.runtime import distributed
         (4, "ddp", 2, 8 * 100 * 3 / 4, 100 * (2 + 4 + 12)),
         (4, "zero", 2, 6 * 100 * 3 / 4, 100 * (2 + 4 + 12 / 4)),
         (1, "zero", 2, 0, 100 * (2 + 4 + 12)),
+        (4, "fsdp", 2, (8 * 100 - 2 * 30) * 3 / 4, 100 * 16 / 4),
     ],
 )
 def test_the_cost_model_by_hand(ranks, parallel, width, sent, kept):
-    assert scaling.computed(100, ranks, parallel, updates=3, width=width) == pytest.approx(3 * sent)
+    assert scaling.computed(100, ranks, parallel, updates=3, width=width, outer=30) == pytest.approx(3 * sent)
     assert scaling.held(100, ranks, parallel, width=width) == pytest.approx(kept)
 
 
 def test_what_one_rank_of_four_sends(monkeypatch):
     for name in scaling.SENT:
-        monkeypatch.setattr(dist, name, lambda *_: None)
+        monkeypatch.setattr(dist, name, lambda *_, **__: None, raising=False)
     monkeypatch.setattr(distributed, "size", lambda: 4)
     counted = scaling.Counted()
     whole, part = torch.zeros(8), torch.zeros(2)
     dist.all_reduce(whole)
     dist.reduce_scatter_tensor(part, whole)
     dist.all_gather(list(whole.split(2)), part)
-    assert counted.bytes == {"all_reduce": 48, "reduce_scatter_tensor": 24, "all_gather": 24}
+    dist.all_gather_into_tensor(whole, part)  # as FSDP2 calls them
+    dist.all_gather_single(whole, part, group=None)
+    dist.reduce_scatter_single(output=part, input=whole, group=None)
+    assert counted.bytes == {name: 48 if name == "all_reduce" else 24 for name in scaling.SENT}
 
 
 def test_tables_have_a_line_a_run():
@@ -43,3 +47,4 @@ def test_tables_have_a_line_a_run():
     assert scaling.table(rows).splitlines()[-1] == "| 2 | zero | 2.00 | 0.75 | 25 % | 3.00 | 2.00 | 1.00 |"
     lines = scaling.predicted_table(scaling.predictions()).splitlines()
     assert lines[2] == "| 8 | ddp | 853 | 2.4 | 137.1 |" and lines[3] == "| 8 | zero | 640 | 1.8 | 57.1 |"
+    assert lines[4] == "| 8 | fsdp | 822 | 2.3 | 15.2 |"  # 16 (8 P - 2 of 1.09e9) 7 / 8

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrlhf.config.errors import UserError
-from fastrlhf.runtime.batching import Sampler, balanced, micro_batches, mini_batches, pack
+from fastrlhf.runtime import batching
+from fastrlhf.runtime.batching import ReplyLengths, Sampler, balanced, dealt, micro_batches, mini_batches, pack
 
 # ------------------------------------------------------------------------------------------------------------- sampler
 
@@ -232,3 +233,31 @@ def test_balanced_bins_are_within_a_third_of_the_best(sizes, count):
 def test_balanced_by_hand():
     assert balanced([3, 9, 4, 9, 1], 2) == [[1, 2], [3, 0, 4]]  # the largest first, each to the emptiest bin
     assert balanced([], 2) == [[], []] and balanced([5, 5, 5], 1) == [[0, 1, 2]]
+
+
+# -------------------------------------------------------------------------------------------- lengths that are expected
+
+
+def test_replies_are_expected_to_be_as_long_as_the_last_ones_to_their_prompt(monkeypatch):
+    lengths = ReplyLengths()
+    assert lengths.expected([3, 5], 64) == [64, 64]  # nothing was sampled yet
+    lengths.note([3, 5], [10, 20, 1, 5])
+    assert lengths.expected([5, 3, 8], 64) == [3, 15, 9]  # of a prompt that is new the mean of all
+    lengths.note([3], [2, 4])
+    assert lengths.expected([3, 8], 64) == [3, 7]
+    again = ReplyLengths()
+    again.load_state(json.loads(json.dumps(lengths.state())))
+    assert again.state() == lengths.state() and again.expected([3, 5, 8], 64) == lengths.expected([3, 5, 8], 64)
+    monkeypatch.setattr(batching, "REMEMBERED", 2)
+    lengths.note([9, 5], [1, 1])
+    assert lengths.expected([3, 5, 9], 64) == [44 / 8, 1, 1]  # the one noted longest ago is forgotten
+
+
+def test_ranks_are_dealt_what_takes_them_as_long(monkeypatch):
+    sizes = [100, 90, 80, 70.5, 2, 1, 3, 4]  # of consecutive halves one has nearly all
+    assert dealt(sizes) == [list(range(8))]  # one process reads its rows in order
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = dealt(sizes)
+    assert sorted(sum(shares, [])) == list(range(8)) and all(rows == sorted(rows) for rows in shares)
+    loads = [sum(sizes[row] for row in rows) for rows in shares]
+    assert abs(loads[0] - loads[1]) < 2
