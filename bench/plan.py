@@ -60,7 +60,8 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
             "lora": {"lora": 8}},
     "reward": {"plain": {}, "checkpointing": {"gradient_checkpointing": True}, "lora": {"lora": 8}},
     "ppo": {"separate": {}, "shared_trunk": {"critic": "shared_trunk"}, "lora": {"lora": 8},
-            "packing": {"packing": True}, "checkpointing": {"gradient_checkpointing": True}},
+            "packing": {"packing": True}, "checkpointing": {"gradient_checkpointing": True},
+            "rollout_dtype": {"rollout_dtype": "bf16"}},
 }  # fmt: skip
 CELLS = [f"{stage}/{form}" for stage, forms in FORMS.items() for form in forms]
 

@@ -40,7 +40,7 @@ LENGTHS = {"max_prompt_tokens": 16, "max_new_tokens": 24}
 SEVEN_B = {"parameters": 7_615_616_512, "outer": 2 * 152064 * 3584 + 3584, "roles": 2, "updates": 8, "width": 2}
 # Bytes a second of a GPU, assumed: 350 GB/s by NVLink inside a machine of 8, 45 GB/s (400 Gbit/s) between machines.
 LINKS = {8: 350e9, 64: 45e9}
-# Of each collective: times (N - 1) / N of the whole, and where in its call the whole is. `*_single`: torch from 2.13 on.
+# Of each collective: times (N - 1) / N of the whole, and where in its call the whole is. `*_single`: torch 2.13 on.
 SENT = {
     "all_reduce": (2, 0, "tensor"),
     "reduce_scatter_tensor": (1, 1, "input"),

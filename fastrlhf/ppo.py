@@ -39,6 +39,7 @@ from fastrlhf.rollout.result import Rollout, ScoredRollout
 from fastrlhf.rollout.sampling import SamplingParams
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.batching import ReplyLengths, Sampler, derive_seed
+from fastrlhf.runtime.hardware import resolve_dtype
 from fastrlhf.runtime.metrics import mean, throughput
 from fastrlhf.runtime.optim import TrainedRole
 from fastrlhf.trainer import PlannedTokens, Stateful, Step, TensorPart, Trainer, device_of, run_stage
@@ -126,7 +127,8 @@ class PPOTrainer(Trainer):
                 self.tracker.note(read_otherwise)
         shared = self.critic is not None and self.critic.shares_trunk
         head = self.critic.head if shared else None
-        self.engine = RolloutEngine(self.policy, tokenizer, value_head=head, compile=config.compile)
+        dtype = None if config.rollout_dtype is None else resolve_dtype(config.rollout_dtype)
+        self.engine = RolloutEngine(self.policy, tokenizer, value_head=head, compile=config.compile, dtype=dtype)
         self.memory.spares += [self.engine.give_up, roles.offload.give_back]
         self.longest = _longest(config, [*self.prompts, *(self.eval_prompts or [])], self.policy)
         if not config.resume:  # a resumed run's checkpoint holds the result; it is asked for where it does not
@@ -189,7 +191,7 @@ class PPOTrainer(Trainer):
         with phase("update"):
             metrics |= self.learner.update(rollout.rows, experience, epochs, self.steps_done)
             metrics |= self._after_update(rollout.rows, experience)
-        self.alarms.after_learning(metrics["rollout/mismatch"], dtype_of(self.policy), self._cause_of_mismatch)
+        self.alarms.after_learning(metrics["rollout/mismatch"], dtype_of(self.engine.model), self._cause_of_mismatch)
         metrics |= {
             **({} if scores.spread is None else {"reward/ensemble_sd": scores.spread}),
             "length/mean": mean([float(len(ids)) for ids in rollout.response_ids]),
@@ -259,7 +261,7 @@ class PPOTrainer(Trainer):
         name, difference = type(self.policy).__name__, self.engine.difference(self.longest)
         if not difference.agrees:
             return f"decoding of {name} differs from its plain forward by {difference}; stop the run, use another model"
-        dtype = dtype_of(self.policy)
+        dtype = dtype_of(self.engine.model)
         if dtype == torch.float32:
             return (
                 f"decoding of {name} agrees with its plain forward ({difference}), so its weights changed between "
@@ -267,7 +269,8 @@ class PPOTrainer(Trainer):
             )
         return (
             f"decoding of {name} agrees with its plain forward within what {dtype} rounds ({difference}): "
-            "as log-probs grow, so does their rounding; set importance_cap, which corrects for it, or dtype=fp32"
+            "as log-probs grow, so does their rounding; set importance_cap, which corrects for it, or "
+            + ("dtype=fp32" if self.engine.model is self.policy else "leave rollout_dtype out")
         )
 
     def _last_checkpoint(self) -> str:

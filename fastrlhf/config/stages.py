@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -229,6 +230,8 @@ class PPOConfig(StageConfig):
     """join sequences in rows without padding; they do not attend to each other (auto: where flash attention runs)"""
     probe: bool | None = None
     """before step 1, an update on the longest sequences allowed: memory runs out at once or never (auto: on a GPU)"""
+    rollout_dtype: Literal["bf16"] | None = None
+    """decode with a copy of the fp32 policy in bf16, made anew for each rollout; none: with the policy itself"""
     compile: bool | None = None
     """decode through compiled layers, with fewer and larger kernels (auto: on a GPU, where the model's can be)"""
     offload: bool = False
@@ -261,6 +264,8 @@ class PPOConfig(StageConfig):
             wrong.append(f"advantage = {self.advantage}: compares responses; set samples_per_prompt >= 2")
         if self.ema_decay is not None and self.parallel != "ddp":
             wrong.append(f"ema_decay = {self.ema_decay:g}: averages whole weights; use parallel = ddp, or no average")
+        if self.rollout_dtype is not None:
+            wrong += [f"rollout_dtype = {self.rollout_dtype}: {why}" for why in self._needs_the_policy_itself()]
         if self.overlong_penalty is not None and self.overlong_penalty > self.max_new_tokens:
             wrong.append(f"overlong_penalty = {self.overlong_penalty}: above max_new_tokens = {self.max_new_tokens}")
         if self.whiten_advantages == "group" and per_prompt < 2:
@@ -286,6 +291,19 @@ class PPOConfig(StageConfig):
             warmup = f"critic_warmup_steps = {self.critic_warmup_steps}"
             wrong.append(f"{warmup}: leaves the policy none of total_steps = {self.total_steps}")
         return wrong
+
+    def _needs_the_policy_itself(self) -> Iterator[str]:
+        """What a copy of the policy cannot decode for."""
+        if self.old_log_probs == "rollout":
+            yield "old_log_probs = rollout takes its log-probs for the policy's; use recompute"
+        if self.advantage == "gae" and self.critic == "shared_trunk":
+            yield "critic = shared_trunk takes its values from decoding; use critic = separate"
+        if self.quantize is not None:
+            yield f"quantize = {self.quantize} holds the weights in blocks, which have no other dtype; leave one out"
+        if self.parallel == "fsdp":
+            yield "parallel = fsdp gathers the policy itself for a rollout; use parallel = zero"
+        if self.dtype == self.rollout_dtype:
+            yield f"dtype = {self.dtype} is that of the policy already; use dtype = fp32, or leave rollout_dtype out"
 
 
 CONFIGS |= {c.stage: c for c in (SFTConfig, RewardConfig, PPOConfig)}

@@ -407,7 +407,8 @@ class _PPO:
         trainer, config = self.trainer, self.config
         positions = slots * self.length
         head = trainer.engine.value_head
-        engine = RolloutEngine(trainer.policy, trainer.tokenizer, max_batch_tokens=positions, value_head=head)
+        policy = trainer.engine.model  # a copy of the policy, where rollouts have a dtype of their own
+        engine = RolloutEngine(policy, trainer.tokenizer, max_batch_tokens=positions, value_head=head)
         ids = trainer.policy.get_input_embeddings().weight.shape[0]
         prompts = [[i % ids] * self.prompt for i in range(self.count // config.samples_per_prompt)]  # each is computed
         params = SamplingParams(
@@ -428,10 +429,10 @@ class _PPO:
         token = self.live.work.copy()
         engine.release()
         away = sum(storage_bytes(parameters_of(model)) for model in self._parked().values())
-        cached = known_parity(trainer.policy).cached
-        cache = positions * (cache_bytes_per_token(trainer.policy) if cached else 8)
+        cached = known_parity(policy).cached
+        cache = positions * (cache_bytes_per_token(policy) if cached else 8)
         # A CPU decodes with an fp32 copy of the head; a GPU multiplies it as it is.
-        copy = 4 * lm_head(trainer.policy).weight.numel() if config.dtype != "fp32" else 0
+        copy = 4 * lm_head(policy).weight.numel() if policy.dtype != torch.float32 else 0
         return Phase(peak, rounded, cache, away, copy, work=prefill, token=token)
 
     def _stand_in_rollout(self) -> Rollout:

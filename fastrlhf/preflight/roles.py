@@ -28,6 +28,7 @@ from fastrlhf.rl.functions import UserFunction
 from fastrlhf.rl.scorers import Part, reward_tokenizer
 from fastrlhf.rollout.engine import position_limits
 from fastrlhf.rollout.parity import unsupported
+from fastrlhf.runtime.hardware import resolve_dtype
 
 PROBE_REPLY = "fastrlhf-probe"  # in place of the replies to come
 
@@ -168,6 +169,18 @@ def check_readers(
     for role, model in roles.others.items():
         if model is not None:
             _check_length(config, role, positions_of(model), longest)
+
+
+def check_rollout_dtype(config: PPOConfig, policy: Any) -> None:
+    """UserError where the policy, a loaded model or the name of one, has the dtype of its rollouts already."""
+    if config.rollout_dtype is None:
+        return
+    own = policy.dtype if isinstance(policy, PreTrainedModel) else resolve_dtype(config.dtype)
+    if own == resolve_dtype(config.rollout_dtype):
+        raise UserError(
+            f"rollout_dtype = {config.rollout_dtype}: the policy is in {config.rollout_dtype} already; use a policy in "
+            "fp32 (dtype=fp32), or leave rollout_dtype out"
+        )
 
 
 def check_policy(

@@ -29,7 +29,14 @@ from fastrlhf.preflight.disk import Trained, check_folder, check_room, trained_b
 from fastrlhf.preflight.fits import check_ids, check_limit
 from fastrlhf.preflight.outline import sizes, supervised_steps
 from fastrlhf.preflight.readout import check_readout
-from fastrlhf.preflight.roles import check_policy, check_readers, read_roles, readable_prompts, trained_roles
+from fastrlhf.preflight.roles import (
+    check_policy,
+    check_readers,
+    check_rollout_dtype,
+    read_roles,
+    readable_prompts,
+    trained_roles,
+)
 from fastrlhf.preflight.rows import Sentences, check_dropped, describe_rows
 from fastrlhf.reward.raters import Raters, check_scores, joined, raters_of
 from fastrlhf.reward.strength import denoised
@@ -214,6 +221,7 @@ def prepare_ppo(
     check_folder(config)
     evaluation = Evaluation(config, judge, prompts=eval_prompts is not None)
     check_ptx(config, ptx_data)
+    check_rollout_dtype(config, policy)
     tokenizer = tokenizer_for(tokenizer, policy)
     template, notes = settle_template(tokenizer, config.chat_template, config.prompt_format)
     check_value_model(config, value_model)

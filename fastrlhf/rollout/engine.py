@@ -10,6 +10,7 @@ slot, so a row is the same alone or in company.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -24,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.encode import EncodedPrompt
 from fastrlhf.models.heads import Head, ValueHead, lm_head
-from fastrlhf.parallel.sharding import gathered, is_layered, reading
+from fastrlhf.parallel.sharding import dtype_of, gathered, is_layered, reading
 from fastrlhf.rollout.compiled import Compilation, Regions
 from fastrlhf.rollout.cuda_graphs import Capture, StepGraphs, cuda_capture
 from fastrlhf.rollout.decoder import Decoder, replayable
@@ -33,6 +34,7 @@ from fastrlhf.rollout.parity import (
     Difference,
     compare,
     decoding,
+    digest,
     find_parity,
     keep_parity,
     known_parity,
@@ -73,7 +75,8 @@ class Kept:
 
 
 class RolloutEngine:
-    """Samples from a transformers causal LM in place: no copy of the weights, no server, nothing to synchronise."""
+    """Samples from a transformers causal LM in place: no copy of the weights (but for `dtype`), no server, nothing to
+    synchronise."""
 
     def __init__(
         self,
@@ -83,12 +86,18 @@ class RolloutEngine:
         max_batch_tokens: int | None = None,
         value_head: ValueHead | None = None,
         compile: bool | None = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """max_batch_tokens: positions of the cache of keys and values, for prompts and new tokens of what decodes
         together; None: what half of the free memory holds. value_head: a critic on the model's trunk, read
         for each token on the way. compile: decoder layers decode compiled (`compiled.py`), which takes some seconds
-        once: worth it for many rollouts; None: on a GPU, where it can be. UserError for true without a compiler."""
-        self.model, self.tokenizer, self.value_head = model, tokenizer, value_head
+        once: worth it for many rollouts; None: on a GPU, where it can be. UserError for true without a compiler.
+        dtype: of a copy of the model that decodes in its place, its weights made anew from the model's for each call;
+        None, or the model's own: no copy. It has no value_head: what that reads would be another trunk's."""
+        self.source = self.model = model
+        if dtype is not None and dtype != dtype_of(model):
+            self.model = model = in_dtype(model, dtype)
+        self.tokenizer, self.value_head = tokenizer, value_head
         self.max_batch_tokens = max_batch_tokens
         self.compilation = Compilation(model, compile)
         self.keeps = model.device.type == "cuda"  # cache, state and graphs over `release`
@@ -116,6 +125,7 @@ class RolloutEngine:
         """
         params = replace(params, stop_token_ids=self._stop_ids(params))
         self.check_prompts(prompt_ids, params)
+        self._follow()
         numbers = range(len(prompt_ids)) if numbers is None else numbers
         numbered = zip(numbers, prompt_ids, strict=True)
         rows = [Row(tuple(prompt), i * params.n + j) for i, prompt in numbered for j in range(params.n)]
@@ -177,6 +187,7 @@ class RolloutEngine:
 
     def difference(self, positions: int) -> Difference:
         """Decoding against the plain forward with the weights as they are, in sequences of up to `positions` tokens."""
+        self._follow()
         with _inference(self.model):
             return compare(self.model, positions, known_parity(self.model).cached, self.compilation.regions)
 
@@ -201,6 +212,13 @@ class RolloutEngine:
         held, self.keeps = self._kept is not None, False
         self._drop()
         return held
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The copy's weights are the model's, in its dtype; in their places, which recorded graphs read."""
+        if self.model is not self.source:
+            for mine, theirs in zip(self.model.parameters(), self.source.parameters(), strict=True):
+                mine.copy_(theirs)
 
     def _drop(self) -> None:
         self._kept = self._released = None
@@ -348,6 +366,23 @@ class RolloutEngine:
                     f"max_batch_tokens={self.max_batch_tokens} is too small for {name}: one sequence needs "
                     f"{need} tokens of cache ({need * self._bytes_per_token()} bytes)"
                 )
+
+
+@torch.no_grad()
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of the model with parameters of another dtype, tied where its own are, that takes no gradients. Buffers
+    stay: the frequencies of positions are fp32 in every model, as `from_pretrained` has it."""
+    kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    made = {}  # by the identity of the model's own: what deepcopy takes for it
+    for name, own in model.named_parameters():
+        other = own.dtype if any(part in name for part in kept) else dtype
+        made[id(own)] = torch.nn.Parameter(own.detach().to(other, copy=True), requires_grad=False)
+    twin = copy.deepcopy(model, made)
+    twin.config.dtype = dtype
+    known = known_parity(model)
+    if known is not None:
+        keep_parity(twin, [digest(twin), *known[1:]])
+    return twin
 
 
 def position_limits(model: PreTrainedModel) -> float:

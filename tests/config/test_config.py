@@ -34,6 +34,7 @@ FROZEN = {
     critic critic_warmup_steps advantage old_log_probs ema_decay kl_controller kl_controller_target kl_horizon
     kl_budget ratio_level loss_aggregation length_penalty overlong_penalty bootstrap_truncated
     critic_pretrain_epochs critic_max_grad_norm ref_refresh_every packing probe compile offload eval_temperature
+    rollout_dtype
     best_of_n critic_gae_lambda length_adaptive_lambda drop_equal_groups kl_gradient runaway_kl runaway_entropy
     policy_loss ptx_reduction missing_eos_score importance_mask reward_ensemble reward_sd_coef""",
 }

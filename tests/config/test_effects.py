@@ -24,7 +24,7 @@ ALWAYS = {
     clip_range clip_range_high policy_loss ratio_level loss_aggregation entropy_coef ptx_coef reward_scaling reward_clip
     reward_timeout reward_retries advantage_clip missing_eos_penalty length_penalty overlong_penalty old_log_probs
     ema_decay ref_refresh_every packing probe compile offload runaway_kl runaway_entropy missing_eos_score
-    reward_ensemble""",
+    reward_ensemble rollout_dtype""",
 }
 GIVEN = {  # a value of each option of the table that asks for something
     "critic": "shared_trunk",

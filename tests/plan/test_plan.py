@@ -27,7 +27,7 @@ from fastrlhf.runtime import hardware
 from tests import tiny
 
 
-@pytest.mark.parametrize("cell", ["sft/checkpointing", "ppo/shared_trunk"])
+@pytest.mark.parametrize("cell", ["sft/checkpointing", "ppo/shared_trunk", "ppo/rollout_dtype"])
 def test_the_plan_is_within_five_percent_of_a_real_run(cell, folder):
     """bench.plan compares all cells, on a larger model."""
     result = bench.compared(cell, folder)
