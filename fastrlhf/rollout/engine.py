@@ -93,9 +93,11 @@ class RolloutEngine:
         for each token on the way. compile: decoder layers decode compiled (`compiled.py`), which takes some seconds
         once: worth it for many rollouts; None: on a GPU, where it can be. UserError for true without a compiler.
         dtype: of a copy of the model that decodes in its place, its weights made anew from the model's for each call;
-        None, or the model's own: no copy. It has no value_head: what that reads would be another trunk's."""
+        None, or the model's own: no copy. UserError beside a value_head, which would read another trunk."""
         self.source = self.model = model
         if dtype is not None and dtype != dtype_of(model):
+            if value_head is not None:
+                raise UserError(f"dtype = {dtype}: a copy of the model decodes, whose states no value_head has learnt")
             self.model = model = in_dtype(model, dtype)
         self.tokenizer, self.value_head = tokenizer, value_head
         self.max_batch_tokens = max_batch_tokens

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastrlhf import PPOConfig, RolloutEngine, SamplingParams, UserError
+from fastrlhf.models.heads import ValueHead
 from tests import tiny
 from tests.runs import bytes_of, ppo_trainer, read, resumed_equals_whole, weights
 
@@ -51,6 +52,8 @@ def test_tied_weights_stay_tied_and_the_models_own_dtype_needs_no_copy():
     twin = RolloutEngine(model, dtype=torch.bfloat16).model
     assert twin.lm_head.weight is twin.transformer.wte.weight and len(weights(twin)) == len(weights(model))
     assert RolloutEngine(model, dtype=torch.float32).model is model
+    with pytest.raises(UserError, match="whose states no value_head has learnt"):
+        RolloutEngine(model, dtype=torch.bfloat16, value_head=ValueHead(32, seed=0))
 
 
 @pytest.mark.parametrize("fields", [{}, {"lora": 2}, {"advantage": "grpo", "samples_per_prompt": 2}])
