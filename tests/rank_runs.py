@@ -1,6 +1,6 @@
 """What the ranks of tests/runtime/test_ranks.py run: `python -m tests.rank_runs FOLDER RANKS:FORM,FORM...`.
 
-The ranks are forked from one process that has imported torch and transformers, which takes longer than their runs. The
+The ranks are forked from one process that has imported all that they use, which takes longer than their runs. The
 environment is torchrun's. The lead writes. Last, two ranks of `fastrlhf ppo`: in FOLDER/mistake its reward function
 raises, in FOLDER/killed and FOLDER/restarted it kills rank 1, under torchrun's own agents.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -44,9 +45,9 @@ RANKED = [{"prompt": p, "responses": ["yes", "no", "thank you"], "ranking": [2, 
 SCORED = [{"prompt": p, "response": "thank you", "score": 1 + i % 5} for i, p in enumerate(PROMPTS)]
 PPO = {"total_steps": 2, "rollout_batch_size": 10, "samples_per_prompt": 2, "mini_batch_size": 5, "max_new_tokens": 10,
        "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "eval_every": 2, "micro_batch_tokens": 60,
-       "reward_scaling": "running_norm", "gae_lambda": 1.0, "lr_schedule": "cosine"}  # fmt: skip
+       "reward_scaling": "running_norm", "gae_lambda": 1.0, "lr_schedule": "cosine", "ppo_epochs": 1}  # fmt: skip
 FORMS = {
-    "separate": {},
+    "separate": {"ppo_epochs": 2},
     "shared_trunk": {"critic": "shared_trunk", "old_log_probs": "rollout", "kl_controller": "adaptive"},
     "lora": {"lora": 4, "critic": "shared_trunk"},
     "tokens": {"bootstrap_truncated": True, "best_of_n": 2},
@@ -138,18 +139,16 @@ def noisy(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def noisy_run(folder: Path, *, policy: torch.nn.Module | None = None, **fields: object) -> PPOTrainer:
-    config = PPOConfig(
-        **{**PPO, "total_steps": 4, "eval_every": 0, "save_every": 2, "output_dir": str(folder), **fields}
-    )
+    config = PPOConfig(**{**PPO, "eval_every": 0, "save_every": 1, "output_dir": str(folder), **fields})
     return PPOTrainer(config, policy=policy or tiny.llama(), tokenizer=tiny.tokenizer(), reward=noisy, prompts=PROMPTS)
 
 
 def check_resume(out: Path) -> None:
-    """A run left after step 2 and resumed ends with the bytes of one that ran through, in every rank."""
+    """A run left after step 1 and resumed ends with the bytes of one that ran through, in every rank."""
     through = noisy_run(out / "through")
     through.train()
     first = iter(noisy_run(out / "resumed"))
-    next(first), next(first)
+    next(first)
     first.close()
     random.seed(99)
     again = noisy_run(out / "resumed", resume=True)
@@ -160,7 +159,7 @@ def check_resume(out: Path) -> None:
 
 
 def check_shares(out: Path, parallel: str) -> None:
-    """The same with shares of the optimizer and bf16 weights; what step 2 left stays in PARALLEL-left, for one
+    """The same with shares of the optimizer and bf16 weights; what step 1 left stays in PARALLEL-left, for one
     process. Where the weights are shares too, the lead's checkpoint and export are whole all the same."""
 
     def run(folder: str, **fields: object) -> PPOTrainer:
@@ -169,7 +168,7 @@ def check_shares(out: Path, parallel: str) -> None:
     through = run(f"{parallel}-through")
     through.train()
     first = iter(run(f"{parallel}-left"))
-    next(first), next(first)
+    next(first)
     first.close()
     distributed.wait_for_all()
     if distributed.is_lead():
@@ -189,7 +188,7 @@ def check_shares(out: Path, parallel: str) -> None:
     if parallel == "fsdp":
         again.save(out / "exported")
         other = run("zero-left", resume=True)  # which two ranks with zero have left
-        assert other.steps_done == 2
+        assert other.steps_done == 1
         check_that_no_memory_for_a_whole_model_is_said(other.policy)
 
 
@@ -209,9 +208,9 @@ def check_that_no_memory_for_a_whole_model_is_said(model: torch.nn.Module) -> No
 
 
 def check_signal(out: Path) -> None:
-    """A signal to one rank while step 2 is scored stops all of them before its update, with a checkpoint of step 1;
-    resume makes the step again."""
-    trainer = noisy_run(out / "signalled")
+    """A signal to one rank while step 2 is scored stops all of them before its update, with a checkpoint of step 1,
+    which no other reason would save; resume makes the step again."""
+    trainer = noisy_run(out / "signalled", save_every=2)
     CALLS_LEFT.append(2)
     try:
         trainer.train()
@@ -221,7 +220,7 @@ def check_signal(out: Path) -> None:
         raise AssertionError("not stopped")
     CALLS_LEFT.clear()
     distributed.wait_for_all()
-    again = noisy_run(out / "signalled", resume=True)
+    again = noisy_run(out / "signalled", resume=True, save_every=2)
     assert again.steps_done == 1
     again.train()
     distributed.wait_for_all()
@@ -433,6 +432,10 @@ def as_rank(rank: int, ranks: int, port: int, work: Callable[..., None], *argume
 
 
 if __name__ == "__main__":
+    # What a run imports where it needs it: here once, not in every rank.
+    for needed in ("peft", "sklearn.feature_extraction.text", "sklearn.linear_model", "torch.distributed.fsdp"):
+        importlib.import_module(needed)
+    importlib.import_module("torch.utils.tensorboard")
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
     for group in sys.argv[2:]:
