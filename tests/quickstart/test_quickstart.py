@@ -55,6 +55,7 @@ VERDICT_KEYS = set(
 
 
 TRAINING = ("sft", "feedback", "ppo_prompts")
+EVERY = 9  # of the held-out rows, which the verdict of a short run is about
 
 
 def prompt_of(row: dict) -> str:
@@ -220,12 +221,15 @@ def test_the_rule_is_importable_without_torch():
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
     """A run left between its stages and its verdict, and resumed -> folder, exit code, PPO's weights before."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(verdict, "shipped", lambda name: shipped(name)[::EVERY])
     out = tmp_path_factory.mktemp("quickstart") / "run"
     short = [
         "sft.total_steps=3",
         "reward.total_steps=2",
         "reward.epochs=1",
         "reward.mini_batch_size=4",
+        "reward.eval_fraction=0.02",
         "ppo.total_steps=1",
     ]
     small = ["ppo.rollout_batch_size=4", "ppo.mini_batch_size=4", "ppo.max_new_tokens=8", "ppo.eval_every=0"]
@@ -234,6 +238,7 @@ def short_run(tmp_path_factory):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         code = quickstart.main([f"output_dir={out}", "resume=true"])
+    patch.undo()
     (out / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
     return out, code, left
 
@@ -265,7 +270,8 @@ def test_the_run_writes_verdict_replies_model_and_report(short_run):
     assert set(found) >= VERDICT_KEYS and found["seed"] == 3
     assert code == 1 and found["passed"] is False  # three steps align nothing, and the verdict says so
     answers = [json.loads(line) for line in (out / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(answers) == len(shipped("heldout_prompts"))
+    asked = [prompt_of(row) for row in shipped("heldout_prompts")[::EVERY]]
+    assert [answer["prompt"] for answer in answers] == asked and len(asked) == 32
     assert set(answers[0]) == {"prompt", "response_sft", "response_ppo"}
     rate = sum(judge.rule(row["prompt"], row["response_ppo"]) for row in answers) / len(answers)
     assert found["rate_ppo"] == pytest.approx(rate)
