@@ -13,6 +13,7 @@ a stage; exit code 1 when any of this is not as promised.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,11 @@ import yaml  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from torch.utils import tensorboard  # noqa: E402, F401 (imported once here, not in every child)
 
-from fastrlhf import sft  # noqa: E402, F401 (the same)
+from fastrlhf import ppo, reward_model, sft  # noqa: E402, F401 (the same)
+
+for needed in ("sklearn.feature_extraction.text", "sklearn.linear_model"):  # the same, where it is installed
+    with suppress(ImportError):
+        importlib.import_module(needed)
 
 STAGES = ("sft", "reward", "ppo")
 CALLS = ("rename", "replace", "fsync", "mkdir", "chmod", "unlink", "rmdir")

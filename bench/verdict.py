@@ -66,7 +66,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 TASK = ("max_prompt_tokens", "max_new_tokens", "temperature", "dtype")  # the quickstart's own, for every recipe
-SHORT_MODELS = ["sft.total_steps=540", "reward.total_steps=150", "reward.epochs=1"]
+SHORT_MODELS = ["sft.total_steps=540", "reward.total_steps=150", "reward.epochs=1", "reward.eval_every=0"]
 SHORT = {"total_steps": 10, "rollout_batch_size": 32, "mini_batch_size": 16}
 SHORT_RISE = 0.1  # of the rule rate, in 288 replies: about 3 standard errors of a difference
 

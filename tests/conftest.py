@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -15,10 +16,32 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 REQUIRE_REAL = os.environ.get("FASTRLHF_REQUIRE_REAL") == "1"
 
 
+TESTS = Path(__file__).parent
+# Files of a quarter of a minute and more, though none of their tests is slow: `.ci/run` shows the slowest.
+LONG = [
+    TESTS / name
+    for name in (
+        "runtime/test_memory.py",
+        "plan/test_plan.py",
+        "test_trainer.py",
+        "quickstart/test_quickstart.py",
+        "models/test_quantization.py",
+        "rl/test_roles.py",
+        "rl/test_ptx.py",
+        "rl/test_options.py",
+        "rollout/test_rollout_models.py",
+        "models/test_packing.py",
+        "kernels/test_operators.py",
+        "plan/test_speed.py",
+    )
+]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: of several processes (`pytest -n`) none begins its longest file last."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files with slow tests first, then the long ones: of several processes (`pytest -n`) none begins one last."""
+    assert all(path.is_file() for path in LONG), [str(path) for path in LONG if not path.is_file()]
+    order = dict(zip(LONG, range(1, len(LONG) + 1))) | {i.path: 0 for i in items if i.get_closest_marker("slow")}
+    items.sort(key=lambda item: order.get(item.path, len(LONG) + 1))
 
 
 @pytest.fixture(autouse=True)
