@@ -18,6 +18,7 @@ import pytest
 
 import fastrlhf
 import fastrlhf_kernels
+from tests.conftest import LONG
 
 ROOT = Path(__file__).parents[1]
 FILE_LINES, FUNCTION_LINES = 500, 60
@@ -184,6 +185,10 @@ def test_tests_do_not_mock_our_own_code():
         assert not {m for m in imported | froms if m and m.startswith(("unittest.mock", "mock", "pytest_mock"))}, name(
             path
         )
+
+
+def test_the_files_that_begin_first_are_there():
+    assert LONG and [path for path in LONG if not path.is_file()] == []
 
 
 @pytest.mark.parametrize(("required", "outcome"), [("1", "1 skipped, 1 error"), ("0", "2 skipped")])
