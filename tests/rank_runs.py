@@ -183,7 +183,8 @@ def check_shares(out: Path, parallel: str) -> None:
     rows = [(out / f"{parallel}-{name}/metrics.jsonl").read_bytes() for name in ("through", "resumed")]
     assert rows[0] == rows[1]
     timings = [json.loads(row) for row in (out / f"{parallel}-through/timings.jsonl").read_text().splitlines()]
-    assert [0 <= row["perf/rollout_idle"] < 1 for row in timings if row.get("perf/rollout_tokens")] == [True] * 4
+    idle = [row["perf/rollout_idle"] for row in timings if row.get("perf/rollout_tokens")]
+    assert len(idle) == again.steps_done == 2 and all(0 <= share < 1 for share in idle)
     assert "nats apart" not in (out / f"{parallel}-through/log.txt").read_text()  # what bf16 rounds is no alarm
     if parallel == "fsdp":
         again.save(out / "exported")
