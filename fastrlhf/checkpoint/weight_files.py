@@ -271,7 +271,7 @@ def save_in_parts(model: PreTrainedModel, folder: Path, parts: Iterable[dict[str
             write()
     if state or not files:
         write()
-    for path in own.iterdir():
+    for path in list(own.iterdir()):
         path.rename(folder / path.name)
     own.rmdir()
     if len(files) == 1:

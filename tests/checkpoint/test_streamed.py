@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastrlhf.checkpoint import weight_files
+from fastrlhf.checkpoint.state import load_optimizer_tensors, optimizer_tensors
 from fastrlhf.checkpoint.weight_files import Header, Streamed, save_in_parts
+from fastrlhf.parallel.shares import Gathering
 from tests import tiny
 
 
@@ -70,3 +73,39 @@ def test_a_model_in_parts_is_the_folder_of_the_whole_or_several_files(tmp_path: 
     assert index["weight_map"].keys() == expected.keys() and not list((tmp_path / "several").glob(".*"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "several")
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_what_ranks_gather_is_taken_in_its_order_and_run_through_to_the_end() -> None:
+    made: list[str] = []
+
+    def parts(name: str) -> Iterator[dict[str, torch.Tensor]]:
+        for number in range(3):
+            made.append(f"{name}{number}")
+            yield {f"{name}{number}": torch.zeros(1)}
+
+    gathering = Gathering({"a": parts("a"), "b": parts("b"), "c": parts("c")})
+    assert [name for part in gathering.take("a") for name in part] == ["a0", "a1", "a2"]
+    with pytest.raises(RuntimeError, match="c is asked for, and it is the turn of b"):
+        next(gathering.take("c"))
+    next(reader := gathering.take("b"))
+    reader.close()  # as where the disk is full
+    gathering.finish()
+    assert made == ["a0", "a1", "a2", "b0", "b1", "b2", "c0", "c1", "c2"]
+    gathering.finish()
+
+
+def test_shares_are_read_from_the_mapped_file(tmp_path: Path) -> None:
+    """An optimizer that only stands in takes what is mapped as it is; one that trains, a copy."""
+    weight = torch.nn.Parameter(torch.ones(8))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(8)
+    optimizer.step()
+    tensors, data = optimizer_tensors(optimizer, "p")
+    save_file(tensors, tmp_path / "p.safetensors")
+    mapped = load_file(tmp_path / "p.safetensors")
+    for copy in (False, True):
+        other = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(8))])
+        load_optimizer_tensors(other, mapped, data, copy=copy)
+        (state,) = other.state.values()
+        assert torch.equal(state["exp_avg"], tensors["p.0.exp_avg"])
+        assert (state["exp_avg"].data_ptr() == mapped["p.0.exp_avg"].data_ptr()) != copy
