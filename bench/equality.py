@@ -178,7 +178,8 @@ def main() -> int:
     said = failures(rows)
     print(*said, f"worst: {worst(rows)}", sep="\n")
     if options.json:
-        figures = {"machine": machine, "steps": STEPS, "bars": BARS, "worst": worst(rows), "rows": rows}
+        figures = {"machine": machine, "steps": STEPS, "bars": BARS, "worst": worst(rows)}
+        figures |= {"worst in a million": {name: 1e6 * value for name, value in worst(rows).items()}, "rows": rows}
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 1 if said else 0
 

@@ -125,6 +125,8 @@ def expected(trainer: PPOTrainer, parallel: str) -> float:
         size = sum(p.numel() for p in role.optimizer.params)
         layers = sum(p.numel() for layer in layers_of(role.model) for p in layer.parameters())
         sent += computed(size, ranks, parallel, updates=1, width=4, outer=size - layers)
+        if parallel == "fsdp":  # an update finds what is outside of layers where experience has left it
+            sent -= read(size - layers, ranks, width=4)
     if parallel == "fsdp" and ranks > 1:
         once = [trainer.policy, *trainer.scorer.models]  # a rollout, scores
         once += [trainer.policy, roles.ref_policy, roles.value_model]  # old and reference's log-probs, values

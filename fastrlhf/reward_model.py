@@ -370,19 +370,22 @@ class RewardTrainer(SupervisedTrainer):
 
     def trained(self) -> dict[str, TrainedRole]:
         head = dict(self.model.score.named_parameters())
-        if self.config.ensemble is not None:  # what stock code reads is their mean
-            head = {name: tensor.detach().mean(0, keepdim=True) for name, tensor in head.items()}
         stock = None if self.model.score.bias is None else self._stock_weights
         role = TrainedRole(self.model, self.optimizer, merged=stock)
         if self.adapters is not None:
-            role = self.adapters.trained(REWARD, self.optimizer, self._trained_parts(), head)
-        if self.config.ensemble is not None:
-            weights, means = (
-                role.merged or partial(sharding.state_dict, self.model),
-                {f"score.{name}": t for name, t in head.items()},
+            shown = None if self.config.ensemble is None else _mean_of_heads
+            role = self.adapters.trained(REWARD, self.optimizer, self._trained_parts(), head, shown)
+        if self.config.ensemble is not None:  # what stock code reads is their mean
+            weights, heads = role.merged or partial(sharding.state_dict, self.model), {f"score.{name}" for name in head}
+            role = role._replace(
+                merged=lambda: {n: _mean_of_heads(t) if n in heads else t for n, t in weights().items()}
             )
-            role = role._replace(merged=lambda: {name: means.get(name, t) for name, t in weights().items()})
         return {"model": role}
+
+
+def _mean_of_heads(weights: Tensor) -> Tensor:
+    """[M, ...] of an ensemble's heads -> [1, ...]."""
+    return weights.detach().mean(0, keepdim=True)
 
 
 def margin_histogram(margins: Sequence[float]) -> dict[str, int]:

@@ -27,6 +27,7 @@ from fastrlhf.checkpoint.atomic import CheckpointError, export_folder
 from fastrlhf.checkpoint.run_folder import RunFolder, check_output_dir, identity
 from fastrlhf.checkpoint.state import load_parts, restore_rng, rng_tensors, seed_rng
 from fastrlhf.checkpoint.store import Checkpoint, CheckpointStore
+from fastrlhf.checkpoint.weight_files import Streamed
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.templates import stop_token_ids
@@ -34,6 +35,7 @@ from fastrlhf.models.heads import agreed_workspace
 from fastrlhf.models.saving import write_model
 from fastrlhf.parallel import sharding
 from fastrlhf.parallel.same_run import check_same_run
+from fastrlhf.parallel.shares import Gathering
 from fastrlhf.preflight.rows import Sentences
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.guards import Interrupted, StopNow, StopSignal
@@ -197,21 +199,37 @@ class Trainer(metaclass=_BegunWhenBuilt):
         first = next(iter(self.trained().values()))
         if adapter and first.adapter is None:
             raise UserError("save: adapter=True needs a run with lora; this one trains all weights")
-        model = first.model
-        with self.averaged(), sharding.gathered(model):
-            if not distributed.is_lead():
-                return
-            stops = stop_token_ids(self.tokenizer, getattr(model, "generation_config", None))
-            weights = sharding.state_dict(model) if sharding.is_sharded(model) else None
-            weights = first.merged() if first.merged and not adapter else weights
-            write_adapter = first.adapter if adapter else None
+        with self.averaged():
+            with sharding.gathered(first.model, layered=True):
+                texts = self.beside_the_model() if distributed.is_lead() else {}
+            write_adapter, gathering = first.adapter() if adapter else None, Gathering({})
+            if not adapter and sharding.is_sharded(first.model):
+                gathering = Gathering({"model": sharding.state_in_parts(first.model, first.merged)})
+            try:
+                if distributed.is_lead():
+                    self._export(folder, first, texts, write_adapter, gathering)
+            finally:
+                gathering.finish()
 
-            def write(target: Path) -> None:
-                write_model(target, model, self.tokenizer, stops, weights, write_adapter)
-                for name, text in self.beside_the_model().items():
-                    (target / name).write_text(text, encoding="utf-8")
+    def _export(
+        self,
+        folder: str | Path,
+        role: TrainedRole,
+        texts: dict[str, str],
+        adapter: Callable[[Path], None] | None,
+        gathering: Gathering,
+    ) -> None:
+        """Write what `save` has prepared."""
+        stops = stop_token_ids(self.tokenizer, getattr(role.model, "generation_config", None))
+        weights = role.merged() if adapter is None and role.merged and not gathering.left else None
 
-            export_folder(write, folder)
+        def write(target: Path) -> None:
+            parts = gathering.take("model") if gathering.left else weights
+            write_model(target, role.model, self.tokenizer, stops, parts, adapter)
+            for name, text in texts.items():
+                (target / name).write_text(text, encoding="utf-8")
+
+        export_folder(write, folder)
 
     def save_as_trained(self, folder: Path) -> None:
         """`save`, but a quantised base is not merged unless it is asked for."""
@@ -388,9 +406,22 @@ class Trainer(metaclass=_BegunWhenBuilt):
         random = _rng_of_every_rank()
         trained = self.trained()
         states = {name: role.optimizer.checkpoint(name) for name, role in trained.items()}
-        weights, parts = _whole_weights(trained)
-        if not distributed.is_lead():
-            return
+        gathering = _to_gather(trained, {name: tensors for name, (tensors, _) in states.items()})
+        try:
+            if distributed.is_lead():
+                self._write(end, random, states, gathering)
+        finally:
+            gathering.finish()
+
+    def _write(
+        self,
+        end: dict[str, Any],
+        random: dict[str, dict[str, Tensor]],
+        states: dict[str, tuple[dict[str, Tensor] | Streamed, dict[str, Any]]],
+        gathering: Gathering,
+    ) -> None:
+        """Write a checkpoint of the end of a step."""
+        trained = self.trained()
         for note in self.run_folder.hashed():
             self.tracker.note(note)
         self.tracker.sync()
@@ -398,9 +429,10 @@ class Trainer(metaclass=_BegunWhenBuilt):
         groups = {name: group for name, group in groups.items() if group}
         tensors, optimizers = {**random, **groups}, {}
         for name, role in trained.items():
-            tensors[f"optimizer_{name}"], optimizers[name] = states[name]
-            if role.parts is not None:
-                tensors[f"weights_{name}"] = parts[name]
+            for key, group in _groups_of(name, role, states[name][0]).items():
+                streamed = isinstance(group, Streamed)
+                tensors[key] = group._replace(parts=gathering.take(key)) if streamed else group
+            optimizers[name] = states[name][1]
         state = {
             **{name: end[name] for name in ("step", "last_step", "best", "unfinished", "parts", "bytes")},
             "config": identity(self.config),
@@ -409,6 +441,11 @@ class Trainer(metaclass=_BegunWhenBuilt):
             "tensors": sorted(groups),
         }
         models = {name: role.model for name, role in trained.items() if role.parts is None}
+        weights = {
+            name: (sharding.state_bytes(model), gathering.take(name))
+            for name, model in models.items()
+            if sharding.is_sharded(model)
+        }
         try:
             with self.tracker.phase("save"):
                 held = {"models": models, "weights": weights, "tensors": tensors}
@@ -443,20 +480,27 @@ class Trainer(metaclass=_BegunWhenBuilt):
         self.tracker.note(f"resumed from {checkpoint.path} at step {self.steps_done} of {self.total_steps}")
 
 
-def _whole_weights(trained: dict[str, TrainedRole]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a checkpoint holds of the roles that are trained, whole in the lead; all ranks call it. -> state dicts of
-    sharded models, and the tensors of roles that are parts of a model, by role."""
-    weights = {
-        name: sharding.whole_state(role.model)
+def _to_gather(trained: dict[str, TrainedRole], optimizers: dict[str, dict[str, Tensor] | Streamed]) -> Gathering:
+    """What of a checkpoint no rank has whole, in the order in which it is written: models, then groups of tensors."""
+    sources: dict[str, Iterator[dict[str, Tensor]]] = {
+        name: sharding.state_in_parts(role.model)
         for name, role in trained.items()
         if role.parts is None and sharding.is_sharded(role.model)
     }
-    parts = {
-        name: {key: sharding.whole_tensor(tensor) for key, tensor in role.parts.items()}
-        for name, role in trained.items()
-        if role.parts is not None
-    }
-    return weights, parts
+    for name, role in trained.items():
+        groups = _groups_of(name, role, optimizers[name])
+        sources |= {key: iter(group.parts) for key, group in groups.items() if isinstance(group, Streamed)}
+    return Gathering(sources)
+
+
+def _groups_of(
+    name: str, role: TrainedRole, optimizer: dict[str, Tensor] | Streamed
+) -> dict[str, dict[str, Tensor] | Streamed]:
+    """The groups of tensors that a checkpoint holds of a role, by name."""
+    groups: dict[str, dict[str, Tensor] | Streamed] = {f"optimizer_{name}": optimizer}
+    if role.parts is not None:
+        groups[f"weights_{name}"] = sharding.streamed(role.parts)
+    return groups
 
 
 def device_of(model: object) -> torch.device:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from fastrlhf import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from fastrlhf.checkpoint import weight_files
 from fastrlhf.data.feedback import Prompt
 from fastrlhf.models.loading import scalar_model
-from fastrlhf.parallel import sharding
+from fastrlhf.parallel import sharding, zero
+from fastrlhf.plan.counter import LiveBytes
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.result import idle_share
 from fastrlhf.rollout.sampling import Generation, SamplingParams
@@ -107,3 +114,93 @@ def check_two_models_in_turns(one: torch.nn.Module, two: torch.nn.Module) -> Non
     with sharding.gathered(one), sharding.reading(one):  # still small: the other rank has as many forwards here
         hidden = one.base_model(input_ids=ids, use_cache=False).last_hidden_state
     assert torch.equal(hidden, said[id(one)])
+
+
+def check_that_no_rank_holds_a_whole_model_to_write_it(out: Path, parallel: str) -> None:
+    """A checkpoint and an export of 12 layers, with what is alive counted: a few times the largest part, in both."""
+    rows = [{"prompt": "the cat", "response": "sat on the mat"}] * 4
+    fields = {"total_steps": 1, "mini_batch_size": 4, "eval_every": 0, "save_every": 0, "learning_rate": 1e-3}
+    config = SFTConfig(**fields, parallel=parallel, output_dir=str(out / f"{parallel}-streamed"))
+    small_parts = mock.patch.object(weight_files, "PART_BYTES", 1)
+    with mock.patch.object(zero, "BUCKET_ELEMENTS", 12_000), small_parts:
+        model = tiny.llama(num_hidden_layers=12).bfloat16()
+        trainer = SFTTrainer(config, model=model, tokenizer=tiny.tokenizer(), data=rows)
+        next(iter(trainer))
+        elements = sum(p.numel() for p in trainer.optimizer.params)
+        outside = elements - sum(p.numel() for layer in sharding.layers_of(model) for p in layer.parameters())
+        most, written = bytes_made(trainer, trainer._save), 12 * elements
+        assert 4 * 12_000 < most < written / 6, (parallel, most, written)
+        if parallel == "fsdp":
+            most = bytes_made(trainer, partial(trainer.save, out / "streamed"))
+            assert outside * 2 <= most <= outside * 2 * 3 < elements * 2 / 2, (most, outside, elements)
+    if distributed.is_lead():
+        saved = load_file(out / f"{parallel}-streamed/checkpoints/step-000001/optimizer_model.safetensors")
+        assert sum(tensor.numel() for name, tensor in saved.items() if "exp_avg" in name) == 2 * elements
+    distributed.wait_for_all()
+
+
+def bytes_made(trainer: SFTTrainer, work: Callable[[], object]) -> int:
+    """The most bytes alive at a time in the work, beside what this rank held before."""
+    live, optimizer = LiveBytes(), trainer.optimizer
+    moments = [t for state in optimizer.inner.state.values() for t in state.values()]
+    live.add([*optimizer.masters, *moments, *(sharding.local(p) for p in trainer.model.parameters())])
+    live.add(trainer.model.buffers())
+    with sharding.gathered(trainer.model):  # FSDP2 keeps an empty storage of each layer, which is counted as full
+        live.add(trainer.model.parameters())
+    before = live.now
+    with live:
+        work()
+    return live.peak - before
+
+
+def check_that_a_full_disk_stops_no_other_rank(out: Path) -> None:
+    """The lead cannot write the second part: nobody waits, the run goes on, and the next checkpoint is whole."""
+    rows = [{"prompt": "the cat", "response": "sat on the mat"}] * 4
+    fields = {"total_steps": 2, "mini_batch_size": 4, "eval_every": 0, "save_every": 1, "learning_rate": 1e-3}
+    config = SFTConfig(**fields, parallel="fsdp", output_dir=str(out / "full"))
+    trainer = SFTTrainer(config, model=tiny.llama(), tokenizer=tiny.tokenizer(), data=rows)
+    written = [0]
+
+    def full(self: object, *arguments: object, **options: object) -> None:
+        written[0] += 1
+        if written[0] == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, *arguments, **options)
+
+    save = type(trainer.model).save_pretrained
+    with (
+        mock.patch.object(type(trainer.model), "save_pretrained", full),
+        mock.patch.object(weight_files, "PART_BYTES", 1),
+    ):
+        trainer.train()
+    if distributed.is_lead():
+        assert [path.name for path in (out / "full/checkpoints").iterdir()] == ["step-000002"]
+        assert "No space left on device" in (out / "full/events.jsonl").read_text()
+        assert trainer.store.latest().step == 2
+    distributed.wait_for_all()
+
+
+def check_exports_of_adapters(out: Path) -> None:
+    """Merged weights, the adapter and the mean of an ensemble's heads, of shares, are those of whole models; where
+    memory is short too."""
+    rows = [{"prompt": p, "chosen": "the answer is yes", "rejected": "no"} for p in ("the cat", "thank you", "please")]
+    fields = {"total_steps": 1, "mini_batch_size": 3, "eval_every": 0, "save_every": 0, "learning_rate": 1e-3}
+    found: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for parallel in ("ddp", "fsdp"):
+        config = RewardConfig(**fields, parallel=parallel, lora=4, ensemble=2, center_rewards=True)
+        options = {"model": tiny.llama(), "tokenizer": tiny.tokenizer(), "data": rows}
+        with small_memory():
+            trainer = RewardTrainer(config, **options, sft_data=[{"prompt": "the cat", "response": "sat"}])
+            trainer.train()
+            trainer.save(out / f"{parallel}-merged")
+            trainer.save(out / f"{parallel}-adapter", adapter=True)
+        distributed.wait_for_all()
+        files = ("merged/model", "adapter/adapter_model")
+        found[parallel] = [load_file(out / f"{parallel}-{file}.safetensors") for file in files]
+    texts = [(out / f"{parallel}-merged" / "score_heads.json").exists() for parallel in found]
+    assert all(texts)
+    for whole, shares in zip(*found.values(), strict=True):
+        assert whole.keys() == shares.keys()
+        for name in whole:
+            torch.testing.assert_close(shares[name], whole[name], rtol=1e-4, atol=1e-6)
+    distributed.wait_for_all()

@@ -82,9 +82,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[di
     return tensors, {"class": name, "prefix": prefix, "groups": groups, "values": values, "places": homes}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], data: dict[str, Any], *, copy: bool = True
+) -> None:
     """Put back what `optimizer_tensors` took, into an optimizer built over the same parameters in the same
-    order.
+    order. copy: into memory of its own; else the state is the given tensors, which nothing may write to.
 
     Raises UserError when the class, the number of groups or parameters, or a tensor's shape does not match;
     nothing is changed then.
@@ -99,7 +101,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
             group[last] = leaf.to(getattr(group[last], "device", leaf.device)).clone()
             continue
         parameter = parameters[int(owner)]
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and copy:
             leaf = _at_home(optimizer, parameter, leaf, data["places"].get(path))
         # The dots of the path were nested dictionaries, which bitsandbytes has: 0.quantized.absmax1.
         node = state.setdefault(int(owner), {})

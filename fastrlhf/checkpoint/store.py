@@ -19,6 +19,7 @@ import platform
 import re
 import shutil
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fastrlhf.checkpoint.atomic import CheckpointError, files, recover, replace_
 from fastrlhf.checkpoint.owned import MANIFEST
 from fastrlhf.checkpoint.quiet import quiet_loading
 from fastrlhf.checkpoint.state import mismatch
+from fastrlhf.checkpoint.weight_files import Streamed, save_in_parts
 from fastrlhf.config.errors import UserError
 
 FORMAT_VERSION = 1
@@ -280,18 +282,19 @@ class CheckpointStore:
         step: int,
         *,
         models: dict[str, Any],
-        tensors: dict[str, dict[str, Tensor]],
+        tensors: Mapping[str, dict[str, Tensor] | Streamed],
         state: dict[str, Any],
         tokenizer: Any = None,
-        weights: dict[str, dict[str, Tensor]] | None = None,
+        weights: Mapping[str, tuple[int, Iterable[dict[str, Tensor]]]] | None = None,
     ) -> Path:
         """Commit a checkpoint of `step` and rotate the old ones. Returns its folder.
 
         models: name -> transformers model, written by `save_pretrained` in its own dtype; tensors: name ->
         tensors of any dtype and device; state: anything JSON can hold (floats come back exactly, tuples as
-        lists); the tokenizer goes beside the first model; weights: name -> state dict to write in place of the
-        model's own. Raises CheckpointError when the disk is full or
-        fails: nothing of this save is left and older checkpoints are untouched.
+        lists); the tokenizer goes beside the first model; weights: name -> bytes and parts of a state dict
+        (`save_in_parts`), in place of the model's own. Parts are taken in the order of models, then of tensors.
+        Raises CheckpointError when the disk is full or fails: nothing of this save is left and older checkpoints are
+        untouched.
         """
         for name in [*models, *tensors]:
             if not NAME.fullmatch(name) or (name in models and name in tensors):
@@ -301,15 +304,25 @@ class CheckpointStore:
         given = weights or {}
 
         def write(folder: Path) -> None:
-            states = [given[name] if name in given else model.state_dict() for name, model in models.items()]
-            _require_space(folder, states + list(tensors.values()))
+            states = [model.state_dict() for name, model in models.items() if name not in given]
+            in_memory = [group for group in tensors.values() if not isinstance(group, Streamed)]
+            to_come = [group.nbytes for group in tensors.values() if isinstance(group, Streamed)]
+            to_come += [size for size, _ in given.values()]
+            _require_space(folder, [*states, *in_memory], sum(to_come))
             for index, (name, model) in enumerate(models.items()):
                 with quiet_loading():
-                    model.save_pretrained(folder / name, state_dict=given.get(name))
+                    if name in given:
+                        (folder / name).mkdir()
+                        save_in_parts(model, folder / name, given[name][1])
+                    else:
+                        model.save_pretrained(folder / name)
                 if index == 0 and tokenizer is not None:
                     tokenizer.save_pretrained(folder / name)
             for name, group in tensors.items():
-                save_file(_portable(group), folder / f"{name}.safetensors")
+                if isinstance(group, Streamed):
+                    group.write(folder / f"{name}.safetensors")
+                else:
+                    save_file(_portable(group), folder / f"{name}.safetensors")
             (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
             _write_manifest(folder, step)
 
@@ -374,9 +387,9 @@ class CheckpointStore:
                 self.notes.append(f"old checkpoint {name} could not be removed: {error}")
 
 
-def _require_space(folder: Path, groups: list[dict[str, Tensor]]) -> None:
-    """Raise OSError where the disk has no room for the tensors, before a byte of them is written."""
-    needed = int(SPACE_FACTOR * sum(map(_bytes, groups)))
+def _require_space(folder: Path, groups: list[dict[str, Tensor]], to_come: int) -> None:
+    """Raise OSError where the disk has no room for the tensors and those to come, before a byte of them is written."""
+    needed = int(SPACE_FACTOR * (sum(map(_bytes, groups)) + to_come))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{needed:,} bytes are needed and {free:,} are free: {needed - free:,} bytes are missing")

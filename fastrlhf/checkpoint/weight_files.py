@@ -7,8 +7,9 @@ and calls nothing else. Both are mapped into memory where the file allows it, so
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.outcome import outcome
@@ -26,6 +28,11 @@ STEMS = ("model", "pytorch_model", "adapter_model")  # as transformers and peft 
 SHARD_OF = re.compile(r"(?P<stem>[\w.-]+?)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<ending>safetensors|bin)$")
 WEIGHT_FILE = re.compile(rf"({'|'.join(STEMS)})(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
 LFS_POINTER = b"version https://git-lfs"
+PART_BYTES = 1 << 30  # parts of a state dict are written together until they are so many
+NAMES = {  # of dtypes in safetensors, whose files have the last of these first
+    **{torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16"},
+    **{torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"},
+}
 SHARD_BYTES = 4 << 30  # the most a written shard holds, beside a single larger tensor
 
 
@@ -194,6 +201,90 @@ class WeightFiles:
         """The names of each file's tensors, file after file."""
         for path in self.paths:
             yield [name for name, own in self._path_of.items() if own == path]
+
+
+class Streamed(NamedTuple):
+    """Tensors of which the lead never holds all: shapes and dtypes by name, and the tensors, a few at a time."""
+
+    headers: dict[str, Header]
+    parts: Iterable[dict[str, Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.headers.values())
+
+    def write(self, path: Path) -> None:
+        """The very file that `safetensors.torch.save_file` writes of all of them, in whatever order they come. OSError
+        of the disk; RuntimeError where other tensors come than were announced, or not all."""
+        kinds = list(NAMES)
+        order = sorted(self.headers, key=lambda name: (-kinds.index(self.headers[name].dtype), name))
+        places, end = {}, 0
+        for name in order:
+            shape, dtype = self.headers[name]
+            places[name] = (end, end := end + math.prod(shape) * dtype.itemsize)
+        described = {
+            name: {
+                "dtype": NAMES[self.headers[name].dtype],
+                "shape": list(self.headers[name].shape),
+                "data_offsets": list(places[name]),
+            }
+            for name in order
+        }
+        header = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+        header += b" " * (-len(header) % 8)
+        missing = set(order)
+        with path.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            begins = file.tell()
+            for part in self.parts:
+                for name, tensor in part.items():
+                    if name not in missing or Header(tuple(tensor.shape), tensor.dtype) != self.headers[name]:
+                        raise RuntimeError(f"{path}: {name} is not as it was announced")
+                    missing.remove(name)
+                    file.seek(begins + places[name][0])
+                    file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                    del tensor  # or it would live until the next one is here
+                del part
+            file.truncate(begins + end)
+        if missing:
+            raise RuntimeError(f"{path}: {min(missing)} did not come")
+
+
+def save_in_parts(model: PreTrainedModel, folder: Path, parts: Iterable[dict[str, Tensor]]) -> None:
+    """`model.save_pretrained` of a state dict that comes in parts, which are written as soon as they are PART_BYTES
+    together: a file each, and their index, as other tools write models of several files; the usual files where they are
+    not. A part holds all of what transformers renames or splits together (a layer, or what is outside of layers)."""
+    own, files = folder / ".part", []
+    state: dict[str, Tensor] = {}
+
+    def write() -> None:
+        model.save_pretrained(own, state_dict=dict(state), max_shard_size=1 << 62)
+        found = own / "model.safetensors"
+        files.append((folder / f".part-{len(files) + 1:05d}", tensor_names(own)))
+        found.rename(files[-1][0])
+        state.clear()
+
+    for part in parts:
+        state |= part
+        del part
+        if sum(tensor.nbytes for tensor in state.values()) >= PART_BYTES:
+            write()
+    if state or not files:
+        write()
+    for path in list(own.iterdir()):
+        path.rename(folder / path.name)
+    own.rmdir()
+    if len(files) == 1:
+        files[0][0].rename(folder / "model.safetensors")
+        return
+    weight_map, total = {}, 0
+    for number, (path, names) in enumerate(files, 1):
+        final = folder / f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        path.rename(final)
+        weight_map |= dict.fromkeys(sorted(names), final.name)
+        total += final.stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 class ShardWriter:

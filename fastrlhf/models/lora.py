@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -28,6 +28,7 @@ from fastrlhf.models import quantization
 from fastrlhf.models.adapter_folder import AdapterFolder, LowRank, linear_layer, write_adapter
 from fastrlhf.models.quantization import QuantizedLinear, is_transposed, quantized_layers
 from fastrlhf.parallel import sharding
+from fastrlhf.runtime import distributed
 from fastrlhf.runtime.hardware import bitsandbytes, installed
 from fastrlhf.runtime.optim import Optimizer, TrainedRole
 
@@ -160,18 +161,31 @@ class Adapters:
     # ------------------------------------------------------------------------------------------------ what is saved
 
     def trained(
-        self, role: str, optimizer: Optimizer, parts: Tensors | None = None, head: Tensors | None = None
+        self,
+        role: str,
+        optimizer: Optimizer,
+        parts: Tensors | None = None,
+        head: Tensors | None = None,
+        shown: Callable[[Tensor], Tensor] | None = None,
     ) -> TrainedRole:
-        """A role as a run checkpoints it (parts; None: the adapter) and exports it; head: of a reward model."""
-        parts, write = parts or self.parameters(role), partial(self.write, role=role, head=head)
-        return TrainedRole(self.model, optimizer, parts, partial(self.merged, role), write)
+        """A role as a run checkpoints it (parts; None: the adapter) and exports it; head: of a reward model; shown:
+        what an adapter folder holds of each of its tensors; None: itself."""
+        parts = parts or self.parameters(role)
+        return TrainedRole(
+            self.model, optimizer, parts, partial(self.merged, role), partial(self.writer, role, head, shown)
+        )
 
-    def low_rank(self, names: Sequence[str]) -> dict[str, LowRank]:
-        """By layer, the sum that the adapters of these names add to its weight."""
+    def low_rank(self, names: Sequence[str], *, whole: bool = False) -> dict[str, LowRank]:
+        """By layer, the sum that the adapters of these names add to its weight; of a sharded model those that are
+        gathered now. whole: of all, gathered to the lead by all ranks together."""
         parts: dict[str, list[LowRank]] = {}
         for (name, layer), adapter in product(self.layers.items(), names):
-            if adapter in layer.lora_A:
+            if adapter in layer.lora_A and (whole or _is_here(layer)):
                 down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                if whole:
+                    down, up = sharding.whole_tensor(down), sharding.whole_tensor(up)
+                    if not distributed.is_lead():
+                        continue
                 parts.setdefault(name, []).append(LowRank(down, up, layer.scaling[adapter]))
         return {name: LowRank.joined(adapters) for name, adapters in parts.items()}
 
@@ -180,18 +194,21 @@ class Adapters:
         """State dict of the plain model with what is active with `role` added to its weights; the model is not changed.
 
         The sum is taken in fp32 and rounded to the dtype of the model once. A quantised base is dequantised: the merged
-        weights are not rounded to its grid again. What that costs goes to `report`.
+        weights are not rounded to its grid again. What that costs goes to `report`. Of a sharded model what is gathered
+        is there.
         """
         deltas = self.low_rank(self.active(role))
         layers = {name: layer.get_base_layer() for name, layer in self.layers.items()}
         layers |= {n: layer for n, layer in quantized_layers(self.model).items() if not n.endswith(".base_layer")}
         merged, lost, total = {}, 0.0, 0.0
         for name, layer in layers.items():
+            if not _is_here(layer):
+                continue
             weight = quantization.dense_weight(layer)
             if name in deltas:
                 weight = weight + deltas[name].delta()
             weight = weight.t() if is_transposed(layer) else weight
-            merged[f"{name}.weight"] = weight.to(self.model.dtype).contiguous()
+            merged[f"{name}.weight"] = weight.to(sharding.dtype_of(self.model)).contiguous()
             if layer.bias is not None:
                 merged[f"{name}.bias"] = layer.bias
             if isinstance(layer, QuantizedLinear):
@@ -204,18 +221,29 @@ class Adapters:
             self.report(_merging_note(self.model, math.sqrt(lost / total)))
         return merged
 
-    def write(self, folder: str | Path, role: str, head: Mapping[str, Tensor] | None = None) -> None:
-        """What is active with `role` as an adapter folder over the model that this one was loaded from; head: see
-        `write_adapter`."""
+    def writer(
+        self, role: str, head: Tensors | None = None, shown: Callable[[Tensor], Tensor] | None = None
+    ) -> Callable[[Path], None]:
+        """What writes what is active with `role` as an adapter folder over the model that this one was loaded from;
+        head, shown: see `trained`. All ranks call it, and the lead's writes."""
         transposed = any(is_transposed(layer.get_base_layer()) for layer in self.layers.values())
-        base = _base_name(self.model)
-        write_adapter(Path(folder), self.low_rank(self.active(role)), base, head, transposed=transposed)
+        layers = self.low_rank(self.active(role), whole=True)
+        if head is not None:
+            head = {name: sharding.whole_tensor(tensor) for name, tensor in head.items()}
+        if head is not None and shown is not None and distributed.is_lead():
+            head = {name: shown(tensor) for name, tensor in head.items()}
+        return partial(write_adapter, layers=layers, base=_base_name(self.model), head=head, transposed=transposed)
 
     def notes(self) -> list[str]:
         """Sentences for the run's log: what the base holds and what lies under the roles."""
         quantized = [quantization.quantization_note(self.model)] if quantized_layers(self.model) else []
         under = ["lora: the adapter the run starts from stays under every role"] if self.base_adapter else []
         return quantized + under
+
+
+def _is_here(layer: torch.nn.Module) -> bool:
+    """Whether no weight of it is a share."""
+    return not any(map(sharding.is_share, layer.parameters()))
 
 
 def _merging_note(model: PreTrainedModel, rounding: float) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint.quiet import quiet_loading
+from fastrlhf.checkpoint.weight_files import save_in_parts
 from fastrlhf.data.templates import stop_token_ids
 
 
@@ -51,14 +52,15 @@ def write_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
-    weights: dict[str, Tensor] | None = None,
+    weights: dict[str, Tensor] | Iterator[dict[str, Tensor]] | None = None,
     adapter: Callable[[Path], None] | None = None,
 ) -> None:
     """Write what stock transformers runs: safetensors, tokenizer with its chat template, generation config.
 
     stop_ids become the generation config's eos_token_id, so that `pipeline()` ends replies where training did. The
     tokenizer of a reward model pads with the id that the stock classifier looks for. weights: a state dict to write
-    in place of the model's own. adapter: writes an adapter's files in place of weights and config.
+    in place of the model's own, or its parts (`save_in_parts`). adapter: writes an adapter's files in place of weights
+    and config.
     """
     generation = getattr(model, "generation_config", None)
     if generation is not None and model.can_generate():
@@ -73,7 +75,10 @@ def write_model(
         tokenizer = _padding_with(tokenizer, model.config.pad_token_id)
     if adapter is None:
         with quiet_loading():
-            model.save_pretrained(folder, state_dict=weights)
+            if weights is None or isinstance(weights, dict):
+                model.save_pretrained(folder, state_dict=weights)
+            else:
+                save_in_parts(model, Path(folder), weights)
     else:
         adapter(Path(folder))
         if model.can_generate():

@@ -18,7 +18,7 @@ Only this file and `Optimizer`'s subclass in it know how a weight is cut.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastrlhf.checkpoint.store import Checkpoint
+from fastrlhf.checkpoint.weight_files import Header, Streamed
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.parallel.shares import SharesOptimizer
@@ -61,8 +62,8 @@ def is_layered(model: nn.Module) -> bool:
 
 
 def dtype_of(model: PreTrainedModel) -> torch.dtype:
-    """The dtype that it computes in; `model.dtype` of a sharded one is that of its shares."""
-    return getattr(model, "_computed_in", model.dtype)
+    """The dtype that it computes in; the shares of a trained model are fp32."""
+    return model._computed_in if is_sharded(model) else model.dtype
 
 
 # ------------------------------------------------------------------------------------------------------------- cutting
@@ -80,7 +81,7 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
     if len(trained) > 1:
         kinds = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in trained))
         raise UserError(f"parallel = fsdp: trained weights are {kinds}, which it cannot mix; use parallel=zero")
-    layers, computes_in = layers_of(model), model.dtype
+    layers, model._computed_in = layers_of(model), model.dtype
     _check_memory(model, layers, distributed.memory())
     computed_in = trained.pop() if trained else torch.float32
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -93,7 +94,7 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
     }
     for part in (*layers, model):  # a layer at a time, so that no more than one is there whole in fp32
         for parameter in part.parameters():
-            if parameter.requires_grad and not _is_share(parameter):
+            if parameter.requires_grad and not is_share(parameter):
                 parameter.data = parameter.data.float()
         # The head is read behind the trunk, so what the outer model holds stays until the backward pass.
         fully_shard(part, reshard_after_forward=part is not model, **how)
@@ -101,7 +102,8 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     for parameter in model.parameters():
         parameter.computed_in = computed_in if parameter.requires_grad else parameter.dtype
-    model._gathered, model._layered, model._computed_in = False, False, computes_in
+    type(model).dtype = property(lambda self: self._computed_in)  # of the class that fully_shard has made
+    model._gathered, model._layered = False, False
     size = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     model._memory = distributed.memory()
     model._sums_whole = SUMS_SHARE * size <= model._memory
@@ -169,7 +171,8 @@ def _check_memory(model: nn.Module, layers: Sequence[nn.Module], memory: float) 
         )
 
 
-def _is_share(tensor: Tensor) -> bool:
+def is_share(tensor: Tensor) -> bool:
+    """Whether this is a rank's share of a tensor, which nothing computes with."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
@@ -178,13 +181,13 @@ def _is_share(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a sharded tensor, in the same storage; any other as it is."""
     with torch.no_grad():
-        return tensor.detach().to_local() if _is_share(tensor) else tensor
+        return tensor.detach().to_local() if is_share(tensor) else tensor
 
 
 def cut(like: Tensor, whole: Tensor) -> Tensor:
     """This rank's share of a tensor with the shape of the sharded one: equal pieces of the first dimension, rounded
     up, of which the last ranks may have fewer or none. Of a tensor that is not sharded all."""
-    if not _is_share(like):
+    if not is_share(like):
         return whole
     rows = -(-len(whole) // distributed.size())
     return whole[distributed.rank() * rows :][: len(local(like))]
@@ -220,14 +223,15 @@ def reading(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def gathered(*models: nn.Module | None) -> Iterator[None]:
+def gathered(*models: nn.Module | None, layered: bool = False) -> Iterator[None]:
     """Inside, ranks may run sharded models alone: they are gathered, in the dtype that they compute in; where the
-    memory does not hold them (`fits_whole`) what is outside of layers, and each layer while it runs (`reading`).
+    memory does not hold them (`fits_whole`), or layered, what is outside of layers, and each layer while it runs
+    (`reading`).
 
     Ranks enter and leave together; of models that are gathered already nothing is done. UserError where memory ran out.
     """
     cut = list({id(model): model for model in models if model is not None and not is_whole(model)}.values())
-    turns = _Turns(cut) if layer_by_layer(*cut) else None
+    turns = _Turns(cut) if cut and (layered or layer_by_layer(*cut)) else None
     try:
         for model in cut:
             _gather(model, layered=turns is not None)
@@ -301,10 +305,10 @@ def _gather(model: nn.Module, *, layered: bool) -> None:
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """As `model.state_dict()`, which would cut a gathered model again."""
+    """As `model.state_dict()`, which would cut a gathered model again; of a sharded one what of it is gathered now."""
     if not is_sharded(model):
         return model.state_dict()
-    named = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    named = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False) if not is_share(p)}
     return {**named, **_buffers(model)}
 
 
@@ -318,26 +322,61 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a sharded model in the lead's host memory, in the dtype that it computes in; tied weights stay
-    one. All ranks call it; no device holds more than its share and one tensor."""
+def state_in_parts(
+    model: nn.Module, state: Callable[[], dict[str, Tensor]] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """The state dict of a sharded model a part at a time: each layer, then what is outside of layers. On the lead's
+    CPU, in the dtype that it computes in, tied weights one tensor; of the other ranks each part is empty.
+
+    All ranks run through it together, and none holds more than its share and one part. state: a state dict of another
+    form (adapters merged), made of the modules that are gathered when it is called; None: `state_dict`.
+    """
     settle(model)
-    tensors: dict[int, Tensor] = {}
-    state = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in tensors:
-            tensors[id(parameter)] = whole_tensor(parameter)
-        state[name] = tensors[id(parameter)]
-    return {**state, **_buffers(model)}
+    state, given = state or partial(state_dict, model), set()
+    for unit in (*layers_of(model), model):
+        with torch.inference_mode(False), torch.no_grad():
+            unit.unshard()
+        try:
+            yield _copied(state(), given) if distributed.is_lead() else {}
+        finally:
+            unit.reshard()
+
+
+def _copied(tensors: dict[str, Tensor], given: set[str]) -> dict[str, Tensor]:
+    """Those that were not given before, on the CPU; what is one tensor stays one."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+    part = {}
+    for name, tensor in tensors.items():
+        if name not in given:
+            place = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+            if place not in copies:
+                copies[place] = tensor.detach().to("cpu", copy=True)
+            part[name] = copies[place]
+    given |= part.keys()
+    return part
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of the state dict of a sharded model, tied weights counted once."""
+    return model._size + sum(buffer.nbytes for buffer in _buffers(model).values())
+
+
+def streamed(tensors: dict[str, Tensor]) -> dict[str, Tensor] | Streamed:
+    """Tensors as they are, or, where some are shares, gathered one after the other; all ranks run through them."""
+    if not any(map(is_share, tensors.values())):
+        return tensors
+    headers = {name: Header(tuple(t.shape), getattr(t, "computed_in", t.dtype)) for name, t in tensors.items()}
+    each = ((name, whole_tensor(tensor)) for name, tensor in tensors.items())
+    return Streamed(headers, ({name: tensor.cpu()} for name, tensor in each))
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor on the lead's CPU, in the dtype it computes in (empty in the others); any other as it is."""
-    if not _is_share(tensor):
+    if not is_share(tensor):
         return tensor.detach()
     part = local(tensor).to(tensor.computed_in)
-    gathered = torch.cat(distributed.gather_each(part))
-    return gathered.to("cpu", copy=True) if distributed.is_lead() else gathered.new_empty(0, device="cpu")
+    parts = distributed.gather_each(part)
+    return torch.cat(parts).cpu() if distributed.is_lead() else part.new_empty(0, device="cpu")
 
 
 @torch.no_grad()
@@ -374,7 +413,7 @@ class ShardedOptimizer(SharesOptimizer):
     def _make_masters(self) -> list[nn.Parameter]:
         self.owners = list(range(len(self.params)))
         self.in_fp32 = [getattr(p, "computed_in", p.dtype) == torch.float32 for p in self.params]
-        self.sharded = [_is_share(p) for p in self.params]
+        self.sharded = [is_share(p) for p in self.params]
         return [nn.Parameter(local(p)) if cuts else p for p, cuts in zip(self.params, self.sharded)]
 
     def _owners_of_gradients(self) -> Sequence[Any]:
@@ -403,13 +442,11 @@ class ShardedOptimizer(SharesOptimizer):
     def _copy_down(self) -> None:
         """The shares are the weights."""
 
-    def _gathered(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
-        gathered = {}
+    def _gathered(self, values: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         for index, (value, cuts) in enumerate(zip(values, self.sharded)):
-            parts = torch.cat(distributed.gather_each(value.detach().float())) if cuts else value.detach()
+            parts = distributed.gather_each(value.detach().float()) if cuts else [value.detach()]
             if distributed.is_lead():
-                gathered[index] = parts.to("cpu", copy=True)
-        return gathered
+                yield index, torch.cat(parts).cpu()
 
     @torch.no_grad()
     def load_masters(self, tensors: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ and any `parallel`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -152,17 +152,14 @@ class ZeroOptimizer(SharesOptimizer):
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
-    def _gathered(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
-        """fp32 values of all ranks as whole tensors on the CPU, by parameter; only the lead keeps them."""
-        whole: dict[int, Tensor] = {}
+    def _gathered(self, values: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         for bucket in self.buckets:
             flat, begins = self._whole(bucket, values, torch.float32), 0
             for index in bucket.parameters:
                 param = self.params[index]
                 if distributed.is_lead():
-                    whole[index] = flat[begins : begins + param.numel()].view(param.shape).to("cpu", copy=True)
+                    yield index, flat[begins : begins + param.numel()].view(param.shape).cpu()
                 begins += param.numel()
-        return whole
 
     @torch.no_grad()
     def load_masters(self, tensors: dict[str, Tensor]) -> None:

@@ -19,6 +19,8 @@ from fastrlhf.runtime.memory import MemoryBackoff
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fastrlhf.checkpoint.weight_files import Streamed
+
 NORM_ELEMENTS = 1 << 16  # of a gradient, whose squares a CPU adds up at once
 
 
@@ -186,9 +188,9 @@ class Optimizer:
         pairs = enumerate(zip(self.params, self.masters, strict=True))
         return {f"master.{i}": m.detach() for i, (p, m) in pairs if m is not p}
 
-    def checkpoint(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def checkpoint(self, prefix: str) -> tuple[dict[str, Tensor] | Streamed, dict[str, Any]]:
         """State and masters for a checkpoint, as (tensors, JSON), the same for any number of ranks and any `parallel`.
-        All ranks call it; what the lead gets is whole."""
+        All ranks call it, and run through what is streamed; what the lead gets is whole."""
         tensors, data = optimizer_tensors(self.inner, prefix)
         return {**tensors, **self.master_tensors()}, data
 
@@ -211,14 +213,15 @@ class TrainedRole(NamedTuple):
     """A role that is trained: its model, its optimizer, and what is saved of it.
 
     parts: the tensors a checkpoint holds, by name (an adapter, a head); None: the whole model. merged: the weights of
-    the model as it is exported; None: its own. adapter: writes the adapter alone into a folder; None: there is none.
+    the model as it is exported, of a sharded one those that are gathered; None: its own. adapter: gathers the adapter
+    alone, which all ranks do together, and returns what writes it into a folder; None: there is none.
     """
 
     model: PreTrainedModel
     optimizer: Optimizer
     parts: dict[str, Tensor] | None = None
     merged: Callable[[], dict[str, Tensor]] | None = None
-    adapter: Callable[[Path], None] | None = None
+    adapter: Callable[[], Callable[[Path], None]] | None = None
 
 
 def _add_to(owner: Any) -> Callable[[Tensor], None]:
