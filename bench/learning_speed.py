@@ -76,7 +76,8 @@ def judged(folder: Path, reward: Path, reference: Path) -> dict[str, float]:
 @torch.no_grad()
 def scored(reward: Path, rows: Sequence[Sequence[int]]) -> float:
     """The mean output of a reward model for token rows, by transformers alone."""
-    model = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32).eval()
+    how = {"trust_remote_code": False, "dtype": torch.float32}
+    model = AutoModelForSequenceClassification.from_pretrained(reward, **how).eval()
     total = 0.0
     for start in range(0, len(rows), 32):
         batch = [torch.tensor(row) for row in rows[start : start + 32]]

@@ -46,11 +46,11 @@ class Save(TrainerCallback):
 
 def main(spec: dict) -> None:
     task, models = spec["task"], Path(spec["models"])
-    tokenizer = AutoTokenizer.from_pretrained(models / "sft/final", padding_side="left")
-    policy = AutoModelForCausalLM.from_pretrained(models / "sft/final", dtype=torch.float32)
+    how = {"trust_remote_code": False, "dtype": torch.float32}
+    tokenizer = AutoTokenizer.from_pretrained(models / "sft/final", trust_remote_code=False, padding_side="left")
+    policy = AutoModelForCausalLM.from_pretrained(models / "sft/final", **how)
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(models / "reward/final", dtype=torch.float32)
-        for _ in range(2)
+        AutoModelForSequenceClassification.from_pretrained(models / "reward/final", **how) for _ in range(2)
     )
     lines = Path(spec["prompts"]).read_text(encoding="utf-8").splitlines()
     asked = [json.loads(line)["prompt"] for line in lines]
