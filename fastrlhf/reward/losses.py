@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastrlhf.data.feedback import Feedback, Ranking
 
-SCORE_WEIGHT = 0.2  # of the squared error of a score beside a preference's loss: see docs/options.md
+SCORE_WEIGHT = 0.5  # of the squared error of a score beside a preference's loss: see docs/options.md
 
 
 def preference_loss(

@@ -187,11 +187,13 @@ def test_scores_of_one_record_imply_an_order():
     assert implied_ranking((0.5, -1.0, 0.5, 1.0)) == ((3,), (0, 2), (1,))
     record = parse_feedback({"prompt": "p", "responses": ["a", "b"], "scores": [2, 4]}, "here:1")
     link, raw = ScoreLink(raters_of([record]), (1.0, 5.0)), torch.tensor([0.3, -0.2])
-    squares = 0.2 * 0.5 * ((0.3 + 1) ** 2 + (-0.2 - 1) ** 2) / 2
+    squares = SCORE_WEIGHT * 0.5 * ((0.3 + 1) ** 2 + (-0.2 - 1) ** 2) / 2
     pair = float(preference_loss(raw, ((1,), (0,))))
     assert float(link.loss(raw, record).detach()) == pytest.approx(squares + pair, rel=1e-5)
     tied = parse_feedback({"prompt": "p", "responses": ["a", "b"], "scores": [4, 4]}, "here:1")
-    assert float(link.loss(raw, tied).detach()) == pytest.approx(0.1 * ((0.3 - 1) ** 2 + (-0.2 - 1) ** 2) / 2, rel=1e-5)
+    assert float(link.loss(raw, tied).detach()) == pytest.approx(
+        SCORE_WEIGHT * 0.5 * ((0.3 - 1) ** 2 + (-0.2 - 1) ** 2) / 2, rel=1e-5
+    )
 
 
 def test_rows_of_one_prompt_and_person_are_learnt_together():
