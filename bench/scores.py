@@ -13,7 +13,8 @@ RUN/seed-N/sft/final (`python -m bench.verdict --work RUN` makes them), a reward
 made, each fault once for each of PROMPTS held-out prompts. Intervals: 90 %, bootstrap over seeds and prompts.
 
 --weights: of the squared error of a score, on mixed records, beside the pairs alone; DRAWS draws of the records for a
-seed. It chose SCORE_WEIGHT (fastrlhf/reward/losses.py) on seed 3, which the table above does not have.
+seed, on seed 3, which the table above does not have. SCORE_WEIGHT (fastrlhf/reward/losses.py) lies between the best of
+it and what the quickstart asks for.
 """
 
 from __future__ import annotations
