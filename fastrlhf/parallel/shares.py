@@ -87,12 +87,6 @@ class SharesOptimizer(Optimizer):
                 if not self.in_fp32[index]:
                     yield {f"master.{index}": whole}
 
-    def master_tensors(self) -> dict[str, Tensor]:
-        """The fp32 masters of low-precision parameters, whole, in the lead; all ranks call it."""
-        if all(self.in_fp32):
-            return {}
-        return {f"master.{i}": whole for i, whole in self._gathered(self.masters) if not self.in_fp32[i]}
-
     def _load_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         stand_in = self._stand_in()
         load_optimizer_tensors(stand_in, tensors, data, copy=False)  # mapped files, of which a share is read

@@ -227,12 +227,12 @@ def test_tensorboard_holds_the_curves_and_purges_on_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     at_checkpoint = None
-    for number, steps in enumerate((range(1, 3), range(3, 6), range(3, 7))):  # the second was killed after step 5
+    for place, steps in enumerate((range(1, 3), range(3, 6), range(3, 7))):  # the second was killed after step 5
         end = run(tmp_path, steps, resume=at_checkpoint)
         at_checkpoint = at_checkpoint or end
         # Readers sort the files by name. Those of one second differ in a counter of the process, where 10 is before 9.
         (made,) = (tmp_path / "tensorboard").glob("events.out.*")
-        made.rename(made.with_name(f"{number}.tfevents"))
+        made.rename(made.with_name(f"{place}.tfevents"))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("kl/ref")] == [1, 2, 3, 4, 5, 6]
     assert "time/rollout" in events.Tags()["scalars"]
