@@ -42,6 +42,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.limits import address_space
 from fastrlhf.models.loading import load_policy
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.parity import known_parity
@@ -49,7 +50,7 @@ from fastrlhf.rollout.sampling import SamplingParams
 
 EXACT = 1e-4  # nats
 LEAST_EXACT = 90
-SECONDS, BYTES = 20, 6 << 30  # of a model: processor seconds, address space
+SECONDS, BYTES = 20, 6 << 30  # of a model: processor seconds, address space beyond what the process came with
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")  # of a traceback
 WINDOW = 6
 PROMPTS = ([7], [9, 40, 30, 12, 5, 77, 8, 30, 21, 6, 44, 60, 3, 18], [50, 3], [11, 4, 60, 4, 90], [30] * 9)
@@ -112,7 +113,8 @@ def _fields(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, 
 
 def survey(name: str, result: Connection) -> None:
     """Send what is known of an architecture, more of it each time; whatever is raised goes to stderr."""
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    limit = address_space() + BYTES  # a copy of a process has all that the other had mapped
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     row: dict[str, Any] = {"verdict": "unbuilt"}
     result.send(row)

@@ -52,7 +52,7 @@ def _sizes(_: int) -> int:
     return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _size_now() -> int:
+def address_space() -> int:
     """Bytes of the process's address space. OSError where the system does not tell."""
     try:
         text = os.pread(_sizes(os.getpid()), 64, 0)
@@ -69,7 +69,7 @@ def memory_limit(size: int) -> Iterator[None]:
     try:
         import resource
 
-        now = _size_now()
+        now = address_space()
     except (ImportError, OSError):
         yield
         return
