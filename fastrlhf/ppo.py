@@ -131,10 +131,8 @@ class PPOTrainer(Trainer):
         self.engine = RolloutEngine(self.policy, tokenizer, value_head=head, compile=config.compile, dtype=dtype)
         self.memory.spares += [self.engine.give_up, roles.offload.give_back]
         self.longest = _longest(config, [*self.prompts, *(self.eval_prompts or [])], self.policy)
-        if not config.resume:  # a resumed run's checkpoint holds the result; it is asked for where it does not
-            note = self.engine.check(self.longest)
-            if note:
-                self.tracker.note(note)
+        if not config.resume:  # a resumed run's checkpoint holds the result
+            self.settle()
         readers = [model for model in (self.policy, roles.ref_policy, roles.value_model) if model is not None]
         self.joined = resolve_packing(config.packing, readers)
         self.sampler = Sampler(len(self.prompts), config.seed)
@@ -150,6 +148,13 @@ class PPOTrainer(Trainer):
         self.pretraining: CriticPretraining | None = None
         if config.critic_pretrain_epochs:
             self.pretraining = CriticPretraining(config, self.learner, joined=self.joined)
+
+    def settle(self) -> None:
+        """Try how this run's longest sequences are generated, where that is not known yet. A run that was killed before
+        its first checkpoint is resumed without knowing it."""
+        note = self.engine.check(self.longest)
+        if note:
+            self.tracker.note(note)
 
     @property
     def ref_policy(self) -> PreTrainedModel | None:

@@ -162,6 +162,9 @@ class Trainer(metaclass=_BegunWhenBuilt):
         """Parts with tensors of their own, beside what `trained` holds, by the name in a checkpoint."""
         return {}
 
+    def settle(self) -> None:
+        """Find out, once all parts have their state, what the run asks of its models and no checkpoint told."""
+
     def beside_the_model(self) -> dict[str, str]:
         """Texts that `save` writes into the model's folder, by file name."""
         return {}
@@ -392,6 +395,7 @@ class Trainer(metaclass=_BegunWhenBuilt):
                     self._restore(checkpoint)
                 if lead:
                     self.run_folder.write_recipe(self.folder)  # it may go further than it was first told to
+            self.settle()
         except UserError:
             self.run_folder.release()
             raise

@@ -126,13 +126,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[Callable, Whole]:
     for build in (sft, ppo):
         place = tmp_path_factory.mktemp("whole")
         run = runs[build] = Whole(place / "run", build(place / "run"), {})
+        run.after[0] = shutil.copytree(run.folder, place / "after-0")
         for step, _ in enumerate(run.trainer, 1):
             run.after[step] = shutil.copytree(run.folder, place / f"after-{step}")
     return runs
 
 
 @pytest.mark.parametrize("build", [sft, ppo])
-@pytest.mark.parametrize("left_after", [1, 2, 3, 4])
+@pytest.mark.parametrize("left_after", [0, 1, 2, 3, 4])
 def test_a_loop_left_after_any_step_goes_on_exactly(
     tmp_path: Path, whole: dict, build: Callable, left_after: int
 ) -> None:
@@ -144,7 +145,8 @@ def test_a_loop_left_after_any_step_goes_on_exactly(
     resumed.train()
     assert resumed.steps_done == 4
     assert differing(uninterrupted, resumed) == []
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    last = "checkpoints/step-000004/state.json"
+    for name in ("metrics.jsonl", "samples.jsonl", last):
         assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes()
 
 
