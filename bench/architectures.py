@@ -19,6 +19,8 @@ The exit code is 1 where anything is wrong or crashed, or fewer than 90 are exac
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import inspect
 import json
 import logging
@@ -193,6 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     tiny("llama")  # what all need is imported before the first fork
+    gc.freeze()  # and no child's collector touches, and copies, a page of it
+    atexit.register(gc.unfreeze)  # libraries complain of what is left at the end
     began = time.process_time()
     rows = run(options.names or NAMES)
     seconds = time.process_time() - began + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])

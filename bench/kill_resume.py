@@ -13,6 +13,8 @@ a stage; exit code 1 when any of this is not as promised.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import importlib
 import json
 import os
@@ -306,6 +308,8 @@ def main() -> int:
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     passed = True
+    gc.freeze()  # so that no child's collector touches, and copies, a page of what is imported
+    atexit.register(gc.unfreeze)  # libraries complain of what is left at the end
     with tempfile.TemporaryDirectory() as temporary:
         make_inputs(Path(temporary))
         for stage in args.stage or STAGES:

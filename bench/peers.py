@@ -7,6 +7,7 @@ function of hidden [N, H], weight [V, H], labels [N], advantages [N], old log-pr
 from __future__ import annotations
 
 import subprocess
+import sys
 import sysconfig
 import venv
 from collections.abc import Callable
@@ -31,11 +32,12 @@ def environment(name: str, *packages: str) -> Path:
     python, done = folder / "bin" / "python", folder / "installed.txt"
     if done.exists() and done.read_text().split() == list(packages):
         return python
-    venv.create(folder, with_pip=True, clear=True)
+    venv.create(folder, with_pip=False, clear=True)
     root = Path(__file__).parent.parent.resolve()
     site = next((folder / "lib").glob("python*/site-packages"))
     (site / "asking.pth").write_text(f"{sysconfig.get_path('purelib')}\n{root}\n{root / 'kernels'}\n")
-    command = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", *packages]
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]  # ours: to give it one takes longer than most installs
+    command = [*pip, "install", "-q", "--no-deps", "--ignore-installed", *packages]
     made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode != 0:
         raise RuntimeError(f"cannot install {' '.join(packages)}: {made.stderr.strip()[-400:]}")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastrlhf._version import __version__
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.limits import collector_paused
 from fastrlhf.runtime import launch
 from fastrlhf.runtime.launch import RankLost
 from fastrlhf.runtime.library_output import make_safe
@@ -750,5 +751,7 @@ def _print_error(message: str) -> None:
 
 
 def _load(module: str) -> ModuleType:
-    """A module of the package that needs torch."""
-    return importlib.import_module(f"fastrlhf.{module}")
+    """A module of the package that needs torch. Its libraries make objects by the million, and a good part of the
+    time would go into looking for garbage."""
+    with collector_paused():
+        return importlib.import_module(f"fastrlhf.{module}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
 
+gc.disable()  # until all is imported and collected: nothing of it is garbage, and to look for some takes seconds
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -41,6 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, then the long ones: of several processes (`pytest -n`) none begins one last."""
     order = dict(zip(LONG, range(1, len(LONG) + 1))) | {i.path: 0 for i in items if i.get_closest_marker("slow")}
     items.sort(key=lambda item: order.get(item.path, len(LONG) + 1))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain of what is left at the end
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,9 @@ raises, in FOLDER/killed and FOLDER/restarted it kills rank 1, under torchrun's 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -60,7 +62,7 @@ FORMS = {
         "critic_pretrain_epochs": 2,
     },
     "tied": {
-        "total_steps": 5,
+        "total_steps": 3,
         "eval_every": 0,
         "ptx_coef": 0.5,
         "critic_warmup_steps": 1,
@@ -442,6 +444,8 @@ if __name__ == "__main__":
         importlib.import_module(needed)
     importlib.import_module("torch.utils.tensorboard")
     torch.set_num_threads(1)
+    gc.freeze()  # so that a rank's collector touches, and copies, no page of them
+    atexit.register(gc.unfreeze)  # libraries complain of what is left at the end
     place = Path(sys.argv[1])
     for group in sys.argv[2:]:
         count, _, named = group.partition(":")

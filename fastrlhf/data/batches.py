@@ -9,12 +9,10 @@ reply in a rollout and a data set of a million rows.
 
 from __future__ import annotations
 
-import gc
 import operator
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -50,19 +48,6 @@ class Rendered(NamedTuple):
 
 Request = Ids | Rendered
 Steps = Generator[Request | list[Request], Any, T]  # yields requests, is sent their answers, returns T
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Python's cycle collector off: it goes through all rows again and again, which are no cycles, while their number
-    grows."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def encode_one(tokenizer: PreTrainedTokenizerBase, steps: Steps[T]) -> T:

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.effects import BY_CRITIC
 from fastrlhf.config.errors import UserError
+from fastrlhf.config.limits import collector_paused
 from fastrlhf.config.stages import PPOConfig, RewardConfig, SupervisedConfig
-from fastrlhf.data.batches import collector_paused
 from fastrlhf.data.dataset import split_heldout
 from fastrlhf.data.encode import Encoded, EncodedPrompt, Encoder, Example, Progress, Record, check_centring, check_ptx
 from fastrlhf.data.templates import settle_template

@@ -11,15 +11,14 @@ No GPU has confirmed this file's figures or its choice of what is a capture erro
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from fastrlhf.config.limits import collector_paused
 from fastrlhf.runtime.memory import ran_out
 
 LOG = logging.getLogger(__name__)
@@ -38,19 +37,6 @@ def buckets(most: int) -> list[int]:
     return sorted({bucket_of(count, most) for count in range(1, most + 1)}, reverse=True)
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python frees nothing by itself: a graph that goes while another is recorded breaks the record. (torch.cuda.graph
-    collects first, and empties the allocator: most of the time of a capture, once a bucket and rollout.)"""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
 def cuda_capture() -> Capture:
     """-> a function that records a step: (replay, the tensor that each replay fills). The graphs share one pool."""
     pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -61,7 +47,9 @@ def cuda_capture() -> Capture:
             step()  # compiles kernels, fills caches: what must not happen while recording
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            with _no_collection():
+            # A graph that goes while another is recorded breaks the record. (torch.cuda.graph collects first, and
+            # empties the allocator: most of the time of a capture, once a bucket and rollout.)
+            with collector_paused():
                 graph.capture_begin(pool=pool)
                 try:
                     hidden = step()
