@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fastrlhf.config.stages import RewardConfig
 from fastrlhf.quickstart import verdict
 from fastrlhf.quickstart.content import shipped
 from fastrlhf.quickstart.run import inputs
@@ -28,13 +30,20 @@ def rows_of(kind: str) -> list[dict[str, Any]]:
     return [row for row in shipped("feedback") if kind == "all" or COLUMN[kind] in row]
 
 
+def config_of(kind: str, models: Settings) -> RewardConfig:
+    """What the quickstart trains its reward model with, for STEPS in a folder beside the models."""
+    length = {"total_steps": STEPS, "epochs": 1}  # steps alone say how long
+    place = {"output_dir": str(models.output_dir / f"reward-{kind}"), "overwrite": True, "save_every": 0}
+    return models.stages["reward"].replace(**length, **place, resume=False)
+
+
 def run(kind: str, models: Settings) -> dict[str, Any]:
     """Train in a folder beside the models and rank the held-out pairs -> figures."""
-    folder, rows = models.output_dir / f"reward-{kind}", rows_of(kind)
-    changes = {"total_steps": STEPS, "output_dir": str(folder), "overwrite": True, "save_every": 0, "resume": False}
+    config, rows = config_of(kind, models), rows_of(kind)
+    folder = Path(config.output_dir)
     named = inputs("reward", models.output_dir) | {"data": rows}
     began = time.monotonic()
-    if run_stage(RewardTrainer, named, models.stages["reward"].replace(**changes)):
+    if run_stage(RewardTrainer, named, config):
         raise SystemExit("interrupted")
     seconds = time.monotonic() - began
     right = verdict.pair_accuracy(folder / "final", shipped("heldout_pairs"))

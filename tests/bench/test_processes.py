@@ -11,6 +11,7 @@ import pytest
 
 from bench import kinds, overoptimise, quickstart, verdict
 from bench.processes import positive, side_by_side
+from fastrlhf.quickstart.settings import load_settings
 
 RUN = """
 import json, os, sys, time
@@ -169,7 +170,9 @@ def test_reward_models_of_each_kind_of_feedback_need_an_sft_model_alone(made, mo
     assert len(json.loads((made / "all.json").read_text())["runs"]) == 10
 
 
-def test_a_kind_s_rows_are_those_of_its_form():
+def test_a_kind_s_rows_are_those_of_its_form(tmp_path):
+    config = kinds.config_of("pair", load_settings([f"output_dir={tmp_path}", "seed=7"]))
+    assert (config.total_steps, config.epochs, config.seed) == (kinds.STEPS, 1, 7)
     by = {kind: kinds.rows_of(kind) for kind in kinds.KINDS}
     assert len(by["all"]) == sum(len(by[kind]) for kind in kinds.KINDS[1:])
     for row in by["score"]:
