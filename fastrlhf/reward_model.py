@@ -121,13 +121,14 @@ class RewardTrainer(SupervisedTrainer):
             self._linear(new)
         rows = [row for item in self.items for row in item.rows]
         rows = random.Random(f"head {config.seed}").sample(rows, min(SAMPLED, len(rows)))
+        drawn, beside = new, None
         if config.ensemble is not None:
             known = None if new else heads_of(self._source(model))
-            widen(self.model, config.ensemble, config.seed, rows, new=new, known=known)
-        elif new:
-            settle_head(self.model, rows)
+            drawn, beside = known is None, widen(self.model, config.ensemble, config.seed, new=new, known=known)
         if sharding.wanted(config):
             sharding.shard(self.model)
+        if drawn:
+            settle_head(self.model, rows, beside)
         trained = self.model if self.adapters is None else self._trained_parts()
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
 

@@ -69,10 +69,10 @@ class SFTTrainer(SupervisedTrainer):
 
         self.model, self.adapters = load_backbone(model, config, [POLICY], self.tracker.note)
         ready.fits(self.model)
-        self.joined = resolve_packing(config.packing, [self.model])
         make_trainable(self.model, config.gradient_checkpointing, frozen=self.adapters is not None)
         if sharding.wanted(config):
             sharding.shard(self.model)
+        self.joined = resolve_packing(config.packing, [self.model])
         trained = self.model if self.adapters is None else self.adapters.parameters(POLICY)
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
 

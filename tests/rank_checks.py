@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,18 +15,22 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from fastrlhf import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from fastrlhf import PPOConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from fastrlhf.checkpoint import weight_files
 from fastrlhf.data.feedback import Prompt
-from fastrlhf.models.loading import scalar_model
+from fastrlhf.models.loading import load_policy, load_reward_model, scalar_model
 from fastrlhf.parallel import sharding, zero
 from fastrlhf.plan.counter import LiveBytes
+from fastrlhf.rl import roles
 from fastrlhf.rollout.engine import RolloutEngine
 from fastrlhf.rollout.result import idle_share
 from fastrlhf.rollout.sampling import Generation, SamplingParams
 from fastrlhf.runtime import distributed
-from fastrlhf.runtime.batching import shard
+from fastrlhf.runtime.batching import shard as share_of
+from fastrlhf.runtime.memory import MemoryBackoff
 from tests import tiny
+
+READERS = {"lm": load_policy, "rm": load_reward_model}
 
 
 @contextmanager
@@ -95,7 +101,7 @@ def check_balance() -> None:
 
 def generate(model: torch.nn.Module, prompts: list[list[int]], stops: range | tuple[()]) -> Generation:
     params = SamplingParams(max_new_tokens=12, n=2, stop_token_ids=tuple(stops), seed=3)
-    mine = shard(len(prompts))
+    mine = share_of(len(prompts))
     return RolloutEngine(model).generate(prompts[mine], params, numbers=range(mine.start, mine.stop))
 
 
@@ -137,6 +143,65 @@ def check_that_no_rank_holds_a_whole_model_to_write_it(out: Path, parallel: str)
         saved = load_file(out / f"{parallel}-streamed/checkpoints/step-000001/optimizer_model.safetensors")
         assert sum(tensor.numel() for name, tensor in saved.items() if "exp_avg" in name) == 2 * elements
     distributed.wait_for_all()
+
+
+class Resident(LiveBytes):
+    """Of what operators return, what takes memory: no mapped file, no storage that FSDP2 has emptied, no small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = sharding.local(tensor).untyped_storage()
+        if storage.device.type != "meta" and storage.resizable() and storage.nbytes() > 1000:
+            self.seen[storage._cdata] = storage
+            self.peak = max(self.peak, self.there())
+
+    def there(self) -> int:
+        return sum(storage.nbytes() for storage in self.seen.values())
+
+
+def check_that_no_rank_reads_a_whole_model(out: Path) -> None:
+    """Policy, reference, reward model and the critic made from it, of folders of 8 layers in fp32, in several files,
+    that are to run in bf16: at a time a rank has its shares and a few times the largest part. The weights are those
+    that one process reads, and so are those of a critic from the policy's trunk, and of an adapter merged into it."""
+    deep = {"num_hidden_layers": 4, "tie_word_embeddings": True}
+    if distributed.is_lead():
+        for name, model in (("lm", tiny.llama(**deep)), ("rm", scalar_model(tiny.llama(**deep), tiny.tokenizer(), 3))):
+            model.save_pretrained(out / name, max_shard_size="100KB")
+            tiny.tokenizer().save_pretrained(out / name)
+    distributed.wait_for_all()
+    config = PPOConfig(rollout_batch_size=4, mini_batch_size=4, dtype="bf16", parallel="fsdp")
+    whole = {name: load(str(out / name), "bf16") for name, load in READERS.items()}
+    how = {"ref_policy": None, "value_model": None, "device": torch.device("cpu"), "report": print}
+    memory, live, cuts = MemoryBackoff(config, torch.device("cpu"), print), Resident(), []
+
+    def cut(model: torch.nn.Module) -> torch.nn.Module:
+        before = live.there()
+        sharding.shard(model)
+        cuts.append((before, sum(sharding.local(share).nbytes for share in model.parameters())))
+        return model
+
+    for reward, critic in ((str(out / "rm"), "rm"), (lambda prompts, responses: [0.0] * len(responses), "lm")):
+        with live if critic == "rm" else contextlib.nullcontext(), mock.patch.object(roles, "shard", cut):
+            made = roles.load_roles(
+                config, tiny.tokenizer(), policy=str(out / "lm"), reward=reward, memory=memory, **how
+            )
+        models = [(made.policy, "lm"), (made.ref_policy, "lm"), (made.critic.trunk, critic)]
+        models += [(model, "rm") for model in made.scorer.models]
+        for model, name in models:
+            expected = dict(whole[name].named_parameters())
+            for key, share in model.named_parameters():
+                ours = sharding.whole_tensor(share)
+                if distributed.is_lead():  # no head of the policy's: 0
+                    assert torch.equal(ours, expected.get(key, torch.zeros_like(ours))), (critic, name, key)
+        if critic == "rm":
+            outside = sum(p.numel() for p in made.policy.parameters())
+            outside -= sum(p.numel() for layer in sharding.layers_of(made.policy) for p in layer.parameters())
+            shares = [sum(size for _, size in cuts[:number]) for number in range(5)]
+            assert all(before <= held for (before, _), held in zip(cuts, shares, strict=False)), cuts
+            assert shares[-1] < live.peak < shares[-1] + 3 * 4 * outside, (live.peak, shares, outside)
 
 
 def bytes_made(trainer: SFTTrainer, work: Callable[[], object]) -> int:

@@ -381,6 +381,7 @@ def main(out: Path, forms: Iterable[str]) -> None:
             rank_checks.check_that_no_rank_holds_a_whole_model_to_write_it(out, parallel)
         rank_checks.check_that_a_full_disk_stops_no_other_rank(out)
         rank_checks.check_exports_of_adapters(out)
+        rank_checks.check_that_no_rank_reads_a_whole_model(out)
         check_same_run_is_asked_for()
         for parallel in ("ddp", "zero", "fsdp"):
             check_non_finite(parallel)

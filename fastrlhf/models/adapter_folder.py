@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from fastrlhf.config.errors import UserError, shown
 from fastrlhf.config.inputs import MAX_NUMBER
 from fastrlhf.config.limits import time_limit
+from fastrlhf.parallel.mapped import change
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -201,13 +203,18 @@ def linear_layer(modules: Mapping[str, nn.Module], name: str, low: LowRank, wher
 
 @torch.no_grad()
 def merge_into(model: PreTrainedModel, folder: AdapterFolder) -> PreTrainedModel:
-    """Add the adapter to the weights, in place; summed in fp32, rounded to the dtype of the model once."""
+    """Add the adapter to the weights, in place, of a model that waits when they are taken (parallel/mapped.py); summed
+    in fp32, rounded to the dtype of the model once."""
     modules = dict(model.named_modules())
     for name, low in folder.layers.items():
         module = linear_layer(modules, name, low, str(folder.path))
-        delta = low.delta().to(module.weight.device)
-        module.weight.copy_(module.weight.float() + (delta.t() if isinstance(module, Conv1D) else delta))
+        change(module.weight, partial(_sum, low, isinstance(module, Conv1D)))
     return model
+
+
+def _sum(low: LowRank, transposed: bool, weight: Tensor) -> Tensor:
+    delta = low.delta().to(weight.device)
+    return (weight.float() + (delta.t() if transposed else delta)).to(weight.dtype)
 
 
 def take_generation_config(model: PreTrainedModel, folder: Path) -> None:

@@ -17,6 +17,7 @@ from fastrlhf.models.heads import Head, lm_head
 from fastrlhf.models.loading import Source
 from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.quantization import quantize_trunk
+from fastrlhf.parallel import mapped, sharding
 from fastrlhf.runtime.batching import derive_seed
 
 
@@ -25,16 +26,16 @@ def load_backbone(
 ) -> tuple[PreTrainedModel, Adapters | None]:
     """A causal LM, and with `lora` the adapters of its roles. An adapter folder is merged where all weights train;
     with `lora` it stays frozen under every role. report is told in sentences what the adapters stand on."""
-    precision = (config.dtype, config.attention)
+    precision, to_cut = (config.dtype, config.attention), sharding.wanted(config)
     if config.lora is None:
-        return loading.load_policy(source, *precision), None
+        return loading.load_policy(source, *precision, to_cut=to_cut), None
     base_adapter = _base_adapter(source, "policy")
     if base_adapter is None:
-        model = loading.load_policy(source, *precision, config.quantize)
+        model = loading.load_policy(source, *precision, config.quantize, to_cut=to_cut)
     elif base_adapter.head:
         raise UserError(f"policy: {str(source)!r} is the adapter of a reward model, not of a causal LM")
     else:
-        model = loading.load_policy(base_adapter.base, *precision, config.quantize)
+        model = loading.load_policy(base_adapter.base, *precision, config.quantize, to_cut=to_cut)
         adapter_folder.take_generation_config(model, base_adapter.path)
     return model, _adapters(model, config, roles, base_adapter, report)
 
@@ -45,16 +46,17 @@ def load_scalar_backbone(
     """A reward model to go on with, or a causal LM's trunk under a new head; with `lora` its adapter; and the head of
     the causal LM: tied to the embeddings of the trunk where it was to its own, else as it is, without gradients."""
     head = None
-    precision = (config.dtype, config.attention)
+    precision, to_cut = (config.dtype, config.attention), sharding.wanted(config)
     base_adapter = None if config.lora is None else _base_adapter(source, "model")
     if loading.is_scalar_model(source):
         load = partial(loading.load_reward_model, centred=False) if base_adapter is None else loading.scalar_base
-        model = load(source, *precision, "model", config.quantize)
+        model = load(source, *precision, "model", config.quantize, to_cut=to_cut)
     else:
         live = isinstance(source, PreTrainedModel)  # its own trunk is left as it is
         base = source if base_adapter is None else base_adapter.base
-        trunk = loading.load_policy(base, *precision, None if live else config.quantize)
-        model = loading.scalar_model(trunk, tokenizer, seed=config.seed, share=not live)
+        trunk = loading.load_policy(base, *precision, None if live else config.quantize, to_cut=to_cut)
+        shared = mapped.twin(trunk) if live and to_cut else trunk
+        model = loading.scalar_model(shared, tokenizer, seed=config.seed, share=to_cut or not live)
         if live and config.quantize is not None:
             quantize_trunk(model, config.quantize, model.device)
         head = _language_head(trunk, model)

@@ -7,6 +7,7 @@ other tools load them too.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from fastrlhf.checkpoint.quiet import quiet_loading
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.sources import modelscope_folder
 from fastrlhf.data.templates import stop_token_ids
@@ -36,9 +38,12 @@ from fastrlhf.models.quantization import quantize_trunk
 from fastrlhf.models.reward_folder import as_kept
 from fastrlhf.models.saving import padding_token
 from fastrlhf.models.sources import load_pretrained, loaded, locate
+from fastrlhf.parallel import mapped
+from fastrlhf.runtime import distributed
 from fastrlhf.runtime.distributed import device as local_device
 from fastrlhf.runtime.hardware import resolve_attention, resolve_dtype
 
+LOG = logging.getLogger(__name__)
 Source = str | PreTrainedModel  # folder, hub id, GGUF file, or a loaded model
 SIZES = {"num_hidden_layers": 10_000, "hidden_size": 10**7, "vocab_size": 10**8, "max_position_embeddings": 10**9}
 NO_CLASSIFIER = (
@@ -134,8 +139,11 @@ def tokenizer_for(tokenizer: str | PreTrainedTokenizerBase | None, model: Source
     return load_tokenizer(tokenizer or model)
 
 
-def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> PreTrainedModel:
-    """The model of a folder, hub id or file, on the CPU; a loaded model as it is."""
+def _load(
+    auto: type, source: Source, role: str, dtype: str, attention: str, *, to_cut: bool = False
+) -> PreTrainedModel:
+    """The model of a folder, hub id or file, on the CPU; a loaded model as it is. to_cut: its weights wait in their
+    files (parallel/mapped.py), as far as transformers takes them over as they are."""
     if isinstance(source, PreTrainedModel):
         return source
     device, config = local_device(), read_config(source, role)
@@ -146,7 +154,8 @@ def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> 
         tell_foreign_attention(config, role, source)
         kind = attention_for(class_of(auto, config, role, source), attention, device, torch_dtype)
         how = {"config": config, "attn_implementation": kind}  # read by transformers, config.json could win
-    model = load_pretrained(auto, source, role, dtype=torch_dtype, **how)
+    as_written = to_cut and config is not None  # a cast of a mapped tensor would be in memory
+    model = load_pretrained(auto, source, role, dtype="auto" if as_written else torch_dtype, **how)
     quantized = getattr(model.config, "quantization_config", None)
     if str(source).endswith(".gguf") or "gguf" in str(quantized or ""):
         model = _fresh_copy(model)
@@ -157,9 +166,57 @@ def _load(auto: type, source: Source, role: str, dtype: str, attention: str) -> 
         )
     else:
         moss.check_no_difference(model, str(source), role)
+    if to_cut:
+        dtypes = _dtypes_in(model, torch_dtype) if as_written else {}
+        if dtypes is None:
+            model = load_pretrained(auto, source, role, dtype=torch_dtype, **how)
+        _tell_what_is_in_memory(model, role, source)
+        mapped.wait(model, device, dtypes)
     # What an adapter of it names as its base.
     model.config._name_or_path = str(modelscope_folder(str(source), role) or source)
     return model
+
+
+def _dtypes_in(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype] | None:
+    """The dtypes that its parameters would have if it were loaded in this one (transformers keeps some in fp32); its
+    buffers and configs, which hold no more, become what they then would be. None: its weights are no copy of its files
+    to the bit, so that casting them is not what loading does."""
+    parameters = dict(model.named_parameters())
+    written = {p.dtype for p in parameters.values()}
+    if written == {dtype}:
+        return {}
+    if len(written) > 1 or not all(map(mapped.is_mapped, parameters.values())):
+        return None
+    state = {name: mapped.stand_in(p.shape, dtype) for name, p in parameters.items()}
+    tied = dict(model.named_parameters(remove_duplicate=False))
+    state |= {name: buffer for name, buffer in model.state_dict().items() if name not in tied}
+    with quiet_loading():
+        made, info = type(model).from_pretrained(
+            None, config=model.config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        return None
+    for name, module in made.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            setattr(model.get_submodule(name), key, buffer)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.dtype = dtype
+    return {name: p.dtype for name, p in made.named_parameters()}
+
+
+def _tell_what_is_in_memory(model: PreTrainedModel, role: str, source: Source) -> None:
+    """Say it where weights of more than a layer are no views of their files."""
+    made = sum(p.nbytes for p in model.parameters() if not mapped.is_mapped(p))
+    layer = max((sum(p.nbytes for p in one.parameters()) for one in mapped.layers_of(model)), default=0)
+    if made > layer and distributed.is_lead():
+        LOG.warning(
+            "%s: parallel = fsdp: %.2f GiB of %r are made in the host's memory, in each rank, before they are cut: "
+            "transformers casts, restacks or dequantises them; the GPU holds a layer of them at a time",
+            role,
+            made / (1 << 30),
+            str(source),
+        )
 
 
 def class_of(auto: type, config: PreTrainedConfig, role: str, source: Source) -> type[PreTrainedModel]:
@@ -174,29 +231,38 @@ def class_of(auto: type, config: PreTrainedConfig, role: str, source: Source) ->
     return mapping[type(config)]
 
 
-def _settle(model: PreTrainedModel, source: Source, quantize: str | None) -> PreTrainedModel:
-    """Quantised, on its device (this process's; a loaded model stays where it is), dropout off."""
+def _settle(model: PreTrainedModel, source: Source, quantize: str | None, *, to_cut: bool = False) -> PreTrainedModel:
+    """Quantised, on its device (this process's; a loaded model stays where it is), dropout off. to_cut: it waits."""
     device = model.device if model is source else local_device()
     if quantize is not None:
         quantize_trunk(model, quantize, device)
-    if model is not source:
+    if model is not source and not to_cut:
         model = model.to(device)
     prepare(model)
     return model
 
 
 def load_policy(
-    source: Source, dtype: str = "auto", attention: str = "auto", quantize: str | None = None
+    source: Source,
+    dtype: str = "auto",
+    attention: str = "auto",
+    quantize: str | None = None,
+    *,
+    to_cut: bool = False,
 ) -> PreTrainedModel:
     """A causal LM on this process's device, dropout off. A loaded model is used as it is (its dtype and attention too).
 
     An adapter folder is merged into its model. quantize: nf4 or int8; on a GPU only the quantised layers arrive.
-    Raises UserError when the source is missing or is no causal LM with an output head.
+    to_cut: for `sharding.shard`; its weights wait in their files (parallel/mapped.py), and the device has a layer of
+    them at a time while the model is checked. Raises UserError when the source is missing or is no causal LM with an
+    output head.
     """
     if adapter_folder.is_adapter(source):
-        return _with_adapter(load_policy(adapter_folder.base_of(source, "policy"), dtype, attention), source)
-    model = _load(AutoModelForCausalLM, source, "policy", dtype, attention)
-    check_head(_settle(model, source, quantize))
+        base = load_policy(adapter_folder.base_of(source, "policy"), dtype, attention, to_cut=to_cut)
+        return _with_adapter(base, source)
+    model = _load(AutoModelForCausalLM, source, "policy", dtype, attention, to_cut=to_cut)
+    with mapped.running(_settle(model, source, quantize, to_cut=to_cut)):
+        check_head(model)
     return model
 
 
@@ -242,28 +308,33 @@ def load_reward_model(
     quantize: str | None = None,
     *,
     centred: bool = True,
+    to_cut: bool = False,
 ) -> PreTrainedModel:
     """A one-label sequence classifier (reward or value model). UserError when it has more labels or none.
 
-    An adapter folder is merged into its model. quantize: as `load_policy` has it. centred: with the bias that
+    An adapter folder is merged into its model. quantize, to_cut: as `load_policy` has them. centred: with the bias that
     center_rewards put beside it; without, as training has it.
     """
     if adapter_folder.is_adapter(source):
-        model = scalar_base(source, dtype, attention, role)
+        model = scalar_base(source, dtype, attention, role, to_cut=to_cut)
         model = adapter_folder.merge_into(model, adapter_folder.read_adapter(source, role))
         return as_kept(model, source, centred=centred)
     if isinstance(source, str | Path) and not is_scalar_model(source, role):
         raise UserError(f"{role}: {str(source)!r} is no sequence classifier; train one with `fastrlhf reward`")
-    model = _load(AutoModelForSequenceClassification, source, role, dtype, attention)
+    model = _load(AutoModelForSequenceClassification, source, role, dtype, attention, to_cut=to_cut)
     if getattr(model.config, "num_labels", None) != 1 or not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{role}: {type(model).__name__} must have a scalar head `score` (num_labels=1)")
-    model = _settle(model, source, quantize)
+    model = _settle(model, source, quantize, to_cut=to_cut)
     return as_kept(model, source, centred=centred) if isinstance(source, (str, Path)) else model
 
 
-def load_classifier(source: Source, dtype: str = "auto", attention: str = "auto") -> PreTrainedModel:
-    """A sequence classifier of whatever labels and architecture, an encoder too. UserError when it cannot be loaded."""
-    return _settle(_load(AutoModelForSequenceClassification, source, "reward", dtype, attention), source, None)
+def load_classifier(
+    source: Source, dtype: str = "auto", attention: str = "auto", *, to_cut: bool = False
+) -> PreTrainedModel:
+    """A sequence classifier of whatever labels and architecture, an encoder too. to_cut: as `load_policy` has it.
+    UserError when it cannot be loaded."""
+    model = _load(AutoModelForSequenceClassification, source, "reward", dtype, attention, to_cut=to_cut)
+    return _settle(model, source, None, to_cut=to_cut)
 
 
 def labels_of(source: Source) -> dict[int, str]:
@@ -274,15 +345,18 @@ def labels_of(source: Source) -> dict[int, str]:
     return {} if config is None else {int(index): str(name) for index, name in config.id2label.items()}
 
 
-def scalar_base(source: str, dtype: str, attention: str, role: str, quantize: str | None = None) -> PreTrainedModel:
-    """The model under the adapter of a reward model, with the adapter's head and without its low-rank matrices."""
+def scalar_base(
+    source: str, dtype: str, attention: str, role: str, quantize: str | None = None, *, to_cut: bool = False
+) -> PreTrainedModel:
+    """The model under the adapter of a reward model, with the adapter's head and without its low-rank matrices.
+    to_cut: as `load_policy` has it."""
     if not adapter_folder.is_reward_adapter(source, role):
         raise UserError(f"{role}: {source!r} is no adapter of a reward model; train one with `fastrlhf reward`")
     base, head = adapter_folder.base_of(source, role), adapter_folder.read_adapter(source, role).head
     if is_scalar_model(base):
-        model = load_reward_model(base, dtype, attention, role, quantize, centred=False)
+        model = load_reward_model(base, dtype, attention, role, quantize, centred=False, to_cut=to_cut)
     else:
-        trunk = load_policy(base, dtype, attention, quantize)
+        trunk = load_policy(base, dtype, attention, quantize, to_cut=to_cut)
         model = scalar_model(trunk, load_tokenizer(source), seed=None, share=True)
     model.score.load_state_dict(head)
     return model
@@ -329,9 +403,10 @@ def scalar_model(
     return model if share else model.to(trunk_of.device)
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A deep copy that takes no gradients: the reference policy."""
-    return freeze(copy.deepcopy(model))
+def frozen_copy(model: PreTrainedModel, *, to_cut: bool = False) -> PreTrainedModel:
+    """A deep copy that takes no gradients: the reference policy. to_cut: its parameters have the model's own values,
+    and `sharding.shard` makes the copy."""
+    return freeze(mapped.twin(model) if to_cut else copy.deepcopy(model))
 
 
 def make_trainable(

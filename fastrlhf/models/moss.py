@@ -11,16 +11,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import CodeGenConfig, GPTJConfig, GPTJForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, CodeGenConfig, GPTJConfig, GPTJForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fastrlhf.checkpoint.weight_files import tensor_names, weight_files
 from fastrlhf.config.errors import UserError
+from fastrlhf.parallel.mapped import derived
 
 COMMAND = "fastrlhf convert"
 MOON_FIELDS = (
@@ -137,18 +139,22 @@ def gptj_of(model: PreTrainedModel) -> GPTJForCausalLM:
     names = [*MOON_FIELDS, "pad_token_id"]
     fields = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
     config = GPTJConfig(**fields | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0))
-    with no_init_weights():
-        other = GPTJForCausalLM(config)
+    with no_init_weights():  # in the model's dtype, in which its table of positions is computed too
+        other = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     weights = {}
-    for name, tensor in model.state_dict().items():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if not name.endswith("attn.qkv_proj.weight"):
-            weights[name] = tensor
+            weights[name] = derived(parameter, lambda values: values)
             continue
-        blocks = tensor.view(QKV_BLOCKS, 3, -1, tensor.shape[1])
         for part, letter in enumerate("qvk"):
-            weights[name.replace("qkv_", f"{letter}_")] = blocks[:, part].reshape(-1, tensor.shape[1])
-    other.load_state_dict(weights, assign=True)
+            weights[name.replace("qkv_", f"{letter}_")] = derived(parameter, partial(_part, part))
+    other.load_state_dict({**other.state_dict(), **weights}, assign=True)
     return other.eval()
+
+
+def _part(number: int, qkv: Tensor) -> Tensor:
+    """The rows of q, v or k (0, 1, 2) in CodeGen's weight of all three."""
+    return qkv.view(QKV_BLOCKS, 3, -1, qkv.shape[1])[:, number].reshape(-1, qkv.shape[1])
 
 
 # ------------------------------------------------------------------------------------------------------- differences

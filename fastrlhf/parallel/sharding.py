@@ -31,6 +31,7 @@ from fastrlhf.checkpoint.store import Checkpoint
 from fastrlhf.checkpoint.weight_files import Header, Streamed
 from fastrlhf.config.base import StageConfig
 from fastrlhf.config.errors import UserError
+from fastrlhf.parallel.mapped import layers_of, values_of
 from fastrlhf.parallel.shares import SharesOptimizer
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.memory import ran_out
@@ -70,7 +71,8 @@ def dtype_of(model: PreTrainedModel) -> torch.dtype:
 
 
 def shard(model: PreTrainedModel) -> PreTrainedModel:
-    """Cut the model in place, all ranks together. What takes gradients now is what will.
+    """Cut the model in place, all ranks together. What takes gradients now is what will. Of a model whose weights wait
+    in files (mapped.py) a rank takes a layer at a time to the device, and keeps its share.
 
     UserError where a device cannot hold what is gathered of it at a time, and for trained weights of several dtypes.
     """
@@ -92,10 +94,10 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
         "mesh": init_device_mesh(distributed.device().type, (distributed.size(),)),
         "mp_policy": policy,
     }
-    for part in (*layers, model):  # a layer at a time, so that no more than one is there whole in fp32
+    for part in (*layers, model):  # a layer at a time, so that no more than one is there whole
         for parameter in part.parameters():
-            if parameter.requires_grad and not is_share(parameter):
-                parameter.data = parameter.data.float()
+            if not is_share(parameter):
+                parameter.data = _to_cut(parameter)
         # The head is read behind the trunk, so what the outer model holds stays until the backward pass.
         fully_shard(part, reshard_after_forward=part is not model, **how)
         part.set_gradient_divide_factor(1.0)  # losses are sums divided already
@@ -123,6 +125,12 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _to_cut(parameter: nn.Parameter) -> Tensor:
+    """A parameter's values, whole, on this rank's device; in fp32 where it trains."""
+    values = values_of(parameter).to(distributed.device())
+    return values.float() if parameter.requires_grad else values
+
+
 def hold_together(*models: nn.Module | None) -> None:
     """Tell the models of a run what lies on the device beside each: from it follows how they are gathered."""
     sharded = {id(model): model for model in models if model is not None and is_sharded(model)}.values()
@@ -148,12 +156,6 @@ def _trunk(model: PreTrainedModel, **inputs: Any) -> Any:
     """Run the trunk -> its last hidden states [B, L, H], or the tuple of all layers' where `inputs` ask for them."""
     output = model.base_model(**inputs)
     return output.hidden_states if inputs.get("output_hidden_states") else output.last_hidden_state
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that are gathered one at a time: the longest list of modules; none where there is none."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
 
 
 def _check_memory(model: nn.Module, layers: Sequence[nn.Module], memory: float) -> None:
@@ -377,6 +379,11 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     part = local(tensor).to(tensor.computed_in)
     parts = distributed.gather_each(part)
     return torch.cat(parts).cpu() if distributed.is_lead() else part.new_empty(0, device="cpu")
+
+
+def whole_everywhere(tensor: Tensor) -> Tensor:
+    """A small sharded tensor, whole in every rank; any other as it is."""
+    return torch.cat(distributed.gather_each(local(tensor))) if is_share(tensor) else tensor.detach()
 
 
 @torch.no_grad()

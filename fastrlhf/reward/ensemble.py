@@ -8,7 +8,6 @@ with a weight of its own, Poisson(1), which is the bootstrap one record at a tim
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from random import Random
 
 import torch
@@ -18,18 +17,15 @@ from transformers import PreTrainedModel
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.encode import Record
 from fastrlhf.models.reward_folder import Heads
-from fastrlhf.reward.head import settle_head
 from fastrlhf.runtime.batching import derive_seed
 
 
-def widen(
-    model: PreTrainedModel, heads: int, seed: int, rows: Sequence[Sequence[int]], *, new: bool, known: Heads | None
-) -> None:
+def widen(model: PreTrainedModel, heads: int, seed: int, *, new: bool, known: Heads | None) -> Tensor | None:
     """Put `heads` heads in the place of the one that the model has: `score` becomes nn.Linear [M, H].
 
-    new: the model has no trained head; each one is drawn from the seed and settled on these token rows (`settle_head`).
-    Else such a draw is added to the head that is there. known: the heads that it was saved with, which it goes on with;
-    UserError where they are another number.
+    known: the heads that it was saved with, which it goes on with; UserError where they are another number. Else each
+    is drawn from the seed, for `settle_head`. Returned is the weight [1, H] that is to be added to them then, of the
+    head that the model had; None where it is new: not trained.
     """
     old = model.score
     if known is not None and known.count != heads:
@@ -43,12 +39,10 @@ def widen(
             model.score.bias.requires_grad_(old.bias.requires_grad)
         if known is not None:
             model.score.weight.copy_(known.weight)
-            return
+            return None
         draw = torch.Generator().manual_seed(derive_seed(seed, "ensemble"))
         model.score.weight.copy_(torch.randn(heads, width, generator=draw) * (width + 1) ** -0.5)
-        settle_head(model, rows)
-        if not new:
-            model.score.weight.add_(old.weight)
+    return None if new else old.weight.detach()
 
 
 def bootstrap(record: Record, heads: int, seed: int) -> list[int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.models.heads import readout_of, row_states
+from fastrlhf.parallel import sharding
 from fastrlhf.runtime import distributed
 
 SPREAD = 0.3  # deviation of the first raw outputs
@@ -16,7 +17,7 @@ SAMPLED = 64  # token rows that tell where the states are
 
 
 @torch.no_grad()
-def settle_head(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
+def settle_head(model: PreTrainedModel, rows: Sequence[Sequence[int]], beside: Tensor | None = None) -> None:
     """Turn the drawn head `score`, each of several, so that its outputs on these token rows have mean 0, deviation
     SPREAD at most.
 
@@ -24,15 +25,20 @@ def settle_head(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
     differ much; a head drawn at random gives both scores far from 0. What it sees of the mean is taken from it, and of
     those directions, the largest first, until the deviation is small. It is not made shorter where that will do: a
     short head learns slowly. One row at a time, whatever the memory; rows whose states are not finite tell nothing. All
-    ranks get the head of the first one.
+    ranks get the head of the first one. beside: a weight [1, H] that is added in the end. Of a sharded model all ranks
+    run the rows together.
     """
     model.eval()
     states = torch.cat([row_states(model, [row], readout_of(model)).cpu().double() for row in rows])
+    sharding.settle(model)
     states = states[states.isfinite().all(-1)]
-    heads = model.score.weight.cpu().double()
+    weight = model.score.weight
+    heads = sharding.whole_everywhere(weight).cpu().double()
     if len(states):
         heads = torch.stack([_settled(head, states) for head in heads])
-    model.score.weight.copy_(distributed.gather_each(heads)[0])
+    heads = distributed.gather_each(heads)[0].to(getattr(weight, "computed_in", weight.dtype))
+    heads = heads if beside is None else heads + beside.to(heads)
+    sharding.local(weight).copy_(sharding.cut(weight, heads))
 
 
 def _settled(head: Tensor, states: Tensor) -> Tensor:

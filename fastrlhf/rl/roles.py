@@ -26,6 +26,7 @@ from fastrlhf.models.loading import freeze, frozen_copy, load_policy, load_rewar
 from fastrlhf.models.lora import POLICY, REFERENCE, REWARD, VALUE, Adapters
 from fastrlhf.models.offload import Offload
 from fastrlhf.models.reward_folder import kept_readout
+from fastrlhf.parallel.mapped import twin
 from fastrlhf.parallel.sharding import hold_together, layer_by_layer, reading, settle, shard, wanted
 from fastrlhf.rl.critic import Critic
 from fastrlhf.rl.scorers import AdapterScorer, RewardModelScorer, Scorer, make_scorer, reward_tokenizer
@@ -78,11 +79,11 @@ def load_roles(
 
     report is told in a sentence what an adapter's base holds and what merging into it costs.
     """
-    how = (config.dtype, config.attention)
+    how, to_cut = (config.dtype, config.attention), wanted(config)
     offload = Offload(device)
     on_base = config.lora is not None and same_base(policy, reward)
     scorer = None if on_base else make_scorer(reward, tokenizer, config, memory, offload)
-    reference = None if ref_policy is None else freeze(load_policy(ref_policy, *how))
+    reference = None if ref_policy is None else freeze(load_policy(ref_policy, *how, to_cut=to_cut))
     names = [POLICY, VALUE] if config.advantage == "gae" and config.critic == "separate" else [POLICY]
     names += [REFERENCE] if config.ref_refresh_every else []  # B = 0: the base, until the first refresh
     trained, adapters = load_backbone(policy, config, names, report)
@@ -91,11 +92,11 @@ def load_roles(
         report("reward: an adapter on the policy's base")
         scorer = AdapterScorer(adapters, folder, reward_tokenizer(reward, tokenizer), tokenizer, memory, config)
     if reference is None and adapters is None:
-        reference = frozen_copy(trained)
-    if wanted(config) and reference is not None:  # before another model is made
-        shard(reference)
+        reference = frozen_copy(trained, to_cut=to_cut)
     critic = _make_critic(config, tokenizer, scorer, trained, value_model, adapters)
-    if wanted(config):
+    if to_cut:
+        if reference is not None:
+            shard(reference)
         for model in scorer.models:
             shard(freeze(model))
         if critic is not None and critic.owns_trunk:
@@ -138,6 +139,7 @@ def _make_critic(
     """A model of its own is the one given, else a copy of a reward model that reads the same tokens and the states that
     a critic does, else the policy's trunk with a zero head. An adapter starts from the reward model's where that is one
     of the same layers and ranks."""
+    to_cut = wanted(config)
     if config.advantage != "gae":
         return None
     if config.critic == "shared_trunk":
@@ -148,9 +150,9 @@ def _make_critic(
         started = shared and adapters.start_from(VALUE, REWARD)
         return Critic.adapter(adapters, scorer.head if started else None)
     if value_model is not None:
-        model = load_reward_model(value_model, config.dtype, config.attention, role="value_model")
+        model = load_reward_model(value_model, config.dtype, config.attention, role="value_model", to_cut=to_cut)
     elif reads_our_tokens and readout_of(scorer.model) == Readout():
-        model = frozen_copy(scorer.model)
+        model = frozen_copy(scorer.model, to_cut=to_cut)
     else:
-        model = scalar_model(policy, tokenizer, seed=None)
+        model = scalar_model(twin(policy) if to_cut else policy, tokenizer, seed=None, share=to_cut)
     return Critic.separate(model)

@@ -38,7 +38,7 @@ from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.offload import Offload
 from fastrlhf.models.reward_folder import HeldOut, bias_of, heads_of, held_out_of
 from fastrlhf.models.token_batch import TokenRows
-from fastrlhf.parallel.sharding import gathered, in_step, reading
+from fastrlhf.parallel.sharding import gathered, in_step, reading, wanted
 from fastrlhf.rl.functions import (
     MESSAGES,
     QUERIES,
@@ -563,7 +563,8 @@ def make_scorer(
 
     def scorer(source: str | PreTrainedModel, label: str | int | None = None) -> RewardModelScorer:
         how = () if isinstance(source, PreTrainedModel) else (config.dtype, config.attention)
-        model = load_reward_model(source, *how) if label is None else load_classifier(source, *how)
+        load = load_reward_model if label is None else load_classifier
+        model = load(source, *how, to_cut=wanted(config))
         index = None if label is None else label_index(source, label)
         if isinstance(source, PreTrainedModel):
             tokenizer = policy_tokenizer
