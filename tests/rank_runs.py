@@ -50,7 +50,12 @@ PPO = {"total_steps": 2, "rollout_batch_size": 10, "samples_per_prompt": 2, "min
        "reward_scaling": "running_norm", "gae_lambda": 1.0, "lr_schedule": "cosine", "ppo_epochs": 1}  # fmt: skip
 FORMS = {
     "separate": {"ppo_epochs": 2},
-    "shared_trunk": {"critic": "shared_trunk", "old_log_probs": "rollout", "kl_controller": "adaptive"},
+    "shared_trunk": {
+        "critic": "shared_trunk",
+        "old_log_probs": "rollout",
+        "kl_controller": "adaptive",
+        "packing": True,
+    },
     "lora": {"lora": 4, "critic": "shared_trunk"},
     "tokens": {"bootstrap_truncated": True, "best_of_n": 2},
     "extras": {
@@ -87,19 +92,32 @@ def judge(prompts: list[str], responses: list[str], baselines: list[str]) -> lis
     return [float(len(r) > len(b)) for r, b in zip(responses, baselines, strict=True)]
 
 
-def build(form: str):
-    """The trainer of a form; FORM+zero, FORM+fsdp: with that parallel."""
-    form, _, parallel = form.partition("+")
-    shared = {"parallel": parallel or "ddp"}
+def build(form: str, out: Path):
+    """The trainer of a form; FORM+zero, FORM+fsdp: with that parallel, and with fsdp of models that lie in folders."""
+    name, _, parallel = form.partition("+")
+
+    def saved(model: torch.nn.Module) -> str:
+        place = out / f"{form}-{type(model).__name__}"
+        if distributed.is_lead():
+            model.save_pretrained(place, max_shard_size="100KB")
+            tiny.tokenizer().save_pretrained(place)
+        distributed.wait_for_all()
+        return str(place)
+
+    return trainer_of(name, parallel or "ddp", saved if parallel == "fsdp" else lambda model: model)
+
+
+def trainer_of(form: str, parallel: str, given: Callable[[torch.nn.Module], torch.nn.Module | str]):
+    """given: what a trainer is given for a model."""
+    shared = {"parallel": parallel}
     tokenizer = tiny.tokenizer()
     if form == "sft":
         rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
-        return SFTTrainer(
-            SFTConfig(**SUPERVISED, **shared), model=tiny.llama(), tokenizer=tokenizer, data=rows, eval_data=rows[:3]
-        )
+        config, model = SFTConfig(**SUPERVISED, **shared, packing=True), given(tiny.llama())
+        return SFTTrainer(config, model=model, tokenizer=tokenizer, data=rows, eval_data=rows[:3])
     if form == "reward":
-        config = RewardConfig(**SUPERVISED, **shared)
-        return RewardTrainer(config, model=tiny.llama(), tokenizer=tokenizer, data=PAIRS + RANKED, eval_data=PAIRS[:3])
+        config, model = RewardConfig(**SUPERVISED, **shared), given(tiny.llama())
+        return RewardTrainer(config, model=model, tokenizer=tokenizer, data=PAIRS + RANKED, eval_data=PAIRS[:3])
     if form == "linear":
         config, data = RewardConfig(**LINEAR, **shared), PAIRS + RANKED + SCORED
         return RewardTrainer(config, model=tiny.llama(), tokenizer=tokenizer, data=data, eval_data=PAIRS[:3])
@@ -108,9 +126,9 @@ def build(form: str):
     if "ptx_coef" in FORMS[form]:
         held["ptx_data"] = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
     scored = {"reward": token_reward, "judge": judge} if form == "tokens" else {"reward": reward}
-    policy = tiny.llama(tie_word_embeddings=form == "tied")
+    policy = given(tiny.llama(tie_word_embeddings=form == "tied"))
     if form == "tied":  # whose critic starts from the reward model
-        scored["reward"] = scalar_model(tiny.llama(seed=3), tokenizer, seed=4)
+        scored["reward"] = given(scalar_model(tiny.llama(seed=3), tokenizer, seed=4))
     return PPOTrainer(config, policy=policy, tokenizer=tokenizer, **held, **scored)
 
 
@@ -386,7 +404,7 @@ def main(out: Path, forms: Iterable[str]) -> None:
         for parallel in ("ddp", "zero", "fsdp"):
             check_non_finite(parallel)
     for form in forms:
-        before, after, steps = run(form)
+        before, after, steps = run(form, out)
         prints = distributed.gather(torch.tensor([fingerprint(after)])).tolist()
         assert len(set(prints)) == 1, f"{form}: the ranks' weights differ"
         if distributed.is_lead():
@@ -394,11 +412,11 @@ def main(out: Path, forms: Iterable[str]) -> None:
             save_file({n: after[n] - before[n] for n in after}, out / f"{form}.safetensors")
 
 
-def run(form: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[dict]]:
+def run(form: str, out: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[dict]]:
     """Weights before and after, and what each step says. Two forms are run as where memory is short."""
     small = rank_checks.small_memory() if form in SMALL else contextlib.nullcontext()
     with small:
-        trainer = build(form)
+        trainer = build(form, out)
         if form in SMALL:  # nor do whole sums of gradients fit
             trainer.policy._sums_whole = False
         before, steps = weights(trainer), []

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fastrlhf.config.errors import UserError
-from fastrlhf.parallel.sharding import dtype_of, is_whole
+from fastrlhf.parallel.sharding import dtype_of, is_whole, settle
 from fastrlhf.parallel.vocabulary import project
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.memory import ran_out
@@ -104,7 +104,9 @@ def check_packing(model: PreTrainedModel) -> None:
     """UserError for a model that ignores restarting positions, so that packed sequences would see each other."""
     ids = torch.arange(6, device=model.device)[None]
     packed = hidden_states(model, ids, torch.tensor([[0, 1, 2, 0, 1, 2]], device=model.device))[0, 3:]
-    if not agree(packed, hidden_states(model, ids[:, 3:])[0], dtype_of(model)):
+    alone = hidden_states(model, ids[:, 3:])[0]
+    settle(model)  # or an optimizer that is made next would have what is gathered in the place of its shares
+    if not agree(packed, alone, dtype_of(model)):
         raise UserError(f"packing: {type(model).__name__} would let packed examples see each other; use packing=false")
 
 

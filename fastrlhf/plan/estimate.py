@@ -157,13 +157,7 @@ def _needs(measure: Measurer, config: StageConfig) -> tuple[Measured, dict[str, 
 
 
 def _need_of_phases(measured: Measured, config: StageConfig, target: Target) -> dict[str, Need]:
-    needs = {name: _need(measured, name, phase, config, target) for name, phase in measured.phases.items()}
-    if config.parallel == "fsdp" and target.gpus > 1:  # which reads models whole, and cuts the reference at once
-        lines = {name: size for name, size in measured.held.items() if _is_of_weights(name)}
-        lines |= {name: -(-size // target.gpus) for name, size in lines.items() if name.startswith("reference")}
-        lines["CUDA context (assumed)"] = CONTEXT if target.gpu is not None else 0
-        needs["loading"] = Need({name: size for name, size in lines.items() if size})
-    return needs
+    return {name: _need(measured, name, phase, config, target) for name, phase in measured.phases.items()}
 
 
 def _is_of_weights(line: str) -> bool:

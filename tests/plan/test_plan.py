@@ -245,7 +245,7 @@ def test_fsdp_shares_the_weights_too_and_gathers_what_runs(folder):
         assert lines[name]["activations and the rest"] >= 0
     assert lines["rollout"]["gathered weights"] == held["policy: parameters"]
     assert 0 < lines["experience"]["gathered weights"] <= sum(plan.measured.layered.values())
-    assert lines["loading"]["policy: parameters"] == held["policy: parameters"]
+    assert lines.keys() == plan.measured.phases.keys()  # nothing is whole on a device while it is read
     small = make_plan("ppo", inputs, config, Target(held["policy: parameters"], gpus=4), search=False)
     assert small.needs["rollout"].lines["gathered weights"] == plan.measured.layered["policy"]
 
