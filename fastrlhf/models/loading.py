@@ -28,6 +28,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from fastrlhf.checkpoint.quiet import quiet_loading
+from fastrlhf.checkpoint.weight_files import WeightFiles
 from fastrlhf.config.errors import UserError
 from fastrlhf.data.sources import modelscope_folder
 from fastrlhf.data.templates import stop_token_ids
@@ -155,7 +156,7 @@ def _load(
         kind = attention_for(class_of(auto, config, role, source), attention, device, torch_dtype)
         how = {"config": config, "attn_implementation": kind}  # read by transformers, config.json could win
     as_written = to_cut and config is not None  # a cast of a mapped tensor would be in memory
-    model = load_pretrained(auto, source, role, dtype="auto" if as_written else torch_dtype, **how)
+    model = load_pretrained(auto, source, role, dtype=_written_in(source, role) if as_written else torch_dtype, **how)
     quantized = getattr(model.config, "quantization_config", None)
     if str(source).endswith(".gguf") or "gguf" in str(quantized or ""):
         model = _fresh_copy(model)
@@ -177,6 +178,20 @@ def _load(
     return model
 
 
+def _written_in(source: str, role: str) -> torch.dtype | str:
+    """The dtype of the weights in the files of a folder. Of several, and of a hub id, "auto": transformers takes the
+    one that config.json names, or the first weight's."""
+    folder = Path(locate(source, role)[0])
+    if not folder.is_dir():
+        return "auto"
+    try:
+        headers = WeightFiles(folder).headers
+    except UserError:  # reading it whole says why
+        return "auto"
+    found = {header.dtype for header in headers.values() if header.dtype.is_floating_point}
+    return found.pop() if len(found) == 1 else "auto"
+
+
 def _dtypes_in(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype] | None:
     """The dtypes that its parameters would have if it were loaded in this one (transformers keeps some in fp32); its
     buffers and configs, which hold no more, become what they then would be. None: its weights are no copy of its files
@@ -191,9 +206,8 @@ def _dtypes_in(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dt
     tied = dict(model.named_parameters(remove_duplicate=False))
     state |= {name: buffer for name, buffer in model.state_dict().items() if name not in tied}
     with quiet_loading():
-        made, info = type(model).from_pretrained(
-            None, config=model.config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
+        options = {"config": model.config, "state_dict": state, "dtype": dtype, "output_loading_info": True}
+        made, info = type(model).from_pretrained(None, trust_remote_code=False, **options)
     if info["missing_keys"]:
         return None
     for name, module in made.named_modules():

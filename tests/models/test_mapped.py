@@ -124,6 +124,15 @@ def test_an_adapter_is_merged_when_the_weights_are_taken(tmp_path):
         )
 
 
+def test_the_dtype_of_the_files_counts_and_not_what_config_json_says(tmp_path, caplog):
+    tiny.llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    waiting = loading.load_policy(str(tmp_path), "bf16", to_cut=True)
+    assert all(mapped.is_mapped(p.waits_for.tensor) for p in waiting.parameters()) and not caplog.records
+    check_same(loading.load_policy(str(tmp_path), "bf16"), waiting)
+
+
 class OnDevice(LiveBytes):
     """What lies on a device that is not the CPU."""
 
