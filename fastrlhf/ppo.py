@@ -144,6 +144,7 @@ class PPOTrainer(Trainer):
             guard=self.guard,
             ptx_examples=ready.ptx_examples,
         )
+        roles.compile_layers(config.compile, self.tracker.note)
         self.refresh = ReferenceRefresh(roles, config.ref_refresh_every) if config.ref_refresh_every else None
         self.pretraining: CriticPretraining | None = None
         if config.critic_pretrain_epochs:

@@ -23,7 +23,7 @@ from fastrlhf.agreement.words import first_sentence
 from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import RewardConfig
 from fastrlhf.data.encode import Record
-from fastrlhf.models.backbone import load_scalar_backbone
+from fastrlhf.models.backbone import compile_layers, load_scalar_backbone
 from fastrlhf.models.heads import Readout, readout_of, scalar_outputs, sequence_scores
 from fastrlhf.models.loading import is_scalar_model, make_trainable
 from fastrlhf.models.lora import REWARD
@@ -129,6 +129,8 @@ class RewardTrainer(SupervisedTrainer):
             sharding.shard(self.model)
         if drawn:
             settle_head(self.model, rows, beside)
+        if not config.head_only:
+            compile_layers(self.model.train(), config.compile, self.tracker.note)  # in the mode of `step`
         trained = self.model if self.adapters is None else self._trained_parts()
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
 

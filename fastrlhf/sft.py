@@ -19,7 +19,7 @@ from fastrlhf.config.inputs import check_arguments
 from fastrlhf.config.stages import SFTConfig
 from fastrlhf.data.encode import Example, target_count
 from fastrlhf.eval_metrics import TokenPrediction
-from fastrlhf.models.backbone import load_backbone
+from fastrlhf.models.backbone import compile_layers, load_backbone
 from fastrlhf.models.loading import make_trainable
 from fastrlhf.models.lora import POLICY
 from fastrlhf.models.token_batch import TokenBatch, likeliest_tokens, resolve_packing, target_log_probs, target_row
@@ -73,6 +73,7 @@ class SFTTrainer(SupervisedTrainer):
         if sharding.wanted(config):
             sharding.shard(self.model)
         self.joined = resolve_packing(config.packing, [self.model])
+        compile_layers(self.model.train(), config.compile, self.tracker.note)  # in the mode of `step`
         trained = self.model if self.adapters is None else self.adapters.parameters(POLICY)
         self.optimizer = make_optimizer(config, trained, self.memory, learning_rate=config.learning_rate)
 

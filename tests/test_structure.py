@@ -30,7 +30,6 @@ BOUNDARY = "fastrlhf/config/outcome.py"  # where code of others is called, which
 # Where an environment variable may be read, and which.
 ENVIRONMENT = {
     "fastrlhf/config/inputs.py": {"FASTRLHF_USE_MODELSCOPE"},
-    "fastrlhf/rollout/compiled.py": {"CC", "CXX"},  # as triton and torch read them
     "fastrlhf/runtime/console.py": {"NO_COLOR", "TERM"},
     "fastrlhf/runtime/launch.py": {
         "WORLD_SIZE",
@@ -39,6 +38,7 @@ ENVIRONMENT = {
         "TORCHELASTIC_RESTART_COUNT",
         "TORCHELASTIC_MAX_RESTARTS",
     },
+    "fastrlhf/runtime/regions.py": {"CC", "CXX"},  # as triton and torch read them
     "kernels/fastrlhf_kernels/backend.py": {"FASTRLHF_BACKEND", "TRITON_INTERPRET"},
 }
 

@@ -58,6 +58,8 @@ class StageConfig(BaseModel):
     """AdamW's decoupled decay of the weights"""
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass: less memory, slower (auto: where a plan of a GPU needs it)"""
+    compile: bool | None = None
+    """train, in PPO decode too, through compiled layers: fewer, larger kernels (auto: on a GPU, where they can be)"""
     lora: Any = None
     """train low-rank adapters on the frozen model: a rank, or {r, alpha, target_modules}; alpha is 2 r by default"""
     quantize: Literal["nf4", "int8"] | None = None

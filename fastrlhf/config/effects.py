@@ -71,7 +71,13 @@ IDLE = [
     Idle("resume", (False,), "goes on with no run", "use resume = true", "accept_changed"),
     Idle("total_steps", None, "replaces epochs", "leave total_steps out", "epochs"),
     Idle("head_only", (False,), "trains what the last token's state is made of", "use true", "readout readout_layer"),
-    Idle("head_only", (True,), "trains nothing below the head", "use false there", "gradient_checkpointing lm_coef"),
+    Idle(
+        "head_only",
+        (True,),
+        "trains nothing below the head",
+        "use false there",
+        "gradient_checkpointing compile lm_coef",
+    ),
     Idle("weakest", ("keep",), "leaves all records as they are", "use flip, smooth or drop", "weakest_share"),
 ]
 ASKS_FOR_NOTHING = {  # beside the default
@@ -81,6 +87,7 @@ ASKS_FOR_NOTHING = {  # beside the default
     "gae_lambda": 1,
     "whiten_advantages": False,
     "importance_cap": None,
+    "compile": False,
     "save_every": 0,
 }
 

@@ -232,8 +232,6 @@ class PPOConfig(StageConfig):
     """before step 1, an update on the longest sequences allowed: memory runs out at once or never (auto: on a GPU)"""
     rollout_dtype: Literal["bf16"] | None = None
     """decode with a copy of the fp32 policy in bf16, made anew for each rollout; none: with the policy itself"""
-    compile: bool | None = None
-    """decode through compiled layers, with fewer and larger kernels (auto: on a GPU, where the model's can be)"""
     offload: bool = False
     """hold the reference and the reward model in host memory between their phases"""
     eval_temperature: float | None = Field(None, ge=0)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config.base import StageConfig
@@ -13,12 +15,17 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.data.sources import modelscope_folder
 from fastrlhf.models import adapter_folder, loading
 from fastrlhf.models.adapter_folder import AdapterFolder, is_adapter
-from fastrlhf.models.heads import Head, lm_head
+from fastrlhf.models.heads import Head, agree, hidden_states, lm_head
 from fastrlhf.models.loading import Source
 from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.quantization import quantize_trunk
 from fastrlhf.parallel import mapped, sharding
+from fastrlhf.parallel.sharding import is_sharded
 from fastrlhf.runtime.batching import derive_seed
+from fastrlhf.runtime.memory import ran_out
+from fastrlhf.runtime.regions import CompiledLayers, check_compiler, missing_compiler, rests
+
+TRIED = (3, 5)  # rows and tokens; unlike each other and every other size, since equal ones are taken for one
 
 
 def load_backbone(
@@ -98,3 +105,67 @@ def same_base(policy: Source, reward: object) -> bool:
     if Path(ours).exists() and Path(theirs).exists():
         return Path(ours).resolve() == Path(theirs).resolve()
     return ours == theirs
+
+
+def compile_layers(model: PreTrainedModel, wanted: bool | None, report: Callable[[str], None]) -> None:
+    """The option `compile` for a model that trains, or is read as one that does: its layers run compiled from here on
+    in the mode (`training`) that they are in now.
+
+    They are tried first, forward and backward, beside the layers as they are; of that nothing stays but the graphs.
+    Where they cannot be compiled or compute something else, auto (None) leaves them and tells report so in a sentence;
+    UserError where wanted is true.
+    """
+    if rests(wanted, model.device):
+        return
+    check_compiler(wanted, model.device)
+    reason = _compiled_or_why_not(model)
+    if reason and wanted:
+        raise UserError(f"compile = true: {reason}; use compile = auto or false")
+    if reason:
+        report(f"training is not compiled: {reason}")
+
+
+def _compiled_or_why_not(model: PreTrainedModel) -> str:
+    reason = missing_compiler(model.device)
+    if not reason and is_sharded(model):
+        reason = "its weights are sharded, and a layer's are gathered as it runs"
+    if reason:
+        return reason
+    name = type(model).__name__
+    try:
+        layers = CompiledLayers(model)
+    except ValueError as error:
+        return str(error)
+    plain = _tried(model, layers)
+    layers.attach()
+    try:
+        ours = _tried(model, layers)
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError) as error:
+        layers.detach()
+        if ran_out(error):
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        return f"torch.compile fails on the layers of {name} ({type(error).__name__}: {lines[0]})"
+    if all(agree(one, other, model.dtype) for one, other in zip(ours, plain, strict=True)):
+        return ""
+    layers.detach()
+    return f"the layers of {name} compute something else when they are compiled"
+
+
+def _tried(model: PreTrainedModel, layers: CompiledLayers) -> list[Tensor]:
+    """What the trunk says of some tokens, and where it trains the gradients of its first layer, which all others lie
+    behind."""
+    rows, tokens = TRIED
+    ids = (
+        torch.arange(rows * tokens, device=model.device).view(rows, tokens)
+        % model.get_input_embeddings().num_embeddings
+    )
+    with torch.set_grad_enabled(layers.trained):
+        hidden = hidden_states(model, ids)
+        if not layers.trained:
+            return [hidden]
+        weights = torch.arange(hidden.numel(), device=hidden.device, dtype=torch.float32).sin().view_as(hidden)
+        trained = [p for p in layers.layers[0].parameters() if p.requires_grad]
+        # Of adapters that wait there are none.
+        grads = torch.autograd.grad((hidden.float() * weights).sum(), trained, allow_unused=True)
+    return [hidden.detach(), *(grad for grad in grads if grad is not None)]

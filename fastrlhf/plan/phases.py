@@ -52,7 +52,7 @@ ELSEWHERE = {  # fields that say what is read, written or shown: none of it is p
     "format": "text", "eval_fraction": 0.0, "probe": False, "best_of_n": 0, "ref_refresh_every": 0,
     "critic_pretrain_epochs": 0, "optimizer": "adamw", "readout": None, "readout_layer": None,
     "weakest": "keep", "strength_margin": False, "lm_coef": 0.0, "ensemble": None,
-    "reward_ensemble": "mean",
+    "reward_ensemble": "mean", "compile": False,
 }  # fmt: skip
 LEFT_OUT = {  # options of reward training, and what of them is not in a plan
     "lm_coef": "lm_coef: its head and the log-probs of the best replies are left out of these figures",

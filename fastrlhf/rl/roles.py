@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.stages import PPOConfig
 from fastrlhf.models.adapter_folder import read_adapter
-from fastrlhf.models.backbone import load_backbone, same_base
+from fastrlhf.models.backbone import compile_layers, load_backbone, same_base
 from fastrlhf.models.heads import Readout, readout_of
 from fastrlhf.models.loading import freeze, frozen_copy, load_policy, load_reward_model, scalar_model
 from fastrlhf.models.lora import POLICY, REFERENCE, REWARD, VALUE, Adapters
@@ -31,6 +31,7 @@ from fastrlhf.parallel.sharding import hold_together, layer_by_layer, reading, s
 from fastrlhf.rl.critic import Critic
 from fastrlhf.rl.scorers import AdapterScorer, RewardModelScorer, Scorer, make_scorer, reward_tokenizer
 from fastrlhf.runtime.memory import MemoryBackoff
+from fastrlhf.runtime.regions import is_compiled
 
 Source = str | PreTrainedModel | None
 
@@ -51,6 +52,16 @@ class Roles:
         """The model that the critic reads; None without a critic."""
         return None if self.critic is None else self.critic.trunk
 
+    def compile_layers(self, wanted: bool | None, report: Callable[[str], None]) -> None:
+        """The option `compile` for what trains, in the mode that it trains in, and for the reference, whose distance
+        from the policy would else be one of rounding too. UserError as `backbone.compile_layers` has it."""
+        models = [self.policy, self.ref_policy]
+        if self.critic is not None and self.critic.owns_trunk:
+            models.append(self.critic.trunk)
+        for model in filter(None, models):
+            with self.offload.here(model):
+                compile_layers(model, wanted, report)
+
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
         """Give the reference policy, on the device; no gradient can be taken inside."""
@@ -58,7 +69,8 @@ class Roles:
             way = self.offload.here(self.ref_policy)
         else:
             way = self.adapters.using(REFERENCE if REFERENCE in self.adapters.roles else None)
-        with way as model, reading(model):
+        # Compiled, it is read through the graphs of training, which inference mode has not.
+        with way as model, torch.no_grad() if is_compiled(model) else reading(model):
             yield model
             settle(model)
 

@@ -12,14 +12,10 @@ begins and never trained, saved or seen by anybody else.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import sys
-import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import accumulate, count, pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -32,14 +28,12 @@ from fastrlhf.parallel.sharding import is_sharded
 from fastrlhf.rollout.attention import LayerStep, in_region, uses_interface
 from fastrlhf.rollout.fused import fused, rotations
 from fastrlhf.rollout.kv_cache import SlotCache
-from fastrlhf.runtime.hardware import installed
 from fastrlhf.runtime.memory import total_bytes
+from fastrlhf.runtime.regions import check_compiler, decoder_layers, missing_compiler, of_its_own, rests
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # children that multiply the same input
 LOG = logging.getLogger(__name__)
 JOINED_SHARE = 1 / 16  # of the device's memory, at most, for the joined copies
-
-_numbers = count()
 
 
 class Compilation:
@@ -47,11 +41,9 @@ class Compilation:
 
     def __init__(self, model: PreTrainedModel, wanted: bool | None) -> None:
         """wanted: None is where it can be on a GPU. UserError for true where there is no compiler."""
-        missing = missing_compiler(model.device) if wanted else ""
-        if missing:
-            raise UserError(f"compile = true: {missing}; install it, or use compile = false")
+        check_compiler(wanted, model.device)
         self.model, self.wanted = model, wanted
-        self.settled = wanted is False or (wanted is None and model.device.type != "cuda")
+        self.settled = rests(wanted, model.device)
         self.regions: Regions | None = None
 
     def settle(self, cached: bool, trouble: Callable[[Regions], str]) -> str:
@@ -96,20 +88,6 @@ class Compilation:
         """What compiled steps read beside the model's own weights."""
         joined = [] if self.regions is None else self.regions.joined
         return [tensor for join in joined for part in join.parts for tensor in part.buffers()]
-
-
-def missing_compiler(device: torch.device) -> str:
-    """What torch.compile lacks here, as a sentence; nothing where it can run."""
-    if device.type == "cuda":
-        if not installed("triton"):
-            return "torch.compile needs triton on a GPU, which is not installed"
-        named = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    else:
-        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        named = [os.environ.get("CXX") or usual]
-    if not any(shutil.which(name) for name in named):
-        return f"torch.compile needs a compiler, and {' or '.join(named)} is not on the PATH"
-    return ""
 
 
 class Part(nn.Module):
@@ -172,14 +150,14 @@ class Regions:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.name = type(model).__name__
-        self.layers = decoder_layers(model)
+        self.layers = known_layers(model)
         inside = {id(module) for layer in self.layers for module in layer.modules()}
         self.rotations = list(rotations(model))
         self.outside = partial(fused, model, without=inside)
         self.joined = [join for layer in self.layers for join in _joins(layer)]
         if sum(join.bytes() for join in self.joined) > JOINED_SHARE * total_bytes(model.device):
             self.joined = []
-        self.step: Callable[..., Any] = torch.compile(_of_its_own(_layer_step), fullgraph=True)
+        self.step: Callable[..., Any] = torch.compile(of_its_own(_layer_step), fullgraph=True)
 
     def refresh(self) -> None:
         """Before a rollout: the joined weights are what the model's are now."""
@@ -241,27 +219,12 @@ def _layer_step(layer: nn.Module, name: str, state: tuple[Tensor, ...], args: tu
     return result
 
 
-def _of_its_own(function: types.FunctionType) -> types.FunctionType:
-    """A copy with code and name of its own: torch keeps graphs, and counts them against its limit, by code object; and
-    by name what it saw change from call to call, which between two models is every number."""
-    name = f"{function.__name__}_{next(_numbers)}"
-    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's layers, in order. ValueError for a model that has none we know, or where somebody else changed their
-    forward."""
+def known_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's layers, in order. ValueError as `decoder_layers` has it, and for a model with an attention of its
+    own."""
     if not uses_interface(model):
         raise ValueError(f"{type(model).__name__} does not call the attention it is configured with")
-    number = model.config.get_text_config().num_hidden_layers
-    for modules in model.base_model.modules():
-        if isinstance(modules, nn.ModuleList) and len(modules) == number:
-            indices = [{getattr(part, "layer_idx", None) for part in layer.modules()} - {None} for layer in modules]
-            if indices == [{index} for index in range(number)]:
-                if any("forward" in vars(layer) for layer in modules):
-                    raise ValueError(f"the layers of {type(model).__name__} have forwards that are not their own")
-                return list(modules)
-    raise ValueError(f"{type(model).__name__} has no list of {number} layers that each know their number")
+    return decoder_layers(model)
 
 
 def _joins(layer: nn.Module) -> Iterator[Joined]:

@@ -19,7 +19,7 @@ from fastrlhf.config.stages import CONFIGS, PPOConfig, RewardConfig, SFTConfig
 ROOT = Path(__file__).parents[2]
 
 COMMON = """learning_rate lr_schedule warmup_steps max_grad_norm parallel optimizer adam_betas adam_eps weight_decay
-micro_batch_tokens gradient_checkpointing lora quantize dtype
+micro_batch_tokens gradient_checkpointing compile lora quantize dtype
 attention chat_template prompt_format columns ignore_columns max_samples allow_drop skip_bad_rows seed save_every
 eval_every output_dir overwrite resume accept_changed"""
 SUPERVISED = "epochs total_steps max_tokens overlong mini_batch_size eval_fraction"
@@ -33,7 +33,7 @@ FROZEN = {
     whiten_advantages reward_scaling reward_clip reward_timeout reward_retries advantage_clip missing_eos_penalty
     critic critic_warmup_steps advantage old_log_probs ema_decay kl_controller kl_controller_target kl_horizon
     kl_budget ratio_level loss_aggregation length_penalty overlong_penalty bootstrap_truncated
-    critic_pretrain_epochs critic_max_grad_norm ref_refresh_every packing probe compile offload eval_temperature
+    critic_pretrain_epochs critic_max_grad_norm ref_refresh_every packing probe offload eval_temperature
     rollout_dtype
     best_of_n critic_gae_lambda length_adaptive_lambda drop_equal_groups kl_gradient runaway_kl runaway_entropy
     policy_loss ptx_reduction missing_eos_score importance_mask reward_ensemble reward_sd_coef""",

@@ -16,14 +16,14 @@ adam_eps weight_decay lora quantize dtype attention chat_template prompt_format 
 ignore_columns max_samples allow_drop skip_bad_rows seed eval_every output_dir"""
 SUPERVISED = "total_steps max_tokens overlong mini_batch_size eval_fraction"
 ALWAYS = {
-    SFTConfig: f"{SHARED} {SUPERVISED} gradient_checkpointing packing format",
+    SFTConfig: f"{SHARED} {SUPERVISED} gradient_checkpointing packing format compile",
     RewardConfig: f"""{SHARED} {SUPERVISED} head_only score_range center_rewards ensemble label_smoothing weakest
     strength_margin""",
-    PPOConfig: f"""{SHARED} gradient_checkpointing total_steps rollout_batch_size samples_per_prompt ppo_epochs
+    PPOConfig: f"""{SHARED} gradient_checkpointing compile total_steps rollout_batch_size samples_per_prompt ppo_epochs
     mini_batch_size max_prompt_tokens max_new_tokens temperature top_p top_k advantage kl_coef kl_budget target_kl
     clip_range clip_range_high policy_loss ratio_level loss_aggregation entropy_coef ptx_coef reward_scaling reward_clip
     reward_timeout reward_retries advantage_clip missing_eos_penalty length_penalty overlong_penalty old_log_probs
-    ema_decay ref_refresh_every packing probe compile offload runaway_kl runaway_entropy missing_eos_score
+    ema_decay ref_refresh_every packing probe offload runaway_kl runaway_entropy missing_eos_score
     reward_ensemble rollout_dtype""",
 }
 GIVEN = {  # a value of each option of the table that asks for something
@@ -62,6 +62,7 @@ GIVEN = {  # a value of each option of the table that asks for something
     "lm_coef": 1.0,
     "weakest_share": 0.1,
     "gradient_checkpointing": True,
+    "compile": True,
     "readout": "mean",
     "readout_layer": 3,
 }
