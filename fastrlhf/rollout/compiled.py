@@ -29,7 +29,7 @@ from fastrlhf.rollout.attention import LayerStep, in_region, uses_interface
 from fastrlhf.rollout.fused import fused, rotations
 from fastrlhf.rollout.kv_cache import SlotCache
 from fastrlhf.runtime.memory import total_bytes
-from fastrlhf.runtime.regions import check_compiler, decoder_layers, missing_compiler, of_its_own, rests
+from fastrlhf.runtime.regions import check_compiler, compiled, decoder_layers, missing_compiler, rests
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # children that multiply the same input
 LOG = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class Regions:
         self.joined = [join for layer in self.layers for join in _joins(layer)]
         if sum(join.bytes() for join in self.joined) > JOINED_SHARE * total_bytes(model.device):
             self.joined = []
-        self.step: Callable[..., Any] = torch.compile(of_its_own(_layer_step), fullgraph=True)
+        self.step: Callable[..., Any] = compiled(_layer_step)
 
     def refresh(self) -> None:
         """Before a rollout: the joined weights are what the model's are now."""

@@ -64,11 +64,13 @@ def rests(wanted: bool | None, device: torch.device) -> bool:
     return wanted is False or (wanted is None and device.type != "cuda")
 
 
-def of_its_own(function: types.FunctionType) -> types.FunctionType:
-    """A copy with code and name of its own: torch keeps graphs, and counts them against its limit, by code object; and
-    by name what it saw change from call to call, which between two models is every number."""
+def compiled(function: types.FunctionType, *, whole: bool = True) -> Callable[..., Any]:
+    """The function compiled, as one graph where it must be whole. It is a copy with code and name of its own: torch
+    keeps graphs, and counts them against its limit, by code object; and by name what it saw change from call to call,
+    which between two models is every number."""
     name = f"{function.__name__}_{next(_numbers)}"
-    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+    copy = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+    return torch.compile(copy, fullgraph=whole, backend=BACKEND)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -152,9 +154,10 @@ class CompiledLayers:
         given = tuple(name for name, value in kwargs.items() if value is not None)
         form = (rows == 1, tokens == 1, given)
         if form not in self.steps:
-            self.steps[form] = torch.compile(of_its_own(_forward), fullgraph=self.whole, backend=BACKEND)
+            self.steps[form] = compiled(_forward, whole=self.whole)
         try:
-            return self.steps[form](layer, args, kwargs)
+            with torch.fx.experimental._config.patch(use_duck_shape=False):  # equal sizes are so by chance
+                return self.steps[form](layer, args, kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit:  # adapters switched on and off in many ways, or the like
             name = type(self.model).__name__
             LOG.warning("the layers of %s changed too often to be compiled: they train as they are", name)

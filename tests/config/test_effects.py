@@ -152,7 +152,7 @@ SWITCHED_OFF = [
     (SFTConfig, {"total_steps": 9}, "epochs"),
     (RewardConfig, {"total_steps": 9}, "epochs"),
     (RewardConfig, {"head_only": False}, "readout readout_layer"),
-    (RewardConfig, {"head_only": True}, "gradient_checkpointing lm_coef"),
+    (RewardConfig, {"head_only": True}, "gradient_checkpointing compile lm_coef"),
     (RewardConfig, {"weakest": "keep"}, "weakest_share"),
     (PPOConfig, {"reward_ensemble": "min"}, "reward_sd_coef"),
     *((cls, {"output_dir": None}, "save_every overwrite resume") for cls in CONFIGS.values()),
