@@ -7,6 +7,7 @@ bit: how graphs are chosen, called and told apart is what they look at.
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -220,6 +221,20 @@ def test_what_cannot_be_compiled_is_refused_or_stays_as_it_is(as_traced, monkeyp
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler is not on the PATH; install it, or use compile = false"):
         sft_trainer(compile=True)
+
+
+def test_the_trial_allows_for_what_a_deep_model_in_bf16_rounds_and_for_no_more():
+    draw = torch.Generator().manual_seed(0)
+    exact, noise = torch.randn(2, 4096, generator=draw)
+    for size, dtype, layers, expected in (
+        (0.066, torch.bfloat16, 64, True),  # measured of a llama of 64 layers, compiled for a CPU
+        (0.013, torch.bfloat16, 2, True),
+        (0.3, torch.bfloat16, 64, False),
+        (0.1, torch.bfloat16, 2, False),
+        (0.01, torch.float32, 64, False),
+        (math.nan, torch.float32, 64, False),
+    ):
+        assert backbone._within_rounding(exact + size * noise, exact, dtype, layers) is expected
 
 
 def test_auto_leaves_a_cpu_as_it_is():

@@ -15,7 +15,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.data.sources import modelscope_folder
 from fastrlhf.models import adapter_folder, loading
 from fastrlhf.models.adapter_folder import AdapterFolder, is_adapter
-from fastrlhf.models.heads import Head, agree, hidden_states, lm_head
+from fastrlhf.models.heads import Head, hidden_states, lm_head
 from fastrlhf.models.loading import Source
 from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.quantization import quantize_trunk
@@ -148,10 +148,17 @@ def _compiled_or_why_not(model: PreTrainedModel) -> str:
         return f"torch.compile fails on the layers of {name} ({type(error).__name__}: {lines[0]})"
     # What overflows in the layers as they are shows nothing.
     pairs = [(one, other) for one, other in zip(ours, plain, strict=True) if other.isfinite().all()]
-    if all(agree(one, other, model.dtype) for one, other in pairs):
+    if all(_within_rounding(one, other, model.dtype, len(layers.layers)) for one, other in pairs):
         return ""
     layers.detach()
     return f"the layers of {name} compute something else when they are compiled"
+
+
+def _within_rounding(ours: Tensor, theirs: Tensor, dtype: torch.dtype, layers: int) -> bool:
+    """Whether |ours - theirs| / |theirs| is what a dtype rounds in a few places of each layer, which add up as a random
+    walk does: compiled layers round in fewer places."""
+    limit = min(max(8 * torch.finfo(dtype).eps * layers**0.5, 1e-3), 0.25)
+    return bool((ours.float() - theirs.float()).norm() <= limit * theirs.float().norm())
 
 
 def _tried(model: PreTrainedModel, layers: CompiledLayers) -> list[Tensor]:
