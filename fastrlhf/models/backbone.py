@@ -25,7 +25,7 @@ from fastrlhf.runtime.batching import derive_seed
 from fastrlhf.runtime.memory import ran_out
 from fastrlhf.runtime.regions import CompiledLayers, check_compiler, missing_compiler, rests
 
-TRIED = (3, 5)  # rows and tokens; unlike each other and every other size, since equal ones are taken for one
+TRIED = (3, 5)  # rows and tokens
 
 
 def load_backbone(

@@ -156,8 +156,7 @@ class CompiledLayers:
         if form not in self.steps:
             self.steps[form] = compiled(_forward, whole=self.whole)
         try:
-            with torch.fx.experimental._config.patch(use_duck_shape=False):  # equal sizes are so by chance
-                return self.steps[form](layer, args, kwargs)
+            return self.steps[form](layer, args, kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit:  # adapters switched on and off in many ways, or the like
             name = type(self.model).__name__
             LOG.warning("the layers of %s changed too often to be compiled: they train as they are", name)
