@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from bench.regions import kernels
 from fastrlhf import SFTConfig
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.inputs import lora_options
@@ -85,8 +86,12 @@ def test_checkpointed_layers_with_adapters_give_the_losses_and_gradients_that_th
     ids = batches()[3][0]
     plain, before = learnt(model, ids), counters["stats"]["unique_graphs"]
     random = torch.get_rng_state()
-    compile_layers(model, True, pytest.fail)
+    with kernels() as graphs:
+        compile_layers(model, True, pytest.fail)
     ours = learnt(model, ids)
+    # Forward; the forward again, and backward. The attention's forward is one more, under an operator that holds random
+    # numbers' state.
+    assert [len(graph) for graph in graphs] == [15, 29], graphs
     assert counters["stats"]["unique_graphs"] == before + 1, "one graph of both layers, with and without gradients"
     assert len(ours) == len(plain) == 6 and torch.equal(ours[0], ours[1]) and not same(ours, plain)
     for one, other in zip(ours, plain, strict=True):
