@@ -39,6 +39,7 @@ PACKED = [[3, 4], [6, 5, 2]]
 
 def adapted(**changes: object) -> tuple[nn.Module, Adapters]:
     """A tiny llama with two adapters on its queries that compute something, checkpointed."""
+    pytest.importorskip("peft")
     model = tiny.llama(**changes)
     options = lora_options({"r": 4, "target_modules": ["q_proj"]})
     adapters = Adapters(model, options, ["policy", "value"], 0, None, print)
@@ -141,7 +142,7 @@ def test_the_graph_of_a_form_does_not_depend_on_its_first_sizes(monkeypatch):
 MAKERS = pytest.mark.parametrize(
     ("make", "options", "compiled"),
     [
-        (sft_trainer, {"lora": 2, "gradient_checkpointing": True, "packing": True}, 1),
+        (sft_trainer, {"lora": 2, "quantize": "nf4", "gradient_checkpointing": True, "packing": True}, 1),
         (reward_trainer, {"gradient_checkpointing": True}, 1),
         (ppo_trainer, {"offload": True}, 3),
         (ppo_trainer, {"critic": "shared_trunk", "critic_learning_rate": None, "ptx_coef": 1.0}, 2),
@@ -159,6 +160,8 @@ def models(trainer: Trainer) -> list[nn.Module]:
 @MAKERS
 def test_a_stage_learns_the_same_and_saves_the_same_folder(as_traced, monkeypatch, tmp_path, make, options, compiled):
     """The very weights, so the first ratio is 1 here too; names, order and modules are those of the model."""
+    for needed in ("peft", "bitsandbytes") if "quantize" in options else ():
+        pytest.importorskip(needed)
     monkeypatch.setattr(Compilation, "settle", lambda self, *_: "")  # decoding stays as it is
     inputs = {"ptx_data": [{"text": "the cat sat on the mat"}] * 4} if "ptx_coef" in options else {}
     made = [make(**options, **copy.deepcopy(inputs), compile=value) for value in (False, True)]
@@ -226,6 +229,9 @@ def test_what_cannot_be_compiled_is_refused_or_stays_as_it_is(as_traced, monkeyp
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler is not on the PATH; install it, or use compile = false"):
         sft_trainer(compile=True)
+    told.clear()
+    ppo_trainer().roles.compile_layers(None, told.append)  # one sentence for all models
+    assert told == ["training is not compiled: torch.compile needs a compiler, and no-such-compiler is not on the PATH"]
 
 
 def test_the_trial_allows_for_what_a_deep_model_in_bf16_rounds_and_for_no_more():

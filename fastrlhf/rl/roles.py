@@ -58,9 +58,12 @@ class Roles:
         models = [self.policy, self.ref_policy]
         if self.critic is not None and self.critic.owns_trunk:
             models.append(self.critic.trunk)
+        told: list[str] = []
         for model in filter(None, models):
             with self.offload.here(model):
-                compile_layers(model, wanted, report)
+                compile_layers(model, wanted, told.append)
+        for sentence in dict.fromkeys(told):  # often one reason for all of them
+            report(sentence)
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
