@@ -20,7 +20,6 @@ from fastrlhf.models.loading import Source
 from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.quantization import quantize_trunk
 from fastrlhf.parallel import mapped, sharding
-from fastrlhf.parallel.sharding import is_sharded
 from fastrlhf.runtime.batching import derive_seed
 from fastrlhf.runtime.memory import ran_out
 from fastrlhf.runtime.regions import CompiledLayers, check_compiler, missing_compiler, rests
@@ -127,7 +126,7 @@ def compile_layers(model: PreTrainedModel, wanted: bool | None, report: Callable
 
 def _compiled_or_why_not(model: PreTrainedModel) -> str:
     reason = missing_compiler(model.device)
-    if not reason and is_sharded(model):
+    if not reason and sharding.is_sharded(model):
         reason = "its weights are sharded, and a layer's are gathered as it runs"
     if reason:
         return reason
