@@ -36,7 +36,18 @@ from tokenize import COMMENT as COMMENT_TOKEN
 from tokenize import generate_tokens
 from typing import Any, NamedTuple
 
-from bench import critics, denoise, kinds, label_study, overoptimise, performance, quickstart, ratings_page, scaling
+from bench import (
+    critics,
+    denoise,
+    kinds,
+    label_study,
+    learning_speed,
+    overoptimise,
+    performance,
+    quickstart,
+    ratings_page,
+    scaling,
+)
 from bench import verdict as recipes
 
 ROOT = Path(__file__).parent.parent.resolve()
@@ -296,6 +307,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kinds": _of("kinds_cpu.json", lambda found: kinds.table(found["runs"])),
     "labels": _of("label_study.json", lambda found: label_study.table(found["runs"])),
     "label_faults": _of("label_study.json", lambda found: label_study.fault_table(found["runs"])),
+    "learning_speed": _of("learning_speed_cpu.json", lambda found: learning_speed.table(found["runs"])),
     "overoptimisation_in_words": _of("overoptimisation_cpu.json", lambda found: overoptimise.in_words(found["runs"])),
     "overoptimisation": _of("overoptimisation_cpu.json", lambda found: overoptimise.table(found["runs"])),
     "quickstart": _of("quickstart_cpu.json", lambda found: quickstart.table(found["runs"])),

@@ -214,13 +214,16 @@ def test_what_cannot_be_compiled_is_refused_or_stays_as_it_is(as_traced, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(mlp, "forward", lambda x: x if x.sum() > 0 else -x)
-        assert reason().startswith("torch.compile fails on the layers of LlamaForCausalLM (Unsupported: ")
+        assert reason().startswith("the trial of compiled layers fails for LlamaForCausalLM (Unsupported: ")
     with monkeypatch.context() as patched:
         patched.setattr(mlp, "forward", lambda x: x * (1 + torch.compiler.is_compiling()))
         assert reason() == "the layers of LlamaForCausalLM compute something else when they are compiled"
     with monkeypatch.context() as patched:
         patched.setattr(model.model.layers[0], "forward", mlp.forward)
         assert reason() == "the layers of LlamaForCausalLM have forwards that are not their own"
+    with monkeypatch.context() as patched:
+        patched.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+        assert reason() == "a flash attention parts the graph of a layer"
     model._gathered, told = True, []
     assert reason() == "its weights are sharded, and a layer's are gathered as it runs"
     monkeypatch.setattr(backbone, "rests", lambda *_: False)  # as on a GPU
@@ -254,14 +257,32 @@ def test_auto_leaves_a_cpu_as_it_is():
         assert not is_compiled(trainer.model) and SFTConfig().compile is None
 
 
-def test_layers_that_change_too_often_go_on_as_they_are(monkeypatch, caplog):
+def test_layers_that_change_too_often_are_refused_at_the_trial_and_go_on_as_they_are_later(
+    as_traced, monkeypatch, caplog
+):
     def too_often(*_: object) -> None:
         raise torch._dynamo.exc.FailOnRecompileLimitHit("8")
 
-    monkeypatch.setattr(regions, "compiled", lambda *_, **__: too_often)
+    several, one = batches()[0][0], batches()[2][0]
     model = tiny.llama()
-    plain = learnt(model, batches()[0][0])
+    plain = [learnt(model, ids) for ids in (several, one)]
+    with monkeypatch.context() as patched:
+        patched.setattr(regions, "compiled", lambda _: too_often)
+        with pytest.raises(UserError, match="the trial of compiled layers fails for LlamaForCausalLM .FailOnRecompile"):
+            compile_layers(model, True, pytest.fail)
+        assert not is_compiled(model)
     compile_layers(model, True, pytest.fail)
-    assert same(learnt(model, batches()[0][0]), plain)
-    said = "the layers of LlamaForCausalLM changed too often to be compiled: they train as they are"
+    monkeypatch.setattr(regions, "compiled", lambda _: too_often)  # of one row, which the trial has not seen
+    assert all(same(learnt(model, ids), expected) for ids, expected in zip((several, one), plain, strict=True))
+    said = "some layers of LlamaForCausalLM could not be compiled (FailOnRecompileLimitHit): they train as they are"
     assert [r.getMessage() for r in caplog.records if r.name.startswith("fastrlhf")] == [said]
+
+
+def test_what_an_earlier_trainer_compiled_is_given_back_and_what_its_user_compiled_is_not(as_traced):
+    model = tiny.llama()
+    first, second = model.model.layers
+    compile_layers(model, True, pytest.fail)
+    assert is_compiled(model) and first._compiled_call_impl is not None
+    second._compiled_call_impl = second._call_impl  # as nn.Module.compile does
+    compile_layers(model, False, pytest.fail)
+    assert not is_compiled(model) and first._compiled_call_impl is None and second._compiled_call_impl is not None

@@ -22,7 +22,7 @@ from fastrlhf.models.quantization import quantize_trunk
 from fastrlhf.parallel import mapped, sharding
 from fastrlhf.runtime.batching import derive_seed
 from fastrlhf.runtime.memory import ran_out
-from fastrlhf.runtime.regions import CompiledLayers, check_compiler, missing_compiler, rests
+from fastrlhf.runtime.regions import UNCOMPILED, CompiledLayers, check_compiler, give_back, missing_compiler, rests
 
 TRIED = (3, 5)  # rows and tokens
 
@@ -114,6 +114,7 @@ def compile_layers(model: PreTrainedModel, wanted: bool | None, report: Callable
     Where they cannot be compiled or compute something else, auto (None) leaves them and tells report so in a sentence;
     UserError where wanted is true.
     """
+    give_back(model)
     if rests(wanted, model.device):
         return
     check_compiler(wanted, model.device)
@@ -135,19 +136,29 @@ def _compiled_or_why_not(model: PreTrainedModel) -> str:
         layers = CompiledLayers(model)
     except ValueError as error:
         return str(error)
-    plain = _tried(model, layers)
-    layers.attach()
     try:
+        plain = _tried(model, layers)
+        layers.attach()
         ours = _tried(model, layers)
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError) as error:
+    except (
+        *UNCOMPILED,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         layers.detach()
         if ran_out(error):
             raise
         lines = str(error).strip().splitlines() or [""]
-        return f"torch.compile fails on the layers of {name} ({type(error).__name__}: {lines[0]})"
+        return f"the trial of compiled layers fails for {name} ({type(error).__name__}: {lines[0]})"
     # What overflows in the layers as they are shows nothing.
     pairs = [(one, other) for one, other in zip(ours, plain, strict=True) if other.isfinite().all()]
     if all(_within_rounding(one, other, model.dtype, len(layers.layers)) for one, other in pairs):
+        layers.trying = False
         return ""
     layers.detach()
     return f"the layers of {name} compute something else when they are compiled"
@@ -161,8 +172,8 @@ def _within_rounding(ours: Tensor, theirs: Tensor, dtype: torch.dtype, layers: i
 
 
 def _tried(model: PreTrainedModel, layers: CompiledLayers) -> list[Tensor]:
-    """What the trunk says of some tokens, and where it trains the gradients of its first layer, which all others lie
-    behind."""
+    """What the trunk says of some tokens, and where it trains the gradients of its first trained layer, which all
+    others lie behind."""
     rows, tokens = TRIED
     vocabulary = len(model.get_input_embeddings().weight)
     # From the middle: at the ends stand padding and reserved tokens, whose embeddings may be 0, where a norm's gradient
@@ -173,7 +184,8 @@ def _tried(model: PreTrainedModel, layers: CompiledLayers) -> list[Tensor]:
         if not layers.trained:
             return [hidden]
         weights = torch.arange(hidden.numel(), device=hidden.device, dtype=torch.float32).sin().view_as(hidden)
-        trained = [p for p in layers.layers[0].parameters() if p.requires_grad]
+        first = next(layer for layer in layers.layers if any(p.requires_grad for p in layer.parameters()))
+        trained = [p for p in first.parameters() if p.requires_grad]
         # Of adapters that wait there are none.
         grads = torch.autograd.grad((hidden.float() * weights).sum(), trained, allow_unused=True)
     return [hidden.detach(), *(grad for grad in grads if grad is not None)]

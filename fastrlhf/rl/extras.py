@@ -138,8 +138,9 @@ class ReferenceRefresh:
     As in ProRL (Liu et al. 2025, arXiv 2505.24864), whose optimizer starts anew there too: the trainer drops the
     policy's moments. The weights are copied into the frozen model in place; with lora the policy's adapter is copied
     into a frozen adapter `reference`, which costs an adapter's memory (r * (inputs + outputs) numbers a layer) and no
-    second model. Log-probs of the next rollout are equal bit for bit: kl/ref is exactly 0. A `ref_policy` that was
-    given is replaced at the first refresh.
+    second model. Log-probs of the next rollout are equal bit for bit: kl/ref is exactly 0 (but for rounding where
+    layers are compiled: those that train have other graphs). A `ref_policy` that was given is replaced at the first
+    refresh.
     """
 
     def __init__(self, roles: Roles, every: int) -> None:

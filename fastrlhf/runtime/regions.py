@@ -5,8 +5,9 @@ activation checkpointing with it. Layers of one form share one graph; what diffe
 inputs. Rows and tokens of a micro-batch are dynamic from the first call on, so no micro-batch of a run compiles anew,
 but for the first of one row alone and the first whose sequences are joined.
 
-Which graph a call takes follows from its form and never from the calls before it, and the forward that reads log-probs
-without gradients takes the graph that trains: a resumed run computes the same bytes, and PPO's first ratio is 1.
+Which graph a call takes follows from its form and never from the calls before it (until torch's limit of graphs is met,
+of which a warning tells), and the forward that reads log-probs without gradients takes the graph that trains: a resumed
+run computes the same bytes, and PPO's first ratio is 1.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fastrlhf.runtime.hardware import installed
 
 BACKEND = "inductor"
 PLAIN = (Tensor, type(None), bool, int, float, str)  # of these are the arguments of a layer that trains
+UNCOMPILED = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
 LOG = logging.getLogger(__name__)
 
 _numbers = count()
@@ -64,13 +66,13 @@ def rests(wanted: bool | None, device: torch.device) -> bool:
     return wanted is False or (wanted is None and device.type != "cuda")
 
 
-def compiled(function: types.FunctionType, *, whole: bool = True) -> Callable[..., Any]:
-    """The function compiled, as one graph where it must be whole. It is a copy with code and name of its own: torch
+def compiled(function: types.FunctionType) -> Callable[..., Any]:
+    """The function compiled, as one graph. It is a copy with code and name of its own: torch
     keeps graphs, and counts them against its limit, by code object; and by name what it saw change from call to call,
     which between two models is every number."""
     name = f"{function.__name__}_{next(_numbers)}"
     copy = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    return torch.compile(copy, fullgraph=whole, backend=BACKEND)
+    return torch.compile(copy, fullgraph=True, backend=BACKEND)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -87,6 +89,15 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     raise ValueError(f"{type(model).__name__} has no list of {number} layers that each know their number")
 
 
+def give_back(model: nn.Module) -> None:
+    """Undo what an earlier trainer of the model has compiled."""
+    for module in model.modules():
+        call = module._compiled_call_impl
+        if isinstance(call, partial) and getattr(call.func, "__func__", None) is CompiledLayers._call:
+            module._compiled_call_impl = None
+    _compiled.discard(model)
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether its layers run compiled where it trains."""
     return model in _compiled
@@ -101,12 +112,14 @@ class CompiledLayers:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """ValueError as `decoder_layers` has it. What takes gradients now is what will."""
+        """ValueError as `decoder_layers` has it, and for a flash attention. What takes gradients now is what will."""
         self.model, self.layers = model, decoder_layers(model)
+        if "flash" in str(model.config._attn_implementation):
+            # transformers looks at the positions before it calls that of joined rows, which no graph can.
+            raise ValueError("a flash attention parts the graph of a layer")
         self.training = self.layers[0].training
-        self.trained = any(parameter.requires_grad for parameter in self.layers[0].parameters())
-        # transformers looks at the positions before it calls a flash attention of joined rows, which no graph can.
-        self.whole = "flash" not in str(model.config._attn_implementation)
+        self.trained = any(parameter.requires_grad for layer in self.layers for parameter in layer.parameters())
+        self.trying = True  # until the first calls have shown that all is well, a failure is one
         self.steps: dict[Hashable, Callable[..., Any]] = {}
 
     def attach(self) -> None:
@@ -154,12 +167,14 @@ class CompiledLayers:
         given = tuple(name for name, value in kwargs.items() if value is not None)
         form = (rows == 1, tokens == 1, given)
         if form not in self.steps:
-            self.steps[form] = compiled(_forward, whole=self.whole)
+            self.steps[form] = compiled(_forward)
         try:
             return self.steps[form](layer, args, kwargs)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:  # adapters switched on and off in many ways, or the like
-            name = type(self.model).__name__
-            LOG.warning("the layers of %s changed too often to be compiled: they train as they are", name)
+        except UNCOMPILED as error:  # adapters switched on and off in many ways, a form that the trial has not seen
+            if self.trying:
+                raise
+            name, kind = type(self.model).__name__, type(error).__name__
+            LOG.warning("some layers of %s could not be compiled (%s): they train as they are", name, kind)
             self.steps[form] = _forward
             return _forward(layer, args, kwargs)
 
