@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import learning_speed
+
 ROOT = Path(__file__).parent.parent.resolve()
 RESULTS, DOCUMENT = ROOT / "bench/results", ROOT / "docs/performance.md"
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -115,6 +117,12 @@ def ppo_step(*names: str) -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def to_the_same_reward() -> str:
+    """Seconds of PPO to a given reward, beside TRL."""
+    found = read("learning_speed_cpu.json")
+    return learning_speed.table(found["runs"]) if found else "Not measured yet."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "head_kernels": head_kernels,
     "small_kernels": small_kernels,
@@ -122,6 +130,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rollout_cpu": lambda: rollout("rollout_cpu.json"),
     "ppo_step_gpu": lambda: ppo_step("ppo_step_gpu_qwen2.5-0.5b.json", "ppo_step_gpu_qwen2.5-1.5b.json"),
     "ppo_step_cpu": lambda: ppo_step("ppo_step_cpu_tiny.json", "ppo_step_cpu_smollm2.json"),
+    "learning_speed": to_the_same_reward,
 }
 
 
