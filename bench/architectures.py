@@ -19,8 +19,6 @@ The exit code is 1 where anything is wrong or crashed, or fewer than 90 are exac
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
 import inspect
 import json
 import logging
@@ -43,6 +41,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
+from bench.processes import imported_for_forks
 from fastrlhf.config.errors import UserError
 from fastrlhf.config.limits import address_space
 from fastrlhf.models.loading import load_policy
@@ -195,8 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     tiny("llama")  # what all need is imported before the first fork
-    gc.freeze()  # and no child's collector touches, and copies, a page of it
-    atexit.register(gc.unfreeze)  # libraries complain of what is left at the end
+    imported_for_forks()
     began = time.process_time()
     rows = run(options.names or NAMES)
     seconds = time.process_time() - began + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])

@@ -36,17 +36,7 @@ from tokenize import COMMENT as COMMENT_TOKEN
 from tokenize import generate_tokens
 from typing import Any, NamedTuple
 
-from bench import (
-    critics,
-    denoise,
-    kinds,
-    label_study,
-    overoptimise,
-    performance,
-    quickstart,
-    ratings_page,
-    scaling,
-)
+from bench import critics, denoise, kinds, label_study, overoptimise, performance, quickstart, ratings_page, scaling
 from bench import verdict as recipes
 
 ROOT = Path(__file__).parent.parent.resolve()

@@ -13,8 +13,6 @@ a stage; exit code 1 when any of this is not as promised.
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
 import importlib
 import json
 import os
@@ -30,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bench.processes import imported_for_forks
 from fastrlhf import cli
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the promise is for the same thread count; forked children need 1
@@ -308,8 +307,7 @@ def main() -> int:
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     passed = True
-    gc.freeze()  # so that no child's collector touches, and copies, a page of what is imported
-    atexit.register(gc.unfreeze)  # libraries complain of what is left at the end
+    imported_for_forks()
     with tempfile.TemporaryDirectory() as temporary:
         make_inputs(Path(temporary))
         for stage in args.stage or STAGES:

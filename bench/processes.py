@@ -7,6 +7,8 @@ is `python -m MODULE ARGUMENTS --row FILE`, and writes its figures to FILE.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import json
 import os
 import subprocess
@@ -17,6 +19,13 @@ from pathlib import Path
 from typing import Any
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def imported_for_forks() -> None:
+    """What is there stays, for processes forked from here on: no collector of theirs goes through it, which would copy
+    every page that it lies in."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # libraries complain of what is left at the end
 
 
 def side_by_side(

@@ -32,7 +32,7 @@ from bench.models import classifier_of, policy_of, prompts_of, tokenizer_of
 from bench.ppo_step_ours import WholeReplies
 from bench.processes import torchrun
 from fastrlhf import PPOConfig, PPOTrainer
-from fastrlhf.parallel.sharding import layers_of
+from fastrlhf.parallel.mapped import layers_of
 from fastrlhf.runtime import distributed
 
 LENGTHS = {"max_prompt_tokens": 16, "max_new_tokens": 24}

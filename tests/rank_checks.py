@@ -19,7 +19,7 @@ from fastrlhf import PPOConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrain
 from fastrlhf.checkpoint import weight_files
 from fastrlhf.data.feedback import Prompt
 from fastrlhf.models.loading import load_policy, load_reward_model, scalar_model
-from fastrlhf.parallel import sharding, zero
+from fastrlhf.parallel import mapped, sharding, zero
 from fastrlhf.plan.counter import LiveBytes
 from fastrlhf.rl import roles
 from fastrlhf.rollout.engine import RolloutEngine
@@ -46,7 +46,7 @@ def check_layer_by_layer() -> None:
     a cache. No more than one layer is there at a time."""
     model = sharding.shard(tiny.llama(seed=7, num_hidden_layers=4).requires_grad_(True))
     judge = sharding.shard(scalar_model(tiny.llama(), tiny.tokenizer(), seed=3).requires_grad_(False))
-    layers, most, forwards = sharding.layers_of(model), [0], [0]
+    layers, most, forwards = mapped.layers_of(model), [0], [0]
 
     def count(*_: object) -> None:
         there = sum(not isinstance(next(layer.parameters()), DTensor) for layer in layers)
@@ -133,7 +133,7 @@ def check_that_no_rank_holds_a_whole_model_to_write_it(out: Path, parallel: str)
         trainer = SFTTrainer(config, model=model, tokenizer=tiny.tokenizer(), data=rows)
         next(iter(trainer))
         elements = sum(p.numel() for p in trainer.optimizer.params)
-        outside = elements - sum(p.numel() for layer in sharding.layers_of(model) for p in layer.parameters())
+        outside = elements - sum(p.numel() for layer in mapped.layers_of(model) for p in layer.parameters())
         most, written = bytes_made(trainer, trainer._save), 12 * elements
         assert 4 * 12_000 < most < written / 6, (parallel, most, written)
         if parallel == "fsdp":
@@ -163,7 +163,7 @@ class Resident(LiveBytes):
 
 
 def check_that_no_rank_reads_a_whole_model(out: Path) -> None:
-    """Policy, reference, reward model and the critic made from it, of folders of 8 layers in fp32, in several files,
+    """Policy, reference, reward model and the critic made from it, of folders of 4 layers in fp32, in several files,
     that are to run in bf16: at a time a rank has its shares and a few times the largest part. The weights are those
     that one process reads, and so are those of a critic from the policy's trunk, and of an adapter merged into it."""
     deep = {"num_hidden_layers": 4, "tie_word_embeddings": True}
@@ -198,7 +198,7 @@ def check_that_no_rank_reads_a_whole_model(out: Path) -> None:
                     assert torch.equal(ours, expected.get(key, torch.zeros_like(ours))), (critic, name, key)
         if critic == "rm":
             outside = sum(p.numel() for p in made.policy.parameters())
-            outside -= sum(p.numel() for layer in sharding.layers_of(made.policy) for p in layer.parameters())
+            outside -= sum(p.numel() for layer in mapped.layers_of(made.policy) for p in layer.parameters())
             shares = [sum(size for _, size in cuts[:number]) for number in range(5)]
             assert all(before <= held for (before, _), held in zip(cuts, shares, strict=False)), cuts
             assert shares[-1] < live.peak < shares[-1] + 3 * 4 * outside, (live.peak, shares, outside)

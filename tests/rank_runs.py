@@ -7,9 +7,7 @@ raises, in FOLDER/killed and FOLDER/restarted it kills rank 1, under torchrun's 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import gc
 import hashlib
 import importlib
 import json
@@ -31,6 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 
+from bench.processes import imported_for_forks
 from fastrlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, cli
 from fastrlhf.config.errors import UserError
 from fastrlhf.models.loading import scalar_model
@@ -463,8 +462,7 @@ if __name__ == "__main__":
         importlib.import_module(needed)
     importlib.import_module("torch.utils.tensorboard")
     torch.set_num_threads(1)
-    gc.freeze()  # so that a rank's collector touches, and copies, no page of them
-    atexit.register(gc.unfreeze)  # libraries complain of what is left at the end
+    imported_for_forks()
     place = Path(sys.argv[1])
     for group in sys.argv[2:]:
         count, _, named = group.partition(":")

@@ -15,7 +15,7 @@ from fastrlhf.config.errors import UserError
 from fastrlhf.data.sources import modelscope_folder
 from fastrlhf.models import adapter_folder, loading
 from fastrlhf.models.adapter_folder import AdapterFolder, is_adapter
-from fastrlhf.models.heads import Head, hidden_states, lm_head
+from fastrlhf.models.heads import UNSUPPORTED, Head, hidden_states, lm_head
 from fastrlhf.models.loading import Source
 from fastrlhf.models.lora import REWARD, Adapters
 from fastrlhf.models.quantization import quantize_trunk
@@ -140,17 +140,8 @@ def _compiled_or_why_not(model: PreTrainedModel) -> str:
         plain = _tried(model, layers)
         layers.attach()
         ours = _tried(model, layers)
-    except (
-        *UNCOMPILED,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        AssertionError,
-    ) as error:
-        layers.detach()
+    except (*UNCOMPILED, *UNSUPPORTED) as error:
+        give_back(model)
         if ran_out(error):
             raise
         lines = str(error).strip().splitlines() or [""]
@@ -160,7 +151,7 @@ def _compiled_or_why_not(model: PreTrainedModel) -> str:
     if all(_within_rounding(one, other, model.dtype, len(layers.layers)) for one, other in pairs):
         layers.trying = False
         return ""
-    layers.detach()
+    give_back(model)
     return f"the layers of {name} compute something else when they are compiled"
 
 

@@ -23,6 +23,9 @@ from fastrlhf.runtime import distributed
 from fastrlhf.runtime.memory import ran_out
 from fastrlhf_kernels.workspace import default_workspace
 
+# What the code of a model raises that is asked for what it does not support.
+UNSUPPORTED = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError)
+
 
 class Head(NamedTuple):
     """The way from a hidden state [..., H] to logits [..., V]: softcap(scale * (h W^T + b))."""
@@ -78,7 +81,7 @@ def check_head(model: PreTrainedModel) -> None:
         other[:, -2:] = (ids[:, -2:] + 1) % vocabulary
         hidden, changed = hidden_states(model, ids), hidden_states(model, other)
         ours, theirs = head_logits(head, hidden), model(input_ids=ids, use_cache=False).logits.float()
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError) as error:
+    except UNSUPPORTED as error:
         if ran_out(error) or isinstance(error, UserError):
             raise
         lines = str(error).strip().splitlines() or [""]

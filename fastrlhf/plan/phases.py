@@ -25,7 +25,7 @@ from fastrlhf.models import loading
 from fastrlhf.models.heads import Readout, head_logits, lm_head
 from fastrlhf.models.reward_folder import kept_readout
 from fastrlhf.models.token_batch import TokenRows
-from fastrlhf.parallel.sharding import layers_of
+from fastrlhf.parallel.mapped import layers_of
 from fastrlhf.plan.counter import storage_bytes
 from fastrlhf.plan.models import WORD, model_without_weights, parameters_of, stand_in_tokenizer
 from fastrlhf.plan.unknown import UnknownNumbers

@@ -90,7 +90,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def give_back(model: nn.Module) -> None:
-    """Undo what an earlier trainer of the model has compiled."""
+    """Undo what a failed trial or an earlier trainer of the model has compiled."""
     for module in model.modules():
         call = module._compiled_call_impl
         if isinstance(call, partial) and getattr(call.func, "__func__", None) is CompiledLayers._call:
@@ -127,12 +127,6 @@ class CompiledLayers:
         for layer in self.layers:
             layer._compiled_call_impl = partial(self._call, layer)  # where nn.Module.compile puts it: no copy has it
         _compiled.add(self.model)
-
-    def detach(self) -> None:
-        """The layers are as they were."""
-        for layer in self.layers:
-            layer._compiled_call_impl = None
-        _compiled.discard(self.model)
 
     def _call(self, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         """In the place of `nn.Module.__call__`: hooks run around the region."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from fastrlhf import cli
 from fastrlhf.config.errors import UserError
-from fastrlhf.parallel import sharding, zero
+from fastrlhf.parallel import mapped, sharding, zero
 from fastrlhf.runtime import batching, distributed
 from tests import rank_runs, tiny
 
@@ -103,9 +103,9 @@ def test_shares_are_exported_as_one_model_of_their_dtype(runs):
 def test_a_model_that_cannot_be_sharded_is_refused_in_a_sentence():
     model = tiny.llama()
     with pytest.raises(UserError, match="a rank's share of LlamaForCausalLM takes .* use more GPUs, lora"):
-        sharding._check_memory(model, sharding.layers_of(model), 1e5)
-    sharding._check_memory(model, sharding.layers_of(model), 1e9)
-    assert len(sharding.layers_of(model)) == model.config.num_hidden_layers
+        sharding._check_memory(model, mapped.layers_of(model), 1e5)
+    sharding._check_memory(model, mapped.layers_of(model), 1e9)
+    assert len(mapped.layers_of(model)) == model.config.num_hidden_layers
     model.model.norm.bfloat16()
     with pytest.raises(UserError, match="trained weights are bfloat16 and float32, which it cannot mix"):
         sharding.shard(model)
